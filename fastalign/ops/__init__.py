@@ -1,0 +1,7 @@
+"""The ops: one file each, holding schema, fake, autograd and the public function, top to bottom."""
+
+from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.segment_sum import segment_sum
+from fastalign.ops.selective_logprobs import selective_logprobs
+
+__all__ = ["linear_logprobs", "segment_sum", "selective_logprobs"]

@@ -1,0 +1,304 @@
+"""Token log-probabilities straight from hidden states, without the `[tokens, vocabulary]` logits.
+
+Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `tiles.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from fastalign import reference
+from fastalign.errors import BackendError, InputError
+from fastalign.ops import tiles
+
+BACKENDS = ("auto", "reference", "torch")
+# Probability tiles kept for a trainable head when the caller names no budget, in bytes.
+DEFAULT_MEMORY_BUDGET = 1 << 30
+
+_library = torch.library.Library("fastalign", "DEF")
+_library.define(
+    "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
+    "float temperature, int ignore_index, bool grads, bool entropy, int cache_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
+    "Tensor targets, Tensor? bias, Tensor stats, Tensor cache, Tensor shifts, float logit_scale, float? softcap, "
+    "float temperature, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _scored(targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor]:
+    """The rows that have a target (None for all of them), and their targets, checked against the vocabulary."""
+    kept = targets != ignore_index
+    if targets.device.type == "cpu":
+        bad = targets[kept & ((targets < 0) | (targets >= vocab))]
+        if bad.numel():
+            raise InputError(
+                f"targets holds {bad[0].item()}, but weight has {vocab} rows; give token ids in [0, {vocab}) or "
+                f"ignore_index={ignore_index}"
+            )
+    else:
+        inside = ((targets >= 0) & (targets < vocab)) | ~kept
+        torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
+    rows = kept.nonzero().squeeze(1)
+    return (None, targets) if rows.numel() == targets.numel() else (rows, targets[rows])
+
+
+def _gather(t: Tensor, rows: Tensor | None) -> Tensor:
+    return tiles.pad_rows(t if rows is None else t[rows])
+
+
+def _scatter(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
+    """The inverse of `_gather`: rows that were dropped are 0."""
+    if rows is None:
+        return values if values.shape[0] == n else values[:n].clone()
+    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values[: rows.shape[0]])
+
+
+def _linear_logprobs(
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows
+):
+    n = targets.shape[0]
+    rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    out = tiles.forward(
+        _gather(hidden, rows),
+        weight,
+        tiles.pad_rows(kept_targets),
+        bias,
+        tiles.Head(logit_scale, softcap, temperature),
+        grads=grads,
+        entropy=entropy,
+        cache_rows=cache_rows,
+    )
+    empty = out.logprobs.new_empty(0)
+    if cache_rows:  # fewer rows than promised may be scored; the fake knows the promised shape only
+        cache, shifts = (torch.nn.functional.pad(t, (0, 0, 0, cache_rows - t.shape[0])) for t in out.cache)
+    else:
+        cache, shifts = hidden.new_empty(0), empty
+    return (
+        _scatter(out.logprobs, rows, n),
+        _scatter(out.entropy, rows, n) if entropy else empty,
+        _scatter(out.grad_logprobs, rows, n) if grads else empty.clone(),
+        _scatter(out.grad_entropy, rows, n) if grads and entropy else empty.clone(),
+        _scatter(torch.stack(out.stats, 1), rows, n),
+        cache,
+        shifts if cache_rows else empty.clone(),
+    )
+
+
+def _linear_logprobs_fake(
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows
+):
+    n, width = hidden.shape
+    new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
+    shifts = len(tiles.vocabulary_tiles(weight.shape[0], hidden.device))
+    return (
+        new.new_empty(n),
+        new.new_empty(n if entropy else 0),
+        new.new_empty((n, width) if grads else 0),
+        new.new_empty((n, width) if grads and entropy else 0),
+        new.new_empty(n, len(tiles.Stats._fields)),
+        hidden.new_empty((cache_rows, weight.shape[0]) if cache_rows else 0),
+        new.new_empty((cache_rows, shifts) if cache_rows else 0),
+    )
+
+
+def _linear_logprobs_backward(
+    grad_logprobs, grad_entropy, hidden, weight, targets, bias, stats, cache, shifts,
+    logit_scale, softcap, temperature, ignore_index, needs,
+):  # fmt: skip
+    n = targets.shape[0]
+    rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    row_stats = tiles.Stats(*_gather(stats, rows).unbind(1))
+    padding = (row_stats.others + row_stats.target) == 0
+    row_stats = row_stats._replace(others=row_stats.others.masked_fill(padding, 1.0))  # else 0 / 0
+    d_hidden, d_weight, d_bias = tiles.backward(
+        _gather(grad_logprobs, rows),
+        None if grad_entropy is None else _gather(grad_entropy, rows),
+        _gather(hidden, rows),
+        weight,
+        tiles.pad_rows(kept_targets),
+        bias,
+        tiles.Head(logit_scale, softcap, temperature),
+        row_stats,
+        tiles.Cache(cache, shifts) if cache.numel() else None,
+        needs=tuple(needs),
+    )
+    empty = hidden.new_empty(0)
+    return (
+        _scatter(d_hidden, rows, n).to(hidden.dtype) if needs[0] else empty,
+        d_weight if needs[1] else empty.clone(),
+        d_bias if needs[2] else empty.clone(),
+    )
+
+
+def _linear_logprobs_backward_fake(
+    grad_logprobs, grad_entropy, hidden, weight, targets, bias, stats, cache, shifts,
+    logit_scale, softcap, temperature, ignore_index, needs,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight) if needs[1] else hidden.new_empty(0),
+        torch.empty_like(bias) if needs[2] else hidden.new_empty(0),
+    )
+
+
+_library.impl("linear_logprobs", _linear_logprobs, "CompositeExplicitAutograd")
+_library.impl("linear_logprobs_backward", _linear_logprobs_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastalign::linear_logprobs", _linear_logprobs_fake, lib=_library)
+torch.library.register_fake("fastalign::linear_logprobs_backward", _linear_logprobs_backward_fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.fastalign.linear_logprobs)
+def _forward_flop(hidden_shape, weight_shape, *args, **kwargs) -> int:
+    grads, entropy = args[-3:-1]
+    products = 1 + (1 + entropy if grads else 0)
+    return products * 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.fastalign.linear_logprobs_backward)
+def _backward_flop(grad_shape, grad_entropy_shape, hidden_shape, weight_shape, *args, **kwargs) -> int:
+    cache_shape, needs = args[3], args[-1]
+    rows, (vocab, width) = hidden_shape[0], weight_shape
+    kept = cache_shape[0] if len(cache_shape) == 2 and grad_entropy_shape is None else 0
+    return 2 * vocab * width * (rows * sum(needs[:2]) + max(rows - kept, 0))
+
+
+class _Options(NamedTuple):
+    """The op's arguments beside the tensors."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    entropy: bool
+    cache_rows: int
+    frozen: bool
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Frozen head: the forward pass keeps d logprob / d hidden (N, H). Trainable head: statistics and tiles."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, options: _Options):
+        logprobs, entropy, grad_logprobs, grad_entropy, stats, cache, shifts = torch.ops.fastalign.linear_logprobs(
+            hidden, weight, targets, bias, *options[:4], options.frozen, options.entropy, options.cache_rows
+        )
+        ctx.options, ctx.hidden_dtype = options, hidden.dtype
+        if options.frozen:
+            ctx.save_for_backward(grad_logprobs, grad_entropy)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, bias, stats, cache, shifts)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logprobs, d_entropy):
+        options = ctx.options
+        if options.frozen:
+            grad_logprobs, grad_entropy = ctx.saved_tensors
+            d_hidden = grad_logprobs * d_logprobs.unsqueeze(1)
+            if options.entropy:
+                d_hidden = d_hidden.addcmul_(grad_entropy, d_entropy.unsqueeze(1))
+            return d_hidden.to(ctx.hidden_dtype), None, None, None, None
+        hidden, weight, targets, bias, stats, cache, shifts = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
+        d_hidden, d_weight, d_bias = torch.ops.fastalign.linear_logprobs_backward(
+            d_logprobs, d_entropy if options.entropy else None, hidden, weight, targets, bias, stats, cache, shifts,
+            *options[:4], needs,
+        )  # fmt: skip
+        grads = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)]
+        return grads[0], grads[1], None, grads[2], None
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target token, from hidden states, and optionally the entropy of its distribution.
+
+    With `z = softcap * tanh(logit_scale * (h W' + b) / softcap) / temperature` (no cap: `logit_scale * (h W' + b) /
+    temperature`), computes `z_y - logsumexp(z)` and `-sum_j p_j log p_j`, one (rows, vocabulary) tile at a time:
+    extra memory is O(rows x H) + a constant, whatever V is. Differentiable (once) in hidden, weight and bias.
+
+    hidden: (..., H) floating. weight: (V, H). targets: (...) int64 in [0, V) or `ignore_index`; ignored rows are
+        dropped before any product, return 0 and get zero gradient. bias: (V,).
+    memory_budget: bytes of probability tiles kept for the backward pass of a trainable head (default 1 GiB): 3U FLOP
+        where they fit, 4U beyond, U = 2 N V H. A frozen head needs none of it, and 2U. The entropy's gradient
+        through a trainable head always recomputes.
+    backend: "torch" (the tiled driver), "reference" (materialises the logits), or "auto" (picks by device).
+
+    Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
+    bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
+    target; BackendError an unknown backend.
+
+    The gradient in hidden is `W[y] - E_p[W]`: softmax attention with query h and key = value = W, hence one pass.
+    """
+    _check(hidden, weight, targets, bias, softcap, temperature)
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; linear_logprobs has {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return reference.linear_logprobs(
+            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+            ignore_index=ignore_index, entropy=entropy,
+        )  # fmt: skip
+    if hidden.dtype != weight.dtype:
+        common = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(common), weight.to(common)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    needs_grad = torch.is_grad_enabled()
+    trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
+    row_bytes = weight.shape[0] * hidden.element_size()
+    cache_rows = min(flat.shape[0], budget // row_bytes) if trainable and not entropy else 0
+    frozen = needs_grad and not trainable and hidden.requires_grad
+    options = _Options(
+        float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
+        cache_rows, frozen,
+    )  # fmt: skip
+    logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, options)
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropies.view(targets.shape)) if entropy else logprobs
+
+
+def _check(hidden, weight, targets, bias, softcap, temperature):
+    for name, t in (("hidden", hidden), ("weight", weight)):
+        if not t.is_floating_point():
+            raise InputError(f"{name} is {t.dtype}; it must be a floating dtype, dequantise it first")
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise InputError(
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}; they must be (..., H) and (V, H)"
+        )
+    if targets.dtype != torch.int64:
+        raise InputError(f"targets is {targets.dtype}; it must be int64, call targets.long()")
+    if targets.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"targets is {tuple(targets.shape)}; it must be hidden's shape without the last, {tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise InputError(
+            f"bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per weight row"
+        )
+    devices = {t.device for t in (hidden, weight, targets, bias) if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"inputs lie on {sorted(map(str, devices))}; move them to one device")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap is {softcap}; it must be above 0, or None for no cap")
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature}; it must be above 0")

@@ -1,0 +1,112 @@
+"""Plain PyTorch definitions of every op: the truth that the fast versions are held to.
+
+Each function here materialises what the fast one avoids (the `[tokens, vocabulary]` logits, most of all), accepts
+float64, and computes low-precision inputs in float32. Read this file to know what an op means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype an op computes in: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`softcap * tanh(s * (h W' + b) / softcap) / temperature`, or `s * (h W' + b) / temperature` without a cap.
+
+    hidden (..., H), weight (V, H), bias (V,) -> logits (..., V), float32 (float64 for float64 inputs).
+    """
+    dtype = compute_dtype(hidden, weight)
+    z = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def selective_logprobs(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """`z_y - logsumexp(z)` with `z = logits / temperature`; 0 where the target is `ignore_index`.
+
+    logits (..., V), targets (...) int64 -> (...) float32 (float64 for float64 logits).
+    """
+    ignored = targets == ignore_index
+    logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
+    picked = logprobs.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(ignored, 0.0)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Token log-probabilities `z_y - logsumexp(z)` of `z = linear_logits(...)`, and the entropy `-sum p log p` of p.
+
+    hidden (..., H), weight (V, H), bias (V,), targets (...) int64 -> (...) float32 (float64 for float64 inputs).
+    """
+    z = linear_logits(
+        hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    )
+    logprobs = selective_logprobs(z, targets, ignore_index=ignore_index)
+    if not entropy:
+        return logprobs
+    log_p = torch.log_softmax(z, dim=-1)
+    p_log_p = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)  # a masked entry (-inf) contributes nothing
+    return logprobs, (-p_log_p.sum(-1)).masked_fill(targets == ignore_index, 0.0)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])`; values (N,), cu_seqlens (S + 1,) -> (S,)."""
+    bounds = cu_seqlens.tolist()
+    sums = [values[start:end].sum() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return torch.stack(sums) if sums else values.new_zeros(0)
+
+
+def logits_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+) -> Tensor:
+    """Divergence of two next-token distributions, per token: `(..., V)` logits -> `(...)`.
+
+    With s, t the student's and teacher's softmax at `temperature` and `m = jsd_beta * t + (1 - jsd_beta) * s`:
+    forward_kl `KL(t || s)`, reverse_kl `KL(s || t)`, jsd `jsd_beta * KL(t || m) + (1 - jsd_beta) * KL(s || m)`
+    (Agarwal et al. 2024, arXiv:2306.13649).
+    """
+    dtype = compute_dtype(student_logits, teacher_logits)
+    s = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    t = torch.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    if divergence == "forward_kl":
+        return (t.exp() * (t - s)).sum(-1)
+    if divergence == "reverse_kl":
+        return (s.exp() * (s - t)).sum(-1)
+    if divergence != "jsd":
+        raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
+    m = (jsd_beta * t.exp() + (1 - jsd_beta) * s.exp()).log()
+    return jsd_beta * (t.exp() * (t - m)).sum(-1) + (1 - jsd_beta) * (s.exp() * (s - m)).sum(-1)
