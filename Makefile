@@ -49,7 +49,7 @@ $(VENV)/.tools: $(VENV)/.torch
 
 $(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
 	$(STEP) "Build and install fastalign (editable) and what it needs"
-	$(QUIET) $(PIP) install -q --no-build-isolation -C editable.mode=inplace -e .
+	$(QUIET) $(PIP) install -q --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.build
@@ -60,5 +60,5 @@ $(VENV)/.demo: $(VENV)/.build
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(STEP) "Test and lint tools"
-	$(QUIET) $(PIP) install -q --no-build-isolation -C editable.mode=inplace -e ".[dev]"
+	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[dev]"
 	@touch $@
