@@ -1,0 +1,367 @@
+"""Attention over packed rows: every completion sees its prompt and itself, on unmodified transformers models.
+
+transformers lets a model's attention and mask functions be exchanged by name. Under the name "fastalign" the mask
+function returns, instead of a mask tensor, a `PackedMask`, which reaches every layer as its `attention_mask`; there
+the attention function runs one call per segment. A segment is a run of queries over `[prefix |] itself`: a group's
+prompt and first completion are one plainly causal segment, each further completion is a segment with the prompt as its
+prefix. Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is
+an argument of the layer.
+
+Without a layout both functions do what transformers' "sdpa" does, so a prepared model generates as before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as dropout_
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fastalign.errors import ModelError
+from fastalign.packing import Group, PackedBatch, pack, pad
+
+NAME = "fastalign"
+logger = logging.getLogger("fastalign")
+
+
+class Segment(NamedTuple):
+    """`length` queries that see the first `prefix` tokens of segment `head`, then themselves causally."""
+
+    length: int
+    prefix: int
+    head: int
+
+
+class PackedMask:
+    """What the layers of a model get as `attention_mask` while a layout is active: segments and their masks."""
+
+    def __init__(self, layout: tuple[Group, ...], window: int | None):
+        self.window = window
+        self.segments = []
+        for prompt, completions in layout:
+            head = len(self.segments)
+            self.segments.append(Segment(completions[0][1] - prompt[0], 0, head))
+            for start, stop in completions[1:]:
+                self.segments.append(Segment(stop - start, prompt[1] - prompt[0], head))
+        self.length = sum(segment.length for segment in self.segments)
+        self._masks: dict[torch.device, list[Tensor | None]] = {}
+        self._varlen: dict[torch.device, tuple] = {}
+
+    def masks(self, device: torch.device) -> list[Tensor | None]:
+        """One boolean (queries, keys) mask per segment, True = visible; None where plain causal attention will do."""
+        if device not in self._masks:
+            self._masks[device] = [_segment_mask(segment, self.window, device) for segment in self.segments]
+        return self._masks[device]
+
+    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(key_index (K,) int64, cu_seqlens_q, cu_seqlens_k int32, longest q, longest k) for varlen kernels."""
+        if device not in self._varlen:
+            starts = [0]
+            for segment in self.segments:
+                starts.append(starts[-1] + segment.length)
+            keys, q, k = [], starts, [0]
+            for segment, start in zip(self.segments, starts[:-1], strict=True):
+                head = starts[segment.head]
+                keys += [*range(head, head + segment.prefix), *range(start, start + segment.length)]
+                k.append(len(keys))
+            longest = max(s.length for s in self.segments), max(s.length + s.prefix for s in self.segments)
+            cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q, k))
+            self._varlen[device] = (torch.tensor(keys, device=device), *cu_seqlens, *longest)
+        return self._varlen[device]
+
+
+def _segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    keys = segment.prefix + segment.length
+    if segment.prefix == 0 and (window is None or window >= keys):
+        return None
+    mask = torch.ones(segment.length, keys, dtype=torch.bool, device=device).tril(segment.prefix)
+    return mask if window is None else mask.triu(segment.prefix - window + 1)
+
+
+_active: ContextVar[tuple[tuple[Group, ...], dict[int | None, PackedMask]] | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def packed_attention(layout: tuple[Group, ...] | None) -> Iterator[None]:
+    """While active, the forward of a prepared model reads its row by `layout`; None leaves attention as it is.
+
+    Wrap the forward only: gradient checkpointing's recomputation in backward needs no context. Give the model
+    `use_cache=False`.
+    """
+    token = _active.set(None if layout is None else (layout, {}))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool = False, **kwargs):
+    active = _active.get()
+    if active is None:
+        return sdpa_mask(local_size=local_size, config=config, use_vmap=use_vmap, **kwargs)
+    layout, packed = active
+    if "allow_is_bidirectional_skip" in kwargs:
+        raise ModelError("A layer asks for non-causal attention, which cannot be packed: use padded batches.")
+    if use_vmap:
+        raise ModelError(
+            "The model adds its own rule to the attention mask, which cannot be packed: use padded batches."
+        )
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise ModelError("The model attends in chunks, which cannot be packed: use padded batches.")
+    if local_size not in packed:
+        packed[local_size] = PackedMask(layout, local_size)
+    mask = packed[local_size]
+    batch, queries, keys = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
+    if (batch, queries, keys) != (1, mask.length, mask.length):
+        raise ModelError(
+            f"The layout describes one row of {mask.length} tokens, but the model was given {batch} row(s) of "
+            f"{queries} tokens over {keys} keys: pass the packed batch alone, without a cache."
+        )
+    if (padding := kwargs.get("attention_mask")) is not None and not padding.all():
+        raise ModelError(
+            "A packed row has no padding: do not pass an attention_mask with zeros together with a layout."
+        )
+    return mask
+
+
+class Options(NamedTuple):
+    """What a model asks of its attention besides queries, keys and values; `sinks` is (heads,)."""
+
+    dropout: float
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, T, D)
+    key: Tensor,  # (B, kv_heads, T, D)
+    value: Tensor,  # (B, kv_heads, T, Dv)
+    attention_mask: PackedMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:  # (B, T, heads, Dv)
+    options = Options(dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if isinstance(attention_mask, PackedMask):
+        for name in ("position_bias", "head_mask", "cache"):
+            if kwargs.get(name) is not None:
+                raise ModelError(
+                    f"The model passes {name!r} to its attention, which cannot be packed: use padded batches."
+                )
+        return _packed_attention(query, key, value, attention_mask, options), None
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return _explicit_attention(query, key, value, attention_mask, options).transpose(1, 2).contiguous(), None
+
+
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
+    if query.shape[:3:2] != (1, packed.length) or key.shape[2] != packed.length:
+        raise ModelError(
+            f"A layer attends from {tuple(query.shape[:3:2])} to {key.shape[2]} tokens under a layout of one row of "
+            f"{packed.length}: pass use_cache=False."
+        )
+    if (
+        _flash_attention()
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.is_cuda
+        and options.sinks is None
+    ):
+        return _varlen_attention(query, key, value, packed, options)
+    attend = _sdpa if options.softcap is None and options.sinks is None else _explicit_attention
+    sizes = [segment.length for segment in packed.segments]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    outputs = []
+    for i, (segment, mask) in enumerate(zip(packed.segments, packed.masks(query.device), strict=True)):
+        k, v = keys[i], values[i]
+        if segment.prefix:
+            k, v = (torch.cat([x[segment.head][:, :, : segment.prefix], x[i]], dim=2) for x in (keys, values))
+        outputs.append(attend(queries[i], k, v, mask, options))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """SDPA of one segment; no mask means causal."""
+    groups = query.shape[1] // key.shape[1]
+    # The CPU kernel reads grouped keys in place; the CUDA kernels that take a mask do not.
+    if groups > 1 and query.is_cuda and mask is not None:
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    return scaled_dot_product_attention(
+        query, key, value, mask, options.dropout, is_causal=mask is None, scale=options.scaling, enable_gqa=groups > 1
+    )
+
+
+def _explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """softmax(softcap * tanh(q k' scaling / softcap)) v, attention sinks as one more logit; no mask means causal."""
+    kv_heads = key.shape[1]
+    query = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, heads / kv_heads, Tq, D)
+    scores = query @ key.unsqueeze(2).transpose(-1, -2) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        mask = mask.tril() if mask.shape[0] > 1 else mask
+    mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+    # The smallest finite number, not -inf: a padding row may see no key at all.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores.dtype).view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    probs = dropout_(probs[..., : key.shape[2]], options.dropout)
+    return (probs @ value.unsqueeze(2)).flatten(1, 2)
+
+
+@cache
+def _flash_attention() -> Callable | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
+    """flash-attn's variable-length kernel; its causal mask is aligned to the last key, as a prefix needs it."""
+    key_index, cu_q, cu_k, max_q, max_k = packed.varlen(query.device)
+    output = _flash_attention()(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1)[key_index],
+        value[0].transpose(0, 1)[key_index],
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout_p=options.dropout,
+        softmax_scale=options.scaling,
+        causal=True,
+        window_size=(-1, -1) if packed.window is None else (packed.window - 1, 0),
+        softcap=options.softcap or 0.0,
+    )
+    return output.unsqueeze(0)
+
+
+AttentionInterface.register(NAME, _attention_function)
+AttentionMaskInterface.register(NAME, _mask_function)
+
+
+def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
+    """Sets the attention of a causal model, and finds out by a forward of a few tokens how batches may be laid out.
+
+    Args:
+        model: a transformers model with its weights loaded, or a PeftModel around one. It is changed in place (its
+            attention implementation), except where it must keep its own.
+
+    Returns:
+        "shared": `pack(examples)`; the model honours positions and keeps completions apart.
+        "packed": `pack(examples, share_prompts=False)`; the model keeps whole sequences apart by itself.
+        "padded": `pad(examples, pad_token_id)`; for instance models with recurrent state.
+        Results are the same. Anything but "shared" is said once, as a warning of the logger "fastalign".
+
+    Raises:
+        ModelError: not a transformers model, an encoder-decoder, not causal, or an adapter that adds virtual tokens.
+    """
+    base = _base_model(model)
+    body, stock = base.base_model, base.config._attn_implementation
+    modes = {module: module.training for module in base.modules()}
+    base.eval()
+    try:
+        if type(base)._can_set_attn_implementation():
+            expected = _reference(body)
+            base.set_attn_implementation(NAME)
+            failure = _mismatch(body, expected, share_prompts=True)
+            if failure is None:
+                return "shared"
+            base.set_attn_implementation(stock)
+        else:
+            expected, failure = _reference(body), "it does not use transformers' AttentionInterface"
+        layout = "padded" if _mismatch(body, expected, share_prompts=False) else "packed"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    how = "packed without sharing" if layout == "packed" else "padded"
+    logger.warning("%s cannot share prompts (%s): batches will be %s.", type(base).__name__, failure, how)
+    return layout
+
+
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                f"The adapter type {model.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
+                "which packed batches have no place for: use LoRA."
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"Expected a transformers PreTrainedModel or a PeftModel, got {type(model).__name__}.")
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder: only causal language models are supported.")
+    return model
+
+
+# Two groups of (prompt, completions); tokens count from the middle of the vocabulary, away from special tokens.
+_PROBE = (
+    ([0, 1, 2], [[3, 4, 5], [6, 7]]),
+    ([8, 9], [[10], [11, 12, 13]]),
+)
+
+
+def _probe_examples(body: PreTrainedModel) -> list[dict]:
+    vocabulary = body.get_input_embeddings().weight.shape[0]
+
+    def tokens(offsets):
+        return [(vocabulary // 3 + offset) % vocabulary for offset in offsets]
+
+    return [{"prompt_ids": tokens(p), "completion_ids": [tokens(c) for c in completions]} for p, completions in _PROBE]
+
+
+@torch.no_grad()
+def _hidden(body: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    batch = batch.to(body.get_input_embeddings().weight.device)
+    with packed_attention(batch.layout):
+        hidden = body(**batch.model_inputs(), use_cache=False)[0]
+    return hidden.flatten(0, 1)[batch.score_index]  # (S, H)
+
+
+def _reference(body: PreTrainedModel) -> Tensor:
+    """Hidden states of the probe from padded rows, each sequence on its own."""
+    batch = pad(_probe_examples(body), pad_token_id=0)
+    hidden = _hidden(body, batch)
+    prompt_end = hidden[batch.cu_seqlens[:2]]  # of the first group, computed before two different completions
+    if not _close(prompt_end[0], prompt_end[1]):
+        raise ModelError(
+            f"{type(body).__name__} is not causal (a token's hidden state depends on later tokens): "
+            "only causal language models are supported."
+        )
+    return hidden
+
+
+def _mismatch(body: PreTrainedModel, expected: Tensor, *, share_prompts: bool) -> str | None:
+    """Why the packed row gives other hidden states than `expected`, or None if it does not."""
+    batch = pack(_probe_examples(body), share_prompts=share_prompts)
+    try:
+        hidden = _hidden(body, batch)
+    # Whatever stops a model's own code from taking packed input is a reason to lay it out otherwise.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if _close(hidden, expected) else "its hidden states in a packed row differ from those of separate rows"
+
+
+def _close(hidden: Tensor, expected: Tensor) -> bool:
+    # Between the two: rounding grows like eps times a few layers, one token too many is a change of order one.
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    error = (hidden - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
+    return bool((error <= tolerance).all())
