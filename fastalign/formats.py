@@ -1,0 +1,276 @@
+"""From a row in any of the field's formats to one prompt text and its completion texts.
+
+Plain strings are taken as they are; chat messages go through the tokenizer's chat template. Either way a row becomes an
+`Example`, and what cannot become one raises `RowProblem`, which `fastalign.data` collects over the whole data set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import datasets
+
+from fastalign.errors import DataError
+
+# The first format whose columns are all there is the data set's.
+FORMATS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "preference with implicit prompt": ("chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
+class RowProblem(Exception):
+    """A row that cannot be used: `kind` is counted over the data set, `detail` says what is wrong with this one."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data set's format: a key of `FORMATS`, and whether its rows hold chat messages or plain strings."""
+
+    name: str
+    chat: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return FORMATS[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'chat messages' if self.chat else 'plain strings'}"
+
+
+@dataclass
+class Example:
+    """One prompt and its completions as text.
+
+    spans               per completion the scored ranges of its characters, or None where all of it is scored
+    template_mismatch   the chat template's generation prompt is not what its answers begin with
+    """
+
+    prompt: str
+    completions: list[str]
+    spans: list[list[tuple[int, int]] | None]
+    label: bool | None = None
+    template_mismatch: bool = False
+
+
+def detect_format(rows: datasets.Dataset) -> Format:
+    """The format of a data set, from its columns (one that is null throughout counts as absent) and its first values.
+
+    Raises DataError if no format's columns are all there.
+    """
+    wanted = [name for name in dict.fromkeys(sum(FORMATS.values(), ())) if name in rows.column_names]
+    first = {name: next((value for value in rows[name] if value is not None), None) for name in wanted}
+    for name, columns in FORMATS.items():
+        if all(first.get(column) is not None for column in columns):
+            return Format(name, chat=any(isinstance(first[column], list) for column in columns))
+    known = "; ".join("/".join(columns) for columns in FORMATS.values())
+    raise DataError(
+        f"No known format: the data set has the columns {', '.join(rows.column_names) or '(none)'}, and one of these "
+        f"sets must be there and filled: {known}. Rename the columns to fit."
+    )
+
+
+def to_example(row: dict, fmt: Format, tokenizer) -> Example:
+    """The row as an `Example`; raises `RowProblem` if it is incomplete, of a wrong type, empty or a pair of equals."""
+    for column in fmt.columns:
+        if row.get(column) is None:
+            raise RowProblem("missing field", f"{column!r} is missing or null")
+    example = _chat_example(row, fmt, tokenizer) if fmt.chat else _string_example(row, fmt)
+    if fmt.name == "unpaired":
+        example.label = _as_label(row["label"])
+    return example
+
+
+def _as_label(value) -> bool:
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise RowProblem("wrong type", f"'label' must be true or false, found {value!r:.60}")
+
+
+# Plain strings
+
+
+def _string_example(row: dict, fmt: Format) -> Example:
+    for column in fmt.columns:
+        if column != "label" and not isinstance(row[column], str):
+            raise RowProblem("wrong type", f"{column!r} must be a string, found {type(row[column]).__name__}")
+    prompt = row["prompt"] if "prompt" in fmt.columns else ""
+    completions = [row[column] for column in fmt.columns if column not in ("prompt", "label")]
+    if any(not text.strip() for text in completions):
+        raise RowProblem("empty completion", "a completion holds no text")
+    if len(completions) == 2:
+        _refuse_identical(*completions)
+    if fmt.name == "preference with implicit prompt":
+        cut = _implicit_prompt_length(*completions)
+        prompt, completions = completions[0][:cut], [text[cut:] for text in completions]
+    return Example(prompt, completions, [None] * len(completions))
+
+
+def _implicit_prompt_length(chosen: str, rejected: str) -> int:
+    """Characters of the prompt that both strings begin with: it ends before a space, within what they share.
+
+    A cut inside a word would give tokens that never occur in generation, and a cut after the space would part the space
+    from the word whose token holds it. Neither completion is left without a word.
+    """
+    # A half that is blank after the cut would be an empty completion.
+    shared = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
+    shared = next((n for n in range(shared) if chosen[n] != rejected[n]), shared)
+    for cut in range(shared, 0, -1):
+        if not chosen[cut - 1].isspace() and chosen[cut].isspace() and rejected[cut].isspace():
+            return cut
+    return 0
+
+
+def _refuse_identical(chosen, rejected) -> None:
+    if chosen == rejected:
+        raise RowProblem("identical pair", "chosen and rejected are the same")
+
+
+# Chat messages
+
+
+def _chat_example(row: dict, fmt: Format, tokenizer) -> Example:
+    prompt = _messages(row["prompt"], "user", "prompt") if "prompt" in fmt.columns else []
+    names = [column for column in fmt.columns if column not in ("prompt", "label")]
+    completions = [_messages(row[name], "assistant", name) for name in names]
+    if len(completions) == 2:
+        _refuse_identical(*completions)
+    if _repeats_prompt(prompt, isinstance(row.get("prompt"), str), completions):
+        prompt = []
+    if not prompt or any(completion[0]["role"] != "assistant" for completion in completions):
+        shared = _shared_turns(completions)
+        prompt = prompt + completions[0][:shared]
+        completions = [completion[shared:] for completion in completions]
+    if not prompt:
+        raise RowProblem("no prompt", "the first turn is an assistant's: put a user or system turn before it")
+    completions = [_up_to_last_answer(completion) for completion in completions]
+    template = partial(_apply_template, tokenizer, _tools(row))
+    return _render(prompt, completions, template, tokenizer.eos_token)
+
+
+def _messages(value, role: str, column: str) -> list[dict]:
+    """Checked messages without null entries, which Arrow fills in; a plain string is one message of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise RowProblem("wrong type", f"{column!r} must be a non-empty list of messages, found {value!r:.60}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RowProblem(
+                "wrong type", f"{column!r} needs messages with 'role' and 'content', found {message!r:.80}"
+            )
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise RowProblem("wrong type", f"{column!r} has a message whose content is {message['content']!r:.60}")
+    return [{"content": "", **_without_nulls(message)} for message in value]
+
+
+def _without_nulls(value):
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _repeats_prompt(prompt: list[dict], prompt_is_string: bool, completions: list[list[dict]]) -> bool:
+    """Whether the completions are whole conversations: they repeat the prompt, or one given as a string beside them."""
+    if prompt_is_string and all(completion[0]["role"] != "assistant" for completion in completions):
+        return True
+    return all(completion[: len(prompt)] == prompt for completion in completions)
+
+
+def _shared_turns(completions: list[list[dict]]) -> int:
+    """Turns before the answers: for one conversation up to its first answer, for two up to where they part."""
+    answers = [n for n in range(min(map(len, completions))) if all(c[n]["role"] == "assistant" for c in completions)]
+    same = [n for n in answers if all(c[:n] == completions[0][:n] for c in completions)]
+    if not same:
+        raise RowProblem("no shared prompt", "there is no assistant turn after turns that both completions share")
+    return same[0] if len(completions) == 1 else same[-1]
+
+
+def _up_to_last_answer(turns: list[dict]) -> list[dict]:
+    """The turns without those after the last answer, which nothing scores."""
+    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise RowProblem("empty completion", "a completion has no assistant turn")
+    last = turns[answers[-1]]
+    content = last["content"]
+    if (not content.strip() if isinstance(content, str) else not content) and set(last) <= {"role", "content"}:
+        raise RowProblem("empty completion", "the last assistant turn holds no text")
+    return turns[: answers[-1] + 1]
+
+
+def _tools(row: dict) -> list | None:
+    """The row's tool descriptions, given as a list or as the JSON text of one."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RowProblem("wrong type", f"'tools' is not valid JSON ({error!s:.60})") from error
+    if not isinstance(tools, (list, type(None))):
+        raise RowProblem("wrong type", f"'tools' must be a list, found {type(tools).__name__}")
+    return _without_nulls(tools) or None
+
+
+def _apply_template(tokenizer, tools: list | None, turns: list[dict], generation: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=generation)
+    except Exception as error:  # the template is foreign code, and may raise anything
+        raise RowProblem("chat template", f"the chat template refuses it: {error!s:.120}") from error
+
+
+def _render(prompt: list[dict], completions: list[list[dict]], template: Callable[..., str], eos: str) -> Example:
+    wholes = [template(prompt + completion) for completion in completions]
+    candidates = (template(prompt, generation) for generation in (True, False))
+    start = next((text for text in candidates if all(whole.startswith(text) for whole in wholes)), None)
+    if start is None:
+        raise RowProblem("chat template", "the chat template writes the prompt otherwise once an answer follows it")
+    spans = [
+        _answer_spans(prompt, completion, whole, len(start), template, eos)
+        for completion, whole in zip(completions, wholes, strict=True)
+    ]
+    # Templates put a newline between turns; nothing follows the last one.
+    texts = [whole.rstrip()[len(start) :] for whole in wholes]
+    return Example(start, texts, spans, template_mismatch=start != template(prompt, True))
+
+
+def _answer_spans(prompt, completion, whole: str, offset: int, template, eos: str) -> list[tuple[int, int]] | None:
+    """Character ranges of the assistant turns in `whole[offset:]`, end-of-turn included; None for a single turn."""
+    if len(completion) == 1:
+        return None
+    spans, turns = [], prompt + completion
+    for n in range(len(prompt), len(turns)):
+        if turns[n]["role"] == "assistant":
+            start = _prefix_length(whole, (template(turns[:n], generation) for generation in (True, False)))
+            spans.append((start - offset, _answer_end(whole, start, template(turns[: n + 1]), eos) - offset))
+    return spans
+
+
+def _prefix_length(whole: str, candidates: Iterable[str]) -> int:
+    for candidate in candidates:
+        if whole.startswith(candidate):
+            return len(candidate)
+    raise RowProblem("chat template", "the chat template rewrites earlier turns: keep one assistant turn a row")
+
+
+def _answer_end(whole: str, start: int, so_far: str, eos: str) -> int:
+    """Where the answer that starts at `start` ends, given the conversation rendered up to and including it."""
+    if whole.startswith(so_far.rstrip()):
+        return len(so_far.rstrip())
+    # Some templates write an answer otherwise (with its thoughts, say) while it is the last: then EOS tells its end.
+    end = whole.find(eos, start)
+    if end < 0:
+        raise RowProblem("chat template", "the chat template rewrites earlier turns: keep one assistant turn a row")
+    return end + len(eos)

@@ -1,0 +1,139 @@
+"""Rows of a data set from a local file or from Python; nothing here reaches the network or writes a cache."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets.table import InMemoryTable
+
+from fastalign.errors import DataError
+
+
+def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Dataset:
+    """The rows of a local file (.jsonl, .json, .parquet, .csv), a list of dicts, or a `datasets.Dataset` (as it is).
+
+    Raises DataError for a missing, empty, damaged or unknown file (a damaged line with its number, counted from 1), for
+    a list that holds anything but dicts, and for values that no table can hold. Nothing is downloaded.
+    """
+    if isinstance(source, datasets.Dataset):
+        return source
+    if isinstance(source, datasets.DatasetDict):
+        raise DataError(
+            f"A DatasetDict holds several data sets: choose one of its splits {list(source)}, as in data['...']."
+        )
+    if isinstance(source, list):
+        return _from_dicts(source, "The list of rows")
+    if not isinstance(source, (str, Path)):
+        raise DataError(
+            f"Rows come from a file path, a list of dicts or a datasets.Dataset, not from {type(source).__name__}: "
+            "build one with datasets.Dataset.from_list(list(rows))."
+        )
+    return _from_file(Path(source))
+
+
+def _from_file(path: Path) -> datasets.Dataset:
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": None}
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not a file: check the path. Only local files are read here; to use a data set of the Hugging "
+            "Face hub, load it with datasets.load_dataset(...) and pass the result."
+        )
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}: unknown extension {path.suffix!r}, expected one of {', '.join(readers)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: it needs at least one row.")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    return _from_dicts(list(readers[path.suffix.lower()](path)), str(path))
+
+
+def _read_jsonl(path: Path) -> Iterator[dict]:
+    # Read as bytes: a str would also be split at the line separators that JSON strings may hold.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse_json(line, f"{path}, line {number}", "mend or delete this line", dict)
+
+
+def _read_json(path: Path) -> list[dict]:
+    remedy = "the file must hold one list of objects (if it has an object a line, name it .jsonl)"
+    return _parse_json(path.read_bytes(), str(path), remedy, list)
+
+
+def _parse_json(text: bytes, where: str, remedy: str, expected: type):
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not valid UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or an integer too long to read
+        raise DataError(f"{where}: not valid JSON ({error}): {remedy}.") from error
+    if not isinstance(value, expected):
+        kind = {dict: "an object", list: "a list"}[expected]
+        raise DataError(f"{where}: expected {kind}, found {type(value).__name__}: {remedy}.")
+    return value
+
+
+def _read_csv(path: Path) -> Iterator[dict]:
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            header = next(reader)
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header names {len(header)} "
+                        "columns: put quotes around cells that hold commas or line breaks."
+                    )
+                if cells:
+                    yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}): mend this line.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    try:
+        rows = datasets.Dataset(InMemoryTable(pa.parquet.read_table(path)))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error!s:.200}): write it again.") from error
+    if not len(rows):
+        raise DataError(f"{path} holds no rows: it needs at least one.")
+    return rows
+
+
+def _from_dicts(rows: list[dict], where: str) -> datasets.Dataset:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}, row {number}: expected a dict, found {type(row).__name__}.")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not names:
+        raise DataError(f"{where} holds no rows with any fields: it needs at least one.")
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    except Exception as error:  # whatever Arrow and its converters make of a hostile value
+        raise DataError(f"{where}: {_explain_columns(columns, error)}") from error
+
+
+def _explain_columns(columns: dict[str, list], error: Exception) -> str:
+    """Which value Arrow could not take: the first that fails on its own."""
+    for name, values in columns.items():
+        for number, value in enumerate(values, start=1):
+            try:
+                datasets.Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+            except Exception as cause:
+                return (
+                    f"row {number} has a value in {name!r} that no table can hold ({cause!s:.120}): mend or remove it."
+                )
+    return f"the rows do not fit into one table ({error!s:.200}): give each field one type."
