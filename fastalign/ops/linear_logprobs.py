@@ -77,10 +77,7 @@ def _linear_logprobs(
         cache_rows=cache_rows,
     )
     empty = out.logprobs.new_empty(0)
-    if cache_rows:  # fewer rows than promised may be scored; the fake knows the promised shape only
-        cache, shifts = (torch.nn.functional.pad(t, (0, 0, 0, cache_rows - t.shape[0])) for t in out.cache)
-    else:
-        cache, shifts = hidden.new_empty(0), empty
+    cache, shifts = out.cache or (hidden.new_empty(0), empty.clone())
     return (
         _scatter(out.logprobs, rows, n),
         _scatter(out.entropy, rows, n) if entropy else empty,
@@ -88,7 +85,7 @@ def _linear_logprobs(
         _scatter(out.grad_entropy, rows, n) if grads and entropy else empty.clone(),
         _scatter(torch.stack(out.stats, 1), rows, n),
         cache,
-        shifts if cache_rows else empty.clone(),
+        shifts,
     )
 
 
@@ -251,6 +248,8 @@ def linear_logprobs(
     The gradient in hidden is `W[y] - E_p[W]`: softmax attention with query h and key = value = W, hence one pass.
     """
     _check(hidden, weight, targets, bias, softcap, temperature)
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError(f"memory_budget is {memory_budget}; it must be a number of bytes, or 0 to keep nothing")
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; linear_logprobs has {', '.join(BACKENDS)}")
     if backend == "reference":
@@ -266,7 +265,7 @@ def linear_logprobs(
     trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
     row_bytes = weight.shape[0] * hidden.element_size()
-    cache_rows = min(flat.shape[0], budget // row_bytes) if trainable and not entropy else 0
+    cache_rows = tiles.cacheable_rows(flat.shape[0], row_bytes, budget) if trainable and not entropy else 0
     frozen = needs_grad and not trainable and hidden.requires_grad
     options = _Options(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,

@@ -20,7 +20,17 @@ _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("segment_sum(Tensor values, Tensor cu_seqlens, str backend) -> Tensor")
 
 
+def _check_offsets(values: Tensor, cu_seqlens: Tensor) -> None:
+    """Looks at values, so it runs inside the op, where a compiler does not look; on a GPU it would wait for them."""
+    if values.device.type != "cpu":
+        return
+    ends_fit = cu_seqlens[0] == 0 and cu_seqlens[-1] == values.shape[0]
+    if not ends_fit or (cu_seqlens.diff() < 0).any():
+        raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise from 0 to N={values.shape[0]}")
+
+
 def _segment_sum(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    _check_offsets(values, cu_seqlens)
     if backend == "cpu":
         values, cu_seqlens = values.contiguous(), cu_seqlens.contiguous()
         out = values.new_empty(cu_seqlens.numel() - 1)
@@ -69,14 +79,11 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
     if values.device != cu_seqlens.device:
         raise InputError(f"values lies on {values.device}, cu_seqlens on {cu_seqlens.device}; move them to one device")
     on_cpu = values.device.type == "cpu"
-    if on_cpu:
-        ends_fit = cu_seqlens[0] == 0 and cu_seqlens[-1] == values.shape[0]
-        if not ends_fit or (cu_seqlens.diff() < 0).any():
-            raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise from 0 to N={values.shape[0]}")
     if backend == "auto":
         backend = "cpu" if on_cpu and native is not None else "torch"
     values = values.to(reference.compute_dtype(values))
     if backend == "reference":
+        _check_offsets(values, cu_seqlens)
         return reference.segment_sum(values, cu_seqlens)
     if backend == "cpu" and (native is None or not on_cpu):
         why = "the native module is not built, run `make build`" if native is None else f"values lies on {values.device}"

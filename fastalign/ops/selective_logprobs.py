@@ -42,7 +42,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
             p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows].unsqueeze(1)).exp_()
             p = p.mul_(-scale[rows].unsqueeze(1))
             p.scatter_add_(1, safe[rows].unsqueeze(1), scale[rows].unsqueeze(1))
-            d_logits[rows] = p
+            d_logits[rows] = p.masked_fill_(ignored[rows].unsqueeze(1), 0.0)  # 0 * nan is nan
         return d_logits, None, None, None
 
 

@@ -114,9 +114,20 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, head: Head) -> tuple[Tens
     return t.mul_(head.softcap / head.temperature), slope
 
 
+def padded(rows: int) -> int:
+    """The next number of rows that gives each row the same bits in any batch."""
+    return rows + -rows % _ROW_MULTIPLE
+
+
+def cacheable_rows(rows: int, row_bytes: int, memory_budget: int) -> int:
+    """How many of `rows` have their probabilities kept within the budget: all, or whole multiples, never a cut one."""
+    affordable = memory_budget // row_bytes
+    return min(padded(rows), affordable - affordable % _ROW_MULTIPLE)
+
+
 def pad_rows(t: Tensor) -> Tensor:
-    """Rows (N, ...) filled up with zeros to the next multiple that gives each row the same bits in any batch."""
-    missing = -t.shape[0] % _ROW_MULTIPLE
+    """Rows (N, ...) filled up with zeros to `padded(N)`."""
+    missing = padded(t.shape[0]) - t.shape[0]
     return t if missing == 0 else torch.cat([t, t.new_zeros(missing, *t.shape[1:])])
 
 
@@ -139,13 +150,15 @@ def forward(
     n, vocab = hidden.shape[0], weight.shape[0]
     kept = min(cache_rows, n)
     cache = None
-    if kept:
+    if cache_rows:
         shifts = len(vocabulary_tiles(vocab, hidden.device))
         acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        cache = Cache(hidden.new_empty(kept, vocab), hidden.new_empty(kept, shifts, dtype=acc_dtype))
+        cache = Cache(hidden.new_empty(cache_rows, vocab), hidden.new_empty(cache_rows, shifts, dtype=acc_dtype))
+        for t in cache:
+            t[kept:] = 0  # promised to the fake, but fewer rows are scored
     step = tile_shape(hidden.device)[0]
     blocks = []
-    for start in range(0, n, step):
+    for start in range(0, max(n, 1), step):  # no rows are one empty block
         rows = slice(start, min(start + step, n))
         part = None
         if cache is not None and start < kept:
