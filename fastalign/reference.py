@@ -6,6 +6,8 @@ float64, and computes low-precision inputs in float32. Read this file to know wh
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,7 @@ def linear_logprobs(
 
     hidden (..., H), weight (V, H), bias (V,), targets (...) int64 -> (...) float32 (float64 for float64 inputs).
     """
-    z = linear_logits(
-        hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
-    )
+    z = linear_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     logprobs = selective_logprobs(z, targets, ignore_index=ignore_index)
     if not entropy:
         return logprobs
@@ -81,7 +81,7 @@ def linear_logprobs(
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])`; values (N,), cu_seqlens (S + 1,) -> (S,)."""
     bounds = cu_seqlens.tolist()
-    sums = [values[start:end].sum() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = [values[start:end].sum() for start, end in pairwise(bounds)]
     return torch.stack(sums) if sums else values.new_zeros(0)
 
 

@@ -292,7 +292,7 @@ def _check(hidden, weight, targets, bias, softcap, temperature):
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise InputError(
-            f"bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per weight row"
+            f"bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per row"
         )
     devices = {t.device for t in (hidden, weight, targets, bias) if t is not None}
     if len(devices) > 1:

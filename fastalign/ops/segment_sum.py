@@ -74,7 +74,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
         raise InputError(f"values is {tuple(values.shape)} {values.dtype}; it must be (N,) and floating")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or cu_seqlens.numel() == 0:
         raise InputError(
-            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (S + 1,) int64 offsets, from 0 to N"
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (S + 1,) int64 offsets from 0 to N"
         )
     if values.device != cu_seqlens.device:
         raise InputError(f"values lies on {values.device}, cu_seqlens on {cu_seqlens.device}; move them to one device")
@@ -86,7 +86,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
         _check_offsets(values, cu_seqlens)
         return reference.segment_sum(values, cu_seqlens)
     if backend == "cpu" and (native is None or not on_cpu):
-        why = "the native module is not built, run `make build`" if native is None else f"values lies on {values.device}"
+        why = "the native module is missing, run `make build`" if native is None else f"values lies on {values.device}"
         raise BackendError(f"backend='cpu' cannot run segment_sum here: {why}")
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; segment_sum has {', '.join(BACKENDS)}")

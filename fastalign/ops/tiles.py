@@ -20,6 +20,7 @@ were allowed to be, and recomputed beyond.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -273,7 +274,7 @@ def backward(
         dw = torch.zeros_like(w, dtype=acc_dtype) if needs[1] else None
         db = torch.zeros(v1 - v0, dtype=acc_dtype, device=w.device)
         bounds = sorted({*range(0, hidden.shape[0], step), min(kept, hidden.shape[0]), hidden.shape[0]})
-        for r0, r1 in zip(bounds[:-1], bounds[1:], strict=True):
+        for r0, r1 in pairwise(bounds):
             rows = slice(r0, r1)
             row_stats = Stats(*(s[rows] for s in stats))
             h = _operand(hidden[rows])
