@@ -147,6 +147,7 @@ def _tokenize_batch(
                     "label": example.label,
                 }
             )
+    result.problems.sort()
     return result
 
 
@@ -336,7 +337,7 @@ def _describe(problems: list[tuple[int, str, str]]) -> str:
         numbers = ", ".join(str(number) for number, _ in rows[:NAMED_ROWS]) + (
             ", ..." if len(rows) > NAMED_ROWS else ""
         )
-        parts.append(f"{len(rows):,} with {kind} (row {numbers}: {rows[0][1]})")
+        parts.append(f"{len(rows):,} with {kind} (row{'s' if len(rows) > 1 else ''} {numbers}: {rows[0][1]})")
     return "; ".join(parts)
 
 

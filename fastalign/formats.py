@@ -26,6 +26,9 @@ FORMATS = {
 }
 
 
+_REWRITTEN = ("chat template error", "the template rewrites earlier turns: keep one assistant turn a row")
+
+
 class RowProblem(Exception):
     """A row that cannot be used: `kind` is counted over the data set, `detail` says what is wrong with this one."""
 
@@ -86,7 +89,10 @@ def to_example(row: dict, fmt: Format, tokenizer) -> Example:
     for column in fmt.columns:
         if row.get(column) is None:
             raise RowProblem("missing field", f"{column!r} is missing or null")
-    example = _chat_example(row, fmt, tokenizer) if fmt.chat else _string_example(row, fmt)
+    try:
+        example = _chat_example(row, fmt, tokenizer) if fmt.chat else _string_example(row, fmt)
+    except RecursionError as error:
+        raise RowProblem("wrong type", "its messages are nested too deeply") from error
     if fmt.name == "unpaired":
         example.label = _as_label(row["label"])
     return example
@@ -163,7 +169,7 @@ def _chat_example(row: dict, fmt: Format, tokenizer) -> Example:
 
 def _messages(value, role: str, column: str) -> list[dict]:
     """Checked messages without null entries, which Arrow fills in; a plain string is one message of `role`."""
-    if isinstance(value, str):
+    if isinstance(value, str) and column != "messages":
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         raise RowProblem("wrong type", f"{column!r} must be a non-empty list of messages, found {value!r:.60}")
@@ -228,7 +234,7 @@ def _apply_template(tokenizer, tools: list | None, turns: list[dict], generation
     try:
         return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # the template is foreign code, and may raise anything
-        raise RowProblem("chat template", f"the chat template refuses it: {error!s:.120}") from error
+        raise RowProblem("chat template error", f"the chat template refuses it: {error!s:.120}") from error
 
 
 def _render(prompt: list[dict], completions: list[list[dict]], template: Callable[..., str], eos: str) -> Example:
@@ -236,7 +242,7 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Callabl
     candidates = (template(prompt, generation) for generation in (True, False))
     start = next((text for text in candidates if all(whole.startswith(text) for whole in wholes)), None)
     if start is None:
-        raise RowProblem("chat template", "the chat template writes the prompt otherwise once an answer follows it")
+        raise RowProblem("chat template error", "the template writes the prompt otherwise once an answer follows it")
     spans = [
         _answer_spans(prompt, completion, whole, len(start), template, eos)
         for completion, whole in zip(completions, wholes, strict=True)
@@ -262,7 +268,7 @@ def _prefix_length(whole: str, candidates: Iterable[str]) -> int:
     for candidate in candidates:
         if whole.startswith(candidate):
             return len(candidate)
-    raise RowProblem("chat template", "the chat template rewrites earlier turns: keep one assistant turn a row")
+    raise RowProblem(*_REWRITTEN)
 
 
 def _answer_end(whole: str, start: int, so_far: str, eos: str) -> int:
@@ -272,5 +278,5 @@ def _answer_end(whole: str, start: int, so_far: str, eos: str) -> int:
     # Some templates write an answer otherwise (with its thoughts, say) while it is the last: then EOS tells its end.
     end = whole.find(eos, start)
     if end < 0:
-        raise RowProblem("chat template", "the chat template rewrites earlier turns: keep one assistant turn a row")
+        raise RowProblem(*_REWRITTEN)
     return end + len(eos)

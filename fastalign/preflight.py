@@ -118,21 +118,21 @@ class DataReport:
     def _dropped_line(self, reason: str) -> str:
         count, first = self.dropped[reason], self.dropped_rows[reason]
         more = ", ..." if count > len(first) else ""
-        return f"{count:,} (row {', '.join(map(str, first))}{more})"
+        return f"{count:,} (row{'s' if count > 1 else ''} {', '.join(map(str, first))}{more})"
 
     def _warnings(self) -> list[str]:
         completions, rows = f"{self.completions:,} completions", f"{self.rows_kept:,} rows"
         notes = [
             (
                 self.token_merges,
-                f"of {completions} would merge with the end of their prompt if both were tokenised as one text, as after "
-                "a prompt that ends in a space. They are tokenised apart, as in generation; if there are many, move the "
-                "space to the completion.",
+                f"of {completions} would merge with the end of their prompt if both were tokenised as one text, as "
+                "after a prompt that ends in a space. They are tokenised apart, as in generation; if there are many, "
+                "move the space to the completion.",
             ),
             (
                 self.eos_inside,
-                f"of {completions} hold an EOS before their end, which the model never generates past: look for special "
-                "tokens written out in the text.",
+                f"of {completions} hold an EOS before their end, which the model never generates past: look for "
+                "special tokens written out in the text.",
             ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (

@@ -85,7 +85,9 @@ def _read_csv(path: Path) -> Iterator[dict]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
-            header = next(reader)
+            header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"{path} names the column {twice[0]!r} twice: rename one of them.")
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise DataError(
