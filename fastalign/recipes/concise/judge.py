@@ -10,7 +10,6 @@ completeness, repetition, filler, layout, whether the answer stays with the prom
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 WEIGHTS = {
@@ -29,17 +28,10 @@ RAMBLING_WORDS = 60  # a rejected answer has at least so many
 MIN_CHOSEN = 9.0  # a chosen answer scores at least so much
 MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
 
-STOP_WORDS = frozenset(
-    "a about after all also an and another any are as at be because been before being between both but by can could did"
-    " do does doing done each for from get give good had has have having he her his how i if in into is it its just keep"
-    " know let like make many may me more most much my need no not of off on one only or other our out over own say"
-    " should so some such than that the their them then there these they this those through to too two up us use very"
-    " was way we were what when where which while who why will with without would write you your".split()
-)
 FILLER_OPENERS = re.compile(
-    r"^\W*(sure|certainly|absolutely|of course|great question|good question|i'd be happy|i would be happy|i'm happy"
-    r"|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)|here (?:is|are)\b|here's|let's\b|when it comes to"
-    r"|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b|hey\b)",
+    r"^\W*(?:sure|certainly|absolutely|of course|great question|good question|i'd be happy|i would be happy|i'm happy"
+    r"|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)|here (?:is|are)\b|here's|let's\b"
+    r"|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b|hey\b)",
     re.IGNORECASE,
 )
 FILLER_ANYWHERE = re.compile(
@@ -68,6 +60,17 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:['\u2019-][a-z0-9]+)*", text.lower())
 
 
+STOP_WORDS = frozenset(
+    words(
+        "a about after all also an and another any are as at be because been before being between both but by can could"
+        " did do does doing done each for from get give good had has have having he her his how i if in into is it its"
+        " just keep know let like make many may me more most much my need no not of off on one only or other our out"
+        " over own say should so some such than that the their them then there these they this those through to too two"
+        " up us use very was way we were what when where which while who why will with without would write you your"
+    )
+)
+
+
 def stem(word: str) -> str:
     """`word` without its commonest endings, so that `bake`, `bakes` and `baking` meet."""
     return re.sub(r"(?:ies|ing|es|ed|ly|'s|s|e|y)$", "", word) if len(word) > 3 else word
@@ -80,7 +83,7 @@ def content(text: str) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """`text` cut after `.`, `!` or `?` (with a closing quote or bracket) before white space, and at line ends."""
-    parts = re.split(r"(?<=[.!?])(?:(?<=\S)|(?<=[.!?][\"'\u201d)]))\s+|\n+", text.strip())
+    parts = re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d)])\s+|\n+", text.strip())
     return [part for part in parts if part]
 
 

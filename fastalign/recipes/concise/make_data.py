@@ -1,4 +1,4 @@
-"""Make the `concise` preference data: sample SmolLM2-135M-Instruct on prompts.txt, judge, write train.jsonl and test.jsonl.
+"""Make the `concise` preference data: sample SmolLM2-135M-Instruct on prompts.txt, judge, write train and test pairs.
 
     python -m fastalign.recipes.concise.make_data --out DIR [--work DIR] [--seed 0] [--threads 2]
 
@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from fastalign.errors import DataError, ModelError
+from fastalign.recipes.concise.judge import pick_pair
 
 HERE = Path(__file__).parent
 INSTRUCTION = "Answer in two short sentences."
@@ -46,8 +48,8 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style("short", f"\n\n{INSTRUCTION}", temperature=0.6, max_new_tokens=90, repeats=5),
-    Style("plain", "", temperature=0.7, max_new_tokens=140, repeats=2),
+    Style("short", f"\n\n{INSTRUCTION}", temperature=0.6, max_new_tokens=80, repeats=4),
+    Style("plain", "", temperature=0.7, max_new_tokens=140, repeats=1),
 )
 
 
@@ -126,37 +128,42 @@ def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tor
 
 
 @torch.inference_mode()
-def generate(model, batch: dict, style: Style, uniform: torch.Tensor, eos: int) -> list[list[int]]:
-    """Answers (token ids, EOS included where it came) to left-padded prompts; uniform is (B, max_new_tokens).
+def generate(model, batch: dict, owner: torch.Tensor, style: Style, uniform: torch.Tensor, eos: int) -> list[list[int]]:
+    """Answers (token ids, EOS included where it came) to a batch of P left-padded prompts.
 
-    A row leaves the batch at its EOS, so that short answers do not wait for the long ones.
+    owner (N,) is the prompt that each answer belongs to, uniform (N, max_new_tokens) what it is drawn with. A prompt is
+    read once for all its answers, and an answer leaves the batch at its EOS: short ones do not wait for the long ones.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, T)
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # (P, T)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, rows, answers = DynamicCache(config=model.config), torch.arange(len(ids)), [[] for _ in ids]
+    inputs = {"past_key_values": DynamicCache(config=model.config), "logits_to_keep": 1}
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **inputs).logits[owner, -1]  # (N, V)
+    inputs["past_key_values"].batch_select_indices(owner)
+    mask, position, rows, answers = mask[owner], positions[owner, -1:], torch.arange(len(owner)), [[] for _ in owner]
     for step in range(style.max_new_tokens):
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-        token = draw(logits, style.temperature, uniform[rows, step])  # (B, 1)
+        token = draw(logits, style.temperature, uniform[rows, step])  # (N, 1)
         for row, value in zip(rows.tolist(), token[:, 0].tolist(), strict=True):
             answers[row].append(value)
         alive = (token[:, 0] != eos).nonzero()[:, 0]
-        if len(alive) == 0:
+        if len(alive) == 0 or step == style.max_new_tokens - 1:
             break
         if len(alive) < len(rows):
-            cache.batch_select_indices(alive)
-        rows, ids, positions = rows[alive], token[alive], positions[alive, -1:] + 1
+            inputs["past_key_values"].batch_select_indices(alive)
+        rows, token, position = rows[alive], token[alive], position[alive] + 1
         mask = torch.cat([mask[alive], mask.new_ones(len(alive), 1)], dim=1)
+        logits = model(input_ids=token, attention_mask=mask, position_ids=position, **inputs).logits[:, -1]
     return answers
 
 
 def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> list[dict]:
     """Sample rows {prompt, style, repeat, text, tokens, ended} for jobs of one style."""
-    chats = [[{"role": "user", "content": job.prompt + style.suffix}] for job in jobs]
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    chats = [[{"role": "user", "content": prompt + style.suffix}] for prompt in prompts]
     options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
     batch = tokenizer.apply_chat_template(chats, **options)
+    owner = torch.tensor([prompts.index(job.prompt) for job in jobs])
     uniform = torch.stack([uniforms(job, seed, style.max_new_tokens) for job in jobs])
-    answers = generate(model, batch, style, uniform, tokenizer.eos_token_id)
+    answers = generate(model, batch, owner, style, uniform, tokenizer.eos_token_id)
     return [
         {
             **job._asdict(),
@@ -170,12 +177,11 @@ def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> li
 
 def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) -> list[dict]:
     """Draw every answer that `path` does not hold yet, adding to it after each batch; returns all samples."""
-    samples = {
-        Job(row["prompt"], row["style"], row["repeat"]): row for row in (read_jsonl(path) if path.exists() else [])
-    }
+    rows = read_jsonl(path) if path.exists() else []
+    samples = {Job(row["prompt"], row["style"], row["repeat"]): row for row in rows}
     by_length = sorted(prompts, key=len)  # neighbors in a batch need little padding
     for style in STYLES:
-        jobs = [Job(prompt, style.name, repeat) for repeat in range(style.repeats) for prompt in by_length]
+        jobs = [Job(prompt, style.name, repeat) for prompt in by_length for repeat in range(style.repeats)]
         jobs = [job for job in jobs if job not in samples]
         for start in range(0, len(jobs), BATCH_SIZE):
             begin, chunk = time.perf_counter(), jobs[start : start + BATCH_SIZE]
@@ -185,6 +191,35 @@ def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) 
             speed = sum(row["tokens"] for row in rows) / (time.perf_counter() - begin)
             print(f"{style.name}: {start + len(chunk)}/{len(jobs)} answers, {speed:.0f} tokens/s", flush=True)
     return [row for job, row in samples.items() if job.prompt in set(prompts)]
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
+
+
+def make_rows(prompts: Sequence[str], samples: Iterable[dict]) -> list[dict]:
+    """Preference rows in chat form, one for every prompt whose samples hold a clear pair, in the order of `prompts`."""
+    answers = defaultdict(list)
+    for row in samples:
+        answers[row["prompt"]].append((row["text"], row["ended"]))
+    pairs = {prompt: pick_pair(prompt, answers[prompt]) for prompt in prompts}
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": pair[0]}],
+            "rejected": [{"role": "assistant", "content": pair[1]}],
+        }
+        for prompt, pair in pairs.items()
+        if pair
+    ]
+
+
+def describe(name: str, rows: Sequence[dict], tokenizer) -> str:
+    """One line: the number of pairs and the mean tokens of either side, EOS included."""
+    mean = {
+        side: sum(len(tokenizer(row[side][0]["content"])["input_ids"]) + 1 for row in rows) / max(1, len(rows))
+        for side in ("prompt", "chosen", "rejected")
+    }
+    return f"{name}: {len(rows)} pairs; mean tokens " + ", ".join(f"{side} {value:.1f}" for side, value in mean.items())
 
 
 def main() -> None:
@@ -199,7 +234,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model()
     prompts = read_prompts(HERE / "prompts.txt")
-    sample_all(model, tokenizer, prompts, work / "samples.jsonl", options.seed)
+    samples = sample_all(model, tokenizer, prompts, work / "samples.jsonl", options.seed)
+    for name, part in zip(("train", "test"), split(prompts), strict=True):
+        rows = make_rows(part, samples)
+        write_jsonl(options.out / f"{name}.jsonl", rows)
+        print(describe(name, rows, tokenizer))
 
 
 if __name__ == "__main__":
