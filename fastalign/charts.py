@@ -215,8 +215,9 @@ def _plot(axes, chart: Chart, curves: list[Curve]) -> None:
             axes.plot(*thin(curve.steps, curve.values), color=colour, linewidth=0.7, alpha=0.35, zorder=2)
         lone = np.isfinite(curve.values).sum() == 1
         axes.plot(*thin(curve.steps, curve.thick), color=colour, linewidth=1.8, marker="o" if lone else "", zorder=3)
-    if chart.from_zero and all(np.nanmin(curve.values) >= 0 for curve in curves if curve.ends):
-        axes.set_ylim(bottom=0)
+    drawn = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in curves])
+    if chart.from_zero and drawn.min() >= 0 and drawn.max() > 0:
+        axes.set_ylim(0, 1.06 * drawn.max())
 
 
 def _inline(svg: str) -> str:

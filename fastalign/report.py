@@ -2,8 +2,8 @@
 
 Read from the run folder; every file may be missing, and its section is then left out:
 
-    metrics.jsonl   an object per logged step: {"step": int, "epoch": float, "time": seconds since the start, "loss": float,
-                    ...}; keys starting with eval_ come from evaluations. Charts: fastalign/charts.py
+    metrics.jsonl   an object per logged step: {"step": int, "epoch": float, "time": seconds since start, "loss": ...};
+                    keys starting with eval_ come from evaluations. Charts of known metrics: fastalign/charts.py
     config.json     the options, flat or nested
     summary.json    {"title", "model", "dataset", "method": str,
                      "rows": [{"metric": str, "before": number, "after": number, "unit": str, "better": "up" | "down"}],
@@ -147,7 +147,7 @@ def _drawings(records: list[dict[str, Any]]) -> list[Drawing]:
             if _is_number(value) and key not in NOT_CHARTED:
                 key = key.removeprefix("eval_")
                 logged[key] = logged.get(key, 0) + 1
-    others = [Chart(key, "", {key: "train"}) for key, count in logged.items() if key not in known and count > 1]
+    others = [Chart(key, "value", {key: "train"}) for key, count in logged.items() if key not in known and count > 1]
     return [drawing for chart in (*CHARTS, *others) if (drawing := draw(chart, records))]
 
 
@@ -166,10 +166,10 @@ def format_number(value: Any, sign: bool = False) -> str:
     size, plus = abs(value), "+" if sign and value > 0 else ""
     if size == 0:
         return "0"
-    if (isinstance(value, int) and size < 1e15) or 1000 <= size < 1e7:
-        text = f"{size:,.0f}"
-    elif 1e-3 <= size < 1000:
-        text = f"{size:.{2 - math.floor(math.log10(size))}f}"
+    if isinstance(value, int):
+        text = f"{size:,}"
+    elif 1e-3 <= size < 1e7:
+        text = f"{size:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
     else:
         text = re.sub("e([+-])0?", r"e\1", f"{size:.3g}").replace("e+", "e").replace("-", MINUS)

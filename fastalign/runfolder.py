@@ -85,7 +85,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file. Raises DataError if the file holds anything else."""
     try:
-        obj = json.loads(Path(path).read_bytes())
+        obj = json.loads(Path(path).read_bytes(), parse_int=_parse_int)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
@@ -117,10 +117,16 @@ def _plain(obj: Any) -> Any:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The JSON object in a line, or None if there is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=_parse_int)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _parse_int(digits: str) -> int | float:
+    return (
+        int(digits) if len(digits) <= 300 else float(digits)
+    )  # what no float can hold is infinite, not an error later
 
 
 def _number(value: Any) -> Any:

@@ -48,6 +48,12 @@ def test_bare_nan_of_other_writers_is_read(tmp_path):
     assert math.isnan(read_metrics(path)[0]["loss"])
 
 
+def test_integers_beyond_every_float_are_infinite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"a": 1{"0" * 299}, "b": -1{"0" * 5000}}}\n')
+    assert read_metrics(path) == [{"a": 10**299, "b": -math.inf}]
+
+
 def test_scalars_of_numpy_and_torch_become_numbers_and_other_objects_strings(tmp_path):
     path = tmp_path / "config.json"
     write_json(
