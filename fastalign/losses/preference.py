@@ -309,9 +309,8 @@ def discopop(
         raise InputError(f"discopop_tau is {discopop_tau!r}; expected a number in (0, 1]: the paper uses 0.05.")
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     scaled = x / discopop_tau
-    # log(w exp(-x)), with -x and the linear part of log w joined below zero, where they nearly cancel at tau near 1.
-    exponent = torch.where(x >= 0, F.logsigmoid(scaled) - x, (1 / discopop_tau - 1) * x + F.logsigmoid(-scaled))
-    return exponent.exp() - _sigmoid(-scaled) * F.logsigmoid(x)
+    # w exp(-x) as one exponential: at x = -1e4 the product would be 0 times infinity.
+    return torch.exp(F.logsigmoid(scaled) - x) - _sigmoid(-scaled) * F.logsigmoid(x)
 
 
 def simpo(
