@@ -74,7 +74,7 @@ def linear_logprobs(
     if not entropy:
         return logprobs
     log_p = torch.log_softmax(z, dim=-1)
-    p_log_p = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)  # a masked entry (-inf) contributes nothing
+    p_log_p = log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)  # a masked entry (-inf) adds nothing
     return logprobs, (-p_log_p.sum(-1)).masked_fill(targets == ignore_index, 0.0)
 
 
