@@ -336,6 +336,19 @@ def test_tool_calls_tools_and_extra_keys_reach_the_template():
         )
 
 
+def test_conversations_win_over_a_prompt_string_that_they_repeat_behind_a_system_turn(tokenizer):
+    row = {"prompt": PLAIN, **{name: [{"role": "system", "content": "be kind"}, *PAIR[name]] for name in PAIR}}
+    tokens, _ = tokenize([row], tokenizer)
+    assert texts(tokenizer, tokens[0])[0] == "<|im_start|>system\nbe kind<|im_end|>\n" + CHAT_PROMPT
+
+
+def test_a_tool_call_alone_is_an_answer():
+    tokenizer = byte_level(CHATML.replace("m['content'] +", "m['content'] + (m.tool_calls | tojson) +"))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "dog"}]}
+    tokens, _ = tokenize([{"prompt": [{**QUESTION, "tool_calls": []}], "completion": [call]}], tokenizer)
+    assert texts(tokenizer, tokens[0])[1] == ['[{"name": "dog"}]<|im_end|>']
+
+
 # EOS, BOS and merges
 
 
