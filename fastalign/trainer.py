@@ -1,0 +1,383 @@
+"""The trainers: `transformers.Trainer` with a packed batch, log-probs from the model's own forward, and an objective."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from fastalign import data, memory
+from fastalign.callbacks import MetricsWriter, Progress
+from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
+from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.models import load_model, load_tokenizer
+from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
+from fastalign.packing import PackedBatch
+from fastalign.reference import linear_logits, logits_divergence
+from fastalign.reference_logprobs import ReferenceWeights, fingerprint, precompute
+from fastalign.scoring import causal_lm, lay_out, output_head, prepare
+
+logger = logging.getLogger("fastalign")
+
+
+class Collator:
+    """Tokenised rows to a `Batch`."""
+
+    def __init__(self, layout: str, pad_token_id: int, *, score_prompts: bool = False):
+        self.layout, self.pad_token_id, self.score_prompts = layout, pad_token_id, score_prompts
+
+    def __call__(self, rows: list[dict]) -> dict[str, Batch]:
+        packed, prompt_tokens = lay_out(rows, self.layout, self.pad_token_id), 0
+        if self.score_prompts:
+            packed, prompt_tokens = _with_prompts(packed)
+        reference = desirable = None
+        if "ref_logprobs" in rows[0]:
+            reference = torch.tensor([v for row in rows for values in row["ref_logprobs"] for v in values])
+        if "label" in rows[0]:
+            desirable = torch.tensor([row["label"] for row in rows])
+        return {"batch": Batch(packed, reference, desirable, prompt_tokens)}
+
+
+def _with_prompts(packed: PackedBatch) -> tuple[PackedBatch, int]:
+    """The batch with every prompt's tokens scored too, behind the completions' tokens, and their number."""
+    positions = [i for group in packed.layout for i in range(group.prompt[0], group.prompt[1] - 1)]
+    index = torch.tensor(positions, dtype=torch.int64)
+    targets = packed.input_ids[0, index + 1]
+    packed = replace(
+        packed,
+        score_index=torch.cat([packed.score_index, index]),
+        targets=torch.cat([packed.targets, targets]),
+    )
+    return packed, index.numel()
+
+
+class AlignmentTrainer(Trainer):
+    """What the trainers share; use `PreferenceTrainer` or `SFTTrainer`.
+
+    model: a causal language model with its weights, or what `load_model` takes (a folder, a hub name, a packaged
+        model). peft_config: trains an adapter, kept in float32; None trains the model, or the adapter it comes with.
+    train_dataset, eval_dataset: rows in any format of `fastalign.data`, or the path of a file of them.
+    processing_class: the tokenizer; None loads the one beside the model.
+    objective: builds what is minimised from `args`.
+
+    FastAlignError, before any training step, for whatever would fail later; `preflight` holds the data report.
+    """
+
+    # The objective has divided by the totals of the accumulated batch already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: AlignmentConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        objective: Callable,
+        **trainer_options,
+    ):
+        if isinstance(model, (str, Path)):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, for_adapter=peft_config is not None)
+        if processing_class is None:
+            raise ConfigError("processing_class is None; pass the model's tokenizer")
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        _check_trainable(model)
+        if args.disable_dropout:
+            _disable_dropout(model)
+        args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
+        self.objective = objective(args)
+        self.layout = prepare(model)
+        if self.layout == "shared" and not args.share_prompts:
+            self.layout = "packed"
+        train_dataset, self.preflight = self._tokenise(train_dataset, processing_class, args, model)
+        if eval_dataset is not None:
+            eval_dataset, _ = self._tokenise(eval_dataset, processing_class, args, model)
+        pad_token_id = processing_class.pad_token_id or processing_class.eos_token_id or 0
+        score_prompts = getattr(args, "nll_over", "completion") == "prompt_and_completion"
+        if score_prompts and self.layout == "padded":
+            raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
+        collator = Collator(self.layout, pad_token_id, score_prompts=score_prompts)
+        self._sums: dict[str, dict] = {"train": defaultdict(lambda: 0), "eval": defaultdict(lambda: 0)}
+        self._tokens, self._clock = 0, time.monotonic()
+        super().__init__(
+            model, args, collator, train_dataset, eval_dataset, processing_class, callbacks=callbacks, **trainer_options
+        )
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)
+        self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
+        if not args.disable_tqdm:
+            self.add_callback(Progress())
+        self.reference = self._prepare_reference() if self.objective.needs_reference else None
+
+    # Data
+
+    def _tokenise(self, rows, tokenizer, args: AlignmentConfig, model: nn.Module):
+        dataset, report = data.tokenize(
+            rows, tokenizer, max_length=args.max_length, on_truncate=args.on_truncate, on_invalid=args.on_invalid
+        )
+        self._check_rows(dataset, report.format)
+        vocab = causal_lm(model).get_input_embeddings().weight.shape[0]
+        largest = max(max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset)
+        if largest >= vocab:
+            raise ModelError(
+                f"The tokenizer gives token {largest}, but the model knows {vocab} tokens: use the model's own tokenizer, "
+                "or call model.resize_token_embeddings(len(tokenizer))."
+            )
+        return dataset, report
+
+    def _check_rows(self, dataset, found: str) -> None:
+        raise NotImplementedError
+
+    # Reference
+
+    def _prepare_reference(self) -> ReferenceWeights | None:
+        """Keep the weights in hand as the reference: a copy where adapters make it small, log-probs of every row."""
+        args = self.args
+        adapter = hasattr(self.model, "peft_config")
+        weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
+        if args.precompute_ref_log_probs:
+            key = fingerprint(self.model)
+            self.train_dataset = precompute(self.train_dataset, self._score, key, args.ref_cache_dir)
+            if self.eval_dataset is not None:
+                self.eval_dataset = precompute(self.eval_dataset, self._score, key, args.ref_cache_dir)
+        return weights
+
+    @torch.no_grad()
+    def _score(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
+        packed = lay_out(rows, self.layout, self.data_collator.pad_token_id)
+        training, _ = self.model.training, self.model.eval()
+        with self.compute_loss_context_manager():
+            scores = self.model(packed=packed.to(self.args.device))
+        self.model.train(training)
+        return packed, scores.logprobs
+
+    @torch.no_grad()
+    def _reference_now(self, model: nn.Module, packed: PackedBatch, keep_hidden: bool = False):
+        """Scores under the reference's weights, by a forward pass over the same batch."""
+        with self.reference.in_place() if self.reference else nullcontext():
+            scores = model(packed=packed, keep_hidden=keep_hidden)
+            head = output_head(causal_lm(model)) if keep_hidden else None
+        return scores, head
+
+    def _reference_logprobs(self, model: nn.Module, batch: Batch, logprobs: Tensor) -> Tensor | None:
+        if not self.objective.needs_reference:
+            return None
+        scored = logprobs.shape[0] - batch.prompt_tokens
+        if batch.ref_logprobs is not None and (self.state.global_step > 0 or not model.training):
+            return batch.ref_logprobs
+        now = self._reference_now(model, batch.packed)[0].logprobs[:scored]
+        if self.state.global_step == 0 and model.training:
+            self._check_start(now, logprobs.detach()[:scored], batch.ref_logprobs)
+        return now
+
+    def _check_start(self, reference: Tensor, policy: Tensor, stored: Tensor | None) -> None:
+        """Before the first update, policy and reference are the same weights: margins are exactly 0."""
+        off = (policy - reference).abs().max().item()
+        if off != 0.0:
+            raise ModelError(
+                f"Before the first step the model's log-probs differ from the reference's by {off:.3g}; they must be "
+                "equal. The model is not deterministic: set disable_dropout=True, or turn off what draws random numbers."
+            )
+        if stored is None:
+            return
+        # Another batch, another rounding: what eps leaves of log-probs after a deep model in its dtype.
+        limit = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5 * 10
+        off = (stored - reference).abs().max().item()
+        if not off <= limit:
+            raise DataError(
+                f"Stored reference log-probs are off by {off:.3g} (at most {limit:.3g} would be rounding): delete the "
+                f"cache folder {self.args.ref_cache_dir or '~/.cache/fastalign'} and start again."
+            )
+
+    # Loss and metrics
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Totals | None:
+        totals = [self.objective.totals(sample["batch"]) for sample in batch_samples]
+        if not totals:
+            return None
+        items, tokens = (torch.stack(list(column)).sum().to(device) for column in zip(*totals, strict=True))
+        if self.args.world_size > 1:
+            items, tokens = (self.accelerator.reduce(t, "sum") / self.args.world_size for t in (items, tokens))
+        return Totals(items, tokens)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch: Batch = inputs["batch"]
+        scores = model(packed=batch.packed, memory_budget=self.args.memory_budget)
+        reference = self._reference_logprobs(model, batch, scores.logprobs)
+        totals = num_items_in_batch or self.objective.totals(batch)
+        loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
+        self._record("train" if model.training else "eval", metrics)
+        if model.training:
+            self._tokens += batch.packed.input_ids.numel()
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if self.reference is not None:
+                self._record("eval", {"kl": self._kl_to_reference(model, inputs["batch"].packed)})
+        return loss.detach(), None, None
+
+    def _kl_to_reference(self, model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Exact KL(model || reference) per scored token, summed, and the number of tokens."""
+        hidden, head = model(packed=packed, keep_hidden=True).hidden, output_head(causal_lm(model))
+        reference, ref_head = self._reference_now(model, packed, keep_hidden=True)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(128):
+            ours = linear_logits(hidden[rows], head.weight, **head.options())
+            theirs = linear_logits(reference.hidden[rows], ref_head.weight, **ref_head.options())
+            total += logits_divergence(ours, theirs, divergence="reverse_kl").sum()
+        return total, torch.tensor(hidden.shape[0], device=hidden.device)
+
+    def _record(self, mode: str, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name, pair in metrics.items():
+            self._sums[mode][name] = self._sums[mode][name] + torch.stack([part.detach().double() for part in pair])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last line: the one place where they leave the device."""
+        mode, prefix = ("eval", "eval_") if "eval_loss" in logs else ("train", "")
+        sums = self._sums[mode]
+        if sums:
+            values = torch.stack(list(sums.values())).tolist()
+            means = {prefix + n: s / c for n, (s, c) in zip(sums, values, strict=True) if c}
+            chosen, rejected = (means.get(f"{prefix}rewards/{side}") for side in ("chosen", "rejected"))
+            if chosen is not None and rejected is not None:
+                means.setdefault(f"{prefix}rewards/margins", chosen - rejected)
+            logs = {**logs, **means}
+            sums.clear()
+        if mode == "train" and "loss" in logs:
+            now = time.monotonic()
+            logs["tokens_per_second"] = self._tokens / max(now - self._clock, 1e-9)
+            logs["memory_gb"] = memory.peak_bytes(self.args.device) / 1e9
+            self._tokens, self._clock = 0, now
+        super().log(logs, start_time)
+
+    def train(self, *args, **kwargs):
+        """`transformers.Trainer.train`, with the preflight report in front."""
+        if self.args.should_log and not self.args.disable_tqdm:
+            print(self.preflight_report(), flush=True)
+        self._clock = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def preflight_report(self) -> str:
+        """What training will start from: rows, tokens, trainable parameters, predicted memory."""
+        rows = [self.train_dataset[i] for i in range(len(self.train_dataset))]
+        size = self.args.per_device_train_batch_size
+        longest = sorted(len(r["prompt_ids"]) + sum(map(len, r["completion_ids"])) for r in rows)[-size:]
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        predicted = memory.predict(self.model, tokens=sum(longest), checkpointing=self.args.gradient_checkpointing)
+        how = {"shared": "packed, each prompt once", "packed": "packed, a prompt a completion", "padded": "padded rows"}
+        return self.preflight.render([
+            ("batches", f"{size} x {self.args.gradient_accumulation_steps} rows a step, {how[self.layout]}"),
+            ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+            ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({sum(longest):,} tokens)"),
+        ])  # fmt: skip
+
+
+class PreferenceTrainer(AlignmentTrainer):
+    """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
+
+    The reference is the model as it is given, adapter included, never one loaded anew. Arguments and errors are those
+    of `AlignmentTrainer`.
+    """
+
+    def __init__(self, model, args: PreferenceConfig, train_dataset, eval_dataset=None, processing_class=None,
+                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+        self._unpaired = args.unpaired is not None
+        objective = UnpairedObjective if self._unpaired else PreferenceObjective
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
+            objective=objective, **trainer_options,
+        )  # fmt: skip
+        if args.sync_ref_model:
+            self.add_callback(_MoveReference(self.reference, args))
+
+    def _tokenise(self, rows, tokenizer, args, model):
+        dataset, report = super()._tokenise(rows, tokenizer, args, model)
+        return (_with_mismatched(dataset) if self._unpaired else dataset), report
+
+    def _check_rows(self, dataset, found: str) -> None:
+        if self._unpaired and "label" not in dataset.column_names:
+            raise DataError(f"The data set is '{found}'; KTO and BCO need the columns prompt, completion and label.")
+        if not self._unpaired and len(dataset[0]["completion_ids"]) != 2:
+            raise DataError(f"The data set is '{found}'; a loss over pairs needs chosen and rejected columns.")
+
+
+class SFTTrainer(AlignmentTrainer):
+    """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`."""
+
+    def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,
+                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
+            objective=lambda _: SFTObjective(), **trainer_options,
+        )  # fmt: skip
+
+    def _check_rows(self, dataset, found: str) -> None:
+        if len(dataset[0]["completion_ids"]) != 1:
+            raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")
+
+
+class _MoveReference(TrainerCallback):
+    def __init__(self, reference: ReferenceWeights, args: PreferenceConfig):
+        self.reference, self.args = reference, args
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.args.ref_model_sync_steps == 0:
+            self.reference.move_towards_model(self.args.ref_model_mixup_alpha)
+
+
+def _with_mismatched(dataset):
+    """Each row with the next row's completion as its second one, as KTO's baseline needs it."""
+    if len(dataset) < 2:
+        raise DataError(
+            "The data set has one row; KTO and BCO compare completions of different prompts: give more rows."
+        )
+
+    def add(row, i):
+        other = dataset[(i + 1) % len(dataset)]
+        extra = {name: [row[name][0], other[name][0]] for name in ("completion_ids", "completion_mask") if name in row}
+        return {**row, **extra}
+
+    return type(dataset).from_list([add(dataset[i], i) for i in range(len(dataset))], features=dataset.features)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
+    low = [name for name, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
+    if low and hasattr(model, "peft_config"):
+        for _, parameter in trainable:
+            parameter.data = parameter.data.float()
+    elif low:
+        logger.warning(
+            "%d trainable tensors are in 16 bits (%s, ...), where small updates round to nothing: load the model in "
+            "float32 (dtype='float32'), or train an adapter.", len(low), low[0],
+        )  # fmt: skip
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        for attribute in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
