@@ -17,21 +17,23 @@ WEIGHTS = {
     "too_short": 5.0,
     "too_long": 6.0,
     "repetition": 4.0,
-    "filler": 2.0,
+    "filler": 3.0,
     "layout": 2.0,
     "off_topic": 3.0,
     "odd_text": 3.0,
     "unsafe": 10.0,
 }
 IDEAL_WORDS = (12, 45)  # no length fault in between
+TYPICAL_WORDS = 24  # of equally good answers, the one nearest this length is chosen
 RAMBLING_WORDS = 60  # a rejected answer has at least so many
 MIN_CHOSEN = 9.0  # a chosen answer scores at least so much
 MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
 
 FILLER_OPENERS = re.compile(
-    r"^\W*(?:sure|certainly|absolutely|of course|great question|good question|i'd be happy|i would be happy|i'm happy"
-    r"|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)|here (?:is|are)\b|here's|let's\b"
-    r"|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b|hey\b)",
+    r"^\W*(?:sure|certainly|absolutely|of course|a (?:great|good|simple|classic)\b|great question|good question"
+    r"|i'd be happy|i would be happy|i'm happy|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)"
+    r"|here (?:is|are)\b|here's|let's\b|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b|hey\b"
+    r"|(?:the|a|my) (?:simple |short )?(?:answer|question)\b|this (?:question|answer|sentence|prompt)\b)",
     re.IGNORECASE,
 )
 FILLER_ANYWHERE = re.compile(
@@ -51,6 +53,9 @@ UNSAFE = re.compile(
     r"|kill(?:s|ed|ing|er)?|murder\w*|bombs?|bleach|ammonia|drunk|cocaine|heroin|slaves?|slavery|nazi\w*|hitler|racis\w*"
     r"|terroris\w*|weapons?|guns?|hate|stupid|idiots?|ugly|retard\w*)\b",
     re.IGNORECASE,
+)
+CIRCULAR = re.compile(
+    r"^(?:(?:a|an|the) )?(\w{3,})\w* is (?:a|an|the)? ?(?:art of |type of |form of )?(?:\w+ )?\1", re.IGNORECASE
 )
 DOUBLED = re.compile(r"\b(\w{3,})(?:,? and|,? or|,)? \1\b", re.IGNORECASE)
 
@@ -92,7 +97,7 @@ def sentences(text: str) -> list[str]:
 
 def unfinished(text: str, ended: bool) -> float:
     """1 where the answer was cut off, lacks closing punctuation, or announces a list and stops."""
-    closed = re.search(r"[.!?][\"'\u201d)]?$", text) and not re.search(r"(?:\b\d+|:|\betc|\.\.)[.!?]$", text)
+    closed = re.search(r"[.!?][\"'\u201d)]?$", text) and not re.search(r"(?:(?:^|\s)\d{1,2}|:|\.\.)[.!?]$", text)
     return 0.0 if ended and closed else 1.0
 
 
@@ -107,11 +112,11 @@ def too_long(count: int) -> float:
 
 
 def repetition(text: str) -> float:
-    """Twice the share of word trigrams seen before; 1 for a doubled word or sentence; and dull word choice.
+    """Twice the share of word trigrams seen before; 1 for a doubled word or sentence, or "A tax is a tax"; or dullness.
 
-    Dull word choice: under 70 % of the content words are distinct, growing to 1 at 40 %.
+    Dullness: under 70 % of the content words are distinct, growing to 1 at 40 %.
     """
-    if DOUBLED.search(text):
+    if DOUBLED.search(text) or CIRCULAR.search(text):
         return 1.0
     lines = [sentence.lower() for sentence in sentences(text)]
     if len(set(lines)) < len(lines):
@@ -124,7 +129,7 @@ def repetition(text: str) -> float:
 
 
 def filler(text: str) -> float:
-    """Half a point for a stock opener, half for every other stock phrase, at most 1."""
+    """Half for a stock opener, half for every other stock phrase, at most 1."""
     return min(1.0, 0.5 * bool(FILLER_OPENERS.search(text)) + 0.5 * len(FILLER_ANYWHERE.findall(text)))
 
 
@@ -191,17 +196,16 @@ def trim(text: str, max_words: int) -> str:
 def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: int = 85) -> tuple[str, str] | None:
     """(chosen, rejected) out of `answers` = (text, ended) to `prompt`, or None where no clear pair is among them.
 
-    Chosen is the best-scoring concise answer; of equals, the one nearest the middle of the ideal length. Rejected is a
+    Chosen is the best-scoring concise answer; of equals, the one nearest `TYPICAL_WORDS`. Rejected is a
     rambling answer that scores at least `MIN_MARGIN` less: one that came to its own end if there is any, else one that
     ran out of budget, trimmed to `max_words`; of equals, the worst-scoring.
     """
     answers = list(answers)
-    middle = sum(IDEAL_WORDS) / 2
     concise = [text for text, ended in answers if is_concise(prompt, text, ended=ended)]
     rambling = [(not ended, text if ended else trim(text, max_words)) for text, ended in answers]
     rambling = [(cut, text) for cut, text in rambling if is_rambling(prompt, text)]
     if not concise or not rambling:
         return None
-    chosen = max(concise, key=lambda text: (score(prompt, text), -abs(len(words(text)) - middle)))
+    chosen = max(concise, key=lambda text: (score(prompt, text), -abs(len(words(text)) - TYPICAL_WORDS)))
     _, rejected = min(rambling, key=lambda item: (item[0], score(prompt, item[1])))
     return (chosen, rejected) if score(prompt, chosen) - score(prompt, rejected) >= MIN_MARGIN else None
