@@ -1,7 +1,56 @@
 """fastalign: post-training of language models on one memory-limited machine."""
 
+from fastalign.fused import (
+    PreferenceOutput,
+    UnpairedOutput,
+    fused_linear_aot,
+    fused_linear_apo_down,
+    fused_linear_apo_zero,
+    fused_linear_bco,
+    fused_linear_bco_pair,
+    fused_linear_cpo,
+    fused_linear_discopop,
+    fused_linear_dpo,
+    fused_linear_exo,
+    fused_linear_hinge,
+    fused_linear_ipo,
+    fused_linear_kto,
+    fused_linear_nca,
+    fused_linear_orpo,
+    fused_linear_preference,
+    fused_linear_robust,
+    fused_linear_sft,
+    fused_linear_simpo,
+    fused_linear_sppo,
+)
 from fastalign.ops import linear_logprobs, segment_sum, selective_logprobs
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "linear_logprobs", "segment_sum", "selective_logprobs"]
+__all__ = [
+    "PreferenceOutput",
+    "UnpairedOutput",
+    "__version__",
+    "fused_linear_aot",
+    "fused_linear_apo_down",
+    "fused_linear_apo_zero",
+    "fused_linear_bco",
+    "fused_linear_bco_pair",
+    "fused_linear_cpo",
+    "fused_linear_discopop",
+    "fused_linear_dpo",
+    "fused_linear_exo",
+    "fused_linear_hinge",
+    "fused_linear_ipo",
+    "fused_linear_kto",
+    "fused_linear_nca",
+    "fused_linear_orpo",
+    "fused_linear_preference",
+    "fused_linear_robust",
+    "fused_linear_sft",
+    "fused_linear_simpo",
+    "fused_linear_sppo",
+    "linear_logprobs",
+    "segment_sum",
+    "selective_logprobs",
+]
