@@ -88,7 +88,7 @@ def _segment_mask(segment: Segment, window: int | None, device: torch.device) ->
     return mask if window is None else mask.triu(segment.prefix - window + 1)
 
 
-_active: ContextVar[tuple[tuple[Group, ...], dict[int | None, PackedMask]] | None] = ContextVar("layout", default=None)
+_layout: ContextVar[tuple[Group, ...] | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
@@ -98,18 +98,17 @@ def packed_attention(layout: tuple[Group, ...] | None) -> Iterator[None]:
     Wrap the forward only: gradient checkpointing's recomputation in backward needs no context. Give the model
     `use_cache=False`.
     """
-    token = _active.set(None if layout is None else (layout, {}))
+    token = _layout.set(layout)
     try:
         yield
     finally:
-        _active.reset(token)
+        _layout.reset(token)
 
 
 def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool = False, **kwargs):
-    active = _active.get()
-    if active is None:
+    layout = _layout.get()
+    if layout is None:
         return sdpa_mask(local_size=local_size, config=config, use_vmap=use_vmap, **kwargs)
-    layout, packed = active
     if "allow_is_bidirectional_skip" in kwargs:
         raise ModelError("A layer asks for non-causal attention, which cannot be packed: use padded batches.")
     if use_vmap:
@@ -118,9 +117,7 @@ def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool
         )
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise ModelError("The model attends in chunks, which cannot be packed: use padded batches.")
-    if local_size not in packed:
-        packed[local_size] = PackedMask(layout, local_size)
-    mask = packed[local_size]
+    mask = PackedMask(layout, local_size)
     batch, queries, keys = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
     if (batch, queries, keys) != (1, mask.length, mask.length):
         raise ModelError(

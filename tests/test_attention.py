@@ -192,13 +192,13 @@ def test_low_precision_does_not_change_the_verdict(name, layout, dtype):
     assert prepare_model(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)) == layout
 
 
+@pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_oss"])
-def test_generation_is_unchanged(name):
+def test_generation_is_unchanged(name, padding):
     model = make_model(CONFIGS[name])
-    inputs = {
-        "input_ids": torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]),
-        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
-    }
+    ids = torch.arange(5, 17).view(2, 6)
+    ids[0, :padding] = 0
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     before = model.generate(**inputs, **options)
     prepare_model(model)
@@ -222,7 +222,7 @@ def test_layers_share_one_mask_per_window():
     assert masks is seen[0].masks(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 16])
 def test_varlen_arguments_describe_the_same_attention(window):
     """What flash-attn is told, carried out segment by segment with its bottom-right aligned causal mask."""
     packed = PackedMask(pack(make_examples()).layout, window)
