@@ -105,15 +105,16 @@ class PreferenceObjective:
             implicit_rewards(rejected.detach(), ref_rejected, beta),
         )
         margins = rewards[0] - rewards[1]
-        # Without a reference the average log-prob is what a reference-free loss ranks by.
-        ranked = margins if references[0] is not None else chosen / lengths[0::2] - rejected / lengths[1::2]
+        scored = batch.packed.cu_seqlens.diff().clamp(min=1)
+        per_token = chosen / scored[0::2] - rejected / scored[1::2]
         return {
             "rewards/chosen": _mean(rewards[0]),
             "rewards/rejected": _mean(rewards[1]),
             "rewards/margins": _mean(margins),
-            "rewards/accuracies": _mean((ranked > 0).float()),
+            "rewards/accuracies": _mean((margins > 0).float()),
             "logps/chosen": _mean(chosen),
             "logps/rejected": _mean(rejected),
+            "logps/accuracies": _mean((per_token > 0).float()),
             "lengths/chosen": _mean(lengths[0::2]),
             "lengths/rejected": _mean(lengths[1::2]),
         }

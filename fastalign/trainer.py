@@ -113,7 +113,7 @@ class AlignmentTrainer(Trainer):
             raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
         collator = Collator(self.layout, pad_token_id, score_prompts=score_prompts)
         self._sums: dict[str, dict] = {"train": defaultdict(lambda: 0), "eval": defaultdict(lambda: 0)}
-        self._tokens, self._clock = 0, time.monotonic()
+        self._tokens, self._clock, self.tokens_seen = 0, time.monotonic(), 0
         super().__init__(
             model, args, collator, train_dataset, eval_dataset, processing_class, callbacks=callbacks, **trainer_options
         )
@@ -224,6 +224,7 @@ class AlignmentTrainer(Trainer):
         self._record("train" if model.training else "eval", metrics)
         if model.training:
             self._tokens += batch.packed.input_ids.numel()
+            self.tokens_seen += batch.packed.input_ids.numel()
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -1,0 +1,211 @@
+"""The command line: `fastalign dpo|orpo|...|sft`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign import __version__
+from fastalign.errors import ConfigError, FastAlignError
+
+_EPILOG = """examples:
+  fastalign train dpo-smollm2                     a ready recipe: DPO of a packaged model, about five minutes on a laptop
+  fastalign dpo model=./model train=pairs.jsonl eval=held_out.jsonl beta=0.2 learning_rate=5e-5
+  fastalign sft --config run.yaml num_train_epochs=2
+  fastalign data check pairs.jsonl --model ./model
+
+Options are key=value, in a YAML file or on the command line (which wins): those of the run (model, train, eval,
+lora_rank, ...), of the method (beta, loss_type, ...), and every field of transformers.TrainingArguments.
+`fastalign dpo --help` lists them.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 after an error said in one sentence."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args = _parser(argv).parse_args(argv)
+        args.run(args)
+    except FastAlignError as error:
+        print(f"fastalign: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastalign: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def methods() -> list[str]:
+    """Every loss by name, and sft."""
+    from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
+
+    return ["sft", *PAIRWISE, *UNPAIRED, *ALIASES]
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="fastalign", description="Align a language model on this machine.", epilog=_EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--version", action="version", version=f"fastalign {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="run a recipe: a name that ships with fastalign, or a YAML file")
+    train.add_argument("recipe", help=f"one of {', '.join(_recipes())}, or the path of a YAML file")
+    _add_options(train)
+    train.set_defaults(run=lambda args: _train(_read_recipe(args.recipe), args))
+
+    data = commands.add_parser("data", help="look at a data set without training")
+    check = data.add_subparsers(metavar="ACTION", required=True).add_parser("check", help="print the preflight report")
+    check.add_argument("file", help="a .jsonl, .json, .parquet or .csv file")
+    check.add_argument("--model", default="smollm2-135m-instruct", help="whose tokenizer to use (default: %(default)s)")
+    check.add_argument("--max-length", type=int, help="most tokens of a prompt with one completion")
+    check.set_defaults(run=_check)
+
+    commands.add_parser("info", help="what is in use: versions, device, kernels").set_defaults(run=_info)
+
+    shown = ("sft", "dpo", "ipo", "orpo", "kto")  # the rest is in --help of these, under loss_type
+    for name in methods():
+        asked = name in argv and {"-h", "--help"}.intersection(argv)  # the text is long, and loads transformers
+        method = commands.add_parser(
+            name,
+            help=f"train with {name}" if name in shown else argparse.SUPPRESS,
+            formatter_class=raw,
+            epilog=_options_help(name) if asked else None,
+        )
+        method.add_argument("--config", help="a YAML file of options")
+        _add_options(method)
+        method.set_defaults(method=name, run=_train_method)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options, over those of the file")
+
+
+def _options_help(name: str) -> str:
+    from transformers import TrainingArguments
+
+    from fastalign.run import RunOptions
+
+    inherited = {f.name for f in fields(TrainingArguments)}
+    lines = ["options of the run:"]
+    lines += [f"  {f.name:<26}{f.metadata.get('help', '')} [{f.default}]" for f in fields(RunOptions)]
+    lines += ["", "options of the method:"]
+    for f in fields(_config_class(name)):
+        if f.name not in inherited or "help" in f.metadata and f.name in ("learning_rate", "output_dir", "logging_steps"):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            lines.append(f"  {f.name:<26}{f.metadata.get('help', '')} [{default}]")
+    lines += ["", "and every field of transformers.TrainingArguments, for example num_train_epochs,",
+              "per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, seed, max_steps."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _config_class(name: str) -> type:
+    from fastalign.config import PreferenceConfig, SFTConfig
+
+    return SFTConfig if name == "sft" else PreferenceConfig
+
+
+def _recipes() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in files("fastalign.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    from fastalign.config import nearest
+
+    if name in _recipes():
+        return _read_yaml(Path(str(files("fastalign.recipes") / f"{name}.yaml")))
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"There is no recipe or file {name!r}; {nearest(name, _recipes())}")
+    return _read_yaml(path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a YAML file; paths in it that start with ./ or ../ are meant from its folder."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise ConfigError(f"The configuration {path} must be a mapping of option names to values")
+    for key in ("train", "eval", "model"):
+        if isinstance(options.get(key), str) and options[key].startswith(("./", "../")):
+            options[key] = str((path.parent / options[key]).resolve())
+    return dict(options)
+
+
+def _train_method(args: argparse.Namespace) -> None:
+    _train({"method": args.method, **(_read_yaml(Path(args.config)) if args.config else {})}, args)
+
+
+def _train(options: dict[str, Any], args: argparse.Namespace) -> None:
+    from fastalign.config import from_mapping, nearest
+    from fastalign.run import RunOptions, run
+
+    for item in args.options:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{item!r} is not of the form key=value")
+        options[key] = yaml.safe_load(value) if value else None
+    method = options.pop("method", None)
+    if method not in methods():
+        raise ConfigError(f"method is {method!r}; {nearest(str(method), methods())}")
+    config_class = _config_class(method)
+    if method != "sft":
+        options.setdefault("loss_type", method)
+    of_run = {f.name for f in fields(RunOptions)}
+    known = [*of_run, *(f.name for f in fields(config_class) if f.init), "method"]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"Unknown option {key!r}; {nearest(key, known)}")
+    config = from_mapping(config_class, {k: v for k, v in options.items() if k not in of_run})
+    run(from_mapping(RunOptions, {k: v for k, v in options.items() if k in of_run}), config)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from fastalign.data import load_rows, tokenize
+    from fastalign.models import load_tokenizer
+
+    rows = load_rows(args.file)
+    _, report = tokenize(rows, load_tokenizer(args.model), max_length=args.max_length)
+    print(report)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import platform
+
+    import peft
+    import torch
+    import transformers
+
+    from fastalign.models import default_dtype
+    from fastalign.ops.segment_sum import native
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    lines = {
+        "fastalign": __version__,
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "transformers": f"{transformers.__version__}, peft {peft.__version__}",
+        "device": device,
+        "weights": f"{default_dtype(True)} under an adapter, {default_dtype(False)} when trained".replace("torch.", ""),
+        "native module": f"built with {native.compiler}" if native else "not built: run `make build`",
+    }
+    for label, value in lines.items():
+        print(f"{label:<16}{value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a run did to a model: answers to held-out prompts before and after, and the table that compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Answers:
+    """Greedy answers to some prompts."""
+
+    texts: list[str]
+    lengths: list[int]  # tokens, EOS included
+    finished: list[bool]  # ended by itself, within the budget
+
+    @property
+    def mean_length(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def finished_share(self) -> float:
+        return sum(self.finished) / len(self.finished)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 160,
+    batch_size: int = 16,
+    label: str = "answers",
+) -> Answers:
+    """Greedy answers to tokenised prompts, each the model's most likely token at every step until EOS.
+
+    Prompts of like length share a batch, padded on the left. The model is put in eval mode and back.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts, lengths, finished = [""] * len(prompts), [0] * len(prompts), [False] * len(prompts)
+    stop = tokenizer.eos_token_id
+    fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    training, _ = model.training, model.eval()
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=label, unit="batch", leave=False):
+        rows = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in rows)
+        padding = [width - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+        device = next(model.parameters()).device
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=max_new_tokens,
+            pad_token_id=fill, eos_token_id=stop, temperature=None, top_p=None, top_k=None,
+        )[:, width:].tolist()  # fmt: skip
+        for i, tokens in zip(rows, out, strict=True):
+            finished[i] = stop in tokens
+            length = tokens.index(stop) + 1 if finished[i] else len(tokens)
+            lengths[i] = length
+            texts[i] = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+    model.train(training)
+    return Answers(texts, lengths, finished)
+
+
+def comparison(before: dict[str, float], after: dict[str, float], answers: tuple[Answers, Answers] | None) -> list[dict]:
+    """Rows of the before/after table, from two evaluations of the trainer and the answers before and after.
+
+    Each row: metric, before, after, unit, better ("up", "down" or None). Metrics that a run does not have are left out.
+    """
+    known = [
+        ("Held-out loss", "eval_loss", "", "down"),
+        ("Preference accuracy (reward of chosen above rejected)", "eval_rewards/accuracies", "%", "up"),
+        ("Preference accuracy (log-prob a token alone)", "eval_logps/accuracies", "%", "up"),
+        ("Reward margin", "eval_rewards/margins", "", "up"),
+        ("KL to the start, a token", "eval_kl", "nats", None),
+    ]
+    rows = []
+    for metric, key, unit, better in known:
+        if key in after:
+            values = [100 * v if unit == "%" and v is not None else v for v in (before.get(key), after[key])]
+            rows.append({"metric": metric, "before": values[0], "after": values[1], "unit": unit, "better": better})
+    if answers is not None:
+        old, new = answers
+        # None: which way is better depends on what was trained
+        rows.append({"metric": "Mean answer length", "before": old.mean_length, "after": new.mean_length,
+                     "unit": "tokens", "better": None})  # fmt: skip
+        rows.append({"metric": "Answers that end by themselves", "before": 100 * old.finished_share,
+                     "after": 100 * new.finished_share, "unit": "%", "better": "up"})  # fmt: skip
+    return rows

@@ -1,0 +1,162 @@
+"""One training run from options to run folder: model, data, training, comparison, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from fastalign import memory
+from fastalign.config import AlignmentConfig, PreferenceConfig, help_field
+from fastalign.data import load_rows
+from fastalign.errors import ConfigError
+from fastalign.evaluation import Answers, answer, comparison
+from fastalign.models import load_model, load_tokenizer
+from fastalign.report import format_number, write_report
+from fastalign.runfolder import append_metrics, write_json, write_text
+from fastalign.trainer import AlignmentTrainer, PreferenceTrainer, SFTTrainer
+
+
+@dataclass
+class RunOptions:
+    """What a run is made of, beside the trainer's own options."""
+
+    model: str | None = help_field(None, "A model folder, a .gguf file, a packaged model, or organisation/name.")
+    train: str | None = help_field(None, "Training rows: a .jsonl, .json, .parquet or .csv file.")
+    eval: str | None = help_field(None, "Held-out rows, for evaluation and for the answers before and after.")
+    title: str | None = help_field(None, "The report's title.")
+    dtype: str = help_field("auto", "Weights in float32, bfloat16, float16; auto picks by machine.")
+    lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
+    lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
+    lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
+    lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
+    samples: int = help_field(32, "Held-out prompts answered before and after; 0 for none.")
+    max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
+
+    def __post_init__(self):
+        for name in ("model", "train"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
+        if self.lora_rank < 0 or self.samples < 0:
+            raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
+
+
+def run(options: RunOptions, config: AlignmentConfig) -> Path:
+    """Train as the options say, and leave everything in the run folder `config.output_dir`; returns the folder.
+
+    It then holds the adapter or model (safetensors), config.json, metrics.jsonl, preflight.txt, summary.json,
+    samples.jsonl and report.html.
+    """
+    console = Console(highlight=False)
+    folder = Path(config.output_dir)
+    train_rows = load_rows(options.train)
+    eval_rows = load_rows(options.eval) if options.eval else None
+    set_seed(config.seed)
+    console.print(f"Loading {options.model}")
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, dtype=options.dtype, for_adapter=options.lora_rank > 0)
+    kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
+    trainer = kind(model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {**vars(options), **config.to_dict()})
+    write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
+
+    prompts = _prompts(trainer, options.samples)
+    before, old = _look(trainer, tokenizer, prompts, options, "before")
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    after, new = _look(trainer, tokenizer, prompts, options, "after")
+    trainer.save_model()
+
+    summary = _summary(trainer, options, seconds, comparison(before, after, (old, new) if prompts else None))
+    write_json(folder / "summary.json", summary)
+    _write_samples(folder / "samples.jsonl", tokenizer, prompts, old, new)
+    report = write_report(folder)
+    _show(console, summary, tokenizer, prompts, old, new)
+    console.print(f"Run folder {folder}, report {report}")
+    return folder
+
+
+def _lora(options: RunOptions) -> LoraConfig | None:
+    if options.lora_rank == 0:
+        return None
+    targets = options.lora_targets.split(",") if "," in options.lora_targets else options.lora_targets
+    return LoraConfig(
+        r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules=targets,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def _prompts(trainer: AlignmentTrainer, count: int) -> list[list[int]]:
+    """The first `count` different prompts of the held-out rows."""
+    if trainer.eval_dataset is None:
+        return []
+    different = dict.fromkeys(tuple(row["prompt_ids"]) for row in trainer.eval_dataset if row["prompt_ids"])
+    return [list(prompt) for prompt in different][:count]
+
+
+def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
+    """Held-out metrics and answers of the model as it stands."""
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if not prompts:
+        return metrics, None
+    label = f"answers {when} training"
+    return metrics, answer(trainer.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, label=label)
+
+
+def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
+    state, config = trainer.state, trainer.args
+    losses = " + ".join(config.loss_type) if isinstance(config, PreferenceConfig) else "sft"
+    how = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
+    return {
+        "title": options.title or f"{losses} of {options.model}",
+        "model": options.model,
+        "dataset": Path(options.train).name,
+        "rows": rows,
+        "facts": {
+            "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
+            "training rows": f"{len(trainer.train_dataset):,}, {state.num_train_epochs} epochs, {state.global_step} steps",
+            "training time": f"{seconds / 60:.1f} min on {config.device}",
+            "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
+            "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
+            "peak memory": f"{memory.peak_bytes(config.device) / 1e9:.2f} GB, of the whole process",
+        },
+    }
+
+
+def _write_samples(path: Path, tokenizer, prompts, old: Answers | None, new: Answers | None) -> None:
+    path.unlink(missing_ok=True)
+    for i, prompt in enumerate(prompts):
+        text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        append_metrics(path, {"prompt": text, "before": old.texts[i], "after": new.texts[i]})
+
+
+def _show(console: Console, summary: dict, tokenizer, prompts, old: Answers | None, new: Answers | None) -> None:
+    table = Table(title=summary["title"], title_justify="left", title_style="bold")
+    for heading, justify in (("held-out", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)
+    for row in summary["rows"]:
+        values = [format_number(row[when]) for when in ("before", "after")]
+        table.add_row(row["metric"], *values, row["unit"])
+    console.print()
+    console.print(table)
+    for label, value in summary["facts"].items():
+        console.print(f"  {label:<16}{value}", markup=False)
+    for i in range(min(2, len(prompts))):
+        question = tokenizer.decode(prompts[i], skip_special_tokens=True).strip().splitlines()
+        console.print(f"\n[bold]{i + 1}.[/bold] ", end="")
+        console.print(" / ".join(line for line in question if line)[-200:], markup=False)
+        console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
+        console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
+    console.print()
+
+
+def _short(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
