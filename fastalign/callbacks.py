@@ -47,3 +47,6 @@ class Progress(ProgressCallback):
             shown = {label: style.format(logs[key]) for key, (label, style) in _SHOWN.items() if key in logs}
             if shown:
                 self.training_bar.set_postfix(shown)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """No second bar for evaluations: they are short, and their results follow."""

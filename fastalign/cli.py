@@ -1,10 +1,11 @@
-"""The command line: `fastalign dpo|orpo|...|sft`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
+"""The command line: `fastalign dpo|...|sft`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.resources import files
@@ -17,7 +18,7 @@ from fastalign import __version__
 from fastalign.errors import ConfigError, FastAlignError
 
 _EPILOG = """examples:
-  fastalign train dpo-smollm2                     a ready recipe: DPO of a packaged model, about five minutes on a laptop
+  fastalign train dpo-smollm2                     a ready recipe: DPO of a packaged model, some minutes on a laptop
   fastalign dpo model=./model train=pairs.jsonl eval=held_out.jsonl beta=0.2 learning_rate=5e-5
   fastalign sft --config run.yaml num_train_epochs=2
   fastalign data check pairs.jsonl --model ./model
@@ -26,11 +27,17 @@ Options are key=value, in a YAML file or on the command line (which wins): those
 lora_rank, ...), of the method (beta, loss_type, ...), and every field of transformers.TrainingArguments.
 `fastalign dpo --help` lists them.
 """
+_OTHER_OPTIONS = """
+
+and every field of transformers.TrainingArguments, for example num_train_epochs, per_device_train_batch_size,
+gradient_accumulation_steps, gradient_checkpointing, lr_scheduler_type, warmup_steps, max_steps, seed.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 after an error said in one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; users can do nothing about them
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = _parser(argv).parse_args(argv)
@@ -102,12 +109,10 @@ def _options_help(name: str) -> str:
     lines += [f"  {f.name:<26}{f.metadata.get('help', '')} [{f.default}]" for f in fields(RunOptions)]
     lines += ["", "options of the method:"]
     for f in fields(_config_class(name)):
-        if f.name not in inherited or "help" in f.metadata and f.name in ("learning_rate", "output_dir", "logging_steps"):
+        if f.name not in inherited or f.name in ("learning_rate", "output_dir", "logging_steps"):
             default = f.default_factory() if callable(f.default_factory) else f.default
             lines.append(f"  {f.name:<26}{f.metadata.get('help', '')} [{default}]")
-    lines += ["", "and every field of transformers.TrainingArguments, for example num_train_epochs,",
-              "per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, seed, max_steps."]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines) + _OTHER_OPTIONS
 
 
 def _config_class(name: str) -> type:
@@ -117,7 +122,8 @@ def _config_class(name: str) -> type:
 
 
 def _recipes() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in files("fastalign.recipes").iterdir() if p.name.endswith(".yaml"))
+    names = (path.name for path in files("fastalign.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
@@ -152,9 +158,12 @@ def _train_method(args: argparse.Namespace) -> None:
 
 
 def _train(options: dict[str, Any], args: argparse.Namespace) -> None:
+    from transformers.utils import logging as transformers_logging
+
     from fastalign.config import from_mapping, nearest
     from fastalign.run import RunOptions, run
 
+    transformers_logging.disable_progress_bar()  # one bar at a time: ours
     for item in args.options:
         key, equals, value = item.partition("=")
         if not equals:

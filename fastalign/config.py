@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from fastalign.errors import ConfigError, InputError
@@ -41,6 +42,7 @@ class AlignmentConfig(TrainingArguments):
     disable_dropout: bool = help_field(True, "Turn the model's own dropout off; LoRA's dropout is kept.")
     memory_budget: int | None = help_field(None, "Bytes of probability tiles kept for a trainable head; None: 1 GiB.")
     share_prompts: bool = help_field(True, "Lay out each prompt once for all its completions.")
+    dataloader_pin_memory: bool = help_field(torch.cuda.is_available(), "Page-locked batches, for a GPU.")
     run_name: str | None = help_field(None, "A name for the run, shown in the report.")
 
     def __post_init__(self):
@@ -179,7 +181,7 @@ def from_mapping(cls: type, options: Mapping[str, Any]) -> Any:
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` says, where nothing is lost by it: 1 to 1.0, "1e-4" (which YAML takes for a string)."""
+    """`value` as the type `hint` says, where nothing is lost: 1 to 1.0, "1e-4" (a string to YAML) to 0.0001."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     plain = [typing.get_origin(option) or option for option in options]
     if value is None and type(None) in plain:

@@ -1,4 +1,4 @@
-"""The trainers: `transformers.Trainer` with a packed batch, log-probs from the model's own forward, and an objective."""
+"""The trainers: `transformers.Trainer` with packed batches, log-probs from the model's own forward, an objective."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ class AlignmentTrainer(Trainer):
         if args.disable_dropout:
             _disable_dropout(model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
+        _adopt_special_tokens(causal_lm(model), processing_class)
         self.objective = objective(args)
         self.layout = prepare(model)
         if self.layout == "shared" and not args.share_prompts:
@@ -135,8 +136,8 @@ class AlignmentTrainer(Trainer):
         largest = max(max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset)
         if largest >= vocab:
             raise ModelError(
-                f"The tokenizer gives token {largest}, but the model knows {vocab} tokens: use the model's own tokenizer, "
-                "or call model.resize_token_embeddings(len(tokenizer))."
+                f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
+                "call model.resize_token_embeddings(len(tokenizer))."
             )
         return dataset, report
 
@@ -191,7 +192,7 @@ class AlignmentTrainer(Trainer):
         if off != 0.0:
             raise ModelError(
                 f"Before the first step the model's log-probs differ from the reference's by {off:.3g}; they must be "
-                "equal. The model is not deterministic: set disable_dropout=True, or turn off what draws random numbers."
+                "equal. The model is not deterministic: set disable_dropout=True, or turn off what draws at random."
             )
         if stored is None:
             return
@@ -268,6 +269,11 @@ class AlignmentTrainer(Trainer):
             logs["memory_gb"] = memory.peak_bytes(self.args.device) / 1e9
             self._tokens, self._clock = 0, now
         super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`; the metrics returned include the objective's, as they were logged."""
+        metrics = super().evaluate(*args, **kwargs)
+        return {**metrics, **{k: v for k, v in self.state.log_history[-1].items() if k.startswith("eval_")}}
 
     def train(self, *args, **kwargs):
         """`transformers.Trainer.train`, with the preflight report in front."""
@@ -373,6 +379,14 @@ def _check_trainable(model: nn.Module) -> None:
             "%d trainable tensors are in 16 bits (%s, ...), where small updates round to nothing: load the model in "
             "float32 (dtype='float32'), or train an adapter.", len(low), low[0],
         )  # fmt: skip
+
+
+def _adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ending and padding as the tokenizer has them, so that generation stops where training data ended."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            if config is not None:
+                setattr(config, name, getattr(tokenizer, name))
 
 
 def _disable_dropout(model: nn.Module) -> None:
