@@ -24,7 +24,6 @@ WEIGHTS = {
     "unsafe": 10.0,
 }
 IDEAL_WORDS = (12, 45)  # no length fault in between
-TYPICAL_WORDS = 24  # of equally good answers, the one nearest this length is chosen
 RAMBLING_WORDS = 60  # a rejected answer has at least so many
 MIN_CHOSEN = 9.0  # a chosen answer scores at least so much
 MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
@@ -32,8 +31,8 @@ MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
 FILLER_OPENERS = re.compile(
     r"^\W*(?:sure|certainly|absolutely|of course|a (?:great|good|simple|classic)\b|great question|good question"
     r"|i'd be happy|i would be happy|i'm happy|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)"
-    r"|here (?:is|are)\b|here's|let's\b|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b|hey\b"
-    r"|(?:the|a|my) (?:simple |short )?(?:answer|question)\b|this (?:question|answer|sentence|prompt)\b)",
+    r"|here (?:is|are)\b|here's|let's\b|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello"
+    r"|hi\b|hey\b|(?:the|a|my) (?:simple |short )?(?:answer|question)\b|this (?:question|answer|sentence|prompt)\b)",
     re.IGNORECASE,
 )
 FILLER_ANYWHERE = re.compile(
@@ -50,7 +49,7 @@ PLACEHOLDER = re.compile(r"\[[^\]]*\]|<[^>]*>|https?://|www\.|[{}|\\]")
 ODD_CHARACTERS = re.compile(r"[^\x20-\x7e\n\u00a0-\u024f\u2010-\u2026\u2070-\u209f\u20ac\u2212]")
 UNSAFE = re.compile(
     r"\b(?:sex\w*|porn\w*|nude|naked|erotic|rap(?:e|ed|ist)|genitals?|penis|vagina\w*|fuck\w*|shit\w*|bitch\w*|suicid\w*"
-    r"|kill(?:s|ed|ing|er)?|murder\w*|bombs?|bleach|ammonia|drunk|cocaine|heroin|slaves?|slavery|nazi\w*|hitler|racis\w*"
+    r"|kill\w*|murder\w*|bombs?|bleach|ammonia|drunk|cocaine|heroin|slaves?|slavery|nazi\w*|hitler|racis\w*"
     r"|terroris\w*|weapons?|guns?|hate|stupid|idiots?|ugly|retard\w*)\b",
     re.IGNORECASE,
 )
@@ -193,12 +192,23 @@ def trim(text: str, max_words: int) -> str:
     return text[:end].strip()
 
 
+def agreement(prompt: str, text: str, others: Iterable[str]) -> float:
+    """Mean share of the content words of `text`, the prompt's aside, that each of `others` has too; in [0, 1].
+
+    The model's oddest inventions occur in one of its answers alone, what it knows in many (Wang et al.,
+    "Self-consistency improves chain of thought reasoning", 2023).
+    """
+    own = set(content(text)) - set(content(prompt))
+    shares = [len(own & set(content(other))) / len(own) for other in others if own]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
 def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: int = 85) -> tuple[str, str] | None:
     """(chosen, rejected) out of `answers` = (text, ended) to `prompt`, or None where no clear pair is among them.
 
-    Chosen is the best-scoring concise answer; of equals, the one nearest `TYPICAL_WORDS`. Rejected is a
-    rambling answer that scores at least `MIN_MARGIN` less: one that came to its own end if there is any, else one that
-    ran out of budget, trimmed to `max_words`; of equals, the worst-scoring.
+    Chosen is, of the concise answers, the one that agrees most with the other answers. Rejected is a rambling answer
+    that scores at least `MIN_MARGIN` less: one that came to its own end if there is any, else one that ran out of
+    budget, trimmed to `max_words`; of equals, the worst-scoring.
     """
     answers = list(answers)
     concise = [text for text, ended in answers if is_concise(prompt, text, ended=ended)]
@@ -206,6 +216,6 @@ def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: in
     rambling = [(cut, text) for cut, text in rambling if is_rambling(prompt, text)]
     if not concise or not rambling:
         return None
-    chosen = max(concise, key=lambda text: (score(prompt, text), -abs(len(words(text)) - TYPICAL_WORDS)))
+    chosen = max(concise, key=lambda text: agreement(prompt, text, [other for other, _ in answers if other != text]))
     _, rejected = min(rambling, key=lambda item: (item[0], score(prompt, item[1])))
     return (chosen, rejected) if score(prompt, chosen) - score(prompt, rejected) >= MIN_MARGIN else None

@@ -48,8 +48,8 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style("short", f"\n\n{INSTRUCTION}", temperature=0.6, max_new_tokens=80, repeats=4),
-    Style("plain", "", temperature=0.7, max_new_tokens=140, repeats=1),
+    Style("short", f"\n\n{INSTRUCTION}", temperature=0.6, max_new_tokens=80, repeats=8),
+    Style("plain", "", temperature=0.7, max_new_tokens=140, repeats=2),
 )
 
 
