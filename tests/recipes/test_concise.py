@@ -53,7 +53,7 @@ def test_a_concise_complete_answer_has_no_fault():
         ("too_long", " ".join(["The sky is blue."] + ["word"] * 50), 0.2),  # 54 words: 9 of 45 too many
         ("repetition", "The sky is blue. " + GOOD + " The sky is blue.", 1.0),
         ("repetition", "The sky looks blue and blue because air scatters the short waves of sunlight well.", 1.0),
-        ("repetition", "The sky is the sky, and it looks blue because air scatters short waves well.", 1.0),
+        ("repetition", "The atmosphere is a kind of atmosphere that makes the sky look blue by day.", 1.0),
         ("repetition", "We see blue light here, for we see blue light there.", 2 * 2 / 9),  # 2 of 9 trigrams come again
         ("filler", "Sure! " + GOOD, 0.5),
         ("filler", "The answer to this question is simple. " + GOOD, 0.5),
@@ -115,9 +115,19 @@ def test_pick_pair_takes_the_best_concise_and_a_rambling_answer():
     assert judge.pick_pair(PROMPT, answers) == (GOOD, RAMBLE)
 
 
-def test_pick_pair_of_equals_takes_the_typical_length():
-    longer = GOOD.rstrip(".") + ", as was shown in a famous paper."  # 25 words, against 18
-    assert judge.pick_pair(PROMPT, [(GOOD, True), (longer, True), (RAMBLE, True)]) == (longer, RAMBLE)
+def test_pick_pair_of_concise_answers_takes_the_one_the_others_agree_with():
+    odd = "The sky looks blue because of giant mirrors that ancient sailors hid on the far side of the moon."
+    echo = "Sunlight is scattered by air, and the short blue waves in it more strongly than the long red ones."
+    assert {judge.score(PROMPT, text) for text in (odd, echo, GOOD)} == {10.0}
+    answers = [(odd, True), (RAMBLE, True), (GOOD, True), (echo, True)]
+    assert judge.pick_pair(PROMPT, answers) == (GOOD, RAMBLE)
+
+
+def test_agreement_is_the_mean_share_of_content_words_found_elsewhere():
+    others = ["Blue waves scatter.", "Red waves of air scatter in the sky."]
+    text = "The sky scatters blue waves in air."  # beside the prompt's sky and blue: scatter, wave, air
+    assert judge.agreement(PROMPT, text, others) == pytest.approx((2 / 3 + 3 / 3) / 2)
+    assert judge.agreement(PROMPT, "Blue sky.", others) == judge.agreement(PROMPT, text, []) == 0.0
 
 
 def test_pick_pair_prefers_a_rejected_answer_that_ended_by_itself():

@@ -53,9 +53,7 @@ UNSAFE = re.compile(
     r"|terroris\w*|weapons?|guns?|hate|stupid|idiots?|ugly|retard\w*)\b",
     re.IGNORECASE,
 )
-CIRCULAR = re.compile(
-    r"^(?:(?:a|an|the) )?(\w{3,})\w* is (?:a|an|the)? ?(?:art of |type of |form of )?(?:\w+ )?\1", re.IGNORECASE
-)
+CIRCULAR = re.compile(r"^(?:(?:a|an|the) )?(\w{4,})\w{0,3} (?:is|are) (?:\w+ ){0,4}\1", re.IGNORECASE)
 DOUBLED = re.compile(r"\b(\w{3,})(?:,? and|,? or|,)? \1\b", re.IGNORECASE)
 
 
@@ -111,9 +109,10 @@ def too_long(count: int) -> float:
 
 
 def repetition(text: str) -> float:
-    """Twice the share of word trigrams seen before; 1 for a doubled word or sentence, or "A tax is a tax"; or dullness.
+    """The largest of: twice the share of word trigrams seen before; dullness; 1 for an outright doubling.
 
-    Dullness: under 70 % of the content words are distinct, growing to 1 at 40 %.
+    Dullness sets in where under 70 % of the content words are distinct, and reaches 1 at 40 %. Outright doublings are
+    "sad or sad", a whole sentence said again, and "An echo is an echo".
     """
     if DOUBLED.search(text) or CIRCULAR.search(text):
         return 1.0
