@@ -1,4 +1,4 @@
-"""The command line: `fastalign dpo|...|sft`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
+"""Commands: `fastalign dpo|sft|...`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
 
 from __future__ import annotations
 

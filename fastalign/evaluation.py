@@ -68,9 +68,7 @@ def answer(
     return Answers(texts, lengths, finished)
 
 
-def comparison(
-    before: dict[str, float], after: dict[str, float], answers: tuple[Answers, Answers] | None
-) -> list[dict]:
+def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | None) -> list[dict]:
     """Rows of the before/after table, from two evaluations of the trainer and the answers before and after.
 
     Each row: metric, before, after, unit, better ("up", "down" or None). Metrics that a run does not have are left out.

@@ -121,7 +121,7 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
         "rows": rows,
         "facts": {
             "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
-            "training rows": f"{len(trainer.train_dataset):,}, {state.num_train_epochs} epochs, {state.global_step} steps",
+            "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:g} epochs, {state.global_step} steps",
             "training time": f"{seconds / 60:.1f} min on {config.device}",
             "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
             "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
