@@ -631,7 +631,8 @@ def test_batches_and_processes_do_not_change_the_result(tokenizer):
 
 
 def test_rows_that_were_filtered_or_formatted_are_read_as_they_stand(tokenizer):
-    rows = datasets.Dataset.from_list([SHORT, LONG, SHORT]).select([1]).with_format("numpy")
-    tokens, report = tokenize(rows, tokenizer)
+    rows = [{"prompt": "the", "completion": text, "label": True} for text in (" dog", " fox", " cat")]
+    given = datasets.Dataset.from_list(rows).select([1]).with_format("numpy")
+    tokens, report = tokenize(given, tokenizer)
     assert report.rows_in == 1
-    assert tokens.to_list() == tokenize([LONG], tokenizer)[0].to_list()
+    assert tokens.to_list() == tokenize(rows[1:2], tokenizer)[0].to_list()
