@@ -111,8 +111,8 @@ def pairwise_loss(
 
     The log-probabilities are (B,) sums over each completion's tokens; `lengths_chosen` and `lengths_rejected` are the
     (B,) numbers of these tokens. Losses named in `length_normalised` get sums divided by lengths instead: by default
-    those defined on averages, and both forms of IPO, as in TRL; `LENGTH_NORMALISED - {"ipo"}` gives the paper's. References
-    may be None where every loss is in REFERENCE_FREE, lengths where no loss is averaged.
+    those defined on averages, and both forms of IPO, as in TRL; `LENGTH_NORMALISED - {"ipo"}` gives the paper's.
+    References may be None where every loss is in REFERENCE_FREE, lengths where no loss is averaged.
 
     `options` hold for all losses alike: each takes those it has (beta, label_smoothing, tau, ...) and keeps its
     defaults for the rest. An NLL term (RPO's alpha, MPO's `sft`, CPO's and ORPO's second term) is a mean over tokens
