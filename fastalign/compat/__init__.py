@@ -1,0 +1,1 @@
+"""Drop-ins under the names and signatures of the libraries people call today; neither library is imported."""

@@ -1,0 +1,147 @@
+"""The loss modules of `liger_kernel.chunked_loss` (Liger Kernel 0.8.5): names, signatures, what they return.
+
+    from fastalign.compat.liger import LigerFusedLinearDPOLoss
+
+Arguments that choose how Liger computes (`compiled`, `chunk_size`) are taken and have no effect. Inputs are padded,
+chosen rows first: `_input` (2B, T, H), `target` (2B, T), already shifted. Losses over pairs return
+`(loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, ...))`, as Liger's do, here
+always in float32; `nll_loss` is there whether or not it enters the loss. Only the loss carries gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.errors import ConfigError
+from fastalign.fused import fused_linear_kto, fused_linear_preference
+from fastalign.losses import canonical
+
+
+def _logits_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B,) the sum of each row's (T, V) logits, from the sums of hidden states and weights."""
+    hidden, weight = hidden.detach(), weight.detach()
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.sum(1, dtype=dtype) @ weight.sum(0, dtype=dtype)
+    return total if bias is None else total + hidden.shape[1] * bias.detach().sum(dtype=dtype)
+
+
+def _pairs(weight, hidden, target, bias, *, loss_type, average, ignore_index, nll_weight, **options):
+    """Liger's return values, and the rewards that its losses append to them."""
+    name = canonical(loss_type)
+    out = fused_linear_preference(
+        hidden, weight, target, bias=bias, loss_type=name, length_normalised={name} if average else (),
+        ignore_index=ignore_index, nll_weight=nll_weight, **options,
+    )  # fmt: skip
+    logps, rewards = list(out[1:3]), list(out[3:5])
+    if average:
+        lengths = (target != ignore_index).sum(1).chunk(2)
+        logps = [sums / length for sums, length in zip(logps, lengths, strict=True)]
+        rewards = [sums / length for sums, length in zip(rewards, lengths, strict=True)]
+    entries = target.shape[0] // 2 * target.shape[1] * weight.shape[0]
+    means = [half.sum() / entries for half in _logits_sum(hidden, weight, bias).chunk(2)]
+    return out.loss, (*logps, *means, out.nll, *rewards)
+
+
+class LigerFusedLinearDPOLoss(nn.Module):
+    """DPO and its kin, `loss_type` as in Liger; the tuple ends with chosen and rejected rewards."""
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
+        compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
+        loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
+    ):  # fmt: skip
+        super().__init__()
+        self.loss_type, self.use_ref_model = loss_type, use_ref_model
+        self.options = {"loss_type": loss_type, "average": average_log_prob, "ignore_index": ignore_index,
+                        "beta": beta, "nll_weight": alpha if compute_nll_loss else 0.0}  # fmt: skip
+        if loss_type in ("robust", "exo_pair"):  # Liger smooths these alone
+            self.options["label_smoothing"] = label_smoothing
+        if loss_type == "discopop":
+            self.options["discopop_tau"] = discopop_tau
+
+    def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
+        if self.use_ref_model:
+            reference = {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        else:
+            reference = {"ref_logps": torch.zeros(target.shape[0], device=target.device)}
+        return _pairs(lin_weight, _input, target, bias, **reference, **self.options)
+
+
+class LigerFusedLinearORPOLoss(nn.Module):
+    """ORPO; the tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio."""
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, compute_nll_loss: bool = True, compiled: bool = True,
+        chunk_size: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        self.options = {"loss_type": "orpo", "average": True, "ignore_index": ignore_index, "beta": beta,
+                        "nll_weight": float(compute_nll_loss)}  # fmt: skip
+
+    def forward(self, lin_weight, _input, target, bias=None, nll_target=None):
+        loss, aux = _pairs(lin_weight, _input, target, bias, nll_targets=nll_target, **self.options)
+        chosen, rejected = aux[:2]
+        log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+        return loss, (*aux, nn.functional.logsigmoid(log_odds).mean(), log_odds.mean())
+
+
+class LigerFusedLinearSimPOLoss(nn.Module):
+    """SimPO, with `gamma` on the scale of beta times the averages; the tuple ends with chosen and rejected rewards."""
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True, compiled: bool = True, gamma: float = 0.5, chunk_size: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        self.options = {"loss_type": "simpo", "average": True, "ignore_index": ignore_index, "beta": beta,
+                        "nll_weight": alpha if compute_nll_loss else 0.0, "gamma_beta_ratio": gamma / beta,
+                        "label_smoothing": label_smoothing}  # fmt: skip
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        return _pairs(lin_weight, _input, target, bias, **self.options)
+
+
+class LigerFusedLinearCPOLoss(nn.Module):
+    """CPO; the tuple ends with chosen and rejected rewards."""
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True, compiled: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        self.options = {"loss_type": "cpo", "average": average_log_prob, "ignore_index": ignore_index, "beta": beta,
+                        "nll_weight": alpha if compute_nll_loss else 0.0,
+                        "label_smoothing": label_smoothing}  # fmt: skip
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        return _pairs(lin_weight, _input, target, bias, **self.options)
+
+
+class LigerFusedLinearKTOLoss(nn.Module):
+    """KTO over single rows (B, T, H) with `preference_labels` (B,) bool. Returns `(loss, (sum of chosen logps, of
+    rejected logps, of chosen logits, of rejected logits, of chosen rewards, of rejected rewards))`."""
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,
+        average_log_prob: bool = False, chunk_size: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        if average_log_prob:
+            raise ConfigError("average_log_prob is True; KTO is defined on sums (arXiv:2402.01306): leave it False")
+        self.ignore_index, self.beta, self.use_ref_model = ignore_index, beta, use_ref_model
+
+    def forward(
+        self, _input, lin_weight, target, bias=None, preference_labels=None, ref_input=None, ref_weight=None,
+        ref_bias=None, kl=None,
+    ):  # fmt: skip
+        if self.use_ref_model:
+            reference = {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        else:
+            reference = {"ref_logps": torch.zeros(target.shape[0], device=target.device)}
+        out = fused_linear_kto(
+            _input, lin_weight, target, preference_labels, kl=0.0 if kl is None else kl, beta=self.beta, bias=bias,
+            ignore_index=self.ignore_index, **reference,
+        )  # fmt: skip
+        each = (out.logps, _logits_sum(_input, lin_weight, bias), out.rewards)
+        return out.loss, tuple(t[rows].sum() for t in each for rows in (preference_labels, ~preference_labels))
