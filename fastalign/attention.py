@@ -166,17 +166,8 @@ def _attention_function(
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
-    if query.shape[:3:2] != (1, packed.length) or key.shape[2] != packed.length:
-        raise ModelError(
-            f"A layer attends from {tuple(query.shape[:3:2])} to {key.shape[2]} tokens under a layout of one row of "
-            f"{packed.length}: pass use_cache=False."
-        )
-    if (
-        _flash_attention()
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.is_cuda
-        and options.sinks is None
-    ):
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if half and query.shape[-1] == value.shape[-1] <= 256 and options.sinks is None and _flash_attention():
         return _varlen_attention(query, key, value, packed, options)
     attend = _sdpa if options.softcap is None and options.sinks is None else _explicit_attention
     sizes = [segment.length for segment in packed.segments]

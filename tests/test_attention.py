@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from transformers.masking_utils import create_causal_mask
 
 from fastalign.attention import NAME, Options, PackedMask, _explicit_attention, packed_attention, prepare_model
 from fastalign.errors import ModelError
@@ -46,6 +47,12 @@ FALLBACKS = {
     "bloom": (tf.BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4), "padded"),
     "mamba": (tf.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4), "padded"),
     "lfm2": (tf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]), "padded"),
+    "llama4": (
+        tf.Llama4TextConfig(
+            **LLAMA, head_dim=8, attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=32
+        ),
+        "packed",
+    ),
 }
 # Completions of one prompt: 1, 2, 3 and 5; an empty prompt; single tokens; prompts longer and shorter than the window.
 SHAPES = [(7, (9,)), (6, (5, 8)), (0, (6, 3)), (2, (1, 4, 1)), (9, (2, 1, 6, 3, 5))]
@@ -87,6 +94,10 @@ def make_model(config, dtype=torch.float32):
     return model
 
 
+def get_body(model):
+    return model.model if model.base_model is model else model.base_model  # Llama 4 names no base model
+
+
 def score(model, hidden, targets):
     """Log-probs and the gradients of a weighted sum of them, so that every token counts differently."""
     logprobs = model.get_output_embeddings()(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -102,7 +113,7 @@ def separate(model, examples):
         prompt = example["prompt_ids"]
         for completion in example["completion_ids"]:
             row = torch.tensor([prompt + completion])
-            states = model.base_model(input_ids=row, use_cache=False)[0][0]
+            states = get_body(model)(input_ids=row, use_cache=False)[0][0]
             first = max(len(prompt), 1)
             hidden.append(states[first - 1 : -1])
             targets.append(row[0, first:])
@@ -111,7 +122,7 @@ def separate(model, examples):
 
 def batched(model, batch):
     with packed_attention(batch.layout):
-        hidden = model.base_model(**batch.model_inputs(), use_cache=False)[0]
+        hidden = get_body(model)(**batch.model_inputs(), use_cache=False)[0]
     return score(model, hidden.flatten(0, 1)[batch.score_index], batch.targets)
 
 
@@ -183,13 +194,19 @@ def test_fallbacks_are_said_once_and_give_the_same_results(name, caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "name, layout", [("llama", "shared"), ("gemma3", "shared"), ("bloom", "padded"), ("gptj", "packed")]
-)
-def test_low_precision_does_not_change_the_verdict(name, layout, dtype):
-    config = CONFIGS[name] if name in CONFIGS else FALLBACKS[name][0]
+@pytest.mark.parametrize("name", ["llama", "gemma3", *FALLBACKS])
+def test_low_precision_does_not_change_the_verdict(name, dtype):
+    config, layout = FALLBACKS.get(name) or (CONFIGS[name], "shared")
     torch.manual_seed(0)
     assert prepare_model(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)) == layout
+
+
+def test_the_size_of_hidden_states_does_not_change_the_verdict():
+    model = make_model(FALLBACKS["bloom"][0])
+    with torch.no_grad():
+        for parameter in model.transformer.ln_f.parameters():
+            parameter.mul_(1e-6)
+    assert prepare_model(model) == "padded"
 
 
 @pytest.mark.parametrize("padding", [0, 2])
@@ -280,9 +297,10 @@ def test_attention_dropout_is_respected():
 def test_adapters_and_reward_heads_are_prepared():
     model = peft.get_peft_model(make_model(CONFIGS["llama"]), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     model.train()
-    model.base_model.model.model.layers[0].eval()
+    layers = model.base_model.model.model.layers
+    layers[0].eval()
     assert prepare_model(model) == "shared"
-    assert model.training and not model.base_model.model.model.layers[0].training
+    assert [layer.training for layer in layers] == [False, True]
     config = copy.deepcopy(CONFIGS["qwen2"])
     config.num_labels = 1
     assert prepare_model(tf.AutoModelForSequenceClassification.from_config(config)) == "shared"
@@ -309,10 +327,22 @@ def test_models_that_cannot_be_used_are_refused():
         prepare_model(peft.get_peft_model(make_model(CONFIGS["llama"]), prompt_tuning))
 
 
-def test_chunked_attention_is_not_taken_for_a_sliding_window(caplog):
-    sizes = {"head_dim": 8, "attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 32}
-    assert prepare_model(make_model(tf.Llama4TextConfig(**LLAMA, **sizes))) == "packed"
-    assert "attends in chunks" in caplog.text
+def test_what_a_layout_cannot_express_is_named(caplog):
+    prepare_model(make_model(FALLBACKS["llama4"][0]))
+    assert "The model attends in chunks" in caplog.text
+    model, batch = make_model(CONFIGS["llama"]), pack(make_examples())
+    prepare_model(model)
+    embeddings = torch.zeros(*batch.input_ids.shape, 1)
+    with packed_attention(batch.layout):
+        with pytest.raises(ModelError, match="adds its own rule"):
+            create_causal_mask(model.config, embeddings, None, None, and_mask_function=lambda *_: torch.tensor(True))
+        model.config.is_causal = False
+        with pytest.raises(ModelError, match="non-causal"):
+            model(**batch.model_inputs(), use_cache=False)
+    with pytest.raises(ModelError, match="uses 'position_bias'"):
+        query = torch.zeros(1, 4, batch.input_ids.shape[1], 8)
+        attend = tf.AttentionInterface()[NAME]
+        attend(model, query, query, query, PackedMask(batch.layout, None), position_bias=torch.zeros(1))
 
 
 def test_rows_that_do_not_fit_the_layout_are_refused():

@@ -55,6 +55,11 @@ def test_one_token_after_an_empty_prompt_has_an_empty_span():
     assert pack([{"prompt_ids": [], "completion_ids": [[5]]}]).targets.dtype == torch.int64
 
 
+def test_masks_follow_the_tokens_of_a_completion_without_prompt():
+    batch = pack([{"prompt_ids": [], "completion_ids": [[5, 6, 7, 8]], "completion_mask": [[1, 0, 1, 1]]}])
+    assert_scores(batch, [1, 2], [7, 8], [0, 2], [4])
+
+
 def test_model_inputs_are_those_the_layout_needs():
     assert set(pack([PAIR]).model_inputs()) == {"input_ids", "position_ids"}
     assert set(pad([PAIR], 0).model_inputs()) == {"input_ids", "attention_mask"}
