@@ -189,7 +189,8 @@ def _check(args: argparse.Namespace) -> None:
     from fastalign.models import load_tokenizer
 
     rows = load_rows(args.file)
-    _, report = tokenize(rows, load_tokenizer(args.model), max_length=args.max_length)
+    drop = {"on_truncate": "drop", "on_invalid": "drop"}  # so that the report can say what training would refuse
+    _, report = tokenize(rows, load_tokenizer(args.model), max_length=args.max_length, **drop)
     print(report)
 
 
