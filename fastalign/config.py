@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastalign.errors import ConfigError, InputError
-from fastalign.losses import PAIRWISE, REFERENCE_FREE, UNPAIRED, canonical
+from fastalign.errors import ConfigError, FastAlignError, InputError
+from fastalign.losses import ALIASES, PAIRWISE, REFERENCE_FREE, UNPAIRED, canonical, pairwise_loss
 
 ON_TRUNCATE = ("error", "drop", "keep_end")
 ON_INVALID = ("error", "drop")
@@ -102,10 +102,45 @@ class PreferenceConfig(AlignmentConfig):
         if self.loss_type == ["sft"]:
             raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
         one_of("nll_over", self.nll_over, ("completion", "prompt_and_completion"))
-        if self.sync_ref_model and self.precompute_ref_log_probs:
+        self._check_loss_options()
+        if self.sync_ref_model:
+            self._check_sync()
+
+    def _check_loss_options(self) -> None:
+        """The losses know which options they take, and in which range: ask them now, not at the first step."""
+        names = self.loss_type
+        if len(set(names)) < len(names):
+            raise ConfigError(f"loss_type {names} names a loss twice; name it once, with the sum of the weights")
+        taken = {key for name in names if name != "sft" for key in (PAIRWISE | UNPAIRED)[name].__kwdefaults__}
+        if self.unpaired is None:
+            taken.add("nll_weight")
+        for key in ("label_smoothing", "alpha", "tau", "discopop_tau", "gamma_beta_ratio", "nll_weight"):
+            if getattr(self, key) and key not in taken:
+                raise ConfigError(f"{key} is {getattr(self, key)}, but {' + '.join(names)} has no such option")
+        if self.unpaired and self.nll_over != "completion":
+            raise ConfigError(f"nll_over is {self.nll_over!r}, but {self.unpaired} has no NLL term")
+        logp, one = torch.full((1,), -1.0), torch.ones(1)
+        try:
+            if self.unpaired:
+                UNPAIRED[self.unpaired](logp, logp, one.bool(), 0.0, **self.unpaired_options)
+            else:
+                pairwise_loss(
+                    list(self.pairwise), list(self.pairwise.values()), logp, logp, logp, logp,
+                    lengths_chosen=one, lengths_rejected=one, options=self.loss_options,
+                )  # fmt: skip
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+
+    def _check_sync(self) -> None:
+        if self.precompute_ref_log_probs:
             raise ConfigError("sync_ref_model moves the reference: set precompute_ref_log_probs=False with it")
-        if self.beta is not None and not self.beta > 0:
-            raise ConfigError(f"beta is {self.beta}; it must be above 0")
+        if not self.needs_reference:
+            raise ConfigError(f"sync_ref_model is True, but {' + '.join(self.loss_type)} has no reference to move")
+        if self.ref_model_sync_steps < 1 or not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(
+                f"ref_model_sync_steps is {self.ref_model_sync_steps} and ref_model_mixup_alpha "
+                f"{self.ref_model_mixup_alpha}; the first must be at least 1, the second from 0 to 1"
+            )
 
     @property
     def pairwise(self) -> dict[str, float]:
@@ -136,6 +171,13 @@ class PreferenceConfig(AlignmentConfig):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
+    def unpaired_options(self) -> dict[str, Any]:
+        """What the loss over labelled rows is called with."""
+        beta = {} if self.beta is None else {"beta": self.beta}
+        weights = {"weights": (self.desirable_weight, self.undesirable_weight)} if self.unpaired == "kto" else {}
+        return beta | weights
+
+    @property
     def reward_beta(self) -> float:
         """beta of the implicit rewards that are logged."""
         return 0.1 if self.beta is None else self.beta
@@ -147,7 +189,7 @@ def _loss_name(name: str) -> str:
     try:
         return canonical(name)
     except InputError:
-        known = [*PAIRWISE, *UNPAIRED, "sft"]
+        known = [*PAIRWISE, *UNPAIRED, "sft", *ALIASES]
         raise ConfigError(f"loss_type {name!r} is unknown; {nearest(name, known)}") from None
 
 
@@ -177,7 +219,12 @@ def from_mapping(cls: type, options: Mapping[str, Any]) -> Any:
         if key not in known:
             raise ConfigError(f"Unknown option {key!r} of {cls.__name__}; {nearest(key, known)}")
         values[key] = convert(key, value, known[key])
-    return cls(**values)
+    try:
+        return cls(**values)
+    except FastAlignError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
@@ -186,12 +233,10 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     plain = [typing.get_origin(option) or option for option in options]
     if value is None and type(None) in plain:
         return None
-    for option in plain:
-        if (
-            isinstance(option, type)
-            and isinstance(value, option)
-            and not (isinstance(value, bool) and bool not in plain)
-        ):
+    for option, of in zip(options, plain, strict=True):
+        if of is list and isinstance(value, list) and typing.get_args(option):
+            return [convert(key, item, *typing.get_args(option)) for item in value]
+        if isinstance(of, type) and isinstance(value, of) and (of is bool or not isinstance(value, bool)):
             return value
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         for target in (int, float):
@@ -200,7 +245,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
                     return target(value)
                 except ValueError:
                     continue
-    if all(isinstance(option, type) for option in plain) and not any(hasattr(o, "__members__") for o in plain):
-        expected = " or ".join(getattr(option, "__name__", str(option)) for option in plain)
+    if all(isinstance(of, type) for of in plain) and not any(hasattr(of, "__members__") for of in plain):
+        expected = " or ".join("None" if of is type(None) else of.__name__ for of in plain)
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
     return value  # an enumeration or a rarer type: TrainingArguments converts and checks it
