@@ -164,8 +164,6 @@ def format_number(value: Any, sign: bool = False) -> str:
     if not isinstance(value, int) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
     size, plus = abs(value), "+" if sign and value > 0 else ""
-    if size == 0:
-        return "0"
     if isinstance(value, int):
         text = f"{size:,}"
     elif 1e-3 <= size < 1e7:

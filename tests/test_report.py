@@ -164,11 +164,15 @@ def test_the_same_files_give_the_same_bytes(run_dir):
 def test_a_run_without_rewards_has_no_charts_of_them(run_dir):
     for step in range(3):
         append_metrics(run_dir / "metrics.jsonl", {"step": step, "loss": 2.0 - step, "mean_token_accuracy": 0.5})
-    append_metrics(run_dir / "metrics.jsonl", {"step": 2, "train_runtime": 9.0, "train_loss": 1.0, "total_flos": 1e12})
+        append_metrics(run_dir / "metrics.jsonl", {"step": step, "eval_mean_token_accuracy": 0.4})
+    append_metrics(
+        run_dir / "metrics.jsonl", {"step": 2, "train_runtime": 9.0, "train_loss": 1.0, "total_flos": 1e12, "once": 1}
+    )
     page = Page(write_report(run_dir))
     assert page.html.count("<figure>") == 2
     assert "Loss" in page.text and "mean_token_accuracy" in page.text
     assert "Reward" not in page.text and "KL" not in page.text and "train_" not in page.text
+    assert "once" not in page.text
 
 
 def test_a_diverged_run_says_where(run_dir):
@@ -249,6 +253,11 @@ def test_the_table_says_what_got_better(run_dir, row, verdict):
     write_json(run_dir / "summary.json", {"rows": [row | {"metric": "M"}]})
     text = Page(write_report(run_dir)).text
     assert text.split(" No metrics")[0].strip().endswith(verdict)
+
+
+def test_a_change_that_is_not_finite_is_no_verdict(run_dir):
+    (run_dir / "summary.json").write_text('{"rows": [{"metric": "M", "before": 1.5, "after": NaN, "better": "up"}]}')
+    assert "1.5 NaN NaN No metrics" in Page(write_report(run_dir)).text
 
 
 def test_the_first_samples_are_shown_and_the_rest_counted(run_dir):
