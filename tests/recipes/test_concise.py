@@ -57,6 +57,7 @@ def test_a_concise_complete_answer_has_no_fault():
         ("repetition", "We see blue light here, for we see blue light there.", 2 * 2 / 9),  # 2 of 9 trigrams come again
         ("filler", "Sure! " + GOOD, 0.5),
         ("filler", "The answer to this question is simple. " + GOOD, 0.5),
+        ("filler", "In answer to that, " + GOOD, 0.5),
         ("filler", GOOD + " I hope this helps.", 0.5),
         ("filler", "As an AI, I know this. " + GOOD, 1.0),
         ("layout", "# Sky\n" + GOOD, 1.0),
@@ -80,7 +81,14 @@ def test_each_rule_finds_its_fault(rule, text, fault):
 def test_dull_word_choice_is_repetition():
     stems = ["sky", "blue", "light", "air", "sun"] * 2  # half of the content words are distinct: (0.7 - 0.5) / 0.3
     text = " the ".join(stems[:5]) + " of " + " of ".join(stems[:4:-1])
-    assert judge.repetition(text) == pytest.approx(2 / 3)
+    assert judge.repetition("Why?", text) == pytest.approx(2 / 3)
+
+
+def test_an_echo_of_the_term_is_a_small_fault_in_definitions_only():
+    echo = "A forest is a large area of land with many trees, and plants of all kinds live in forests."
+    apart = "A forest is a large area of land with many trees. All kinds of animals live in forests."
+    assert judge.repetition("What is a forest?", echo) == pytest.approx(0.2)
+    assert judge.repetition("How do I find a forest?", echo) == judge.repetition("What is a forest?", apart) == 0.0
 
 
 def test_an_answer_without_eos_is_unfinished():

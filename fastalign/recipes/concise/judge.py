@@ -31,8 +31,9 @@ MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
 FILLER_OPENERS = re.compile(
     r"^\W*(?:sure|certainly|absolutely|of course|a (?:great|good|simple|classic)\b|great question|good question"
     r"|i'd be happy|i would be happy|i'm happy|i am happy|as an ai|as a (?:helpful|language|large|seasoned|digital)"
-    r"|here (?:is|are)\b|here's|let's\b|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello"
-    r"|hi\b|hey\b|(?:the|a|my) (?:simple |short )?(?:answer|question)\b|this (?:question|answer|sentence|prompt)\b)",
+    r"|here (?:is|are)\b|here's|let's\b|when it comes to|in today's|in (?:a|the) world|imagine\b|ah,|oh,|hello|hi\b"
+    r"|hey\b|in answer to|(?:the|a|my) (?:simple |short )?(?:answer|question)\b"
+    r"|this (?:question|answer|sentence|prompt)\b)",
     re.IGNORECASE,
 )
 FILLER_ANYWHERE = re.compile(
@@ -108,22 +109,25 @@ def too_long(count: int) -> float:
     return min(1.0, max(0.0, (count - IDEAL_WORDS[1]) / IDEAL_WORDS[1]))
 
 
-def repetition(text: str) -> float:
-    """The largest of: twice the share of word trigrams seen before; dullness; 1 for an outright doubling.
+def repetition(prompt: str, text: str) -> float:
+    """The largest of: twice the share of word trigrams seen before; dullness; 0.2 for an echo; 1 for a doubling.
 
-    Dullness sets in where under 70 % of the content words are distinct, and reaches 1 at 40 %. Outright doublings are
-    "sad or sad", a whole sentence said again, and "An echo is an echo".
+    Dullness sets in where under 70 % of the content words are distinct, and reaches 1 at 40 %. An echo is a sentence
+    that says a content word of a "What ..." prompt twice ("A forest is found in forests"); a doubling is "sad or sad",
+    "A tax is a tax", or a whole sentence said again.
     """
     if DOUBLED.search(text) or CIRCULAR.search(text):
         return 1.0
     lines = [sentence.lower() for sentence in sentences(text)]
     if len(set(lines)) < len(lines):
         return 1.0
+    terms = set(content(prompt)) if prompt.startswith("What ") else set()
+    echo = any(content(line).count(term) > 1 for line in lines for term in terms)
     tokens, stems = words(text), content(text)
     trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
     repeated = 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
     dull = (0.7 - len(set(stems)) / len(stems)) / 0.3 if stems else 0.0
-    return min(1.0, max(2 * repeated, dull, 0.0))
+    return min(1.0, max(2 * repeated, dull, 0.2 * echo))
 
 
 def filler(text: str) -> float:
@@ -155,7 +159,7 @@ def faults(prompt: str, text: str, *, ended: bool = True) -> dict[str, float]:
         "unfinished": unfinished(text, ended),
         "too_short": too_short(count),
         "too_long": too_long(count),
-        "repetition": repetition(text),
+        "repetition": repetition(prompt, text),
         "filler": filler(text),
         "layout": layout(text),
         "off_topic": off_topic(prompt, text),
@@ -205,9 +209,9 @@ def agreement(prompt: str, text: str, others: Iterable[str]) -> float:
 def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: int = 85) -> tuple[str, str] | None:
     """(chosen, rejected) out of `answers` = (text, ended) to `prompt`, or None where no clear pair is among them.
 
-    Chosen is, of the concise answers, the one that agrees most with the other answers. Rejected is a rambling answer
-    that scores at least `MIN_MARGIN` less: one that came to its own end if there is any, else one that ran out of
-    budget, trimmed to `max_words`; of equals, the worst-scoring.
+    Chosen is, of the concise answers within half a point of the best, the one that agrees most with the others.
+    Rejected is a rambling answer that scores at least `MIN_MARGIN` less: one that came to its own end if there is any,
+    else one that ran out of budget, trimmed to `max_words`; of equals, the worst-scoring.
     """
     answers = list(answers)
     concise = [text for text, ended in answers if is_concise(prompt, text, ended=ended)]
@@ -215,6 +219,8 @@ def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: in
     rambling = [(cut, text) for cut, text in rambling if is_rambling(prompt, text)]
     if not concise or not rambling:
         return None
+    best = max(score(prompt, text) for text in concise)
+    concise = [text for text in concise if score(prompt, text) > best - 0.5]
     chosen = max(concise, key=lambda text: agreement(prompt, text, [other for other, _ in answers if other != text]))
     _, rejected = min(rambling, key=lambda item: (item[0], score(prompt, item[1])))
     return (chosen, rejected) if score(prompt, chosen) - score(prompt, rejected) >= MIN_MARGIN else None
