@@ -95,7 +95,7 @@ def check_against_float64(inputs, *, frozen, memory_budget, **options):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize(("option", "dtype"), OPTIONS_AND_DTYPES)
+@pytest.mark.parametrize(("option", "dtype"), OPTIONS_AND_DTYPES, ids=str)
 def test_error_budget(option, entropy, dtype, budget):
     options = dict(OPTIONS[option])
     inputs = problem(dtype, ignored=0.3, bias=options.pop("bias", False))
