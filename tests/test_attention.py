@@ -339,7 +339,7 @@ def test_what_a_layout_cannot_express_is_named(caplog):
         model.config.is_causal = False
         with pytest.raises(ModelError, match="non-causal"):
             model(**batch.model_inputs(), use_cache=False)
-    with pytest.raises(ModelError, match="uses 'position_bias'"):
+    with pytest.raises(ModelError, match="passes 'position_bias'"):
         query = torch.zeros(1, 4, batch.input_ids.shape[1], 8)
         attend = tf.AttentionInterface()[NAME]
         attend(model, query, query, query, PackedMask(batch.layout, None), position_bias=torch.zeros(1))
