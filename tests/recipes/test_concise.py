@@ -47,6 +47,7 @@ def test_a_concise_complete_answer_has_no_fault():
         ("unfinished", GOOD.rstrip("."), 1.0),
         ("unfinished", GOOD + " The reasons are:", 1.0),
         ("unfinished", GOOD + " 2.", 1.0),
+        ("unfinished", GOOD + " And so...", 1.0),
         ("too_short", "The sky scatters blue light.", 1.0),
         ("too_short", "The sky is blue since air scatters blue light.", 0.5),  # 9 words: half way from 12 to 6
         ("too_long", " ".join(["The sky is blue."] + ["word"] * 86), 1.0),  # 90 words: twice the ideal maximum
@@ -129,6 +130,15 @@ def test_pick_pair_of_concise_answers_takes_the_one_the_others_agree_with():
     assert {judge.score(PROMPT, text) for text in (odd, echo, GOOD)} == {10.0}
     answers = [(odd, True), (RAMBLE, True), (GOOD, True), (echo, True)]
     assert judge.pick_pair(PROMPT, answers) == (GOOD, RAMBLE)
+
+
+def test_pick_pair_lets_agreement_decide_only_near_the_best_score():
+    prompt = "What is a forest?"
+    echo = "A forest is a large area of land with many trees, and plants of all kinds live in forests."
+    clean = "A forest is what remains where nobody has yet built a road, a field, or any town."
+    answers = [(echo, True), (echo.replace("many", "tall"), True), (clean, True), (RAMBLE + " A forest.", True)]
+    assert judge.score(prompt, clean) == pytest.approx(judge.score(prompt, echo) + 0.8)
+    assert judge.pick_pair(prompt, answers)[0] == clean
 
 
 def test_agreement_is_the_mean_share_of_content_words_found_elsewhere():

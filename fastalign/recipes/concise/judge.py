@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 WEIGHTS = {
-    "unfinished": 5.0,  # cut off: no EOS within the budget, no closing punctuation, an announced list that never comes
+    "unfinished": 5.0,  # cut off: no EOS within the budget, no closing punctuation, a list point that never comes
     "too_short": 5.0,
     "too_long": 6.0,
     "repetition": 4.0,
@@ -94,8 +94,8 @@ def sentences(text: str) -> list[str]:
 
 
 def unfinished(text: str, ended: bool) -> float:
-    """1 where the answer was cut off, lacks closing punctuation, or announces a list and stops."""
-    closed = re.search(r"[.!?][\"'\u201d)]?$", text) and not re.search(r"(?:(?:^|\s)\d{1,2}|:|\.\.)[.!?]$", text)
+    """1 where the answer was cut off, lacks closing punctuation, ends in dots, or in a bare list number."""
+    closed = re.search(r"[.!?][\"'\u201d)]?$", text) and not re.search(r"(?:(?:^|\s)\d{1,2}|\.\.)[.!?]$", text)
     return 0.0 if ended and closed else 1.0
 
 
