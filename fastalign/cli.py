@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 after an error said in one sentence."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; users can do nothing about them
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # peft, of a model that is a GGUF file
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = _parser(argv).parse_args(argv)
@@ -168,7 +169,10 @@ def _train(options: dict[str, Any], args: argparse.Namespace) -> None:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"{item!r} is not of the form key=value")
-        options[key] = yaml.safe_load(value) if value else None
+        try:
+            options[key] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise ConfigError(f"{item!r} is not valid YAML after the =; quote the value") from None
     method = options.pop("method", None)
     if method not in methods():
         raise ConfigError(f"method is {method!r}; {nearest(str(method), methods())}")

@@ -35,7 +35,7 @@ def answer(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 160,
-    batch_size: int = 16,
+    batch_size: int = 32,
     label: str = "answers",
 ) -> Answers:
     """Greedy answers to tokenised prompts, each the model's most likely token at every step until EOS.
@@ -75,15 +75,18 @@ def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | Non
     """
     known = [
         ("Held-out loss", "eval_loss", "", "down"),
-        ("Preference accuracy (reward of chosen above rejected)", "eval_rewards/accuracies", "%", "up"),
-        ("Preference accuracy (log-prob a token alone)", "eval_logps/accuracies", "%", "up"),
+        ("Prefers chosen, by reward", "eval_rewards/accuracies", "%", "up"),
+        ("Prefers chosen, by log-prob a token", "eval_logps/accuracies", "%", "up"),
         ("Reward margin", "eval_rewards/margins", "", "up"),
         ("KL to the start, a token", "eval_kl", "nats", None),
     ]
     rows = []
     for metric, key, unit, better in known:
         if key in after:
-            values = [100 * v if unit == "%" and v is not None else v for v in (before.get(key), after[key])]
+            start = before.get(key)
+            if key == "eval_rewards/accuracies" and before.get("eval_rewards/margins") == 0:
+                start = None  # all margins are 0 before the first step: there is no preference to count
+            values = [100 * v if unit == "%" and v is not None else v for v in (start, after[key])]
             rows.append({"metric": metric, "before": values[0], "after": values[1], "unit": unit, "better": better})
     if answers is not None:
         old, new = answers

@@ -44,13 +44,15 @@ class RunOptions:
                 raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
         if self.lora_rank < 0 or self.samples < 0:
             raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
 
 
 def run(options: RunOptions, config: AlignmentConfig) -> Path:
     """Train as the options say, and leave everything in the run folder `config.output_dir`; returns the folder.
 
-    It then holds the adapter or model (safetensors), config.json, metrics.jsonl, preflight.txt, summary.json,
-    samples.jsonl and report.html.
+    It then holds the adapter, or a whole model in model/ (safetensors), config.json, metrics.jsonl, preflight.txt,
+    summary.json, samples.jsonl and report.html.
     """
     console = Console(highlight=False)
     folder = Path(config.output_dir)
@@ -66,19 +68,20 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
-    prompts = _prompts(trainer, options.samples)
+    prompts, questions = _prompts(trainer, eval_rows, options.samples)
     before, old = _look(trainer, tokenizer, prompts, options, "before")
     start = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - start
     after, new = _look(trainer, tokenizer, prompts, options, "after")
-    trainer.save_model()
+    # beside the run's own config.json, where a whole model would put one of its own
+    trainer.save_model(str(folder if options.lora_rank else folder / "model"))
 
     summary = _summary(trainer, options, seconds, comparison(before, after, (old, new) if prompts else None))
     write_json(folder / "summary.json", summary)
-    _write_samples(folder / "samples.jsonl", tokenizer, prompts, old, new)
+    _write_samples(folder / "samples.jsonl", questions, old, new)
     report = write_report(folder)
-    _show(console, summary, tokenizer, prompts, old, new)
+    _show(console, summary, questions, old, new)
     console.print(f"Run folder {folder}, report {report}")
     return folder
 
@@ -86,19 +89,31 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
 def _lora(options: RunOptions) -> LoraConfig | None:
     if options.lora_rank == 0:
         return None
-    targets = options.lora_targets.split(",") if "," in options.lora_targets else options.lora_targets
+    targets = options.lora_targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
     return LoraConfig(
         r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules=targets,
         task_type="CAUSAL_LM",
     )  # fmt: skip
 
 
-def _prompts(trainer: AlignmentTrainer, count: int) -> list[list[int]]:
-    """The first `count` different prompts of the held-out rows."""
+def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int]], list[str]]:
+    """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
     if trainer.eval_dataset is None:
-        return []
-    different = dict.fromkeys(tuple(row["prompt_ids"]) for row in trainer.eval_dataset if row["prompt_ids"])
-    return [list(prompt) for prompt in different][:count]
+        return [], []
+    tokens = [row["prompt_ids"] for row in trainer.eval_dataset]
+    if len(rows) == len(tokens) and "prompt" in rows.column_names:
+        texts = [_last_question(prompt) for prompt in rows["prompt"]]
+    else:  # rows were dropped, or the prompt is implicit
+        texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
+    different = {tuple(ids): text.strip() for ids, text in zip(tokens, texts, strict=True) if ids}
+    chosen = list(different.items())[:count]
+    return [list(ids) for ids, _ in chosen], [text for _, text in chosen]
+
+
+def _last_question(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m.get("content")), "")
 
 
 def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
@@ -130,14 +145,13 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
     }
 
 
-def _write_samples(path: Path, tokenizer, prompts, old: Answers | None, new: Answers | None) -> None:
+def _write_samples(path: Path, questions: list[str], old: Answers | None, new: Answers | None) -> None:
     path.unlink(missing_ok=True)
-    for i, prompt in enumerate(prompts):
-        text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-        append_metrics(path, {"prompt": text, "before": old.texts[i], "after": new.texts[i]})
+    for i, question in enumerate(questions):
+        append_metrics(path, {"prompt": question, "before": old.texts[i], "after": new.texts[i]})
 
 
-def _show(console: Console, summary: dict, tokenizer, prompts, old: Answers | None, new: Answers | None) -> None:
+def _show(console: Console, summary: dict, questions: list[str], old: Answers | None, new: Answers | None) -> None:
     table = Table(title=summary["title"], title_justify="left", title_style="bold")
     for heading, justify in (("held-out", "left"), ("before", "right"), ("after", "right"), ("", "left")):
         table.add_column(heading, justify=justify)
@@ -148,10 +162,8 @@ def _show(console: Console, summary: dict, tokenizer, prompts, old: Answers | No
     console.print(table)
     for label, value in summary["facts"].items():
         console.print(f"  {label:<16}{value}", markup=False)
-    for i in range(min(2, len(prompts))):
-        question = tokenizer.decode(prompts[i], skip_special_tokens=True).strip().splitlines()
-        console.print(f"\n[bold]{i + 1}.[/bold] ", end="")
-        console.print(" / ".join(line for line in question if line)[-200:], markup=False)
+    for i, question in enumerate(questions[:3]):
+        console.print(f"\n{i + 1}. {_short(question)}", markup=False, style="bold")
         console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
         console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
     console.print()
