@@ -57,18 +57,24 @@ class ReferenceWeights:
             value.lerp_(parameter.data, share)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of everything that the model computes with: configuration and weights.
+def fingerprint(model: nn.Module, precision: str = "") -> str:
+    """A hash of everything that the model computes with: configuration, weights, and the precision of its products.
 
     Fresh LoRA adapters (B = 0) change nothing and are left out: their random A differs from run to run.
     """
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if all(not value.any() for name, value in state.items() if "lora_B" in name):
-        state = {name: value for name, value in state.items() if "lora_" not in name}
+    lora = {name: value for name, value in state.items() if "lora_" in name}
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    scales = [(sorted(layer.scaling.items()), layer.active_adapters, layer.disable_adapters) for layer in layers]
+    # An adapter on embeddings starts with A = 0 instead: rare enough to be hashed as it is.
+    if not any("lora_embedding" in name or ("lora_B" in name and value.any()) for name, value in lora.items()):
+        state = {name: value for name, value in state.items() if name not in lora}
+        scales = []
     config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache"):
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(name, None)
-    digest = hashlib.blake2b(f"{_FORMAT} {sorted(config.items(), key=str)}".encode(), digest_size=_KEY_BYTES)
+    heading = f"{_FORMAT} {precision} {sorted(config.items(), key=str)} {scales}"
+    digest = hashlib.blake2b(heading.encode(), digest_size=_KEY_BYTES)
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         # the same model with and without an adapter around it has the same names
