@@ -25,18 +25,22 @@ class MetricsWriter(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path, self.start = path, time.monotonic()
+        self.before = []  # what was logged before training
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero and state.global_step == 0:
             self.path.unlink(missing_ok=True)  # a new run; a resumed one goes on where it was
+            for record in self.before:
+                append_metrics(self.path, record)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             record = {"step": state.global_step, "epoch": state.epoch, "time": round(time.monotonic() - self.start, 3)}
             append_metrics(self.path, {**record, **logs})
+            if state.global_step == 0:
+                self.before.append({**record, **logs})
 
 
 class Progress(ProgressCallback):
