@@ -54,6 +54,10 @@ class SFTObjective:
             batch.packed.cu_seqlens.new_tensor(batch.packed.cu_seqlens.numel() - 1), batch.packed.cu_seqlens[-1]
         )
 
+    def weight(self, totals: Totals) -> Tensor:
+        """Of one batch's loss in a mean over batches."""
+        return totals.tokens
+
     def __call__(self, logprobs: Tensor, ref_logprobs: None, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         nll = -logprobs.sum()
         lengths = batch.packed.completion_lengths
@@ -70,6 +74,9 @@ class PreferenceObjective:
     def totals(self, batch: Batch) -> Totals:
         lengths = batch.packed.cu_seqlens.diff()
         return Totals(lengths.new_tensor(lengths.numel() // 2), lengths[0::2].sum() + batch.prompt_tokens)
+
+    def weight(self, totals: Totals) -> Tensor:
+        return totals.items
 
     def __call__(
         self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: Batch, totals: Totals
@@ -121,7 +128,7 @@ class PreferenceObjective:
 
 
 class UnpairedObjective:
-    """KTO or BCO over rows with a label. Each row carries a second completion, of another row, for KTO's baseline."""
+    """KTO or BCO over rows with a label. For KTO's baseline each row carries a second completion, of another row."""
 
     needs_reference = True
 
@@ -132,20 +139,21 @@ class UnpairedObjective:
     def totals(self, batch: Batch) -> Totals:
         return Totals(batch.packed.cu_seqlens.new_tensor(batch.desirable.numel()), batch.packed.cu_seqlens[-1])
 
+    def weight(self, totals: Totals) -> Tensor:
+        return totals.items
+
     def __call__(self, logprobs: Tensor, ref_logprobs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         config, bounds, labels = self.config, batch.packed.cu_seqlens, batch.desirable
         sums, ref_sums = segment_sum(logprobs, bounds), segment_sum(ref_logprobs, bounds)
-        own, ref_own = sums[0::2], ref_sums[0::2]
-        baseline = kto_baseline(sums[1::2], ref_sums[1::2])
+        each = 2 if config.unpaired == "kto" else 1
+        own, ref_own = sums[::each], ref_sums[::each]
         rewards = implicit_rewards(own.detach(), ref_own, config.reward_beta)
         if config.unpaired == "kto":
-            extra = {"weights": (config.desirable_weight, config.undesirable_weight)}
-            shift = baseline
+            shift = kto_baseline(sums[1::2], ref_sums[1::2])
         else:
-            extra, shift = {}, self._reward_shift(rewards, labels, own.requires_grad)
-        beta = {} if config.beta is None else {"beta": config.beta}
-        losses = UNPAIRED[config.unpaired](own, ref_own, labels, shift, **beta, **extra)
-        metrics = {"kl": _mean(baseline.view(1))}
+            shift = self._reward_shift(rewards, labels, own.requires_grad)
+        losses = UNPAIRED[config.unpaired](own, ref_own, labels, shift, **config.unpaired_options)
+        metrics = {"baseline": _mean(shift.view(1))}
         for name, mask in (("chosen", labels), ("rejected", ~labels)):
             metrics[f"rewards/{name}"] = ((rewards * mask).sum(), mask.sum())
             metrics[f"logps/{name}"] = ((own.detach() * mask).sum(), mask.sum())
@@ -164,4 +172,4 @@ class UnpairedObjective:
 
 def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
     values = values.detach()
-    return values.sum(), torch.tensor(values.numel(), device=values.device)
+    return values.sum(), torch.full((), values.numel(), device=values.device)

@@ -12,21 +12,25 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastalign import data, memory
 from fastalign.callbacks import MetricsWriter, Progress
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
-from fastalign.models import load_model, load_tokenizer
+from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import PackedBatch
 from fastalign.reference import linear_logits, logits_divergence
 from fastalign.reference_logprobs import ReferenceWeights, fingerprint, precompute
-from fastalign.scoring import causal_lm, lay_out, output_head, prepare
+from fastalign.scoring import Head, causal_lm, lay_out, output_head, prepare
 
+_MOVING = "fastalign.safetensors"  # in a checkpoint
 logger = logging.getLogger("fastalign")
 
 
@@ -39,7 +43,7 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict[str, Batch]:
         packed, prompt_tokens = lay_out(rows, self.layout, self.pad_token_id), 0
         if self.score_prompts:
-            packed, prompt_tokens = _with_prompts(packed)
+            packed, prompt_tokens = _with_prompts(packed, len(rows))
         reference = desirable = None
         if "ref_logprobs" in rows[0]:
             reference = torch.tensor([v for row in rows for values in row["ref_logprobs"] for v in values])
@@ -48,9 +52,10 @@ class Collator:
         return {"batch": Batch(packed, reference, desirable, prompt_tokens)}
 
 
-def _with_prompts(packed: PackedBatch) -> tuple[PackedBatch, int]:
-    """The batch with every prompt's tokens scored too, behind the completions' tokens, and their number."""
-    positions = [i for group in packed.layout for i in range(group.prompt[0], group.prompt[1] - 1)]
+def _with_prompts(packed: PackedBatch, rows: int) -> tuple[PackedBatch, int]:
+    """The batch with every row's prompt tokens scored too, behind the completions' tokens, and their number."""
+    groups = packed.layout[:: len(packed.layout) // rows]  # a prompt laid out for each completion counts once
+    positions = [i for group in groups for i in range(group.prompt[0], group.prompt[1] - 1)]
     index = torch.tensor(positions, dtype=torch.int64)
     targets = packed.input_ids[0, index + 1]
     packed = replace(
@@ -94,13 +99,15 @@ class AlignmentTrainer(Trainer):
             model = load_model(model, for_adapter=peft_config is not None)
         if processing_class is None:
             raise ConfigError("processing_class is None; pass the model's tokenizer")
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ConfigError(f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset: give one")
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-        _check_trainable(model)
+            model = _with_adapter(model, peft_config, args.seed)
+        check_trainable(model)
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
-        _adopt_special_tokens(causal_lm(model), processing_class)
+        adopt_special_tokens(causal_lm(model), processing_class)
         self.objective = objective(args)
         self.layout = prepare(model)
         if self.layout == "shared" and not args.share_prompts:
@@ -152,11 +159,15 @@ class AlignmentTrainer(Trainer):
         adapter = hasattr(self.model, "peft_config")
         weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
         if args.precompute_ref_log_probs:
-            key = fingerprint(self.model)
+            key = fingerprint(self.model, str(self._autocast_dtype()))
             self.train_dataset = precompute(self.train_dataset, self._score, key, args.ref_cache_dir)
-            if self.eval_dataset is not None:
+            if self.eval_dataset is not None and weights is None:  # a copy is asked anyway, for the KL
                 self.eval_dataset = precompute(self.eval_dataset, self._score, key, args.ref_cache_dir)
         return weights
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        """What products are rounded to (bf16=True, fp16=True), if not to the weights' dtype."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     @torch.no_grad()
     def _score(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
@@ -172,17 +183,17 @@ class AlignmentTrainer(Trainer):
         """Scores under the reference's weights, by a forward pass over the same batch."""
         with self.reference.in_place() if self.reference else nullcontext():
             scores = model(packed=packed, keep_hidden=keep_hidden)
-            head = output_head(causal_lm(model)) if keep_hidden else None
+            head = output_head(causal_lm(model)).detach() if keep_hidden else None
         return scores, head
 
     def _reference_logprobs(self, model: nn.Module, batch: Batch, logprobs: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         scored = logprobs.shape[0] - batch.prompt_tokens
-        if batch.ref_logprobs is not None and (self.state.global_step > 0 or not model.training):
+        if batch.ref_logprobs is not None and self.state.global_step > 0:
             return batch.ref_logprobs
         now = self._reference_now(model, batch.packed)[0].logprobs[:scored]
-        if self.state.global_step == 0 and model.training:
+        if self.state.global_step == 0:
             self._check_start(now, logprobs.detach()[:scored], batch.ref_logprobs)
         return now
 
@@ -197,7 +208,8 @@ class AlignmentTrainer(Trainer):
         if stored is None:
             return
         # Another batch, another rounding: what eps leaves of log-probs after a deep model in its dtype.
-        limit = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5 * 10
+        dtype = self._autocast_dtype() or next(self.model.parameters()).dtype
+        limit = max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps) ** 0.5 * 10
         off = (stored - reference).abs().max().item()
         if not off <= limit:
             raise DataError(
@@ -222,30 +234,28 @@ class AlignmentTrainer(Trainer):
         reference = self._reference_logprobs(model, batch, scores.logprobs)
         totals = num_items_in_batch or self.objective.totals(batch)
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
-        self._record("train" if model.training else "eval", metrics)
-        if model.training:
-            self._tokens += batch.packed.input_ids.numel()
-            self.tokens_seen += batch.packed.input_ids.numel()
+        self._record("train", metrics)
+        self._tokens += batch.packed.input_ids.numel()
+        self.tokens_seen += batch.packed.input_ids.numel()
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        """Loss and metrics of one held-out batch; with a copy of the reference at hand, the exact KL to it as well."""
+        batch: Batch = self._prepare_inputs(inputs)["batch"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
+            scores = model(packed=batch.packed, keep_hidden=True)
+            ref_logprobs = batch.ref_logprobs
             if self.reference is not None:
-                self._record("eval", {"kl": self._kl_to_reference(model, inputs["batch"].packed)})
+                reference, ref_head = self._reference_now(model, batch.packed, keep_hidden=True)
+                ref_logprobs = reference.logprobs[: scores.logprobs.shape[0] - batch.prompt_tokens]
+                head = output_head(causal_lm(model))
+                self._record("eval", {"kl": _kl(scores.hidden, head, reference.hidden, ref_head)})
+            totals = self.objective.totals(batch)
+            loss, metrics = self.objective(scores.logprobs, ref_logprobs, batch, totals)
+            # the Trainer's own mean gives a short last batch a full one's weight
+            weight = self.objective.weight(totals)
+            self._record("eval", {**metrics, "loss": (loss * weight, weight)})
         return loss.detach(), None, None
-
-    def _kl_to_reference(self, model: nn.Module, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Exact KL(model || reference) per scored token, summed, and the number of tokens."""
-        hidden, head = model(packed=packed, keep_hidden=True).hidden, output_head(causal_lm(model))
-        reference, ref_head = self._reference_now(model, packed, keep_hidden=True)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(128):
-            ours = linear_logits(hidden[rows], head.weight, **head.options())
-            theirs = linear_logits(reference.hidden[rows], ref_head.weight, **ref_head.options())
-            total += logits_divergence(ours, theirs, divergence="reverse_kl").sum()
-        return total, torch.tensor(hidden.shape[0], device=hidden.device)
 
     def _record(self, mode: str, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name, pair in metrics.items():
@@ -275,6 +285,10 @@ class AlignmentTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         return {**metrics, **{k: v for k, v in self.state.log_history[-1].items() if k.startswith("eval_")}}
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
+
     def train(self, *args, **kwargs):
         """`transformers.Trainer.train`, with the preflight report in front."""
         if self.args.should_log and not self.args.disable_tqdm:
@@ -298,6 +312,18 @@ class AlignmentTrainer(Trainer):
         ])  # fmt: skip
 
 
+def _kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> tuple[Tensor, Tensor]:
+    """Exact KL(model || reference) of the next-token distributions, summed over tokens, and their number."""
+    total = hidden.new_zeros((), dtype=torch.float64)
+    for ours, theirs in zip(hidden.split(128), ref_hidden.split(128), strict=True):
+        total += logits_divergence(
+            linear_logits(ours, head.weight, **head.options()),
+            linear_logits(theirs, ref_head.weight, **ref_head.options()),
+            divergence="reverse_kl",
+        ).sum()
+    return total, torch.tensor(hidden.shape[0], device=hidden.device)
+
+
 class PreferenceTrainer(AlignmentTrainer):
     """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
 
@@ -318,7 +344,27 @@ class PreferenceTrainer(AlignmentTrainer):
 
     def _tokenise(self, rows, tokenizer, args, model):
         dataset, report = super()._tokenise(rows, tokenizer, args, model)
-        return (_with_mismatched(dataset) if self._unpaired else dataset), report
+        return (_with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What changes while training beside what a checkpoint holds: BCO's mean rewards, a reference that is moved."""
+        rewards = {"rewards": self.objective.running} if self.args.unpaired == "bco" else {}
+        values = self.reference.values if self.args.sync_ref_model else []
+        return rewards | {f"reference.{i}": value for i, value in enumerate(values)}
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and (tensors := self._moving()):
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / _MOVING)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / _MOVING
+        saved = load_file(path) if path.exists() else {}
+        for name, value in self._moving().items():
+            if name in saved:
+                value.copy_(saved[name])
 
     def _check_rows(self, dataset, found: str) -> None:
         if self._unpaired and "label" not in dataset.column_names:
@@ -342,6 +388,14 @@ class SFTTrainer(AlignmentTrainer):
             raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")
 
 
+def _with_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
+    set_seed(seed)  # as the Trainer does, but for the adapter's random numbers as well
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"The adapter does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+
+
 class _MoveReference(TrainerCallback):
     def __init__(self, reference: ReferenceWeights, args: PreferenceConfig):
         self.reference, self.args = reference, args
@@ -354,9 +408,7 @@ class _MoveReference(TrainerCallback):
 def _with_mismatched(dataset):
     """Each row with the next row's completion as its second one, as KTO's baseline needs it."""
     if len(dataset) < 2:
-        raise DataError(
-            "The data set has one row; KTO and BCO compare completions of different prompts: give more rows."
-        )
+        raise DataError("The data set has one row; KTO's baseline needs completions of other prompts: give more rows.")
 
     def add(row, i):
         other = dataset[(i + 1) % len(dataset)]
@@ -364,35 +416,3 @@ def _with_mismatched(dataset):
         return {**row, **extra}
 
     return type(dataset).from_list([add(dataset[i], i) for i in range(len(dataset))], features=dataset.features)
-
-
-def _check_trainable(model: nn.Module) -> None:
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
-    low = [name for name, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
-    if low and hasattr(model, "peft_config"):
-        for _, parameter in trainable:
-            parameter.data = parameter.data.float()
-    elif low:
-        logger.warning(
-            "%d trainable tensors are in 16 bits (%s, ...), where small updates round to nothing: load the model in "
-            "float32 (dtype='float32'), or train an adapter.", len(low), low[0],
-        )  # fmt: skip
-
-
-def _adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ending and padding as the tokenizer has them, so that generation stops where training data ended."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for config in (model.config, model.generation_config):
-            if config is not None:
-                setattr(config, name, getattr(tokenizer, name))
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        for attribute in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
