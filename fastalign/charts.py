@@ -9,6 +9,7 @@ No text of a run's files enters an SVG: titles, names and numbers stand around i
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ CHARTS = (
     Chart("Loss", "loss", {"loss": "train"}),
     Chart("Reward margin", "chosen \N{MINUS SIGN} rejected", {"rewards/margins": "train"}),
     Chart("Preference accuracy", "% of pairs", {"rewards/accuracies": "train"}, percent=True),
+    Chart("Accuracy by log-probability", "% of pairs", {"logps/accuracies": "train"}, percent=True),
     Chart("Rewards", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     Chart("Log-probabilities", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     Chart("Negative log-likelihood", "nats per token", {"nll_loss": "train"}),
@@ -128,7 +130,9 @@ def draw(chart: Chart, records: list[dict[str, Any]]) -> Drawing | None:
     curves = [curve for curve in curves if len(curve.steps)]
     if not curves:
         return None
-    return Drawing(chart, curves, _svg(chart, curves) if any(curve.ends for curve in curves) else "")
+    steps = [step for record in records if math.isfinite(step := _as_float(record.get("step")))]
+    span = min(steps), max(steps)  # of the whole run, so that all charts have the same x axis
+    return Drawing(chart, curves, _svg(chart, curves, span) if any(curve.ends for curve in curves) else "")
 
 
 def _curve(chart: Chart, records, key: str, name: str, colour: str, evaluation: bool = False) -> Curve:
@@ -186,13 +190,14 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return steps[keep], values[keep]
 
 
-def _svg(chart: Chart, curves: list[Curve]) -> str:
+def _svg(chart: Chart, curves: list[Curve], span: tuple[float, float]) -> str:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a reader's own style must not reach the page
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": chart.title + "".join(chart.keys)})
         figure = Figure(figsize=(4.0, 2.5))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.175, 0.18, 0.815, 0.74), xlabel="step", ylabel=chart.unit)
+        axes.update_datalim([(step, 0) for step in span], updatey=False)
         _plot(axes, chart, curves)
         page = io.StringIO()
         figure.savefig(page, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -36,7 +36,7 @@ SAMPLES_SHOWN = 24
 # Logged by transformers' Trainer about itself: one value a run, or derived from metrics that have a chart.
 NOT_CHARTED = {"step", "epoch", "time", "total_flos", "train_loss", "train_runtime"}
 NOT_CHARTED |= {f"{phase}_{rate}_per_second" for phase in ("train", "eval") for rate in ("samples", "steps")}
-NOT_CHARTED |= {"eval_runtime"}
+NOT_CHARTED |= {"eval_runtime", "eval_model_preparation_time"}
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 SIGN = {"up": 1, "down": -1}
 

@@ -88,6 +88,12 @@ def test_train_and_evaluation_share_an_axis():
     assert [curve.name for curve in drawing.curves] == ["train", "evaluation"]
 
 
+def test_charts_of_a_run_share_the_steps_of_the_whole_run():
+    records = logged("loss", [0.7, 0.5, 0.4, 0.3, 0.2]) + [{"step": s, "rewards/accuracies": 0.5} for s in (2, 3)]
+    (loss,), (accuracy,) = (polylines(draw(chart, records).svg) for chart in (LOSS, ACCURACY))
+    assert [x for x, _ in loss[2:4]] == [x for x, _ in accuracy]
+
+
 def test_few_values_are_drawn_as_they_are_and_many_with_their_mean():
     few = draw(LOSS, logged("loss", np.linspace(1, 0, MANY_POINTS - 1)))
     many = draw(LOSS, logged("loss", np.linspace(1, 0, MANY_POINTS)))
@@ -138,6 +144,6 @@ def test_svg_takes_its_colours_from_the_page_and_styles_nothing_else():
 def test_a_drawing_depends_on_its_data_alone():
     records = logged("loss", [0.7, 0.4])
     plain = draw(LOSS, records).svg
-    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "lines.linewidth": 9, "font.size": 30}):
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "axes.linewidth": 9, "font.size": 30}):
         assert draw(LOSS, records).svg == plain
         assert matplotlib.rcParams["font.size"] == 30
