@@ -165,6 +165,7 @@ def test_a_run_without_rewards_has_no_charts_of_them(run_dir):
     for step in range(3):
         append_metrics(run_dir / "metrics.jsonl", {"step": step, "loss": 2.0 - step, "mean_token_accuracy": 0.5})
         append_metrics(run_dir / "metrics.jsonl", {"step": step, "eval_mean_token_accuracy": 0.4, "eval_runtime": 2.0})
+        append_metrics(run_dir / "metrics.jsonl", {"step": step, "eval_model_preparation_time": 0.1})
     append_metrics(
         run_dir / "metrics.jsonl", {"step": 2, "train_runtime": 9.0, "train_loss": 1.0, "total_flos": 1e12, "once": 1}
     )
@@ -172,7 +173,7 @@ def test_a_run_without_rewards_has_no_charts_of_them(run_dir):
     assert page.html.count("<figure>") == 2
     assert "Loss" in page.text and "mean_token_accuracy" in page.text
     assert "Reward" not in page.text and "KL" not in page.text and "train_" not in page.text
-    assert "once" not in page.text and "runtime" not in page.text
+    assert "once" not in page.text and "time" not in page.text
 
 
 def test_a_diverged_run_says_where(run_dir):
