@@ -133,10 +133,11 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
         "title": options.title or f"{losses} of {options.model}",
         "model": options.model,
         "dataset": Path(options.train).name,
+        "method": losses,
         "rows": rows,
         "facts": {
             "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
-            "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:g} epochs, {state.global_step} steps",
+            "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:.2g} epochs, {state.global_step} steps",
             "training time": f"{seconds / 60:.1f} min on {config.device}",
             "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
             "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
