@@ -1,5 +1,7 @@
 """fastalign: post-training of language models on one memory-limited machine."""
 
+import importlib
+
 from fastalign.fused import (
     PreferenceOutput,
     UnpairedOutput,
@@ -27,8 +29,27 @@ from fastalign.ops import linear_logprobs, segment_sum, selective_logprobs
 
 __version__ = "0.1.0"
 
+# The trainers bring transformers with them; the fused calls must not, so these are imported when first asked for.
+_LAZY = {
+    "PreferenceConfig": "fastalign.config",
+    "SFTConfig": "fastalign.config",
+    "PreferenceTrainer": "fastalign.trainer",
+    "SFTTrainer": "fastalign.trainer",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
 __all__ = [
+    "PreferenceConfig",
     "PreferenceOutput",
+    "PreferenceTrainer",
+    "SFTConfig",
+    "SFTTrainer",
     "UnpairedOutput",
     "__version__",
     "fused_linear_aot",
