@@ -12,7 +12,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo test lint build sanitize clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -30,6 +30,9 @@ lint: $(VENV)/.dev  ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 build: $(VENV)/.build  ## the package and its native module, editable in .venv
+
+sanitize:  ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
+	@csrc/check/sanitize.sh
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist fastalign/_cpu*.so

@@ -1,13 +1,24 @@
-// The only pybind11 code of the CPU kernels. Tensors arrive as raw pointers, so no torch header is needed here:
-// the module builds against any torch, or none. Shapes and dtypes are checked in Python, in fastalign/ops.
+// The only pybind11 code of the CPU kernels. Tensors arrive as raw addresses and torch's thread pool as the address
+// of a C function, so no torch header is needed here: the module builds against any torch, or none, and runs with any
+// that exports the function. Shapes and dtypes are checked in Python, in fastalign/ops.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 
+#include "cpu/brgemm.h"
+#include "cpu/kernels.h"
 #include "cpu/segment_sum.h"
+#include "cpu/workspace.h"
 
 namespace py = pybind11;
+using fastalign::BackwardProblem;
+using fastalign::ForwardProblem;
+using fastalign::HeadProblem;
+using fastalign::Kernels;
+using fastalign::Pool;
 
 namespace {
 
@@ -16,6 +27,96 @@ void segment_sum(std::uintptr_t values, std::uintptr_t offsets, std::int64_t seg
     py::gil_scoped_release release;
     fastalign::segment_sum(reinterpret_cast<const T*>(values), reinterpret_cast<const std::int64_t*>(offsets), segments,
                            reinterpret_cast<T*>(out));
+}
+
+const Kernels& kernels_named(const std::string& name) {
+    for (const Kernels* k : fastalign::available_kernels())
+        if (name == k->name) return *k;
+    throw std::invalid_argument("no kernels named " + name + " run on this machine");
+}
+
+std::vector<std::string> names(const std::vector<const Kernels*>& kernels) {
+    std::vector<std::string> out;
+    for (const Kernels* k : kernels) out.push_back(k->name);
+    return out;
+}
+
+// Fields are set from Python by name; an address of 0 is null.
+template <typename Problem, typename Field>
+auto address(Field Problem::*field) {
+    return [field](Problem& problem, std::uintptr_t at) { problem.*field = reinterpret_cast<Field>(at); };
+}
+
+Pool pool(int workers, std::uintptr_t parallel_for) {
+    return {workers, reinterpret_cast<fastalign::ParallelFor>(parallel_for)};
+}
+
+void bind_problems(py::module_& m) {
+    using H = HeadProblem;
+    py::class_<H>(m, "HeadProblem")
+        .def_property("dtype", nullptr, [](H& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
+        .def_property("hidden", nullptr, address(&H::hidden))
+        .def_readwrite("hidden_stride", &H::hidden_stride)
+        .def_property("weight", nullptr, address(&H::weight))
+        .def_readwrite("weight_stride", &H::weight_stride)
+        .def_property("bias", nullptr, address(&H::bias))
+        .def_property("targets", nullptr, address(&H::targets))
+        .def_property("rows", nullptr, address(&H::rows))
+        .def_readwrite("scored", &H::scored)
+        .def_readwrite("vocab", &H::vocab)
+        .def_readwrite("width", &H::width)
+        .def_readwrite("logit_scale", &H::logit_scale)
+        .def_readwrite("softcap", &H::softcap)
+        .def_readwrite("temperature", &H::temperature)
+        .def_property("cache", nullptr, address(&H::cache))
+        .def_property("shifts", nullptr, address(&H::shifts))
+        .def_readwrite("cache_rows", &H::cache_rows);
+    using F = ForwardProblem;
+    py::class_<F, H>(m, "ForwardProblem")
+        .def(py::init([] { return F{}; }))
+        .def_property("logprobs", nullptr, address(&F::logprobs))
+        .def_property("entropy", nullptr, address(&F::entropy))
+        .def_property("grad_logprobs", nullptr, address(&F::grad_logprobs))
+        .def_property("grad_entropy", nullptr, address(&F::grad_entropy))
+        .def_property("stats", nullptr, address(&F::stats));
+    using B = BackwardProblem;
+    py::class_<B, H>(m, "BackwardProblem")
+        .def(py::init([] { return B{}; }))
+        .def_property("grad_logprobs", nullptr, address(&B::grad_logprobs))
+        .def_property("grad_entropy", nullptr, address(&B::grad_entropy))
+        .def_property("stats", nullptr, address(&B::stats))
+        .def_property("d_hidden", nullptr, address(&B::d_hidden))
+        .def_property("d_weight", nullptr, address(&B::d_weight))
+        .def_property("d_bias", nullptr, address(&B::d_bias));
+}
+
+void bind_kernels(py::module_& m) {
+    py::class_<Kernels>(m, "Kernels")
+        .def_readonly("name", &Kernels::name)
+        .def_readonly("vector_bytes", &Kernels::vector_bytes)
+        .def_readonly("panel_f32", &Kernels::panel_f32)
+        .def_readonly("panel_f64", &Kernels::panel_f64)
+        .def_readonly("tile", &Kernels::tile)
+        .def("forward",
+             [](const Kernels& k, const ForwardProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.forward(problem, pool(workers, parallel_for));
+             })
+        .def("backward",
+             [](const Kernels& k, const BackwardProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.backward(problem, pool(workers, parallel_for));
+             })
+        .def("exp_f32", [](const Kernels& k, std::uintptr_t in, std::uintptr_t out, std::int64_t n) {
+            k.exp_f32(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n);
+        });
+    m.def("kernels", &kernels_named, py::return_value_policy::reference, py::arg("name"));
+    m.def("available", [] { return names(fastalign::available_kernels()); });
+    m.def("compiled", [] { return names(fastalign::compiled_kernels()); });
+    m.def("set_brgemm", [](std::uintptr_t product, std::uintptr_t release) {
+        fastalign::brgemm_bf16 = reinterpret_cast<fastalign::Brgemm>(product);
+        fastalign::brgemm_release = reinterpret_cast<fastalign::BrgemmRelease>(release);
+    });
 }
 
 }  // namespace
@@ -27,4 +128,9 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("out"));
     m.def("segment_sum_f64", &segment_sum<double>, py::arg("values"), py::arg("offsets"), py::arg("segments"),
           py::arg("out"));
+    bind_problems(m);
+    bind_kernels(m);
+    m.def("prefer_huge_pages", [](std::uintptr_t data, std::size_t bytes) {
+        fastalign::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
+    });
 }

@@ -1,6 +1,6 @@
 """Token log-probabilities straight from hidden states, without the `[tokens, vocabulary]` logits.
 
-Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `tiles.py`.
+Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `tiles.py`, and in C++ in csrc/cpu.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import tiles
+from fastalign.ops import native, tiles
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpu")
 # Probability tiles kept for a trainable head when the caller names no budget, in bytes.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
 _library = torch.library.Library("fastalign", "DEF")
 _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
-    "float temperature, int ignore_index, bool grads, bool entropy, int cache_rows) "
+    "float temperature, int ignore_index, bool grads, bool entropy, int cache_rows, *, str backend='torch') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
     "Tensor targets, Tensor? bias, Tensor stats, Tensor cache, Tensor shifts, float logit_scale, float? softcap, "
-    "float temperature, int ignore_index, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+    "float temperature, int ignore_index, bool[3] needs, *, str backend='torch') -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -62,10 +62,15 @@ def _scatter(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
 
 
 def _linear_logprobs(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows
-):
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows,
+    *, backend="torch",
+):  # fmt: skip
     n = targets.shape[0]
     rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    if backend == "cpu":
+        return native.linear_logprobs(
+            hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, grads, entropy, cache_rows
+        )
     out = tiles.forward(
         _gather(hidden, rows),
         weight,
@@ -90,28 +95,37 @@ def _linear_logprobs(
 
 
 def _linear_logprobs_fake(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows
-):
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, grads, entropy, cache_rows,
+    *, backend="torch",
+):  # fmt: skip
     n, width = hidden.shape
     new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
-    shifts = len(tiles.vocabulary_tiles(weight.shape[0], hidden.device))
+    vocab = weight.shape[0]
+    shifts = native.cache_shifts(vocab) if backend == "cpu" else len(tiles.vocabulary_tiles(vocab, hidden.device))
     return (
         new.new_empty(n),
         new.new_empty(n if entropy else 0),
         new.new_empty((n, width) if grads else 0),
         new.new_empty((n, width) if grads and entropy else 0),
         new.new_empty(n, len(tiles.Stats._fields)),
-        hidden.new_empty((cache_rows, weight.shape[0]) if cache_rows else 0),
+        hidden.new_empty((cache_rows, vocab) if cache_rows else 0),
         new.new_empty((cache_rows, shifts) if cache_rows else 0),
     )
 
 
 def _linear_logprobs_backward(
     grad_logprobs, grad_entropy, hidden, weight, targets, bias, stats, cache, shifts,
-    logit_scale, softcap, temperature, ignore_index, needs,
+    logit_scale, softcap, temperature, ignore_index, needs, *, backend="torch",
 ):  # fmt: skip
     n = targets.shape[0]
     rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    empty = hidden.new_empty(0)
+    if backend == "cpu":
+        grads = native.linear_logprobs_backward(
+            grad_logprobs, grad_entropy, hidden, weight, targets, rows, bias, stats, cache, shifts,
+            logit_scale, softcap, temperature, needs,
+        )  # fmt: skip
+        return tuple(empty.clone() if g is None else g for g in grads)
     row_stats = tiles.Stats(*_gather(stats, rows).unbind(1))
     padding = (row_stats.others + row_stats.target) == 0
     row_stats = row_stats._replace(others=row_stats.others.masked_fill(padding, 1.0))  # else 0 / 0
@@ -127,7 +141,6 @@ def _linear_logprobs_backward(
         tiles.Cache(cache, shifts) if cache.numel() else None,
         needs=tuple(needs),
     )
-    empty = hidden.new_empty(0)
     return (
         _scatter(d_hidden, rows, n).to(hidden.dtype) if needs[0] else empty,
         d_weight if needs[1] else empty.clone(),
@@ -137,7 +150,7 @@ def _linear_logprobs_backward(
 
 def _linear_logprobs_backward_fake(
     grad_logprobs, grad_entropy, hidden, weight, targets, bias, stats, cache, shifts,
-    logit_scale, softcap, temperature, ignore_index, needs,
+    logit_scale, softcap, temperature, ignore_index, needs, *, backend="torch",
 ):  # fmt: skip
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
@@ -177,6 +190,7 @@ class _Options(NamedTuple):
     entropy: bool
     cache_rows: int
     frozen: bool
+    backend: str
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -185,8 +199,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, options: _Options):
         logprobs, entropy, grad_logprobs, grad_entropy, stats, cache, shifts = torch.ops.fastalign.linear_logprobs(
-            hidden, weight, targets, bias, *options[:4], options.frozen, options.entropy, options.cache_rows
-        )
+            hidden, weight, targets, bias, *options[:4], options.frozen, options.entropy, options.cache_rows,
+            backend=options.backend,
+        )  # fmt: skip
         ctx.options, ctx.hidden_dtype = options, hidden.dtype
         if options.frozen:
             ctx.save_for_backward(grad_logprobs, grad_entropy)
@@ -208,7 +223,7 @@ class _LinearLogprobs(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
         d_hidden, d_weight, d_bias = torch.ops.fastalign.linear_logprobs_backward(
             d_logprobs, d_entropy if options.entropy else None, hidden, weight, targets, bias, stats, cache, shifts,
-            *options[:4], needs,
+            *options[:4], needs, backend=options.backend,
         )  # fmt: skip
         grads = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)]
         return grads[0], grads[1], None, grads[2], None
@@ -239,7 +254,8 @@ def linear_logprobs(
     memory_budget: bytes of probability tiles kept for the backward pass of a trainable head (default 1 GiB): 3U FLOP
         where they fit, 4U beyond, U = 2 N V H. A frozen head needs none of it, and 2U. The entropy's gradient
         through a trainable head always recomputes.
-    backend: "torch" (the tiled driver), "reference" (materialises the logits), or "auto" (picks by device).
+    backend: "torch" (the tiled driver), "cpu" (C++, where it is built), "reference" (materialises the logits), or
+        "auto" (picks by device: "cpu" on the CPU where that is faster).
 
     Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
     bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
@@ -257,6 +273,7 @@ def linear_logprobs(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,
         )  # fmt: skip
+    backend = _resolve(backend, hidden, weight, bias)
     if hidden.dtype != weight.dtype:
         common = torch.promote_types(hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(common), weight.to(common)
@@ -265,15 +282,33 @@ def linear_logprobs(
     trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
     row_bytes = weight.shape[0] * hidden.element_size()
-    cache_rows = tiles.cacheable_rows(flat.shape[0], row_bytes, budget) if trainable and not entropy else 0
+    cache_rows = 0
+    if trainable and not entropy:
+        cache_rows = (
+            native.cacheable_rows(flat.shape[0], hidden.dtype, row_bytes, budget)
+            if backend == "cpu"
+            else tiles.cacheable_rows(flat.shape[0], row_bytes, budget)
+        )
     frozen = needs_grad and not trainable and hidden.requires_grad
     options = _Options(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
-        cache_rows, frozen,
+        cache_rows, frozen, backend,
     )  # fmt: skip
     logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, options)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropies.view(targets.shape)) if entropy else logprobs
+
+
+def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
+    if backend == "torch":
+        return backend
+    why = native.why_not(hidden, weight, bias)
+    if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):
+        if why:
+            raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {native.refused or why}")
+        return "cpu"
+    return "cpu" if why is None and native.is_fast(hidden.dtype) else "torch"
 
 
 def _check(hidden, weight, targets, bias, softcap, temperature):

@@ -1,0 +1,211 @@
+// Runs the kernels without Python or torch, for the sanitizers (sanitize.sh): both passes, every dtype, kept and
+// recomputed probabilities, odd sizes, one to eight threads of its own. Results are held to a naive double version,
+// and must be bitwise the same whatever the number of threads. The BRGEMM path runs with a plain loop in its place.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/brgemm.h"
+#include "cpu/kernels.h"
+
+namespace fastalign {
+namespace plain { extern const Kernels kernels; }
+namespace emulated { extern const Kernels kernels; }
+}  // namespace fastalign
+
+using namespace fastalign;
+using Bytes = std::vector<unsigned char>;
+
+namespace {
+
+constexpr std::int64_t kTokens = 41, kVocab = 2311, kWidth = 35, kIgnored = 3;
+int failures = 0;
+
+float from_bf16(std::uint16_t bits) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+
+void plain_brgemm(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t lda, std::int64_t ldb, std::int64_t ldc,
+                  bool add, const void* a, const void* b, float* c, bool) {
+    const auto* left = static_cast<const std::uint16_t*>(a);
+    const auto* right = static_cast<const std::uint16_t*>(b);
+    for (std::int64_t i = 0; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) {
+            float sum = add ? c[i * ldc + j] : 0.0f;
+            for (std::int64_t x = 0; x < k; ++x)
+                sum += from_bf16(left[i * lda + x]) * from_bf16(right[(x / 2 * ldb + j) * 2 + x % 2]);
+            c[i * ldc + j] = sum;
+        }
+}
+
+// Values that every dtype holds exactly: multiples of 1/8 up to 1.
+struct Data {
+    std::vector<double> hidden, weight, grad;
+    std::vector<std::int64_t> targets, rows;
+    Data() : hidden(kTokens * kWidth), weight(kVocab * kWidth), grad(kTokens), targets(kTokens) {
+        std::mt19937 random(0);
+        auto eighth = [&] { return (static_cast<int>(random() % 17) - 8) / 8.0; };
+        for (auto& x : hidden) x = eighth();
+        for (auto& x : weight) x = eighth();
+        for (auto& x : grad) x = eighth();
+        for (auto& y : targets) y = random() % kVocab;
+        for (std::int64_t i = 0; i < kTokens; ++i)
+            if (i != kIgnored) rows.push_back(i);
+    }
+};
+
+Bytes encode(const std::vector<double>& values, DType dtype) {
+    Bytes out;
+    for (double v : values) {
+        unsigned char bytes[8];
+        std::size_t size = 4;
+        const float f = static_cast<float>(v);
+        std::uint32_t bits;
+        std::memcpy(&bits, &f, 4);
+        if (dtype == DType::f64) {
+            size = 8, std::memcpy(bytes, &v, 8);
+        } else if (dtype == DType::f32) {
+            std::memcpy(bytes, &f, 4);
+        } else {
+            const bool brain = dtype == DType::bf16;
+            const std::uint32_t sign = (bits >> 16) & 0x8000u, size_bits = bits & 0x7fffffffu;
+            const std::uint32_t half = size_bits ? ((size_bits - 0x38000000u) >> 13) : 0;
+            const auto low = static_cast<std::uint16_t>(brain ? bits >> 16 : sign | half);
+            size = 2, std::memcpy(bytes, &low, 2);
+        }
+        out.insert(out.end(), bytes, bytes + size);
+    }
+    return out;
+}
+
+std::vector<double> decode(const Bytes& bytes, bool wide) {
+    std::vector<double> out(bytes.size() / (wide ? 8 : 4));
+    for (std::size_t i = 0; i < out.size(); ++i) {
+        float f;
+        if (wide) std::memcpy(&out[i], &bytes[i * 8], 8);
+        else std::memcpy(&f, &bytes[i * 4], 4), out[i] = f;
+    }
+    return out;
+}
+
+struct Results {
+    Bytes logprobs, grad_logprobs, d_hidden, d_weight, d_bias;
+};
+
+Results run(const Kernels& kernels, const Data& data, DType dtype, int threads, bool keep) {
+    const std::size_t acc = dtype == DType::f64 ? 8 : 4, element = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const std::int64_t panel = dtype == DType::f64 ? kernels.panel_f64 : kernels.panel_f32;
+    const std::int64_t tiles = (kVocab + kernels.tile - 1) / kernels.tile;
+    const Bytes hidden = encode(data.hidden, dtype), weight = encode(data.weight, dtype);
+    const Bytes grad = encode(data.grad, acc == 8 ? DType::f64 : DType::f32);
+    Bytes stats(kTokens * 5 * acc), cache(panel * kVocab * element), shifts(panel * tiles * acc);
+    Results r{Bytes(kTokens * acc), Bytes(kTokens * kWidth * acc), Bytes(kTokens * kWidth * acc),
+              Bytes(kVocab * kWidth * element), Bytes(kVocab * acc)};
+    auto fill = [&](HeadProblem& p) {
+        p.dtype = dtype;
+        p.hidden = hidden.data(), p.hidden_stride = kWidth, p.weight = weight.data(), p.weight_stride = kWidth;
+        p.targets = data.targets.data(), p.rows = data.rows.data();
+        p.scored = static_cast<std::int64_t>(data.rows.size()), p.vocab = kVocab, p.width = kWidth;
+        p.logit_scale = 1.5, p.softcap = 20, p.temperature = 0.75;
+        if (keep) p.cache = cache.data(), p.shifts = shifts.data(), p.cache_rows = panel;  // the rest is recomputed
+    };
+    const Pool pool{threads, nullptr};
+    ForwardProblem forward{};
+    fill(forward);
+    forward.logprobs = r.logprobs.data(), forward.stats = stats.data();
+    forward.grad_logprobs = r.grad_logprobs.data();
+    kernels.forward(forward, pool);
+    BackwardProblem backward{};
+    fill(backward);
+    backward.grad_logprobs = grad.data(), backward.stats = stats.data();
+    backward.d_hidden = r.d_hidden.data(), backward.d_weight = r.d_weight.data(), backward.d_bias = r.d_bias.data();
+    kernels.backward(backward, pool);
+    return r;
+}
+
+struct Truth {
+    std::vector<double> logprobs, grad_logprobs, d_hidden, d_bias;
+};
+
+Truth naive(const Data& data) {
+    Truth t{std::vector<double>(kTokens), std::vector<double>(kTokens * kWidth), std::vector<double>(kTokens * kWidth),
+            std::vector<double>(kVocab)};
+    std::vector<double> z(kVocab), slope(kVocab);
+    for (const std::int64_t i : data.rows) {
+        double sum = 0;
+        for (std::int64_t v = 0; v < kVocab; ++v) {
+            double u = 0;
+            for (std::int64_t k = 0; k < kWidth; ++k) u += data.hidden[i * kWidth + k] * data.weight[v * kWidth + k];
+            const double tanh = std::tanh(u * 1.5 / 20);
+            z[v] = 20 * tanh / 0.75, slope[v] = (1 - tanh * tanh) * 1.5 / 0.75;
+            sum += std::exp(z[v]);
+        }
+        const std::int64_t y = data.targets[i];
+        t.logprobs[i] = z[y] - std::log(sum);
+        for (std::int64_t v = 0; v < kVocab; ++v) {
+            const double du = ((v == y) - std::exp(z[v]) / sum) * slope[v];
+            t.d_bias[v] += data.grad[i] * du;
+            for (std::int64_t k = 0; k < kWidth; ++k)
+                t.grad_logprobs[i * kWidth + k] += du * data.weight[v * kWidth + k];
+        }
+        for (std::int64_t k = 0; k < kWidth; ++k)
+            t.d_hidden[i * kWidth + k] = data.grad[i] * t.grad_logprobs[i * kWidth + k];
+    }
+    return t;
+}
+
+void expect(bool good, const char* kernels, int dtype, const char* what, double found) {
+    if (good) return;
+    ++failures;
+    std::printf("FAILED %s dtype %d: %s (%g)\n", kernels, dtype, what, found);
+}
+
+double relative_error(const std::vector<double>& found, const std::vector<double>& truth) {
+    double error = 0, size = 0;
+    for (std::size_t i = 0; i < truth.size(); ++i)
+        error += (found[i] - truth[i]) * (found[i] - truth[i]), size += truth[i] * truth[i];
+    return std::sqrt(error / size);
+}
+
+void check(const Kernels& kernels, const Data& data, const Truth& truth, DType dtype) {
+    const bool wide = dtype == DType::f64, low = dtype == DType::bf16 || dtype == DType::f16;
+    const double eps = wide ? 2.2e-16 : 1.2e-7, rounded = dtype == DType::bf16 ? 8e-3 : low ? 1e-3 : 0;
+    for (const bool keep : {false, true}) {
+        const Results first = run(kernels, data, dtype, 1, keep);
+        const int d = static_cast<int>(dtype);
+        double error = relative_error(decode(first.logprobs, wide), truth.logprobs);
+        expect(error < 40 * eps, kernels.name, d, "log-probs", error);
+        error = relative_error(decode(first.grad_logprobs, wide), truth.grad_logprobs);
+        expect(error < 40 * eps + rounded, kernels.name, d, "gradient of the log-probs", error);
+        error = relative_error(decode(first.d_hidden, wide), truth.d_hidden);
+        expect(error < 40 * eps + rounded, kernels.name, d, "gradient in hidden", error);
+        error = relative_error(decode(first.d_bias, wide), truth.d_bias);
+        expect(error < 40 * eps + (keep ? rounded : 0), kernels.name, d, "gradient in bias", error);
+        for (const int threads : {2, 8}) {
+            const Results other = run(kernels, data, dtype, threads, keep);
+            const bool same = other.logprobs == first.logprobs && other.grad_logprobs == first.grad_logprobs &&
+                              other.d_hidden == first.d_hidden && other.d_weight == first.d_weight &&
+                              other.d_bias == first.d_bias;
+            expect(same, kernels.name, d, "threads change the bits", threads);
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    brgemm_bf16 = &plain_brgemm;
+    const Data data;
+    const Truth truth = naive(data);
+    for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+        for (const Kernels* kernels : {&plain::kernels, &emulated::kernels}) check(*kernels, data, truth, dtype);
+    for (const Kernels* kernels : available_kernels()) check(*kernels, data, truth, DType::f32);
+    std::printf(failures ? "%d failures\n" : "all good\n", failures);
+    return failures != 0;
+}

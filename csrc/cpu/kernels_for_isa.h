@@ -1,0 +1,35 @@
+// Included once by each kernels_<isa>.cpp, which defines FASTALIGN_ISA and FASTALIGN_VECTOR_BYTES.
+
+#include "kernels.h"
+#ifdef FASTALIGN_BRGEMM
+#include "tiles_brgemm.h"
+#endif
+#include "linear_logprobs.h"
+
+namespace fastalign {
+namespace FASTALIGN_ISA {
+
+template <template <typename, typename> class Pass, typename Problem>
+void run(const Problem& problem, const Pool& pool) {
+    switch (problem.dtype) {
+        case DType::f32: return Pass<float, float>(problem).run(pool);
+        case DType::f64: return Pass<double, double>(problem).run(pool);
+        case DType::bf16: return Pass<float, bf16>(problem).run(pool);
+        case DType::f16: return Pass<float, f16>(problem).run(pool);
+    }
+}
+
+inline void exp_f32(const float* in, float* out, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = vexp(fill(in[i]))[0];
+}
+
+#define FASTALIGN_STRING_(x) #x
+#define FASTALIGN_STRING(x) FASTALIGN_STRING_(x)
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES, Shape<float>::panel,
+                         Shape<double>::panel, Shape<float>::tile, &run<ForwardPass, ForwardProblem>,
+                         &run<BackwardPass, BackwardProblem>, &exp_f32};
+
+}  // namespace FASTALIGN_ISA
+}  // namespace fastalign

@@ -1,0 +1,47 @@
+#pragma once
+
+// What crosses the border between Python and the kernels: plain structs of raw pointers, shapes and options. Python
+// (fastalign/ops/native.py) has checked every shape, dtype and target.
+
+#include <cstdint>
+
+namespace fastalign {
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// The linear head and its scored rows. "Acc" is float, or double for f64 tensors.
+struct HeadProblem {
+    DType dtype;                  // of hidden, weight and cache
+    const void* hidden;           // (tokens, width), unit column stride
+    std::int64_t hidden_stride;   // elements between rows
+    const void* weight;           // (vocab, width), unit column stride
+    std::int64_t weight_stride;
+    const void* bias;             // Acc (vocab,), or null
+    const std::int64_t* targets;  // (tokens,)
+    const std::int64_t* rows;     // (scored,) which tokens are scored, or null for all of them
+    std::int64_t scored, vocab, width;
+    double logit_scale, softcap, temperature;  // softcap 0: none
+    void* cache;                  // (cache_rows / panel, vocab, panel): exp(z - shift) * slope, or null
+    void* shifts;                 // Acc (cache_rows / panel, tiles, panel)
+    std::int64_t cache_rows;      // a multiple of the panel
+};
+
+// Results lie by token; tokens that are not scored are left as they are (the caller zeroes them).
+struct ForwardProblem : HeadProblem {
+    void* logprobs;       // Acc (tokens,)
+    void* entropy;        // Acc (tokens,), or null
+    void* grad_logprobs;  // Acc (tokens, width), or null: d logprob / d hidden
+    void* grad_entropy;   // Acc (tokens, width), or null: d entropy / d hidden
+    void* stats;          // Acc (tokens, 5): shift, others, target, slope, mean; as in fastalign/ops/tiles.py
+};
+
+struct BackwardProblem : HeadProblem {
+    const void* grad_logprobs;  // Acc (tokens,)
+    const void* grad_entropy;   // Acc (tokens,), or null
+    const void* stats;
+    void* d_hidden;             // Acc (tokens, width), zeroed, or null
+    void* d_weight;             // dtype (vocab, width) contiguous, or null
+    void* d_bias;               // Acc (vocab,), or null
+};
+
+}  // namespace fastalign

@@ -1,0 +1,160 @@
+#pragma once
+
+// Vectors of one instruction set, through the compiler's vector extensions: the same source gives SSE2 or NEON, AVX2
+// and AVX-512. A file that includes this is compiled once per instruction set, with FASTALIGN_ISA as its namespace (so
+// that no two versions of a function ever meet in the linker) and FASTALIGN_VECTOR_BYTES as its register width.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FASTALIGN_INLINE inline __attribute__((always_inline))
+
+namespace fastalign {
+namespace FASTALIGN_ISA {
+
+template <typename T>
+struct VecOf {
+    typedef T type __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
+    typedef T loose __attribute__((vector_size(FASTALIGN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vec = typename VecOf<T>::type;
+
+template <typename T>
+constexpr int lanes = FASTALIGN_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+FASTALIGN_INLINE Vec<T> load(const T* p) {
+    return *reinterpret_cast<const typename VecOf<T>::loose*>(p);
+}
+template <typename T>
+FASTALIGN_INLINE void store(T* p, Vec<T> v) {
+    *reinterpret_cast<typename VecOf<T>::loose*>(p) = v;
+}
+template <typename T>
+FASTALIGN_INLINE Vec<T> fill(T x) {
+    return Vec<T>{} + x;
+}
+template <typename V>
+FASTALIGN_INLINE V vmax(V a, V b) {
+    return a > b ? a : b;  // b where a is NaN
+}
+
+// e^x, within 2 ulp for -87.3 <= x <= 88; 0 below, infinity above, NaN for NaN. x = n ln 2 + r, and a polynomial in r
+// (coefficients: Cephes, expf).
+FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
+    typedef std::int32_t Ints __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
+    const Vec<float> low = fill(-87.3f), high = fill(88.0f);
+    Vec<float> y = x < low ? low : x;
+    y = y > high ? high : y;
+    const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> n = (y * 1.44269504088896341f + rounder) - rounder;
+    const Vec<float> r = y - n * 0.693359375f - n * -2.12194440e-4f;
+    Vec<float> p = fill(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints scale = (__builtin_convertvector(n, Ints) + 127) << 23;
+    p *= reinterpret_cast<Vec<float>>(scale);
+    p = x < low ? Vec<float>{} : p;
+    return x > high ? fill(std::numeric_limits<float>::infinity()) : p;
+}
+
+// Double serves gradient checks, not speed: the C library's.
+FASTALIGN_INLINE Vec<double> vexp(Vec<double> x) {
+    for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <typename V>
+FASTALIGN_INLINE V vtanh(V x) {
+    const V size = x < 0 ? -x : x;
+    const V q = vexp(size * -2);
+    const V t = (1 - q) / (1 + q);
+    return x < 0 ? -t : t;
+}
+
+// The two 16-bit formats, as stored.
+struct bf16 {
+    std::uint16_t bits;
+};
+struct f16 {
+    std::uint16_t bits;
+};
+
+FASTALIGN_INLINE float widen(float x) { return x; }
+FASTALIGN_INLINE double widen(double x) { return x; }
+FASTALIGN_INLINE float widen(bf16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+FASTALIGN_INLINE float widen(f16 x) {
+    // The exponent's bias is mended by a product, which also turns subnormal halves into normal floats.
+    const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+    float out;
+    std::memcpy(&out, &magnitude, 4);
+    out *= 0x1p112f;
+    std::uint32_t bits;
+    std::memcpy(&bits, &out, 4);
+    bits |= sign | ((x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+FASTALIGN_INLINE void narrow(float x, float& out) { out = x; }
+FASTALIGN_INLINE void narrow(double x, double& out) { out = x; }
+FASTALIGN_INLINE void narrow(float x, bf16& out) {  // to nearest, ties to even
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    out.bits = static_cast<std::uint16_t>((x == x ? rounded : bits | 0x400000u) >> 16);
+}
+FASTALIGN_INLINE void narrow(float x, f16& out) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    std::uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal half in the low bits
+        float size;
+        std::memcpy(&size, &magnitude, 4);
+        size += 0.5f;
+        std::memcpy(&half, &size, 4);
+        half -= 0x3f000000u;
+    } else {
+        const std::uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
+        half = rounded >= 0x0f800000u ? 0x7c00u : rounded >> 13;
+    }
+    out.bits = static_cast<std::uint16_t>(sign | half);
+}
+
+template <typename In, typename T>
+FASTALIGN_INLINE void widen_row(const In* in, T* out, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
+}
+template <typename In, typename T>
+FASTALIGN_INLINE void narrow_row(const T* in, In* out, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) narrow(in[i], out[i]);
+}
+#if defined(__F16C__)
+FASTALIGN_INLINE void widen_row(const f16* in, float* out, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    for (; i < n; ++i) out[i] = widen(in[i]);
+}
+#endif
+
+}  // namespace FASTALIGN_ISA
+}  // namespace fastalign

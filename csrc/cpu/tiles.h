@@ -1,0 +1,122 @@
+#pragma once
+
+// The tile machinery of a linear head: one worker's view of (rows, vocabulary) tiles and the three products on them.
+// linear_logprobs is built on it; whatever walks over a vocabulary can be.
+
+#include "problem.h"
+#include "products.h"
+#include "workspace.h"
+
+namespace fastalign {
+namespace FASTALIGN_ISA {
+
+// Which scored rows a block holds, and where their tokens lie.
+template <typename In>
+struct RowBlock {
+    const HeadProblem& problem;
+    std::int64_t first, count;  // in the order of the scored rows
+    std::int64_t token(std::int64_t i) const { return problem.rows ? problem.rows[first + i] : first + i; }
+    std::int64_t target(std::int64_t i) const { return problem.targets[token(i)]; }
+    const In* hidden(std::int64_t i) const {
+        return static_cast<const In*>(problem.hidden) + token(i) * problem.hidden_stride;
+    }
+};
+
+// A run of vocabulary entries.
+template <typename In>
+struct WeightTile {
+    const In* at;
+    std::int64_t stride, begin, size;
+    WeightTile(const HeadProblem& p, std::int64_t begin, std::int64_t size)
+        : at(static_cast<const In*>(p.weight) + begin * p.weight_stride), stride(p.weight_stride), begin(begin),
+          size(size) {}
+};
+
+// Hidden states as vectors of tokens, (panels, width, panel): zeros in the last panel's empty columns.
+template <typename T, typename In>
+void pack_panels(const RowBlock<In>& block, std::int64_t width, T* out) {
+    constexpr std::int64_t P = Shape<T>::panel, step = 64;
+    for (std::int64_t p = 0; p < ceil_div(block.count, P); ++p)
+        for (std::int64_t k0 = 0; k0 < width; k0 += step) {
+            const std::int64_t kn = smaller(step, width - k0);
+            for (std::int64_t i = 0; i < P; ++i) {
+                T* to = out + (p * width + k0) * P + i;
+                if (p * P + i < block.count) {
+                    const In* from = block.hidden(p * P + i) + k0;
+                    for (std::int64_t k = 0; k < kn; ++k) to[k * P] = widen(from[k]);
+                } else {
+                    for (std::int64_t k = 0; k < kn; ++k) to[k * P] = 0;
+                }
+            }
+        }
+}
+
+// Hidden states as vectors of columns, (width / panel, padded rows, panel): zeros in empty rows and columns.
+template <typename T, typename In>
+void pack_strips(const RowBlock<In>& block, std::int64_t width, T* out) {
+    constexpr std::int64_t P = Shape<T>::panel;
+    const std::int64_t padded = ceil_div(block.count, P) * P, strips = ceil_div(width, P);
+    for (std::int64_t i = 0; i < padded; ++i)
+        for (std::int64_t j = 0; j < strips; ++j) {
+            T* to = out + (j * padded + i) * P;
+            const std::int64_t n = i < block.count ? smaller(P, width - j * P) : 0;
+            for (std::int64_t x = n; x < P; ++x) to[x] = 0;
+            if (n > 0) widen_row(block.hidden(i) + j * P, to, n);
+        }
+}
+
+// Which products a worker will ask for; scratch memory is laid out for those.
+struct TileProducts {
+    bool logits, fold, outer;
+};
+
+// z: (panels, Shape::tile, panel), of which the first `weight.size` entries of each panel are used.
+template <typename T, typename In>
+class Tiles {
+    using S = Shape<T>;
+    T *hidden_, *strips_, *weight_, *column_;
+
+public:
+    std::int64_t width, padded_width;
+
+    Tiles(Carver& c, std::int64_t rows, std::int64_t width, TileProducts needs)
+        : width(width), padded_width(ceil_div(width, S::panel) * S::panel) {
+        hidden_ = c.take<T>(needs.logits ? rows * width : 0);
+        strips_ = c.take<T>(needs.outer ? rows * padded_width : 0);
+        weight_ = c.take<T>(sizeof(In) == sizeof(T) || !needs.logits ? 0 : S::tile * S::depth);
+        column_ = c.take<T>(needs.fold ? S::tile * S::panel : 0);
+    }
+
+    // Take in a block of rows, for `logits`, and for `outer`.
+    void take_rows(const RowBlock<In>& block) { pack_panels(block, width, hidden_); }
+    void take_rows_for_outer(const RowBlock<In>& block) { pack_strips(block, width, strips_); }
+
+    // u = h W', for the panels [first, last) of the block.
+    void logits(const WeightTile<In>& weight, std::int64_t first, std::int64_t last, T* z) {
+        logits_product(hidden_ + first * width * S::panel, last - first, width, weight.at, weight.stride, weight.size,
+                       z + first * S::tile * S::panel, weight_);
+    }
+    // out (rows, padded_width) = or += z W: attention's second half.
+    void fold(const T* z, std::int64_t panels, const WeightTile<In>& weight, T* out, bool fresh) {
+        fold_product(z, panels, width, weight.at, weight.stride, weight.size, out, padded_width, column_, fresh);
+    }
+    // out (tile, padded_width) += z' h: the weight's gradient.
+    void outer(const T* z, std::int64_t panels, std::int64_t tile, T* out) {
+        outer_product(z, panels, width, strips_, tile, out, padded_width);
+    }
+    // The worker is done.
+    void release() {}
+};
+
+// How many rows a block has: as many as let every worker's scratch fit the budget, and no more than there are. A
+// row's result does not depend on it.
+template <typename T>
+std::int64_t rows_per_block(std::int64_t scored, std::int64_t workers, std::int64_t bytes_per_row, std::int64_t most,
+                            std::int64_t budget) {
+    constexpr std::int64_t P = Shape<T>::panel;
+    const std::int64_t rows = smaller(smaller(most, budget / (workers * bytes_per_row)) / P * P, ceil_div(scored, P) * P);
+    return rows < P ? P : rows;
+}
+
+}  // namespace FASTALIGN_ISA
+}  // namespace fastalign

@@ -1,0 +1,233 @@
+"""The C++ kernels (csrc/cpu) seen from Python: what is built, which instruction set runs, and calls on raw pointers.
+
+The kernels run in torch's own thread pool, through the stable C function `torch_parallel_for`, looked up here: no
+second OpenMP runtime, and a module that was built without torch's headers. `FASTALIGN_CPU_ISA=plain|avx2|avx512|amx` in
+the environment forces one set of kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastalign import reference
+from fastalign.errors import BackendError
+
+try:
+    from fastalign import _cpu as module
+except ImportError:  # a checkout that was not built; `fastalign info` says so, and backend="cpu" raises
+    module = None
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/cpu/problem.h
+_kernels = None
+# Why no kernel can run, or None.
+unavailable: str | None = None
+# The same where FASTALIGN_CPU_ISA asked for kernels that are not to be had: then even backend="auto" refuses.
+refused: str | None = None
+# Layout of the kept probabilities: tokens side by side in one panel, by dtype, and vocabulary entries of one tile.
+_panels: dict[torch.dtype, int] = {}
+_tile = 0
+
+
+def _symbol(name: str) -> int:
+    """Address of a function that libtorch exports, or 0."""
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = getattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / library)), name)
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+# Without it the kernels start threads of their own.
+_parallel_for = _symbol("torch_parallel_for")
+_CPUBLAS = "_ZN2at6native7cpublas"  # at::native::cpublas, as compilers other than Microsoft's spell it
+
+
+def _find_brgemm() -> bool:
+    """Hand libtorch's bfloat16 BRGEMM to the kernels, if this torch has one and it runs on this machine."""
+    could_pack = _symbol(_CPUBLAS + "10could_packEN3c1010ScalarTypeE")
+    product = _symbol(_CPUBLAS + "6brgemmEllllllbPKN3c108BFloat16ES5_Pfb")
+    if not could_pack or not product:
+        return False
+    scalar_type_bfloat16 = 15
+    if not ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_byte)(could_pack)(scalar_type_bfloat16):
+        return False
+    module.set_brgemm(product, _symbol(_CPUBLAS + "14brgemm_releaseEb"))
+    return True
+
+
+def select(isa: str | None) -> None:
+    """Run the kernels of this instruction set from now on; None: the best that this machine has.
+
+    BackendError where the module is not built, or the kernels are not in it, or this machine lacks the instructions.
+    """
+    global _kernels, _tile, unavailable
+    why = _why_not(isa)
+    if why:
+        raise BackendError(why)
+    _kernels, unavailable = module.kernels(isa or module.available()[0]), None
+    _tile = _kernels.tile
+    for dtype in _DTYPES:
+        _panels[dtype] = _kernels.panel_f64 if dtype == torch.float64 else _kernels.panel_f32
+
+
+def _why_not(isa: str | None) -> str | None:
+    if module is None:
+        return "the native module is not built, run `make build`"
+    if not hasattr(module, "kernels"):
+        return "the native module is older than its sources, run `make build`"
+    if isa is None or isa in module.available():
+        return None
+    if isa in module.compiled():
+        return f"this machine lacks the instructions of {isa!r}; it runs {', '.join(module.available())}"
+    return f"no kernels named {isa!r} were built; there are {', '.join(module.compiled())}"
+
+
+def _select_from_environment() -> None:
+    global refused, unavailable
+    isa = os.environ.get("FASTALIGN_CPU_ISA")
+    try:
+        select(isa or None)
+    except BackendError as error:  # said at first use, not at import
+        unavailable = str(error)
+        refused = f"FASTALIGN_CPU_ISA={isa} cannot be honoured: {error}" if isa else None
+
+
+_brgemm = _find_brgemm() if hasattr(module, "set_brgemm") else False
+_select_from_environment()
+
+
+def describe() -> dict[str, object]:
+    """What runs here, for `fastalign info`: instruction set, kernels, threads and their pool, compiler."""
+    return {
+        "built": module is not None,
+        "isa": _kernels.name if _kernels else None,
+        "unavailable": unavailable,
+        "vector_bits": 8 * _kernels.vector_bytes if _kernels else None,
+        "kernels_available": module.available() if _kernels else [],
+        "kernels_compiled": module.compiled() if _kernels else [],
+        "threads": torch.get_num_threads(),
+        "thread_pool": "torch" if _parallel_for else "own",
+        "brgemm_bf16": _brgemm,
+        "compiler": module.compiler if module else None,
+        "torch": torch.__version__,
+    }
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if unavailable:
+        return unavailable
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"a tensor lies on {t.device}"
+        if t.dtype not in _DTYPES and t.dtype != torch.int64:
+            return f"a tensor is {t.dtype}; it takes float32, float64, bfloat16 and float16"
+    return None
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether the kernels in use are known to beat the plain torch driver at this dtype (measured: bench/LOG.md)."""
+    return _kernels is not None and _kernels.name != "plain" and dtype != torch.float64
+
+
+def cacheable_rows(rows: int, dtype: torch.dtype, row_bytes: int, memory_budget: int) -> int:
+    """How many of `rows` have their probabilities kept within the budget: all, or as many whole panels as fit."""
+    panel = _panels[dtype]
+    return min(-(-rows // panel), memory_budget // row_bytes // panel) * panel
+
+
+def cache_shifts(vocab: int) -> int:
+    """Shifts per row of kept probabilities: one a tile."""
+    return -(-vocab // _tile)
+
+
+def _head_problem(problem, hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, cache, shifts):
+    """Fill in what both passes share. Returns the tensors that must outlive the call."""
+    acc = reference.compute_dtype(hidden)
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.to(acc).contiguous()
+    problem.dtype = _DTYPES[hidden.dtype]
+    problem.hidden, problem.hidden_stride = hidden.data_ptr(), hidden.stride(0)
+    problem.weight, problem.weight_stride = weight.data_ptr(), weight.stride(0)
+    problem.targets = targets.data_ptr()
+    problem.bias = 0 if bias is None else bias.data_ptr()
+    problem.rows = 0 if rows is None else rows.data_ptr()
+    problem.scored = targets.numel() if rows is None else rows.numel()
+    problem.vocab, problem.width = weight.shape
+    problem.logit_scale, problem.softcap, problem.temperature = logit_scale, softcap or 0.0, temperature
+    if cache.numel():
+        problem.cache, problem.shifts, problem.cache_rows = cache.data_ptr(), shifts.data_ptr(), cache.shape[0]
+    return hidden, weight, targets, bias, rows
+
+
+def linear_logprobs(
+    hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, grads, entropy, cache_rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward op of `linear_logprobs.py`; rows (S,): the scored ones, None for all."""
+    (n, width), vocab = hidden.shape, weight.shape[0]
+    new = hidden.new_zeros if rows is not None else hidden.new_empty
+    acc = reference.compute_dtype(hidden)
+    logprobs, stats = new(n, dtype=acc), new(n, 5, dtype=acc)
+    entropies = new(n if entropy else 0, dtype=acc)
+    grad_logprobs = new((n, width) if grads else 0, dtype=acc)
+    grad_entropy = new((n, width) if grads and entropy else 0, dtype=acc)
+    cache = hidden.new_empty((cache_rows, vocab) if cache_rows else 0)
+    shifts = hidden.new_empty((cache_rows, cache_shifts(vocab)) if cache_rows else 0, dtype=acc)
+    module.prefer_huge_pages(cache.data_ptr(), cache.nbytes)
+    scored = cacheable_rows(n if rows is None else rows.numel(), hidden.dtype, 1, 1 << 62)
+    cache[scored:], shifts[scored:] = 0, 0  # rows that turned out not to be scored
+    problem = module.ForwardProblem()
+    alive = _head_problem(
+        problem, hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, cache, shifts
+    )
+    problem.logprobs, problem.stats = logprobs.data_ptr(), stats.data_ptr()
+    problem.entropy = entropies.data_ptr() if entropy else 0
+    problem.grad_logprobs = grad_logprobs.data_ptr() if grads else 0
+    problem.grad_entropy = grad_entropy.data_ptr() if grads and entropy else 0
+    if problem.scored:
+        _kernels.forward(problem, torch.get_num_threads(), _parallel_for)
+    del alive
+    return logprobs, entropies, grad_logprobs, grad_entropy, stats, cache, shifts
+
+
+def linear_logprobs_backward(
+    grad_logprobs, grad_entropy, hidden, weight, targets, rows, bias, stats, cache, shifts,
+    logit_scale, softcap, temperature, needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The backward op of `linear_logprobs.py`: gradients in hidden, weight and bias, as far as `needs` asks."""
+    acc = reference.compute_dtype(hidden)
+    g_logprobs = grad_logprobs.to(acc).contiguous()
+    g_entropy = None if grad_entropy is None else grad_entropy.to(acc).contiguous()
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=acc) if needs[0] else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    d_bias = weight.new_empty(weight.shape[0], dtype=acc) if needs[2] else None
+    problem = module.BackwardProblem()
+    kept = cache if g_entropy is None else cache.new_empty(0)  # the entropy's gradient needs the logits themselves
+    alive = _head_problem(problem, hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, kept, shifts)
+    problem.grad_logprobs, problem.stats = g_logprobs.data_ptr(), stats.data_ptr()
+    problem.grad_entropy = 0 if g_entropy is None else g_entropy.data_ptr()
+    for name, t in (("d_hidden", d_hidden), ("d_weight", d_weight), ("d_bias", d_bias)):
+        setattr(problem, name, 0 if t is None else t.data_ptr())
+    if problem.scored:
+        _kernels.backward(problem, torch.get_num_threads(), _parallel_for)
+    else:
+        for t in (d_weight, d_bias):
+            if t is not None:
+                t.zero_()
+    del alive
+    return (
+        None if d_hidden is None else d_hidden.to(hidden.dtype),
+        d_weight,
+        None if d_bias is None else d_bias.to(bias.dtype),
+    )
