@@ -155,7 +155,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _train_method(args: argparse.Namespace) -> None:
-    _train({"method": args.method, **(_read_yaml(Path(args.config)) if args.config else {})}, args)
+    _train({**(_read_yaml(Path(args.config)) if args.config else {}), "method": args.method}, args)
 
 
 def _train(options: dict[str, Any], args: argparse.Namespace) -> None:
@@ -206,7 +206,7 @@ def _info(args: argparse.Namespace) -> None:
     import transformers
 
     from fastalign.models import default_dtype
-    from fastalign.ops.segment_sum import native
+    from fastalign.ops import native
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
     lines = {
@@ -215,8 +215,15 @@ def _info(args: argparse.Namespace) -> None:
         "transformers": f"{transformers.__version__}, peft {peft.__version__}",
         "device": device,
         "weights": f"{default_dtype(True)} under an adapter, {default_dtype(False)} when trained".replace("torch.", ""),
-        "native module": f"built with {native.compiler}" if native else "not built: run `make build`",
+        "native module": "not built: run `make build`",
     }
+    found = native.describe()
+    if found["built"]:
+        lines["native module"] = f"built with {found['compiler']}, for {', '.join(found['kernels_compiled'])}"
+        lines["cpu kernels"] = found["unavailable"] or (
+            f"{found['isa']}, {found['vector_bits']}-bit vectors, threads of {found['thread_pool']}, "
+            f"bf16 BRGEMM {'in use' if found['brgemm_bf16'] else 'not on this machine'}"
+        )
     for label, value in lines.items():
         print(f"{label:<16}{value}")
 
