@@ -52,6 +52,11 @@ class AlignmentConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; it must hold a prompt and a completion: 2 or more")
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; no loss here smooths over the vocabulary: "
+                "leave it out (label_smoothing is the preference losses' own)"
+            )
 
 
 @dataclass
@@ -179,8 +184,9 @@ class PreferenceConfig(AlignmentConfig):
 
     @property
     def reward_beta(self) -> float:
-        """beta of the implicit rewards that are logged."""
-        return 0.1 if self.beta is None else self.beta
+        """beta of the implicit rewards that are logged: the first loss's own where none is set."""
+        first = next(name for name in self.loss_type if name != "sft")
+        return (PAIRWISE | UNPAIRED)[first].__kwdefaults__["beta"] if self.beta is None else self.beta
 
 
 def _loss_name(name: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
 
 from fastalign import memory
 from fastalign.config import AlignmentConfig, PreferenceConfig, help_field
@@ -56,9 +55,10 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
     """
     console = Console(highlight=False)
     folder = Path(config.output_dir)
+    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
+        raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
     train_rows = load_rows(options.train)
     eval_rows = load_rows(options.eval) if options.eval else None
-    set_seed(config.seed)
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, for_adapter=options.lora_rank > 0)
@@ -71,7 +71,7 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
     prompts, questions = _prompts(trainer, eval_rows, options.samples)
     before, old = _look(trainer, tokenizer, prompts, options, "before")
     start = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
     after, new = _look(trainer, tokenizer, prompts, options, "after")
     # beside the run's own config.json, where a whole model would put one of its own

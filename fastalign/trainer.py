@@ -296,11 +296,15 @@ class AlignmentTrainer(Trainer):
         self._clock = time.monotonic()
         return super().train(*args, **kwargs)
 
+    def _tokens_of(self, row: dict) -> int:
+        prompts = 1 if self.layout == "shared" else len(row["completion_ids"])
+        return prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
+
     def preflight_report(self) -> str:
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
         rows = [self.train_dataset[i] for i in range(len(self.train_dataset))]
         size = self.args.per_device_train_batch_size
-        longest = sorted(len(r["prompt_ids"]) + sum(map(len, r["completion_ids"])) for r in rows)[-size:]
+        longest = sorted(map(self._tokens_of, rows))[-size:]
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         predicted = memory.predict(self.model, tokens=sum(longest), checkpointing=self.args.gradient_checkpointing)

@@ -165,6 +165,12 @@ def test_bad_files_are_one_sentence(refused, tmp_path, content, said):
     assert said in refused("train", path)
 
 
+def test_command_says_the_method_not_its_file(refused, tmp_path, model_dir, rows):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"method: dpo\nmodel: {model_dir}\ntrain: ./{rows.name}\n")
+    assert "KTO and BCO need" in refused("kto", "--config", path, f"output_dir={tmp_path / 'run'}")
+
+
 def test_missing_files_are_one_sentence(refused, tmp_path):
     assert "dpo-smollm2" in refused("train", "dpo-smolm2")
     assert "cannot be read" in refused("dpo", "--config", tmp_path / "nowhere.yaml")

@@ -5,6 +5,7 @@ from transformers import TrainingArguments
 
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig, convert, from_mapping, nearest
 from fastalign.errors import ConfigError
+from fastalign.losses import PAIRWISE, UNPAIRED
 
 SYNC = {"sync_ref_model": True, "precompute_ref_log_probs": False}
 
@@ -72,6 +73,14 @@ def test_options_that_were_set_reach_the_loss():
     assert config.reward_beta == 0.2
 
 
+def test_logged_rewards_have_the_beta_of_the_loss():
+    assert PreferenceConfig(loss_type="simpo").reward_beta == 2.0
+    assert PreferenceConfig(loss_type=["sft", "simpo", "dpo"]).reward_beta == 2.0
+    assert PreferenceConfig(loss_type="simpo", beta=0.5).reward_beta == 0.5
+    for name in (*PAIRWISE, *UNPAIRED):
+        assert PreferenceConfig(loss_type=name).reward_beta > 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -94,6 +103,7 @@ def test_options_that_were_set_reach_the_loss():
         ({"loss_type": "kto", "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "dpo", "tau": 0.7}, "tau"),
         ({"loss_type": "kto", "nll_weight": 1.0}, "nll_weight"),
+        ({"label_smoothing_factor": 0.1}, "leave it out"),
         ({"nll_over": "prompt"}, "prompt_and_completion"),
         ({"on_truncate": "keepend"}, "did you mean 'keep_end'"),
         ({"on_invalid": "ignore"}, "error, drop"),
@@ -140,6 +150,7 @@ def test_from_mapping_converts_what_yaml_and_shells_write():
         ({"beta": "big"}, "beta is 'big'; expected float"),
         ({"beta": True}, "beta is True"),
         ({"beta": [0.1]}, "beta is [0.1]"),
+        ({"max_length": True}, "max_length is True"),
         ({"max_length": 12.5}, "max_length is 12.5; expected int"),
         ({"max_length": "12.5"}, "expected int"),
         ({"share_prompts": "yes"}, "share_prompts is 'yes'; expected bool"),

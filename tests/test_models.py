@@ -55,6 +55,13 @@ def test_pickled_weights_are_never_read(folder):
         load_model(folder)
 
 
+def test_pickled_weights_are_not_read_beside_other_safetensors(folder, tiny_llama):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    torch.save(tiny_llama().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(folder)
+
+
 def test_empty_folder_and_choice_of_gguf_files_are_said(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"holds no \*\.safetensors and no \*\.gguf\."):

@@ -113,6 +113,13 @@ def test_metrics_are_sums_and_counts_without_a_graph():
     assert metrics["logps/accuracies"][0].item() == (per_token[:, 0] > per_token[:, 1]).sum().item()
 
 
+def test_equal_rewards_are_no_preference():
+    objective, batch = PreferenceObjective(PreferenceConfig()), make_batch(LENGTHS)
+    logprobs = make_logprobs(LENGTHS)
+    _, metrics = objective(logprobs, logprobs, batch, objective.totals(batch))
+    assert metrics["rewards/accuracies"][0].item() == 0
+
+
 def test_kto_uses_the_second_completions_as_its_baseline():
     config = PreferenceConfig(loss_type="kto", beta=0.2, desirable_weight=2.0, undesirable_weight=0.5)
     objective, labels = UnpairedObjective(config), [True, False, False, True]

@@ -87,6 +87,21 @@ def test_chat_rows_are_shown_by_their_question(options, config, tmp_path):
     assert [sample["prompt"] for sample in samples] == ["Is it?", "Was it?"]  # each question once
 
 
+def test_run_goes_on_from_a_checkpoint(options, config, tmp_path):
+    def steps(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    whole = run(options(), config(output_dir=str(tmp_path / "whole"), max_steps=2, lr_scheduler_type="constant"))
+    saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    folder = run(options(), config(**saving))
+    run(options(), config(max_steps=2, resume_from_checkpoint=str(folder / "checkpoint-1"), **saving))
+    assert steps(folder) == steps(whole)
+    assert len(steps(folder)) == 2
+    with pytest.raises(ConfigError, match="no folder"):
+        run(options(), config(resume_from_checkpoint=str(folder / "checkpoint-9")))
+
+
 def test_same_seed_same_run(options, config, tmp_path):
     weights = []
     for name in ("a", "b"):

@@ -149,7 +149,9 @@ def test_kto_step_is_the_step_of_plain_torch(make, tokenizer, labelled):
         row["both"] = [row["completion_ids"][0], following["completion_ids"][0]]
     tokenised = [{**row, "completion_ids": row["both"]} for row in tokenised]
     expected = by_hand(copy.deepcopy(model), tokenised, kto_by_hand, 0.01)
-    make(model, rows, loss_type="kto", **LIVE).train()
+    trainer = make(model, rows, loss_type="kto", **LIVE)
+    assert [row["completion_ids"] for row in trainer.train_dataset] == [row["completion_ids"] for row in tokenised]
+    trainer.train()
     assert largest_difference(model, expected) < EXACT
 
 
@@ -197,7 +199,6 @@ def test_nll_over_prompt_and_completion(make, tokenizer):
         {"loss_type": "orpo"},
         {"loss_type": ["dpo", "sft"], "loss_weights": [1.0, 0.5]},
         {"loss_type": "dpo", "nll_weight": 0.7},
-        {"loss_type": "simpo", "share_prompts": False},
         {"kind": SFTTrainer},
     ],
     ids=lambda options: str(options.get("loss_type", "sft")),
@@ -308,7 +309,10 @@ def test_metrics_have_the_names_of_the_field_and_the_right_values(make, tokenize
         assert metrics[name] == pytest.approx(float(value), rel=1e-6), name
     assert abs(metrics["eval_rewards/margins"]) > 1e-3
     assert metrics["eval_kl"] > 0
-    logged = trainer.state.log_history[0]
+    logged, second = trainer.state.log_history[:2]
+    lengths = [len(row["completion_ids"][0]) for row in tokenize(pairs, tokenizer)[0]]
+    # each line is of its own step: the two steps of four rows make up the eight
+    assert (logged["lengths/chosen"] + second["lengths/chosen"]) / 2 == sum(lengths) / 8
     assert {"loss", "grad_norm", "learning_rate", "nll_loss", "tokens_per_second", "memory_gb"} <= logged.keys()
     assert {"rewards/margins", "logps/accuracies", "lengths/chosen"} <= logged.keys()
 
@@ -612,6 +616,14 @@ def test_model_that_draws_at_random_is_refused_at_the_first_step(make, pairs):
     model.transformer.drop = nn.Dropout(0.2)
     with pytest.raises(ModelError, match="set disable_dropout=True"):
         make(model, pairs, disable_dropout=False).train()
+
+
+def test_predicted_memory_counts_prompts_as_they_are_laid_out(make, tiny_llama, pairs):
+    def tokens(**options) -> int:
+        report = make(tiny_llama(), pairs, per_device_train_batch_size=8, **options).preflight_report()
+        return int(report.split("longest batch (")[1].split()[0].replace(",", ""))
+
+    assert tokens(share_prompts=False) - tokens() == sum(len(row["prompt"]) for row in pairs)
 
 
 def test_preflight_report_says_what_training_starts_from(make, tiny_llama, pairs):
