@@ -163,11 +163,20 @@ def _show(console: Console, summary: dict, questions: list[str], old: Answers | 
     console.print(table)
     for label, value in summary["facts"].items():
         console.print(f"  {label:<16}{value}", markup=False)
-    for i, question in enumerate(questions[:3]):
-        console.print(f"\n{i + 1}. {_short(question)}", markup=False, style="bold")
+    if questions:
+        console.print(f"\nThree of {len(questions)} held-out answers, at the quartiles of the change in length:")
+    for i in _quartiles(old, new) if questions else ():
+        console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
         console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
         console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
     console.print()
+
+
+def _quartiles(old: Answers, new: Answers) -> list[int]:
+    """The answers at the quartiles of the change in length: neither the best nor the worst are picked."""
+    change = [after - before for before, after in zip(old.lengths, new.lengths, strict=True)]
+    order = sorted(range(len(change)), key=change.__getitem__)
+    return list(dict.fromkeys(order[round(part * (len(order) - 1) / 4)] for part in (1, 2, 3)))
 
 
 def _short(text: str, limit: int = 300) -> str:
