@@ -10,7 +10,8 @@ import transformers as tf
 
 from fastalign.config import PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError
-from fastalign.run import RunOptions, run
+from fastalign.evaluation import Answers
+from fastalign.run import RunOptions, _quartiles, run
 
 
 @pytest.fixture
@@ -109,3 +110,10 @@ def test_same_seed_same_run(options, config, tmp_path):
         folder = run(options(lora_rank=2), config(output_dir=str(tmp_path / name), seed=7, max_steps=2))
         weights.append((folder / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_shown_answers_are_the_quartiles_of_the_change_in_length():
+    old = Answers(["a"] * 5, [100, 100, 100, 100, 100], [True] * 5)
+    new = Answers(["b"] * 5, [90, 10, 100, 50, 70], [True] * 5)
+    assert _quartiles(old, new) == [3, 4, 0]  # changes -50, -30, -10 of -90, -50, -30, -10, 0
+    assert _quartiles(Answers(["a"], [5], [True]), Answers(["b"], [5], [True])) == [0]
