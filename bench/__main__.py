@@ -1,0 +1,96 @@
+"""`python -m bench`: list the cases, measure a suite, make the report again from its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import ops, report
+from bench.measure import load, save, say
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = {"ops": ops}
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser("python -m bench", description=__doc__)
+    main.add_argument("--list", action="store_true", help="the suites, their cases and implementations")
+    commands = main.add_subparsers(dest="command", metavar="SUITE | report")
+    for name, suite in SUITES.items():
+        command = commands.add_parser(name, help=suite.__doc__.splitlines()[0])
+        command.add_argument("--case", nargs="+", metavar="NAME", help="cases, or patterns such as 'frozen-*-mask0'")
+        command.add_argument("--quick", action="store_true", help="the small cases: a minute, and no claim")
+        command.add_argument("--rounds", type=int, default=7, help="interleaved runs of each implementation (7)")
+        command.add_argument("--limit", type=float, default=20, help="skip what needs more seconds a run (20)")
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        command.add_argument("--out", type=Path, help="folder of the results (bench/results; with --quick runs/bench)")
+    again = commands.add_parser("report", help="tables and plots from result files")
+    again.add_argument("files", nargs="+", type=Path)
+    memory = commands.add_parser("memory")  # what a fresh process is started with; prints bytes
+    memory.add_argument("suite", choices=SUITES)
+    memory.add_argument("case")
+    memory.add_argument("implementation")
+    memory.add_argument("--threads", type=int, required=True)
+    return main
+
+
+def list_cases() -> None:
+    for name, suite in SUITES.items():
+        print(f"{name}: {suite.__doc__.splitlines()[0]}")
+        for case in suite.CASES:
+            print(f"  {case}{'  (quick)' if case in suite.QUICK else ''}")
+        print("  implementations: " + ", ".join(suite.IMPLEMENTATIONS))
+
+
+def chosen(suite, patterns: list[str] | None, quick: bool) -> list[str]:
+    """The cases to run: all that match a pattern; without patterns the quick ones, or all others."""
+    if not patterns:
+        return list(suite.QUICK) if quick else [case for case in suite.CASES if case not in suite.QUICK]
+    for pattern in patterns:
+        if not fnmatch.filter(suite.CASES, pattern):
+            sys.exit(f"no case matches {pattern!r}; python -m bench --list shows them")
+    matched = [case for case in suite.CASES if any(fnmatch.fnmatchcase(case, pattern) for pattern in patterns)]
+    return [case for case in matched if not quick or case in suite.QUICK]
+
+
+def run_suite(name: str, arguments: argparse.Namespace) -> None:
+    """Measures case by case; the file keeps the cases of earlier runs and is complete after each case."""
+    suite, cases = SUITES[name], chosen(SUITES[name], arguments.case, arguments.quick)
+    folder = arguments.out or (Path("runs/bench") if arguments.quick else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-quick" if arguments.quick else name
+    path = folder / f"{stem}.json"
+    for number, case in enumerate(cases, 1):
+        say(f"[{number}/{len(cases)}] {case}")
+        measured = suite.run(case, arguments.rounds, arguments.limit)
+        earlier = [m for m in load(path) if m.case != case] if path.exists() else []
+        save([*earlier, *measured], path)
+        if measured:
+            print(report.tables(measured), flush=True)
+    print("written:", path, *report.write(load(path), folder, stem))
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.list:
+        return list_cases()
+    if arguments.command is None:
+        return parser().print_help()
+    if arguments.command == "report":
+        for path in arguments.files:
+            measurements = load(path)
+            print(report.tables(measurements))
+            print("written:", *report.write(measurements, path.parent, path.stem))
+        return None
+    torch.set_num_threads(arguments.threads)
+    if arguments.command == "memory":
+        return print(SUITES[arguments.suite].memory(arguments.case, arguments.implementation))
+    return run_suite(arguments.command, arguments)
+
+
+if __name__ == "__main__":
+    main()

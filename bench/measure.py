@@ -1,0 +1,278 @@
+"""How every number here is made: check against float64 first, then interleaved runs, then memory in a fresh process.
+
+A suite hands `measure` its candidates, each a function that computes the case once and returns its tensors; out come
+`Measurement` records, one per implementation that ran and was right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+PACKAGES = ("fastalign", "torch", "transformers", "trl", "liger-kernel")
+FLOOR = "matrix product"  # in the name of what no implementation can be faster than
+ROOT = Path(__file__).parent.parent
+
+
+class Missing(Exception):
+    """An implementation cannot run here; the message says why and what to do."""
+
+
+class WrongResult(Exception):
+    """An implementation's result is further from float64 than its dtype explains."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An implementation's result was within its error budget: the errors found, and which part was compared."""
+
+    errors: dict[str, float]  # output -> max error against float64
+    scope: str  # what was compared, e.g. "64 of 2048 rows"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One implementation on one case. Seconds are of interleaved runs (A B A B ...) with the others of that case.
+
+    errors: output -> max error against float64 (log-probs: nats; gradients: relative to the largest entry).
+    peak_extra_bytes: peak memory of one run in a fresh process, less what was there before it; None: not measured.
+    sizes: the case's numbers, such as {"n": 2048, "h": 576, "v": 49152}.
+    load: the machine's 1-minute load average when timing began, beside `threads` of our own.
+    """
+
+    suite: str
+    case: str
+    sizes: dict[str, int]
+    implementation: str
+    median_s: float
+    q1_s: float
+    q3_s: float
+    runs: int
+    peak_extra_bytes: int | None
+    errors: dict[str, float]
+    checked: str
+    device: str
+    threads: int
+    load: float
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+    def __post_init__(self):
+        if not self.errors or not all(math.isfinite(error) for error in self.errors.values()) or not self.checked:
+            raise ValueError(
+                f"{self.implementation} on {self.case} has errors {self.errors}: check it before timing it"
+            )
+        if not 0 < self.q1_s <= self.median_s <= self.q3_s:
+            raise ValueError(
+                f"{self.implementation} on {self.case} has quartiles {self.q1_s, self.median_s, self.q3_s}"
+            )
+
+
+def save(measurements: list[Measurement], path: Path) -> None:
+    """Writes the records as a JSON list, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps([asdict(m) for m in measurements], indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> list[Measurement]:
+    """The records of one JSON file; ValueError names a field that is missing or unknown."""
+    names = {field.name for field in fields(Measurement)}
+    records = json.loads(path.read_text(encoding="utf-8"))
+    for record in records:
+        if record.keys() != names:
+            raise ValueError(f"{path} does not hold measurements: fields {sorted(record.keys() ^ names)} differ")
+    return [Measurement(**record) for record in records]
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, `rounds` times A B C A B C ..., so that a change of the machine's load hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds):
+        for name, run in runs.items():
+            say(f"    round {round_number + 1}/{rounds}: {name}", same_line=True)
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(
+    suite: str,
+    case: str,
+    sizes: dict[str, int],
+    candidates: Mapping[str, Callable[[], Outputs]],
+    check: Callable[[str, Outputs], Checked],
+    memory: Callable[[str], int | None],
+    rounds: int,
+) -> list[Measurement]:
+    """Runs, checks, times (interleaved) and weighs every candidate; the wrong ones are named and left out.
+
+    check(name, outputs) returns what it compared or raises WrongResult. memory(name) is the peak in bytes.
+    """
+    checked = {}
+    for name, run in candidates.items():
+        say(f"    checking {name}", same_line=True)
+        try:
+            checked[name] = check(name, run())
+        except WrongResult as wrong:
+            say(f"    REFUSED {name}: {wrong}")
+    load_before = os.getloadavg()[0]
+    seconds = interleaved({name: candidates[name] for name in checked}, rounds)
+    about = environment()
+    measurements = []
+    for name, result in checked.items():
+        say(f"    memory of {name}", same_line=True)
+        q1, median, q3 = statistics.quantiles(seconds[name], n=4, method="inclusive")
+        measurements.append(
+            Measurement(
+                suite,
+                case,
+                sizes,
+                name,
+                median,
+                q1,
+                q3,
+                rounds,
+                memory(name),
+                result.errors,
+                result.scope,
+                load=round(load_before, 2),
+                **about,
+            )
+        )
+    say("", same_line=True)
+    return measurements
+
+
+def environment() -> dict:
+    """Device, threads, versions, commit and date, as a Measurement has them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if "fastalign" not in versions:  # run from a checkout that is not installed
+        import fastalign
+
+        versions["fastalign"] = fastalign.__version__
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, its cores, and the widest vectors torch uses on it."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where files that matter here differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "fastalign", "kernels", "csrc", "bench/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peak_extra_memory(run: Callable[[], object]) -> int:
+    """Peak memory in bytes while `run` runs, less what is held before: on CUDA the allocator's, else resident set.
+
+    Meant for a fresh process, in which nothing has been freed that `run` could use again unseen.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _return_freed_memory()
+    if not _reset_peak():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def memory_in_fresh_process(suite: str, case: str, implementation: str) -> int | None:
+    """`python -m bench memory ...` for one implementation: peak extra bytes, or None (said aloud) where it failed."""
+    threads = torch.get_num_threads()
+    command = [sys.executable, "-m", "bench", "memory", suite, case, implementation, "--threads", str(threads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        say(f"    memory of {implementation} not measured: {done.stderr.strip().splitlines()[-1:]}")
+        return None
+    return int(done.stdout.split()[-1])
+
+
+def say(text: str, *, same_line: bool = False) -> None:
+    """Progress, on stderr; `same_line` is overwritten by the next, and left out where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="" if same_line else "\n", file=sys.stderr, flush=True)
+    elif not same_line:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _return_freed_memory() -> None:
+    """What glibc's malloc keeps of freed memory would serve the run unseen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _reset_peak() -> bool:
+    """Sets this process's VmHWM to its present size (Linux: "5" to clear_refs); whether that worked."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

@@ -1,0 +1,101 @@
+"""The rules of the bench: checked before timed, interleaved, and read back as written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from bench.measure import (
+    Checked,
+    Measurement,
+    WrongResult,
+    interleaved,
+    load,
+    measure,
+    peak_extra_memory,
+    save,
+)
+
+ONE = Measurement(
+    suite="ops",
+    case="frozen-float32-4x2x8-mask0",
+    sizes={"n": 4, "h": 2, "v": 8},
+    implementation="eager",
+    median_s=0.2,
+    q1_s=0.1,
+    q3_s=0.3,
+    runs=5,
+    peak_extra_bytes=1 << 20,
+    errors={"logprobs": 1e-6},
+    checked="4 of 4 scored rows",
+    device="cpu",
+    threads=1,
+    load=0.5,
+    versions={"torch": "2.13"},
+    commit="abc",
+    date="2026-01-01T00:00:00Z",
+)
+
+
+def test_records_come_back_as_written(tmp_path):
+    path = tmp_path / "new" / "ops.json"
+    written = [ONE, replace(ONE, implementation="other", peak_extra_bytes=None)]
+    save(written, path)
+    assert load(path) == written
+    assert [entry.name for entry in path.parent.iterdir()] == ["ops.json"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    record = asdict(ONE)
+    record.pop("errors")
+    path.write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="errors"):
+        load(path)
+
+
+@pytest.mark.parametrize("errors", [{}, {"logprobs": float("nan")}])
+def test_no_record_without_a_check(errors):
+    with pytest.raises(ValueError, match="check it before"):
+        replace(ONE, errors=errors)
+
+
+def test_no_record_with_quartiles_out_of_order():
+    with pytest.raises(ValueError, match="quartiles"):
+        replace(ONE, q1_s=0.25)
+
+
+def test_runs_are_interleaved():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "AB"}
+    seconds = interleaved(runs, 3)
+    assert order == ["A", "B"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
+
+
+def test_every_run_is_checked_first_and_a_wrong_one_never_timed(capsys):
+    ran = []
+
+    def check(name, outputs):
+        ran.append(f"check {name}")
+        if name == "wrong":
+            raise WrongResult("logprobs is off by 1")
+        return Checked({"logprobs": 0.0}, "all")
+
+    def candidate(name):
+        return lambda: ran.append(name) or {"logprobs": torch.zeros(1)}
+
+    candidates = {name: candidate(name) for name in ("right", "wrong")}
+    (record,) = measure("ops", "case", {"v": 8}, candidates, check, lambda name: 7, rounds=2)
+    assert ran == ["right", "check right", "wrong", "check wrong", "right", "right"]
+    assert (record.implementation, record.runs, record.peak_extra_bytes) == ("right", 2, 7)
+    assert "REFUSED wrong: logprobs is off by 1" in capsys.readouterr().err
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    size = 64 << 20
+    extra = peak_extra_memory(lambda: torch.ones(size, dtype=torch.uint8))
+    assert size <= extra < 1.5 * size
