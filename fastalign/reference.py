@@ -33,7 +33,8 @@ def linear_logits(
     hidden (..., H), weight (V, H), bias (V,) -> logits (..., V), float32 (float64 for float64 inputs).
     """
     dtype = compute_dtype(hidden, weight)
-    z = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the product to 16 bits
+        z = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

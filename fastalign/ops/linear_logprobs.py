@@ -5,6 +5,8 @@ Schema, fake, autograd and the public function, top to bottom; the arithmetic is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -159,8 +161,19 @@ def _linear_logprobs_backward_fake(
     )
 
 
-_library.impl("linear_logprobs", _linear_logprobs, "CompositeExplicitAutograd")
-_library.impl("linear_logprobs_backward", _linear_logprobs_backward, "CompositeExplicitAutograd")
+def _without_autocast(kernel: Callable) -> Callable:
+    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits."""
+
+    @wraps(kernel)
+    def run(first: Tensor, *args, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args, **options)
+
+    return run
+
+
+_library.impl("linear_logprobs", _without_autocast(_linear_logprobs), "CompositeExplicitAutograd")
+_library.impl("linear_logprobs_backward", _without_autocast(_linear_logprobs_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("fastalign::linear_logprobs", _linear_logprobs_fake, lib=_library)
 torch.library.register_fake("fastalign::linear_logprobs_backward", _linear_logprobs_backward_fake, lib=_library)
 

@@ -287,6 +287,22 @@ def test_mixed_dtypes_use_the_wider():
     assert torch.equal(fast(hidden, low, targets), fast(hidden, low.float(), targets))
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_autocast_does_not_round_the_products(backend, budget):
+    def run(*args, **options):
+        return linear_logprobs(*args, backend=backend, memory_budget=BUDGETS[budget], **options)
+
+    inputs = problem()[:3]
+    expected = evaluate(run, *inputs, frozen=budget == "frozen")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(run, *inputs, frozen=budget == "frozen")
+        logits = reference.linear_logits(*inputs[:2])
+    for ours, theirs in zip(found, expected, strict=True):  # outputs, then gradients
+        assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(logits, reference.linear_logits(*inputs[:2]))
+
+
 def test_reference_and_auto_backends():
     inputs = problem(torch.float64)[:3]
     assert torch.equal(linear_logprobs(*inputs, backend="reference"), reference.linear_logprobs(*inputs))
