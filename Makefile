@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+BENCH  ?= ops --quick
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The CPU build; a torch that is already there (say, one for CUDA) is kept.
@@ -12,7 +13,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo test lint build sanitize clean
+.PHONY: help demo test lint bench build sanitize clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -28,6 +29,9 @@ test: $(VENV)/.dev  ## every test
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(STEP) "ruff check, ruff format --check"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/.bench  ## fastalign beside TRL, Liger and torch, the small cases; BENCH=ops is all of them
+	@$(BIN)/python -m bench $(BENCH)
 
 build: $(VENV)/.build  ## the package and its native module, editable in .venv
 
@@ -64,4 +68,9 @@ $(VENV)/.demo: $(VENV)/.build
 $(VENV)/.dev: $(VENV)/.demo
 	$(STEP) "Test and lint tools"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.build
+	$(STEP) "What fastalign is measured beside: TRL, Liger"
+	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[bench]"
 	@touch $@
