@@ -150,7 +150,7 @@ def test_from_mapping_converts_what_yaml_and_shells_write():
         ({"beta": "big"}, "beta is 'big'; expected float"),
         ({"beta": True}, "beta is True"),
         ({"beta": [0.1]}, "beta is [0.1]"),
-        ({"max_length": True}, "max_length is True"),
+        ({"max_length": True}, "max_length is True; expected int"),
         ({"max_length": 12.5}, "max_length is 12.5; expected int"),
         ({"max_length": "12.5"}, "expected int"),
         ({"share_prompts": "yes"}, "share_prompts is 'yes'; expected bool"),

@@ -12,6 +12,7 @@ from fastalign.config import PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.evaluation import Answers
 from fastalign.run import RunOptions, _quartiles, run
+from fastalign.runfolder import append_metrics
 
 
 @pytest.fixture
@@ -96,9 +97,11 @@ def test_run_goes_on_from_a_checkpoint(options, config, tmp_path):
     whole = run(options(), config(output_dir=str(tmp_path / "whole"), max_steps=2, lr_scheduler_type="constant"))
     saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
     folder = run(options(), config(**saving))
+    append_metrics(folder / "metrics.jsonl", {"step": 1, "note": "kept"})
     run(options(), config(max_steps=2, resume_from_checkpoint=str(folder / "checkpoint-1"), **saving))
     assert steps(folder) == steps(whole)
     assert len(steps(folder)) == 2
+    assert '"kept"' in (folder / "metrics.jsonl").read_text()  # it did not begin again
     with pytest.raises(ConfigError, match="no folder"):
         run(options(), config(resume_from_checkpoint=str(folder / "checkpoint-9")))
 
