@@ -6,6 +6,7 @@ Names follow TRL's where the meaning is the same, so that a configuration can be
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -52,6 +53,11 @@ class AlignmentConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; it must hold a prompt and a completion: 2 or more")
         super().__post_init__()
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.label_smoothing_factor:
             raise ConfigError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}; no loss here smooths over the vocabulary: "
@@ -251,7 +257,10 @@ def convert(key: str, value: Any, hint: Any) -> Any:
                     return target(value)
                 except ValueError:
                     continue
-    if all(isinstance(of, type) for of in plain) and not any(hasattr(of, "__members__") for of in plain):
+    members = {name for of in plain for name in getattr(of, "__members__", ())}
+    if value is False and "NO" in members:
+        return "no"  # which YAML reads as False
+    if all(isinstance(of, type) for of in plain) and not members:
         expected = " or ".join("None" if of is type(None) else of.__name__ for of in plain)
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
     return value  # an enumeration or a rarer type: TrainingArguments converts and checks it

@@ -59,12 +59,15 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
     train_rows = load_rows(options.train)
     eval_rows = load_rows(options.eval) if options.eval else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, dtype=options.dtype, for_adapter=options.lora_rank > 0)
     kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
     trainer = kind(model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options))
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 

@@ -125,6 +125,8 @@ def test_data_check_of_chat_rows_without_template_says_so(refused, tmp_path, tok
         (["beta"], "'beta' is not of the form key=value"),
         (["beta=high"], "beta is 'high'; expected float"),
         (["beta=-1"], "beta is -1"),
+        (["learning_rate=-1"], "learning_rate is -1"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size is 0"),
         (["title=[half"], "title"),
         (["loss_type=dop"], "did you mean 'dpo'?"),
         (["lora_rank=-1"], "lora_rank is -1"),
@@ -163,6 +165,16 @@ def test_bad_files_are_one_sentence(refused, tmp_path, content, said):
     path = tmp_path / "run.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in refused("train", path)
+
+
+def test_no_is_a_strategy_although_yaml_reads_it_as_false(refused, model_dir):
+    said = refused("dpo", f"model={model_dir}", "train=nowhere.jsonl", "save_strategy=no", "logging_strategy=no")
+    assert "nowhere.jsonl is not a file" in said
+
+
+def test_run_folder_that_cannot_be_made_is_said_before_loading(refused, rows, tmp_path):
+    said = refused("dpo", "model=./nowhere", f"train={rows}", f"output_dir={rows}")
+    assert "output_dir" in said and "File exists" in said
 
 
 def test_command_says_the_method_not_its_file(refused, tmp_path, model_dir, rows):
