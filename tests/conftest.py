@@ -1,10 +1,11 @@
 """Shared by every test: one thread, since the tensors are small and other work may hold the second core; and a tiny
-model with its tokenizer, since most of what is above the losses needs both."""
+model with its tokenizer, since most of what is above the losses needs both.
+
+What takes seconds to import is imported where it is used: tests of ops and losses do without.
+"""
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
@@ -18,6 +19,9 @@ SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte, 256 in all, and three special ones, with a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -32,6 +36,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A function that makes a randomly initialised Llama of 2 layers, the same one each time."""
+
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(*, tied=True, dtype=torch.float32, seed=0, vocab_size=259, **options):
         config = LlamaConfig(
@@ -82,3 +88,24 @@ def labelled(pairs):
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
         for i, row in enumerate(pairs[:6])
     ]
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    """A trainer of one SGD step after another, with everything that could differ between runs turned off."""
+
+    from fastalign.config import PreferenceConfig, SFTConfig
+    from fastalign.trainer import PreferenceTrainer
+
+    def make(model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, **options):
+        config = PreferenceConfig if kind is PreferenceTrainer else SFTConfig
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+            "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
+            "learning_rate": 0.01, "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        if kind is PreferenceTrainer:
+            defaults["ref_cache_dir"] = str(tmp_path / "cache")
+        return kind(model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config)
+
+    return make
