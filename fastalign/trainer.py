@@ -173,7 +173,7 @@ class AlignmentTrainer(Trainer):
     def _score(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
         packed = lay_out(rows, self.layout, self.data_collator.pad_token_id)
         training, _ = self.model.training, self.model.eval()
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # it wraps the model's forward only once training starts
             scores = self.model(packed=packed.to(self.args.device))
         self.model.train(training)
         return packed, scores.logprobs
@@ -410,13 +410,16 @@ class _MoveReference(TrainerCallback):
 
 
 def _with_mismatched(dataset):
-    """Each row with the next row's completion as its second one, as KTO's baseline needs it."""
-    if len(dataset) < 2:
-        raise DataError("The data set has one row; KTO's baseline needs completions of other prompts: give more rows.")
-
-    def add(row, i):
-        other = dataset[(i + 1) % len(dataset)]
+    """Each row with the completion of the next row of another prompt as its second one, for KTO's baseline."""
+    rows = list(dataset)
+    if all(row["prompt_ids"] == rows[0]["prompt_ids"] for row in rows):
+        raise DataError(
+            "The data set has one row or one prompt; KTO's baseline needs other prompts' completions: add some."
+        )
+    other = next(row for row in rows if row["prompt_ids"] != rows[-1]["prompt_ids"])  # of the last row: from the start
+    pairs = []
+    for row, following in zip(reversed(rows), [other, *reversed(rows[1:])], strict=True):
+        other = other if following["prompt_ids"] == row["prompt_ids"] else following
         extra = {name: [row[name][0], other[name][0]] for name in ("completion_ids", "completion_mask") if name in row}
-        return {**row, **extra}
-
-    return type(dataset).from_list([add(dataset[i], i) for i in range(len(dataset))], features=dataset.features)
+        pairs.append({**row, **extra})
+    return type(dataset).from_list(pairs[::-1], features=dataset.features)

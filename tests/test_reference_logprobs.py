@@ -207,6 +207,11 @@ def test_other_precision_is_another_reference(make, tiny_llama, pairs, tmp_path)
     assert len(list((tmp_path / "cache" / "ref_logprobs").iterdir())) == 2
 
 
+def test_stored_values_have_the_precision_of_training(make, tiny_llama, pairs):
+    rounded, exact = (make(tiny_llama(), pairs, bf16=bf16).train_dataset["ref_logprobs"][:] for bf16 in (True, False))
+    assert rounded != exact
+
+
 def test_wrong_entry_is_found_at_the_first_step(make, tiny_llama, pairs, tmp_path):
     make(tiny_llama(), pairs)
     (path,) = (tmp_path / "cache" / "ref_logprobs").iterdir()
