@@ -76,7 +76,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     check = data.add_subparsers(metavar="ACTION", required=True).add_parser("check", help="print the preflight report")
     check.add_argument("file", help="a .jsonl, .json, .parquet or .csv file")
     check.add_argument("--model", default="smollm2-135m-instruct", help="whose tokenizer to use (default: %(default)s)")
-    check.add_argument("--max-length", type=int, help="most tokens of a prompt with one completion")
+    check.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        help="most tokens of a prompt with one completion (default: %(default)s)",
+    )
     check.set_defaults(run=_check)
 
     commands.add_parser("info", help="what is in use: versions, device, kernels").set_defaults(run=_info)

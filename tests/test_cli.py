@@ -97,6 +97,13 @@ def test_data_check_prints_the_preflight_report(capsys, rows, model_dir):
     assert "8 of 8 kept" in text and "end of sequence" in text
 
 
+def test_data_check_cuts_where_training_would(capsys, tmp_path, model_dir, pairs):
+    path = write_rows(tmp_path / "rows.jsonl", [*pairs, {**pairs[0], "prompt": "long " * 300}])
+    assert cli.main(["data", "check", str(path), "--model", str(model_dir)]) == 0
+    text = capsys.readouterr().out
+    assert "8 of 9 kept" in text and f"max_length {PreferenceConfig().max_length:,}" in text
+
+
 def test_data_check_names_the_damaged_line(refused, tmp_path, model_dir):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "half\n{"text": "fine"}\n')
