@@ -122,14 +122,18 @@ def test_entropy_and_its_gradient(isa, head, frozen):
         assert (got - want).abs().max() <= spread * (4 * error + V * EPS) * want.abs().max()
 
 
-def test_a_confident_row_keeps_the_digits_of_its_small_gradient(isa):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_confident_row_keeps_the_digits_of_its_small_gradient(isa, budget):
     """Where p_y is near 1, W[y] - E_p[W] is a small difference of large terms, if it is computed as one."""
     hidden, weight, targets, _ = problem(spread=1.0)
     hidden = hidden + 40 * weight[targets] / weight[targets].square().sum(1, keepdim=True)
     doubles = hidden.double(), weight.double(), targets, None
     truth, (want,) = evaluate(reference.linear_logprobs, *doubles, frozen=True)
     assert truth[0].max() > -1e-6
-    _, (got,) = evaluate(linear_logprobs, hidden, weight, targets, None, frozen=True, backend="cpu")
+    _, (got, *_) = evaluate(
+        linear_logprobs, hidden, weight, targets, None, frozen=budget == "frozen", memory_budget=BUDGETS[budget],
+        backend="cpu",
+    )  # fmt: skip
     relative = (got - want).norm(dim=1) / want.norm(dim=1)
     assert relative.max() <= 4 * logit_error(hidden, weight) + V * EPS
 
