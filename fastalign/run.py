@@ -166,9 +166,10 @@ def _show(console: Console, summary: dict, questions: list[str], old: Answers | 
     console.print(table)
     for label, value in summary["facts"].items():
         console.print(f"  {label:<16}{value}", markup=False)
-    if questions:
-        console.print(f"\nThree of {len(questions)} held-out answers, at the quartiles of the change in length:")
-    for i in _quartiles(old, new) if questions else ():
+    shown = _quartiles(old, new) if questions else []
+    if shown:
+        console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
+    for i in shown:
         console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
         console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
         console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
