@@ -98,4 +98,5 @@ def test_every_run_is_checked_first_and_a_wrong_one_never_timed(capsys):
 def test_peak_memory_sees_what_is_freed_again():
     size = 64 << 20
     extra = peak_extra_memory(lambda: torch.ones(size, dtype=torch.uint8))
-    assert size <= extra < 1.5 * size
+    counting = 1 << 20  # the kernel keeps resident pages in per-CPU batches: a reading may lag by some of them
+    assert size - counting <= extra < 1.5 * size
