@@ -53,6 +53,8 @@ class AlignmentConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; it must hold a prompt and a completion: 2 or more")
         super().__post_init__()
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 for num_train_epochs instead")
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

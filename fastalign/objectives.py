@@ -21,13 +21,14 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 class Totals(NamedTuple):
-    """Of all micro-batches of one optimiser step: pairs (or rows), and the tokens that the NLL is averaged over."""
+    """Of all micro-batches of one optimiser step: pairs (or rows), and the tokens that averages are taken over."""
 
     items: Tensor
-    tokens: Tensor
+    tokens: Tensor  # of the NLL
+    scored: Tensor  # of all completions
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(self.items + other.items, self.tokens + other.tokens)
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Batch:
     ref_logprobs: Tensor | None = None  # (S,) of the completions' tokens
     desirable: Tensor | None = None  # (B,) bool, unpaired rows
     prompt_tokens: int = 0  # the last so many of `packed.targets` are tokens of prompts, behind cu_seqlens[-1]
+    rows: list[dict] | None = None  # what was laid out
 
     def to(self, device, non_blocking: bool = False) -> Batch:
         del non_blocking  # PackedBatch.to does not block either way
@@ -50,9 +52,8 @@ class SFTObjective:
     needs_reference = False
 
     def totals(self, batch: Batch) -> Totals:
-        return Totals(
-            batch.packed.cu_seqlens.new_tensor(batch.packed.cu_seqlens.numel() - 1), batch.packed.cu_seqlens[-1]
-        )
+        bounds = batch.packed.cu_seqlens
+        return Totals(bounds.new_tensor(bounds.numel() - 1), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """Of one batch's loss in a mean over batches."""
@@ -72,8 +73,10 @@ class PreferenceObjective:
         self.needs_reference = config.needs_reference
 
     def totals(self, batch: Batch) -> Totals:
-        lengths = batch.packed.cu_seqlens.diff()
-        return Totals(lengths.new_tensor(lengths.numel() // 2), lengths[0::2].sum() + batch.prompt_tokens)
+        bounds = batch.packed.cu_seqlens
+        lengths = bounds.diff()
+        tokens = lengths[0::2].sum() + batch.prompt_tokens
+        return Totals(lengths.new_tensor(lengths.numel() // 2), tokens, bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         return totals.items
@@ -137,7 +140,8 @@ class UnpairedObjective:
         self.running = torch.zeros(2, 2, dtype=torch.float64)  # BCO: (sum, count) of rewards, undesirable and desirable
 
     def totals(self, batch: Batch) -> Totals:
-        return Totals(batch.packed.cu_seqlens.new_tensor(batch.desirable.numel()), batch.packed.cu_seqlens[-1])
+        bounds = batch.packed.cu_seqlens
+        return Totals(bounds.new_tensor(batch.desirable.numel()), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         return totals.items

@@ -15,7 +15,7 @@ from fastalign.config import AlignmentConfig, PreferenceConfig, help_field
 from fastalign.data import load_rows
 from fastalign.errors import ConfigError
 from fastalign.evaluation import Answers, answer, comparison
-from fastalign.models import load_model, load_tokenizer
+from fastalign.models import load_tokenizer
 from fastalign.report import format_number, write_report
 from fastalign.runfolder import append_metrics, write_json, write_text
 from fastalign.trainer import AlignmentTrainer, PreferenceTrainer, SFTTrainer
@@ -65,9 +65,10 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype=options.dtype, for_adapter=options.lora_rank > 0)
     kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
-    trainer = kind(model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options))
+    trainer = kind(
+        options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype
+    )
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastalign import data, memory
 from fastalign.callbacks import MetricsWriter, Progress
+from fastalign.collate import Collator, with_mismatched
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
@@ -34,44 +35,13 @@ _MOVING = "fastalign.safetensors"  # in a checkpoint
 logger = logging.getLogger("fastalign")
 
 
-class Collator:
-    """Tokenised rows to a `Batch`."""
-
-    def __init__(self, layout: str, pad_token_id: int, *, score_prompts: bool = False):
-        self.layout, self.pad_token_id, self.score_prompts = layout, pad_token_id, score_prompts
-
-    def __call__(self, rows: list[dict]) -> dict[str, Batch]:
-        packed, prompt_tokens = lay_out(rows, self.layout, self.pad_token_id), 0
-        if self.score_prompts:
-            packed, prompt_tokens = _with_prompts(packed, len(rows))
-        reference = desirable = None
-        if "ref_logprobs" in rows[0]:
-            reference = torch.tensor([v for row in rows for values in row["ref_logprobs"] for v in values])
-        if "label" in rows[0]:
-            desirable = torch.tensor([row["label"] for row in rows])
-        return {"batch": Batch(packed, reference, desirable, prompt_tokens)}
-
-
-def _with_prompts(packed: PackedBatch, rows: int) -> tuple[PackedBatch, int]:
-    """The batch with every row's prompt tokens scored too, behind the completions' tokens, and their number."""
-    groups = packed.layout[:: len(packed.layout) // rows]  # a prompt laid out for each completion counts once
-    positions = [i for group in groups for i in range(group.prompt[0], group.prompt[1] - 1)]
-    index = torch.tensor(positions, dtype=torch.int64)
-    targets = packed.input_ids[0, index + 1]
-    packed = replace(
-        packed,
-        score_index=torch.cat([packed.score_index, index]),
-        targets=torch.cat([packed.targets, targets]),
-    )
-    return packed, index.numel()
-
-
 class AlignmentTrainer(Trainer):
     """What the trainers share; use `PreferenceTrainer` or `SFTTrainer`.
 
     model: a causal language model with its weights, or what `load_model` takes (a folder, a hub name, a packaged
         model). peft_config: trains an adapter, kept in float32; None trains the model, or the adapter it comes with.
-    train_dataset, eval_dataset: rows in any format of `fastalign.data`, or the path of a file of them.
+    dtype: of the weights that are loaded here. train_dataset, eval_dataset: rows in any format of `fastalign.data`, or
+        the path of a file of them.
     processing_class: the tokenizer; None loads the one beside the model.
     objective: builds what is minimised from `args`.
 
@@ -92,15 +62,24 @@ class AlignmentTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         *,
         objective: Callable,
+        dtype: str | torch.dtype = "auto",
         **trainer_options,
     ):
-        if isinstance(model, (str, Path)):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model, for_adapter=peft_config is not None)
+        if processing_class is None and isinstance(model, (str, Path)):
+            processing_class = load_tokenizer(model)
         if processing_class is None:
             raise ConfigError("processing_class is None; pass the model's tokenizer")
         if eval_dataset is None and args.eval_strategy != "no":
             raise ConfigError(f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset: give one")
+        _check_optimizer(args)
+        # The data before the model, which takes longer to load.
+        train_dataset, self.preflight = self._tokenise(train_dataset, processing_class, args)
+        if eval_dataset is not None:
+            eval_dataset, _ = self._tokenise(eval_dataset, processing_class, args)
+        if isinstance(model, (str, Path)):
+            model = load_model(model, dtype=dtype, for_adapter=peft_config is not None)
+        for dataset in (train_dataset, eval_dataset or ()):
+            _check_fit(dataset, causal_lm(model))
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args.seed)
         check_trainable(model)
@@ -112,9 +91,6 @@ class AlignmentTrainer(Trainer):
         self.layout = prepare(model)
         if self.layout == "shared" and not args.share_prompts:
             self.layout = "packed"
-        train_dataset, self.preflight = self._tokenise(train_dataset, processing_class, args, model)
-        if eval_dataset is not None:
-            eval_dataset, _ = self._tokenise(eval_dataset, processing_class, args, model)
         pad_token_id = processing_class.pad_token_id or processing_class.eos_token_id or 0
         score_prompts = getattr(args, "nll_over", "completion") == "prompt_and_completion"
         if score_prompts and self.layout == "padded":
@@ -134,18 +110,11 @@ class AlignmentTrainer(Trainer):
 
     # Data
 
-    def _tokenise(self, rows, tokenizer, args: AlignmentConfig, model: nn.Module):
+    def _tokenise(self, rows, tokenizer, args: AlignmentConfig):
         dataset, report = data.tokenize(
             rows, tokenizer, max_length=args.max_length, on_truncate=args.on_truncate, on_invalid=args.on_invalid
         )
         self._check_rows(dataset, report.format)
-        vocab = causal_lm(model).get_input_embeddings().weight.shape[0]
-        largest = max(max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset)
-        if largest >= vocab:
-            raise ModelError(
-                f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
-                "call model.resize_token_embeddings(len(tokenizer))."
-            )
         return dataset, report
 
     def _check_rows(self, dataset, found: str) -> None:
@@ -223,10 +192,10 @@ class AlignmentTrainer(Trainer):
         totals = [self.objective.totals(sample["batch"]) for sample in batch_samples]
         if not totals:
             return None
-        items, tokens = (torch.stack(list(column)).sum().to(device) for column in zip(*totals, strict=True))
+        sums = [torch.stack(list(column)).sum().to(device) for column in zip(*totals, strict=True)]
         if self.args.world_size > 1:
-            items, tokens = (self.accelerator.reduce(t, "sum") / self.args.world_size for t in (items, tokens))
-        return Totals(items, tokens)
+            sums = [self.accelerator.reduce(total, "sum") / self.args.world_size for total in sums]
+        return Totals(*sums)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch: Batch = inputs["batch"]
@@ -346,9 +315,9 @@ class PreferenceTrainer(AlignmentTrainer):
         if args.sync_ref_model:
             self.add_callback(_MoveReference(self.reference, args))
 
-    def _tokenise(self, rows, tokenizer, args, model):
-        dataset, report = super()._tokenise(rows, tokenizer, args, model)
-        return (_with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
+    def _tokenise(self, rows, tokenizer, args):
+        dataset, report = super()._tokenise(rows, tokenizer, args)
+        return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 
     def _moving(self) -> dict[str, Tensor]:
         """What changes while training beside what a checkpoint holds: BCO's mean rewards, a reference that is moved."""
@@ -392,6 +361,36 @@ class SFTTrainer(AlignmentTrainer):
             raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")
 
 
+def _check_optimizer(args: AlignmentConfig) -> None:
+    """Whatever `optim` needs is there: the Trainer would look only when training starts."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ConfigError(
+            f"optim is {str(args.optim)!r}, and cannot run here: {' '.join(str(error).split())}"
+        ) from error
+    except ValueError:  # it is asked without the model here, which some optimisers want
+        return
+
+
+def _check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+    """The model knows every token and has a position for the longest row."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
+    if largest >= vocab:
+        raise ModelError(
+            f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
+            "call model.resize_token_embeddings(len(tokenizer))."
+        )
+    longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
+    if longest > positions:
+        raise DataError(
+            f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
+            f"max_length={positions} with on_truncate='drop' or 'keep_end'."
+        )
+
+
 def _with_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
     set_seed(seed)  # as the Trainer does, but for the adapter's random numbers as well
     try:
@@ -407,19 +406,3 @@ class _MoveReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.args.ref_model_sync_steps == 0:
             self.reference.move_towards_model(self.args.ref_model_mixup_alpha)
-
-
-def _with_mismatched(dataset):
-    """Each row with the completion of the next row of another prompt as its second one, for KTO's baseline."""
-    rows = list(dataset)
-    if all(row["prompt_ids"] == rows[0]["prompt_ids"] for row in rows):
-        raise DataError(
-            "The data set has one row or one prompt; KTO's baseline needs other prompts' completions: add some."
-        )
-    other = next(row for row in rows if row["prompt_ids"] != rows[-1]["prompt_ids"])  # of the last row: from the start
-    pairs = []
-    for row, following in zip(reversed(rows), [other, *reversed(rows[1:])], strict=True):
-        other = other if following["prompt_ids"] == row["prompt_ids"] else following
-        extra = {name: [row[name][0], other[name][0]] for name in ("completion_ids", "completion_mask") if name in row}
-        pairs.append({**row, **extra})
-    return type(dataset).from_list(pairs[::-1], features=dataset.features)

@@ -133,6 +133,7 @@ def test_data_check_of_chat_rows_without_template_says_so(refused, tmp_path, tok
         (["beta=high"], "beta is 'high'; expected float"),
         (["beta=-1"], "beta is -1"),
         (["learning_rate=-1"], "learning_rate is -1"),
+        (["max_steps=0"], "max_steps is 0"),
         (["per_device_train_batch_size=0"], "per_device_train_batch_size is 0"),
         (["title=[half"], "title"),
         (["loss_type=dop"], "did you mean 'dpo'?"),
@@ -199,6 +200,21 @@ def test_missing_files_are_one_sentence(refused, tmp_path):
 def test_rows_of_another_method_are_one_sentence(refused, tmp_path, model_dir, request, method, kind):
     path = write_rows(tmp_path / "rows.jsonl", request.getfixturevalue(kind))
     assert "The data set is" in refused(method, f"model={model_dir}", f"train={path}", f"output_dir={tmp_path / 'run'}")
+
+
+def test_data_is_looked_at_before_the_model_is_loaded(refused, tmp_path, tokenizer, labelled):
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("no weights in here")
+    path = write_rows(tmp_path / "rows.jsonl", labelled)
+    assert "needs chosen and rejected" in refused(
+        "dpo", f"model={tmp_path / 'model'}", f"train={path}", f"output_dir={tmp_path / 'run'}"
+    )
+
+
+def test_optimizer_of_a_package_that_is_not_there_is_said(refused, rows, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    said = refused("dpo", f"model={model_dir}", f"train={rows}", f"output_dir={tmp_path / 'run'}", "optim=adamw_8bit")
+    assert "bitsandbytes" in said
 
 
 # One whole run

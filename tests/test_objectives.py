@@ -2,12 +2,12 @@ import datasets
 import pytest
 import torch
 
+from fastalign.collate import with_mismatched
 from fastalign.config import PreferenceConfig
 from fastalign.errors import DataError
 from fastalign.losses import dpo, kto, orpo
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import pack
-from fastalign.trainer import _with_mismatched
 
 LENGTHS = [(2, 3), (4, 1), (1, 5), (3, 3)]
 
@@ -143,13 +143,13 @@ def test_kto_uses_the_second_completions_as_its_baseline():
 def test_kto_takes_its_second_completions_from_other_prompts():
     prompts = [[5], [5], [6], [7], [7], [5]]
     rows = [{"prompt_ids": prompt, "completion_ids": [[i]]} for i, prompt in enumerate(prompts)]
-    paired = _with_mismatched(datasets.Dataset.from_list(rows))
+    paired = with_mismatched(datasets.Dataset.from_list(rows))
     assert [row["completion_ids"][1] for row in paired] == [[2], [2], [3], [5], [5], [2]]
     assert [(row["prompt_ids"], row["completion_ids"][0][0]) for row in paired] == [
         (p, i) for i, p in enumerate(prompts)
     ]
     with pytest.raises(DataError, match="other prompts'"):
-        _with_mismatched(datasets.Dataset.from_list(rows[:2]))
+        with_mismatched(datasets.Dataset.from_list(rows[:2]))
 
 
 def test_bco_shifts_by_the_running_mean_of_either_label():

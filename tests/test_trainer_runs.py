@@ -183,6 +183,12 @@ def test_tokenizer_of_another_model_is_refused(make_trainer, tiny_llama, pairs):
         make_trainer(tiny_llama(vocab_size=100), pairs)
 
 
+def test_rows_longer_than_the_model_has_positions_are_refused(make_trainer, tiny_llama, pairs):
+    rows = [{**pairs[0], "prompt": "long " * 60}]
+    with pytest.raises(DataError, match=r"has 3\d\d tokens, but the model has 256 positions: set max_length=256"):
+        make_trainer(tiny_llama(), rows)
+
+
 def test_model_without_trainable_parameters_is_refused(make_trainer, tiny_llama, pairs, tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
