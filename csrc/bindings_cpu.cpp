@@ -10,6 +10,7 @@
 
 #include "cpu/brgemm.h"
 #include "cpu/kernels.h"
+#include "cpu/preference_loss.h"
 #include "cpu/segment_sum.h"
 #include "cpu/workspace.h"
 
@@ -27,6 +28,34 @@ void segment_sum(std::uintptr_t values, std::uintptr_t offsets, std::int64_t seg
     py::gil_scoped_release release;
     fastalign::segment_sum(reinterpret_cast<const T*>(values), reinterpret_cast<const std::int64_t*>(offsets), segments,
                            reinterpret_cast<T*>(out));
+}
+
+// False where the offsets do not fit; then nothing was written.
+template <typename T>
+bool preference_loss(std::uintptr_t logprobs, std::uintptr_t offsets, std::uintptr_t ref_sums, std::uintptr_t lengths,
+                     std::uintptr_t labels, std::uintptr_t kl, std::int64_t tokens, std::int64_t sequences, int form,
+                     bool averaged, bool alternating, double beta, double scale, double offset, double slope,
+                     std::uintptr_t losses, std::uintptr_t rewards, std::uintptr_t sums, std::uintptr_t coefficients) {
+    py::gil_scoped_release release;
+    auto at = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const fastalign::PreferenceProblem problem{
+        at(logprobs), reinterpret_cast<const std::int64_t*>(offsets), at(ref_sums), at(lengths),
+        reinterpret_cast<const bool*>(labels), at(kl), tokens, sequences, static_cast<fastalign::LossForm>(form),
+        averaged, alternating, beta, scale, offset, slope, at(losses), at(rewards), at(sums), at(coefficients)};
+    if (!fastalign::offsets_fit(problem.offsets, sequences, tokens)) return false;
+    fastalign::PreferencePass<T>{problem}.run();
+    return true;
+}
+
+template <typename T>
+void preference_loss_backward(std::uintptr_t grad_losses, std::uintptr_t grad_sums, std::uintptr_t coefficients,
+                              std::uintptr_t offsets, std::int64_t sequences, std::int64_t items, bool alternating,
+                              std::uintptr_t out) {
+    py::gil_scoped_release release;
+    fastalign::preference_loss_backward(reinterpret_cast<const T*>(grad_losses), reinterpret_cast<const T*>(grad_sums),
+                                        reinterpret_cast<const T*>(coefficients),
+                                        reinterpret_cast<const std::int64_t*>(offsets), sequences, items, alternating,
+                                        reinterpret_cast<T*>(out));
 }
 
 const Kernels& kernels_named(const std::string& name) {
@@ -128,6 +157,10 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("out"));
     m.def("segment_sum_f64", &segment_sum<double>, py::arg("values"), py::arg("offsets"), py::arg("segments"),
           py::arg("out"));
+    m.def("preference_loss_f32", &preference_loss<float>);
+    m.def("preference_loss_f64", &preference_loss<double>);
+    m.def("preference_loss_backward_f32", &preference_loss_backward<float>);
+    m.def("preference_loss_backward_f64", &preference_loss_backward<double>);
     bind_problems(m);
     bind_kernels(m);
     m.def("prefer_huge_pages", [](std::uintptr_t data, std::size_t bytes) {

@@ -25,7 +25,7 @@ from fastalign.fused import (
     fused_linear_simpo,
     fused_linear_sppo,
 )
-from fastalign.ops import linear_logprobs, segment_sum, selective_logprobs
+from fastalign.ops import linear_logprobs, preference_loss, segment_sum, selective_logprobs
 
 __version__ = "0.1.0"
 
@@ -72,6 +72,7 @@ __all__ = [
     "fused_linear_simpo",
     "fused_linear_sppo",
     "linear_logprobs",
+    "preference_loss",
     "segment_sum",
     "selective_logprobs",
 ]

@@ -1,7 +1,8 @@
 """The ops: one file each, holding schema, fake, autograd and the public function, top to bottom."""
 
 from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
 
-__all__ = ["linear_logprobs", "segment_sum", "selective_logprobs"]
+__all__ = ["linear_logprobs", "preference_loss", "segment_sum", "selective_logprobs"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastalign import reference
-from fastalign.errors import BackendError
+from fastalign.errors import BackendError, InputError
 
 try:
     from fastalign import _cpu as module
@@ -231,3 +231,34 @@ def linear_logprobs_backward(
         d_weight,
         None if d_bias is None else d_bias.to(bias.dtype),
     )
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def preference_loss(
+    logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward op of `preference_loss.py`."""
+    inputs = [t if t is None else t.contiguous() for t in (logprobs, cu_seqlens, ref_sums, lengths, labels, kl)]
+    tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    counts = (sequences // 2 if labels is None else sequences, sequences, sequences, tokens)
+    out = tuple(logprobs.new_empty(count) for count in counts)
+    run = module.preference_loss_f64 if logprobs.dtype == torch.float64 else module.preference_loss_f32
+    if not run(
+        *map(_address, inputs), tokens, sequences, form, averaged, alternating, beta, scale, offset, slope,
+        *map(_address, out),
+    ):  # fmt: skip
+        raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise from 0 to S={tokens}")
+    return out
+
+
+def preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating) -> Tensor:
+    """The backward op of `preference_loss.py`."""
+    inputs = [t if t is None else t.contiguous() for t in (grad_losses, grad_sums, coefficients, cu_seqlens)]
+    out = torch.empty_like(coefficients)
+    wide = coefficients.dtype == torch.float64
+    run = module.preference_loss_backward_f64 if wide else module.preference_loss_backward_f32
+    run(*map(_address, inputs), cu_seqlens.shape[0] - 1, items, alternating, _address(out))
+    return out
