@@ -5,6 +5,7 @@ Schema, fake, autograd and the public function, top to bottom; the arithmetic is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import NamedTuple
@@ -130,7 +131,10 @@ def _linear_logprobs_backward(
         return tuple(empty.clone() if g is None else g for g in grads)
     row_stats = tiles.Stats(*_gather(stats, rows).unbind(1))
     padding = (row_stats.others + row_stats.target) == 0
-    row_stats = row_stats._replace(others=row_stats.others.masked_fill(padding, 1.0))  # else 0 / 0
+    # Else 0 / 0, and 0 times the overflow of a logit.
+    row_stats = row_stats._replace(
+        others=row_stats.others.masked_fill(padding, 1.0), shift=row_stats.shift.masked_fill(padding, math.inf)
+    )
     d_hidden, d_weight, d_bias = tiles.backward(
         _gather(grad_logprobs, rows),
         None if grad_entropy is None else _gather(grad_entropy, rows),

@@ -1,4 +1,4 @@
-"""The tiled driver of `linear_logprobs` in plain PyTorch: any device, any dtype.
+"""The tiled driver of `linear_logprobs`: products by torch, and between them an epilogue in torch, Triton or CUDA.
 
 Logits exist one (rows, vocabulary) tile at a time. Each tile is folded into running statistics per row, with the
 target `y` left out of every sum (`'` below), so that `1 - p_y` never comes from a subtraction:
@@ -13,42 +13,35 @@ where `slope = dz / d(h W' + b)`. Three results follow. With S = others + exp(z_
     entropy              = log S - E[z - m]
     d logprob / d hidden = (others / S) slope_y W[y] - A / S
 
-The last one does not depend on the loss, so a frozen head needs two products per tile and no second look at the
-logits. A trainable head gets its gradients in `backward`, from probability tiles kept by `forward` as far as they
-were allowed to be, and recomputed beyond.
+None of them depends on m, which may therefore lag behind the maximum. The last one does not depend on the loss, so a
+frozen head needs two products per tile and no second look at the logits. A trainable head gets its gradients in
+`backward`, from probability tiles kept by `forward` as far as they were allowed to be, and recomputed beyond.
+
+A tile is written by one product, read and overwritten in place by the epilogue, and read by the next product: on a GPU
+it never leaves the second-level cache.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Far below any logit, yet finite, so that (start - m) * 0 is 0 and not NaN on the first tile.
-_START = -1e30
+from fastalign.ops.epilogue import START as _START
+from fastalign.ops.epilogue import TORCH, Coefficients, Epilogue, Head, Sums
+
 # BLAS libraries take other code paths, with other rounding, for a handful of rows; whole multiples of this many
 # rows all give a row the same bits (measured with MKL from 8 rows on).
 _ROW_MULTIPLE = 16
 
 
-class Head(NamedTuple):
-    """What turns `u = h W' + b` into logits: `z = softcap * tanh(logit_scale * u / softcap) / temperature`."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def factor(self) -> float:
-        return self.logit_scale / self.temperature
-
-
 class Stats(NamedTuple):
     """Per row, after the whole vocabulary: enough to rebuild any probability from its logit. Shapes (N,)."""
 
-    shift: Tensor  # m, the maximum
+    shift: Tensor  # m, the maximum or a little below it
     others: Tensor  # sum over the vocabulary without the target of exp(z - m)
     target: Tensor  # exp(z_y - m)
     slope: Tensor  # dz/du at the target
@@ -72,8 +65,37 @@ class Forward(NamedTuple):
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, 64 MB elsewhere."""
+    """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, a share of the cache on a GPU."""
+    if device.type == "cuda":
+        return _device_tile_shape(device.index if device.index is not None else torch.cuda.current_device())
     return (512, 4096) if device.type == "cpu" else (2048, 8192)
+
+
+@lru_cache
+def _device_tile_shape(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return gpu_tile_shape(properties.L2_cache_size, properties.multi_processor_count)
+
+
+def gpu_tile_shape(l2_bytes: int, multiprocessors: int) -> tuple[int, int]:
+    """Rows and vocabulary entries of a tile for a GPU, from its second-level cache and its multiprocessors.
+
+    4096 entries make the second product's sum long enough that reading and writing its (R, H) result costs little
+    beside it. Rows are the multiple of 128 that keeps float32 logits within 3/4 of the cache and fills the
+    multiprocessors best, counting 128 x 256 outputs for each; of equals the most, since every block of rows reads the
+    whole weight. Without a cache of that size (4 MB on some) the rows are those that hide the weight's traffic, 1024.
+    """
+    columns, block_rows, block_columns = 4096, 128, 256
+    most = l2_bytes * 3 // 4 // (columns * 4) // block_rows
+    if most < 6:
+        return 1024, columns
+
+    def filled(blocks: int) -> float:
+        outputs = blocks * (columns // block_columns)
+        waves = -(-outputs // multiprocessors)
+        return outputs / (waves * multiprocessors)
+
+    return block_rows * max(range(6, most + 1), key=lambda blocks: (round(filled(blocks), 2), blocks)), columns
 
 
 def vocabulary_tiles(vocab: int, device: torch.device) -> list[tuple[int, int]]:
@@ -88,31 +110,30 @@ def _operand(t: Tensor) -> Tensor:
     return t.float() if low and t.device.type != "cuda" else t
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """`a @ b` into `out`, accumulated and kept in float32 (float64 for float64)."""
+    if b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`, accumulated and returned in float32 (float64 for float64); `a` is cast to b's dtype."""
-    if b.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+    """`a @ b` in a new tensor; `a` is cast to b's dtype."""
+    dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
+    return _product(a.to(b.dtype), b, b.new_empty(a.shape[0], b.shape[1], dtype=dtype))
 
 
 def _accumulate(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """`acc += a @ b` in acc's dtype."""
+    """`acc += a @ b` in acc's dtype; `a` is cast to b's, in which the product is taken."""
     if b.dtype == acc.dtype:
-        acc.addmm_(a, b)
+        acc.addmm_(a.to(b.dtype), b)
     else:
-        acc.add_(_mm(a, b))
+        torch.addmm(acc, a.to(b.dtype), b, out_dtype=acc.dtype, out=acc)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
-    """One tile of logits (R, T), and its slope dz/du where that varies (soft cap), else None."""
-    u = _mm(h, w.t())
-    if bias is not None:
-        u += bias
-    if head.softcap is None:
-        return (u.mul_(head.factor) if head.factor != 1.0 else u), None
-    t = u.mul_(head.logit_scale / head.softcap).tanh_()
-    slope = (1 - t * t).mul_(head.factor)
-    return t.mul_(head.softcap / head.temperature), slope
+def _in_place(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tile of `dtype` in the memory of the tile u (R, T): each row begins where u's does."""
+    return u if u.dtype == dtype else u.view(dtype)[:, : u.shape[1]]
 
 
 def padded(rows: int) -> int:
@@ -142,6 +163,7 @@ def forward(
     grads: bool = False,
     entropy: bool = False,
     cache_rows: int = 0,
+    epilogue: Epilogue = TORCH,
 ) -> Forward:
     """Log-probs, entropy and, with `grads`, their gradients in hidden; every target is a real one.
 
@@ -157,64 +179,61 @@ def forward(
         cache = Cache(hidden.new_empty(cache_rows, vocab), hidden.new_empty(cache_rows, shifts, dtype=acc_dtype))
         for t in cache:
             t[kept:] = 0  # promised to the fake, but fewer rows are scored
-    step = tile_shape(hidden.device)[0]
     blocks = []
-    for start in range(0, max(n, 1), step):  # no rows are one empty block
-        rows = slice(start, min(start + step, n))
-        part = None
-        if cache is not None and start < kept:
-            part = Cache(cache.tiles[rows], cache.shifts[rows])
-        blocks.append(_scan_rows(hidden[rows], weight, targets[rows], bias, head, grads, entropy, part))
+    for r0, r1 in row_blocks(n, kept, hidden.device):
+        rows = slice(r0, r1)
+        part = Cache(cache.tiles[rows], cache.shifts[rows]) if r0 < kept else None
+        blocks.append(_scan_rows(hidden[rows], weight, targets[rows], bias, head, grads, entropy, part, epilogue))
     columns = list(zip(*blocks, strict=True))
     joined = [None if column[0] is None else torch.cat(column) for column in columns]
     return Forward(*joined[:4], stats=Stats(*joined[4:]), cache=cache)
 
 
-def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache):
+def row_blocks(n: int, kept: int, device: torch.device) -> list[tuple[int, int]]:
+    """The bounds of the blocks of rows, none of which holds both kept rows and others; no rows are one empty block."""
+    bounds = sorted({*range(0, n, tile_shape(device)[0]), min(kept, n), n})
+    return list(pairwise(bounds)) or [(0, 0)]
+
+
+def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
     """Fold the whole vocabulary into the statistics of one block of rows (R, H); see the head of this file."""
-    h = _operand(h)
+    dtype, h = h.dtype, _operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     new = h.new_zeros(h.shape[0], dtype=acc_dtype)
-    m, others, zothers, z_y, slope_y = new + _START, new.clone(), new.clone(), new.clone(), new + head.factor
+    sums = Sums(new + _START, new.clone(), new.clone(), new.clone())
     a = torch.zeros_like(h, dtype=acc_dtype) if grads else None  # (R, H)
     b = torch.zeros_like(a) if grads and entropy else None  # (R, H)
+    tiles = vocabulary_tiles(weight.shape[0], h.device)
+    width = min(weight.shape[0], tile_shape(h.device)[1])
+    buffer = h.new_empty(h.shape[0], width, dtype=acc_dtype)
+    dtype = dtype if epilogue.low_precision else acc_dtype
+    second = None if b is None else torch.empty_like(buffer, dtype=dtype)
 
-    for i, (v0, v1) in enumerate(vocabulary_tiles(weight.shape[0], h.device)):
+    for i, (v0, v1) in enumerate(tiles):
         w = _operand(weight[v0:v1])  # (T, H)
-        z, slope = _logits(h, w, None if bias is None else bias[v0:v1], head)  # (R, T)
-        here = (targets >= v0) & (targets < v1)
-        column = (targets - v0).clamp_(0, v1 - v0 - 1).unsqueeze(1)
-        z_y = torch.where(here, z.gather(1, column).squeeze(1), z_y)
-        if slope is not None:
-            slope_y = torch.where(here, slope.gather(1, column).squeeze(1), slope_y)
-
-        new_m = torch.maximum(m, z.amax(1))
-        shrink, moved = (m - new_m).exp(), m - new_m
-        m = new_m
-        z -= m.unsqueeze(1)
-        e = z.exp() if entropy else z.exp_()
-        e.scatter_(1, column, e.gather(1, column).masked_fill(here.unsqueeze(1), 0.0))
-        if entropy:
-            z = z.clamp_(min=_START).mul_(e)  # the clamp turns 0 * -inf of masked entries into 0
-            zothers = shrink * (zothers + moved * others) + z.sum(1)
-        others = shrink * others + e.sum(1)
-        if slope is not None:
-            e *= slope
-        if b is not None:
-            b.addcmul_(a, moved.unsqueeze(1)).mul_(shrink.unsqueeze(1))
-            _accumulate(b, z if slope is None else z.mul_(slope), w)
-        if a is not None:
-            a.mul_(shrink.unsqueeze(1))
-            _accumulate(a, e, w)
+        u = _product(h, w.t(), buffer[:, : v1 - v0])  # (R, T)
+        e = ze = None
         if cache is not None:
-            rows = cache.tiles.shape[0]
-            cache.tiles[:, v0:v1] = e[:rows]
-            cache.shifts[:, i] = m[:rows]
+            e = cache.tiles[:, v0:v1]
+        elif b is not None:
+            e, ze = second[:, : v1 - v0], _in_place(u, dtype)
+        elif a is not None:
+            e = _in_place(u, dtype)
+        epilogue.absorb(
+            u, targets, v0, None if bias is None else bias[v0:v1], head, sums, entropy=entropy, e=e, ze=ze, a=a, b=b
+        )
+        if a is not None:
+            _accumulate(a, e, w)
+        if b is not None:
+            _accumulate(b, ze, w)
+        if cache is not None:
+            cache.shifts[:, i] = sums.shift
 
     if head.softcap is None and a is not None:
         a *= head.factor
         b = None if b is None else b.mul_(head.factor)
-    return _finish(weight, targets, Stats(m, others, (z_y - m).exp(), slope_y, zothers), z_y, a, b, entropy)
+    stats = Stats(sums.shift, sums.others, (sums.target - sums.shift).exp(), head.slope(sums.target), sums.zothers)
+    return _finish(weight, targets, stats, sums.target, a, b, entropy)
 
 
 def _finish(weight, targets, stats, z_y, a, b, entropy):
@@ -256,6 +275,7 @@ def backward(
     cache: Cache | None,
     *,
     needs: tuple[bool, bool, bool],
+    epilogue: Epilogue = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in hidden (N, H), weight (V, H) and bias (V,), as far as `needs` asks for each.
 
@@ -266,34 +286,38 @@ def backward(
     d_hidden = torch.zeros_like(hidden, dtype=acc_dtype) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if needs[2] else None
-    step = tile_shape(hidden.device)[0]
-    kept = 0 if cache is None or grad_entropy is not None else cache.tiles.shape[0]
+    coefficients = _coefficients(stats, grad_logprobs, grad_entropy)
+    kept = 0 if cache is None or grad_entropy is not None else min(cache.tiles.shape[0], hidden.shape[0])
+    if kept:
+        scales = _kept_scales(cache.shifts[:kept], stats, coefficients, head)  # (tiles, kept)
+    blocks = row_blocks(hidden.shape[0], kept, hidden.device)
+    width = min(weight.shape[0], tile_shape(hidden.device)[1])
+    buffer = hidden.new_empty(max(r1 - r0 for r0, r1 in blocks), width, dtype=acc_dtype)
+    dtype = hidden.dtype if epilogue.low_precision else acc_dtype
     for i, (v0, v1) in enumerate(vocabulary_tiles(weight.shape[0], hidden.device)):
         w = _operand(weight[v0:v1])  # (T, H)
-        b = None if bias is None else bias[v0:v1]
         dw = torch.zeros_like(w, dtype=acc_dtype) if needs[1] else None
         db = torch.zeros(v1 - v0, dtype=acc_dtype, device=w.device)
-        bounds = sorted({*range(0, hidden.shape[0], step), min(kept, hidden.shape[0]), hidden.shape[0]})
-        for r0, r1 in pairwise(bounds):
+        for r0, r1 in blocks:
             rows = slice(r0, r1)
-            row_stats = Stats(*(s[rows] for s in stats))
             h = _operand(hidden[rows])
-            if r1 <= kept:
-                scale = -grad_logprobs[rows] / (row_stats.others + row_stats.target)
-                scale = scale * (cache.shifts[rows, i] - row_stats.shift).exp()
-                du = cache.tiles[rows, v0:v1] * scale.unsqueeze(1)
-                du = du if head.softcap is not None else du.mul_(head.factor)
+            u = buffer[: r1 - r0, : v1 - v0]
+            du = _in_place(u, dtype)
+            if r0 < kept:
+                epilogue.kept_gradient(
+                    cache.tiles[rows, v0:v1], targets[rows], v0, scales[i, rows], coefficients.target[rows], du
+                )
             else:
-                g_entropy = None if grad_entropy is None else grad_entropy[rows]
-                du = _recompute(h, w, b, head, row_stats, grad_logprobs[rows], g_entropy)
-            _set_target(du, targets[rows] - v0, row_stats, grad_logprobs[rows],
-                        None if grad_entropy is None else grad_entropy[rows])  # fmt: skip
+                part = None if bias is None else bias[v0:v1]
+                epilogue.softmax_gradient(
+                    _product(h, w.t(), u), targets[rows], v0, part, head, coefficients.rows(rows), du
+                )
             if d_hidden is not None:
                 _accumulate(d_hidden[rows], du, w)
             if dw is not None:
                 _accumulate(dw, du.t(), h)
             if needs[2]:
-                db += du.sum(0)
+                db += du.sum(0, dtype=acc_dtype)
         if dw is not None:
             d_weight[v0:v1] = dw
         if needs[2]:
@@ -301,29 +325,22 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def _recompute(h, w, bias, head, stats, g_logprobs, g_entropy):
-    """Gradient in `u` of one tile (R, T) from fresh logits; the target's entry is set by `_set_target`."""
-    z, slope = _logits(h, w, bias, head)
-    z -= stats.shift.unsqueeze(1)
-    scale = 1 / (stats.others + stats.target)
-    if g_entropy is None:
-        du = z.exp_().mul_((-g_logprobs * scale).unsqueeze(1))
-    else:
-        # -p (g_logprobs + g_entropy (z - E[z])), with p of masked entries exactly 0
-        p = z.exp().mul_(scale.unsqueeze(1))
-        z = z.clamp_(min=_START).sub_(stats.mean.unsqueeze(1)).mul_(g_entropy.unsqueeze(1))
-        du = z.add_(g_logprobs.unsqueeze(1)).mul_(p).neg_()
-    return du.mul_(slope if slope is not None else head.factor)
-
-
-def _set_target(du, column, stats, g_logprobs, g_entropy):
-    """Write the target's gradient, `g (1 - p_y) slope_y` (+ entropy term), into the tile where it lies."""
+def _coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
+    """The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but `g_logprobs (1 - p_y) slope_y`
+    (+ entropy term) at the target."""
     total = stats.others + stats.target
-    value = g_logprobs * (stats.others / total)
+    target = g_logprobs * (stats.others / total)
     if g_entropy is not None:
         p_y = stats.target / total
-        value = value - g_entropy * p_y * (stats.target.log().clamp(min=_START) - stats.mean)
-    value = value * stats.slope
-    here = (column >= 0) & (column < du.shape[1])
-    column = column.clamp(0, du.shape[1] - 1).unsqueeze(1)
-    du.scatter_(1, column, torch.where(here, value, du.gather(1, column).squeeze(1)).unsqueeze(1))
+        target = target - g_entropy * p_y * (stats.target.log().clamp(min=_START) - stats.mean)
+    return Coefficients(
+        stats.shift, stats.mean, -g_logprobs / total, None if g_entropy is None else -g_entropy / total,
+        target * stats.slope,
+    )  # fmt: skip
+
+
+def _kept_scales(shifts: Tensor, stats: Stats, c: Coefficients, head: Head) -> Tensor:
+    """What a kept tile `exp(z - shift then)` is multiplied with, per vocabulary tile and row: (tiles, C)."""
+    kept = shifts.shape[0]
+    scale = c.logprobs[:kept] * (head.factor if head.softcap is None else 1.0)
+    return (shifts.t() - stats.shift[:kept]).exp_().mul_(scale)
