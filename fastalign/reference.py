@@ -111,3 +111,24 @@ def logits_divergence(
         raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
     m = (jsd_beta * t.exp() + (1 - jsd_beta) * s.exp()).log()
     return jsd_beta * (t.exp() * (t - m)).sum(-1) + (1 - jsd_beta) * (s.exp() * (s - m)).sum(-1)
+
+
+def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`F + sum_s (G_s' X_s)^2`, G_s and X_s the rows `cu_seqlens[s]` to `cu_seqlens[s + 1]` of grad_output and inputs.
+
+    fisher (out, in), grad_output (T, out), inputs (T, in), cu_seqlens (S + 1,) -> (out, in). `G_s' X_s` is the gradient
+    of sequence s in the weight of a linear layer: the result is F plus the sum of squared per-sequence gradients.
+    """
+    dtype = compute_dtype(fisher, grad_output, inputs)
+    out = fisher.to(dtype, copy=True)
+    for start, end in pairwise(cu_seqlens.tolist()):
+        out += (grad_output[start:end].to(dtype).T @ inputs[start:end].to(dtype)) ** 2
+    return out
+
+
+def ewc_penalty(parameters, anchors, fishers, strength: float = 1.0) -> Tensor:
+    """`strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over lists of tensors; fishers None: F = 1. A scalar."""
+    dtype = compute_dtype(*parameters, *anchors)
+    fishers = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
+    terms = zip(parameters, anchors, fishers, strict=True)
+    return strength / 2 * sum((f * (p.to(dtype) - a.to(dtype)) ** 2).sum() for p, a, f in terms)

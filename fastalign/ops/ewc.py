@@ -1,0 +1,219 @@
+"""Elastic weight consolidation: the quadratic penalty that holds parameters near where they were, by how much they
+mattered there. As a loss term, as one fused pass that adds its gradient in place, and for LoRA on the merged weight.
+
+Kirkpatrick et al. 2017, arXiv:1612.00796 (EWC); Schwarz et al. 2018, arXiv:1805.06370 (online EWC); Li et al. 2018,
+arXiv:1802.01483 (L2-SP: Fisher information 1 everywhere).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastalign.errors import BackendError, InputError
+from fastalign.ops import native
+
+BACKENDS = ("auto", "torch", "cpu")
+# Of one block of the plain torch version: three of them stay in a core's cache.
+_BLOCK = 1 << 16
+# Of one tile of the merged LoRA weight.
+_TILE_BYTES = 1 << 20
+
+
+def ewc_penalty(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor] | None,
+    strength: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over all tensors, a scalar to be added to a loss.
+
+    parameters (theta), anchors (theta0), fishers (F >= 0): as many tensors of pairwise the same shape; parameters and
+    anchors float32, bfloat16, float16 or float64, fishers float32; fishers None: F = 1 (L2-SP). Returns a float32
+    scalar (float64 if a parameter is), summed in float64. Its backward, `strength * F (theta - theta0)` in each
+    parameter's dtype, reads the tensors once more and keeps nothing but them.
+
+    To skip autograd and read everything once, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in one pass),
+    "torch" (any device) or "auto". InputError names lists or shapes that do not fit, BackendError a backend that cannot
+    run.
+    """
+    backend = _checked(parameters, anchors, fishers, strength, backend)
+    return _Penalty.apply(strength, backend, list(anchors), fishers and list(fishers), *parameters)
+
+
+@torch.no_grad()
+def ewc_penalty_(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor] | None,
+    strength: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`ewc_penalty`, whose gradient is added to each parameter's `.grad` (made where it is None) in the same pass.
+
+    Each of theta, theta0, F and `.grad` is read once. Returns the penalty, detached. Arguments and errors are those of
+    `ewc_penalty`. Call it once a step, when the loss's own gradients are there: it takes no part in autograd.
+    """
+    backend = _checked(parameters, anchors, fishers, strength, backend)
+    fresh = [p.grad is None for p in parameters]
+    for parameter, new in zip(parameters, fresh, strict=True):
+        if new:
+            parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    grads = [p.grad for p in parameters]
+    return _run(backend, parameters, anchors, fishers, strength, grads, fresh)
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, strength, backend, anchors, fishers, *parameters):
+        ctx.save_for_backward(*parameters)  # anchors and fishers are constants of the training run
+        ctx.options = strength, backend, anchors, fishers
+        return _run(backend, parameters, anchors, fishers, strength)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        strength, backend, anchors, fishers = ctx.options
+        parameters = ctx.saved_tensors
+        grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        _run(backend, parameters, anchors, fishers, strength * float(grad), grads, [True] * len(grads))
+        return None, None, None, None, *grads
+
+
+def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:
+    """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    if backend == "cpu":
+        total = native.ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
+        return torch.tensor(total, dtype=dtype)
+    sums = []
+    for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
+        fisher = None if fishers is None else fishers[i]
+        grad = None if grads is None else grads[i]
+        sums += _one_tensor(parameter, anchor, fisher, strength, grad, fresh is not None and fresh[i])
+    return (torch.stack(sums).sum() * (strength / 2)).to(dtype)
+
+
+def _one_tensor(parameter, anchor, fisher, strength, grad, fresh) -> list[Tensor]:
+    """Sums of F (theta - theta0)^2 of a tensor's blocks, in float64; the gradient goes to `grad`."""
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    sums = []
+    for theta, theta0, f, g in zip(*map(_blocks, (parameter, anchor, fisher, grad)), strict=False):
+        distance = theta.to(dtype) - theta0.to(dtype)
+        weighted = distance if f is None else distance * f.to(dtype)
+        sums.append((weighted * distance).sum(dtype=torch.float64))
+        if g is not None and fresh:
+            g.copy_(weighted * strength)
+        elif g is not None:
+            g += weighted * strength
+    return sums
+
+
+def _blocks(t: Tensor | None) -> Iterable[Tensor | None]:
+    """Runs of rows that fit a core's cache; None for ever where there is no tensor."""
+    if t is None:
+        return repeat(None)
+    t = torch.atleast_1d(t)
+    return t.split(max(1, _BLOCK // max(1, t[:1].numel())))
+
+
+def lora_ewc_penalty(
+    lora_a: Tensor, lora_b: Tensor, scaling: float, fisher: Tensor | None = None, strength: float = 1.0
+) -> Tensor:
+    """EWC on the weight that a LoRA adapter merges to: `strength / 2 * sum_ij F_ij (s B A)_ij^2`, a differentiable
+    scalar, for one adapted layer.
+
+    lora_a (r, in), lora_b (out, r), fisher (out, in) float32 of the layer's own weight, scaling s. `s B A` is how far
+    the merged weight is from where it was; it is formed a tile of rows at a time, with its gradients
+    `strength s B' (F * s B A)` and `strength s (F * s B A) A'`, so that F is read once and backward only scales them.
+    fisher None (L2-SP): `strength s^2 / 2 * tr((B' B)(A A'))`, which never leaves r x r.
+
+    Returns a float32 scalar (float64 for float64 adapters). InputError names a shape that does not fit.
+    """
+    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
+        raise InputError(
+            f"lora_a is {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}; they must be (r, in) and (out, r)"
+        )
+    merged = lora_b.shape[0], lora_a.shape[1]
+    if fisher is not None and tuple(fisher.shape) != merged:
+        raise InputError(f"fisher is {tuple(fisher.shape)}; for this adapter's merged weight it must be {merged}")
+    _check_strength(strength)
+    if fisher is None:
+        dtype = torch.promote_types(lora_a.dtype, torch.float32)
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        return ((b.T @ b) * (a @ a.T)).sum() * (strength * scaling**2 / 2)
+    return _LoraPenalty.apply(lora_a, lora_b, float(scaling), fisher, float(strength))
+
+
+class _LoraPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lora_a, lora_b, scaling, fisher, strength):
+        dtype = torch.promote_types(lora_a.dtype, torch.float32)
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
+        total = torch.zeros((), dtype=torch.float64, device=a.device)
+        rows = max(1, _TILE_BYTES // (a.shape[1] * a.element_size()))
+        for at in range(0, b.shape[0], rows):
+            tile = slice(at, at + rows)
+            distance = b[tile] @ a * scaling  # (rows, in)
+            weighted = distance * fisher[tile].to(dtype)
+            total += (weighted * distance).sum(dtype=torch.float64)
+            torch.mm(weighted, a.T, out=grad_b[tile])
+            grad_a.addmm_(b[tile].T, weighted)
+        factor = strength * scaling
+        ctx.save_for_backward(grad_a.mul_(factor).to(lora_a.dtype), grad_b.mul_(factor).to(lora_b.dtype))
+        return (total * (strength / 2)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_a, grad_b = ctx.saved_tensors
+        return grad_a * grad, grad_b * grad, None, None, None
+
+
+def _why_not(parameters, anchors, fishers) -> str | None:
+    """Why the C++ kernel cannot take these tensors, or None."""
+    return native.why_not(*parameters, *anchors, *(fishers or ())) or "the native module is older than its sources"
+
+
+def _check_strength(strength: float) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise InputError(f"strength is {strength}; it must be a finite number of 0 or more")
+
+
+def _checked(parameters, anchors, fishers, strength, backend) -> str:
+    """The backend to use; InputError or BackendError where the arguments do not fit."""
+    _check_strength(strength)
+    if not len(parameters):
+        raise InputError("There are no parameters to hold: pass at least one tensor")
+    for name, others in (("anchors", anchors), ("fishers", fishers)):
+        if others is None and name == "fishers":
+            continue
+        if len(others) != len(parameters):
+            raise InputError(f"There are {len(others)} {name} for {len(parameters)} parameters; give one for each")
+        for i, (parameter, other) in enumerate(zip(parameters, others, strict=True)):
+            if parameter.shape != other.shape or parameter.device != other.device:
+                raise InputError(
+                    f"{name}[{i}] is {tuple(other.shape)} on {other.device}, but its parameter is "
+                    f"{tuple(parameter.shape)} on {parameter.device}; they must be alike"
+                )
+            if not parameter.is_floating_point() or not other.is_floating_point():
+                raise InputError(
+                    f"parameter {i} is {parameter.dtype}, {name}[{i}] {other.dtype}; both must be floating"
+                )
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return backend
+    why = _why_not(parameters, anchors, fishers)
+    if backend == "cpu" and why:
+        raise BackendError(f"backend='cpu' cannot run ewc_penalty here: {why}")
+    return "torch" if why else "cpu"

@@ -1,0 +1,162 @@
+"""EWC's penalty and gradient against the definition in float64, by autograd, and on merged LoRA weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastalign import reference
+from fastalign.errors import BackendError, InputError
+from fastalign.ops import ewc
+from fastalign.ops.ewc import ewc_penalty, ewc_penalty_, lora_ewc_penalty
+
+BACKENDS = ["torch"]
+SHAPES = [(3, 5), (), (70000,), (1,), (0, 4), (33, 129)]
+
+
+def tensors(dtype=torch.float32, seed=0):
+    """(parameters, anchors, fishers): the anchors near the parameters, as in training."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    parameters = [draw(shape) for shape in SHAPES]
+    anchors = [p + 0.1 * draw(p.shape) for p in parameters]
+    fishers = [draw(shape) ** 2 for shape in SHAPES]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        [p.to(dtype).requires_grad_() for p in parameters],
+        [a.to(dtype) for a in anchors],
+        [f.to(wide) for f in fishers],
+    )
+
+
+def exact(parameters, anchors, fishers, strength):
+    """Penalty and gradients in float64, of the tensors as they were rounded."""
+    leaves = [p.detach().double().requires_grad_() for p in parameters]
+    fishers = fishers and [f.double() for f in fishers]
+    total = reference.ewc_penalty(leaves, [a.double() for a in anchors], fishers, strength)
+    return total.item(), torch.autograd.grad(total, leaves)
+
+
+def assert_within_budget(total, grads, truth, dtype):
+    penalty, exact_grads = truth
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    # Distance, product and square each round a term of the sum, which is taken in float64 and rounded once.
+    assert abs(total.item() - penalty) <= 5 * eps32 * abs(penalty)
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        # Distance, two products, and the rounding to the dtype, below whose smallest number nothing is kept.
+        assert (
+            (grad.double() - expected).abs() <= (4 * eps32 + eps) * expected.abs() + eps * torch.finfo(dtype).tiny
+        ).all()
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_penalty_and_gradient(backend, dtype, fisher):
+    parameters, anchors, fishers = tensors(dtype)
+    fishers = fishers if fisher else None
+    truth = exact(parameters, anchors, fishers, 3.0)
+    total = ewc_penalty(parameters, anchors, fishers, 3.0, backend=backend)
+    assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_within_budget(total, torch.autograd.grad(total, parameters), truth, dtype)
+
+    total = ewc_penalty_(parameters, anchors, fishers, 3.0, backend=backend)
+    assert not total.requires_grad
+    assert_within_budget(total, [p.grad for p in parameters], truth, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_is_added_to_what_is_there(backend):
+    parameters, anchors, fishers = tensors()
+    before = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in parameters]
+    for parameter, grad in zip(parameters[1:], before[1:], strict=True):
+        parameter.grad = grad.clone()
+    ewc_penalty_(parameters, anchors, fishers, 2.0, backend=backend)
+    _, added = exact(parameters, anchors, fishers, 2.0)
+    before[0].zero_()  # the first had none
+    for parameter, old, new in zip(parameters, before, added, strict=True):
+        budget = 6e-8 * (4 * new.abs() + (old + new).abs())
+        assert ((parameter.grad - (old + new)).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_a_term_of_a_loss(backend):
+    """Scaled by what comes behind it, and added to the parameter's other gradients."""
+    parameters, anchors, fishers = tensors(torch.float64)
+    (3 * ewc_penalty(parameters, anchors, fishers, 0.5, backend=backend) + parameters[0].sum()).backward()
+    _, expected = exact(parameters, anchors, fishers, 1.5)
+    torch.testing.assert_close(parameters[0].grad, expected[0] + 1, rtol=1e-14, atol=0)
+    torch.testing.assert_close(parameters[5].grad, expected[5], rtol=1e-14, atol=0)
+    small = [p[:2].detach().requires_grad_() for p in parameters[::5]], [a[:2] for a in anchors[::5]]
+    ones = [f[:2] for f in fishers[::5]]
+    assert torch.autograd.gradcheck(lambda *p: ewc_penalty(p, small[1], ones, 0.7, backend=backend), small[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_the_anchor_nothing_pulls(backend):
+    parameters, _, fishers = tensors()
+    assert ewc_penalty_(parameters, [p.detach().clone() for p in parameters], fishers, 5.0, backend=backend) == 0
+    assert all((p.grad == 0).all() for p in parameters)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_tensors(backend):
+    weight = torch.randn(6, 8, dtype=torch.float64).T.requires_grad_()
+    anchor, fisher = torch.randn(8, 6, dtype=torch.float64), torch.rand(6, 8, dtype=torch.float64).T
+    truth = exact([weight], [anchor], [fisher], 2.0)
+    total = ewc_penalty_([weight], [anchor], [fisher], 2.0, backend=backend)
+    assert_within_budget(total, [weight.grad], truth, torch.float64)
+
+
+def adapter(dtype, out=37, width=23, rank=3):
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rank, width), (out, rank)))
+    fisher = torch.rand(out, width, generator=generator)
+    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), fisher
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_lora_is_the_penalty_on_the_merged_weight(dtype, fisher, monkeypatch):
+    monkeypatch.setattr(ewc, "_TILE_BYTES", 10 * 23 * 8)  # several tiles, the last one lower
+    a, b, information = adapter(dtype)
+    information = information if fisher else None
+    total = lora_ewc_penalty(a, b, 0.25, information, 3.0)
+    grads = torch.autograd.grad(2 * total, (a, b))
+    a64, b64 = (t.detach().double().requires_grad_() for t in (a, b))
+    merged = 0.25 * b64 @ a64
+    fishers = None if information is None else [information.double()]
+    expected = reference.ewc_penalty([merged], [torch.zeros_like(merged)], fishers, 3.0)
+    eps = torch.finfo(dtype).eps
+    # `B A` sums 3 products, the gradients 37 or 23 of those (8 sqrt(n) eps, Higham and Mary 2019), all of one size.
+    assert abs(total.item() - expected.item()) <= 8 * 3 * eps * expected.item()
+    for grad, exact_grad in zip(grads, torch.autograd.grad(2 * expected, (a64, b64)), strict=True):
+        assert grad.dtype == dtype
+        assert (grad - exact_grad).abs().max() <= 8 * 6 * eps * exact_grad.abs().max()
+
+
+def test_lora_gradcheck():
+    a, b, information = adapter(torch.float64, 5, 4, 2)
+    assert torch.autograd.gradcheck(lambda a, b: lora_ewc_penalty(a, b, 0.5, information, 2.0), (a, b))
+
+
+def test_bad_input_is_named():
+    parameters, anchors, fishers = tensors()
+    with pytest.raises(InputError, match="There are 5 anchors for 6 parameters"):
+        ewc_penalty(parameters, anchors[:-1], fishers)
+    with pytest.raises(InputError, match=r"fishers\[0\] is \(5, 3\) .*parameter is \(3, 5\)"):
+        ewc_penalty_(parameters, anchors, [fishers[0].T, *fishers[1:]])
+    with pytest.raises(InputError, match=r"strength is -1"):
+        ewc_penalty(parameters, anchors, fishers, -1.0)
+    with pytest.raises(InputError, match="no parameters"):
+        ewc_penalty([], [], [])
+    with pytest.raises(InputError, match="both must be floating"):
+        ewc_penalty([torch.zeros(2)], [torch.zeros(2, dtype=torch.int64)], None)
+    with pytest.raises(BackendError, match="backend is 'cuda'; ewc_penalty has"):
+        ewc_penalty(parameters, anchors, fishers, backend="cuda")
+    a, b, information = adapter(torch.float32)
+    with pytest.raises(InputError, match=r"fisher is \(23, 37\); .* must be \(37, 23\)"):
+        lora_ewc_penalty(a, b, 1.0, information.T)
+    with pytest.raises(InputError, match=r"lora_a is \(37, 3\) and lora_b \(3, 23\)"):
+        lora_ewc_penalty(b, a, 1.0)
