@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import ops, report
+from bench import ops, report, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"ops": ops}
+SUITES = {"ops": ops, "train": train}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("case")
     memory.add_argument("implementation")
     memory.add_argument("--threads", type=int, required=True)
+    one = commands.add_parser("train-run")  # the same for one training run; prints JSON
+    one.add_argument("case")
+    one.add_argument("implementation")
+    one.add_argument("--threads", type=int, required=True)
     return main
 
 
@@ -89,6 +93,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.command == "memory":
         return print(SUITES[arguments.suite].memory(arguments.case, arguments.implementation))
+    if arguments.command == "train-run":
+        return train.main(arguments.case, arguments.implementation)
     return run_suite(arguments.command, arguments)
 
 

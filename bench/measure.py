@@ -233,6 +233,13 @@ def peak_extra_memory(run: Callable[[], object]) -> int:
     return max(0, _status_bytes("VmHWM") - before)
 
 
+def peak_resident(*, reset: bool = False) -> int:
+    """The peak resident set of this process in bytes; with `reset`, the present one, from which a new peak counts."""
+    if reset and _reset_peak():
+        return _status_bytes("VmRSS")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if reset else _status_bytes("VmHWM")
+
+
 def memory_in_fresh_process(suite: str, case: str, implementation: str) -> int | None:
     """`python -m bench memory ...` for one implementation: peak extra bytes, or None (said aloud) where it failed."""
     threads = torch.get_num_threads()

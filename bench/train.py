@@ -1,0 +1,276 @@
+"""Suite `train`: steps of DPO on SmolLM2-135M-Instruct beside TRL's DPOTrainer, on the same rows in the same order.
+
+Each run is a process of its own: load, tokenise, train `STEPS` steps of `PAIRS` pairs. Runs alternate (A B A B ...).
+A step of fastalign's is charged its share of the reference log-probs, which were computed before the first one, as if
+the rows were used for one epoch only; TRL computes them within each step. Both loss curves must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import torch
+from transformers import TrainerCallback
+
+from bench.measure import (
+    ROOT,
+    Measurement,
+    Missing,
+    environment,
+    peak_resident,
+    say,
+)
+
+MODEL = "smollm2-135m-instruct"
+PAIRS, STEPS = 4, 5  # pairs a step; the first step warms up and is not timed
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+LEARNING_RATE = {"lora": 1e-4, "full": 1e-6}
+BETA = 0.1
+# (least, mean, most) tokens of prompts and completions
+PROFILES = {"dialogue": ((20, 120, 400), (10, 40, 200)), "long": ((400, 800, 1500), (10, 40, 200))}
+# How far two correct loss curves may be apart: what the precision of the products explains.
+AGREE = {"float32": 1e-4, "bfloat16": 5e-2}
+IMPLEMENTATIONS = ("fastalign", "TRL", "TRL, no checkpointing")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`tuning`: "lora" or "full"; `dtype`: of the frozen weights (lora), or of autocast's products (full)."""
+
+    tuning: str
+    dtype: str
+    profile: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.tuning}-{self.dtype}-{self.profile}"
+
+
+CASES = {
+    case.name: case for case in (Case(*parts) for parts in product(("lora", "full"), ("float32", "bfloat16"), PROFILES))
+}
+QUICK = {"lora-float32-dialogue": CASES["lora-float32-dialogue"]}
+
+
+@dataclass
+class Run:
+    """What one process reports."""
+
+    step_s: list[float]
+    losses: list[float]
+    reference_s: float  # before training, of all rows
+    tokens: int  # useful ones: prompts once, completions
+    scored: int  # completion tokens
+    peak_bytes: int  # the process's peak resident set while training
+    extra_bytes: int  # the same, less what was resident when model and rows were loaded
+
+
+# Rows
+
+
+def rows(profile: str, tokenizer, count: int = PAIRS * STEPS) -> list[dict[str, str]]:
+    """Seeded preference rows whose lengths in tokens follow the profile: words that are one token each."""
+    draw = random.Random(profile)
+    words = sorted(w[1:] for w in tokenizer.get_vocab() if w[0] == "Ġ" and w[1:].isascii() and w[1:].isalpha())
+    of_prompts, of_completions = PROFILES[profile]
+    prompts = lengths(draw, count, *of_prompts)
+    completions = lengths(draw, 2 * count, *of_completions)
+
+    def text(length: int) -> str:
+        return "".join(f" {draw.choice(words)}" for _ in range(length))
+
+    return [
+        {"prompt": text(prompts[i]), "chosen": text(completions[2 * i]), "rejected": text(completions[2 * i + 1])}
+        for i in range(count)
+    ]
+
+
+def lengths(draw: random.Random, count: int, least: int, mean: int, most: int) -> list[int]:
+    """Many short ones and a few long ones, in random order: the quantiles of an exponential above the least, cut at
+    the most, and scaled until their mean is right, so that a few rows have the profile of many."""
+    spread = mean - least
+    for _ in range(50):
+        drawn = [min(most, round(least - spread * math.log(1 - (i + 0.5) / count))) for i in range(count)]
+        spread *= (mean - least) / max(1e-9, statistics.mean(drawn) - least)
+    draw.shuffle(drawn)
+    return drawn
+
+
+# The runs, each in a process of its own
+
+
+class _Clock(TrainerCallback):
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def _options(case: Case, folder: str, checkpointing: bool) -> dict:
+    """Of both trainers' configs."""
+    return {
+        "output_dir": folder, "per_device_train_batch_size": PAIRS, "num_train_epochs": 1, "beta": BETA, "seed": 1,
+        "learning_rate": LEARNING_RATE[case.tuning], "lr_scheduler_type": "constant", "logging_steps": 1,
+        "max_length": None, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "gradient_checkpointing": checkpointing, "bf16": case.tuning == "full" and case.dtype == "bfloat16",
+    }  # fmt: skip
+
+
+def _fastalign(case: Case, model, tokenizer, data, folder: str):
+    from fastalign import PreferenceConfig, PreferenceTrainer
+
+    class Timed(PreferenceTrainer):
+        def _prepare_reference(self):
+            start = time.perf_counter()
+            reference = super()._prepare_reference()
+            self.reference_s = time.perf_counter() - start
+            return reference
+
+    config = PreferenceConfig(**_options(case, folder, False), ref_cache_dir=folder)
+    return Timed(model, config, data, processing_class=tokenizer, peft_config=_lora(case))
+
+
+def _trl(case: Case, model, tokenizer, data, folder: str, checkpointing: bool):
+    try:
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise Missing(f"{error}; pip install 'fastalign[bench]'") from error
+    from datasets import Dataset
+
+    options = _options(case, folder, checkpointing) | {"bf16": case.dtype == "bfloat16"}  # its default, weights apart
+    config = DPOConfig(**options, use_cpu=not torch.cuda.is_available())
+    trainer = DPOTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+        peft_config=_lora(case),
+    )  # fmt: skip
+    trainer.reference_s = 0.0
+    return trainer
+
+
+def _lora(case: Case):
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", **LORA) if case.tuning == "lora" else None
+
+
+def train(case_name: str, implementation: str) -> Run:
+    """One run, in this process, which must be a fresh one."""
+    from fastalign.models import load_model, load_tokenizer
+
+    case = CASES[case_name]
+    tokenizer = load_tokenizer(MODEL)
+    model = load_model(MODEL, dtype=case.dtype if case.tuning == "lora" else "float32")
+    data = rows(case.profile, tokenizer)
+    clock, losses = _Clock(), []
+    with tempfile.TemporaryDirectory() as folder:
+        resident = peak_resident(reset=True)
+        if implementation == "fastalign":
+            trainer = _fastalign(case, model, tokenizer, data, folder)
+        else:
+            trainer = _trl(case, model, tokenizer, data, folder, checkpointing="no checkpointing" not in implementation)
+        trainer.add_callback(clock)
+        step = trainer.training_step
+        trainer.training_step = lambda *args, **kwargs: _kept(losses, step(*args, **kwargs))
+        trainer.train()
+    tokens, scored = _useful_tokens(data, tokenizer)
+    peak = peak_resident()
+    return Run(clock.seconds, losses, trainer.reference_s, tokens, scored, peak, peak - resident)
+
+
+def _kept(losses: list[float], loss: torch.Tensor) -> torch.Tensor:
+    losses.append(loss.item())
+    return loss
+
+
+def _useful_tokens(data: list[dict[str, str]], tokenizer) -> tuple[int, int]:
+    prompts = sum(len(tokenizer(row["prompt"])["input_ids"]) for row in data)
+    completions = sum(len(tokenizer(row[side])["input_ids"]) + 1 for row in data for side in ("chosen", "rejected"))
+    return prompts + completions, completions
+
+
+def in_fresh_process(case: str, implementation: str) -> Run:
+    """`python -m bench train-run ...`; Missing tells why there is no result."""
+    command = [sys.executable, "-m", "bench", "train-run", case, implementation]
+    done = subprocess.run(
+        [*command, "--threads", str(torch.get_num_threads())], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Missing((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+# The suite
+
+
+def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
+    """Alternates the implementations, compares their loss curves, and reports the medians; `limit_s` is of one step."""
+    runs: dict[str, list[Run]] = {}
+    missing: set[str] = set()
+    load_before = os.getloadavg()[0]
+    for number in range(max(1, rounds // 3)):
+        for name in IMPLEMENTATIONS:
+            if name in missing:
+                continue
+            say(f"    round {number + 1}: {name}", same_line=True)
+            try:
+                runs.setdefault(name, []).append(in_fresh_process(case_name, name))
+            except Missing as reason:
+                missing.add(name)
+                say(f"    skipped {name}: {reason}")
+                continue
+            if statistics.median(runs[name][-1].step_s[1:]) > limit_s:
+                missing.add(name)
+                say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
+    return [_measurement(case_name, name, done, _apart(name, runs), load_before) for name, done in runs.items()]
+
+
+def _apart(name: str, runs: dict[str, list[Run]]) -> float:
+    """The largest difference of this one's losses from another system's, step by step; an error if it is too large."""
+    theirs = [n for n in runs if (n == "fastalign") != (name == "fastalign")]
+    if not theirs:
+        raise SystemExit(f"there is nothing to compare the losses of {name} with; {', '.join(IMPLEMENTATIONS)} exist")
+    ours = runs[name][0].losses
+    return max(abs(a - b) for n in theirs for a, b in zip(ours, runs[n][0].losses, strict=True))
+
+
+def _measurement(case_name: str, name: str, done: list[Run], apart: float, load_before: float) -> Measurement:
+    case = CASES[case_name]
+    curve = " ".join(f"{loss:.5f}" for loss in done[0].losses)
+    say(f"    {name}: losses {curve}")
+    if not apart <= AGREE[case.dtype]:
+        raise SystemExit(
+            f"{name} on {case_name}: the loss curves differ by {apart:.2g}, more than the {AGREE[case.dtype]:.0e} that "
+            f"{case.dtype} explains; nothing was written"
+        )
+    seconds = [s + r.reference_s / STEPS for r in done for s in r.step_s[1:]]
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    sizes = {
+        "pairs": PAIRS,
+        "tokens": done[0].tokens // STEPS,
+        "scored": done[0].scored // STEPS,
+        "reference_us": round(1e6 * statistics.median(r.reference_s for r in done) / STEPS),
+        "resident_bytes": max(r.peak_bytes for r in done),
+    }
+    return Measurement(
+        "train", case_name, sizes, name, median, q1, q3, len(seconds), max(r.extra_bytes for r in done),
+        {"loss": apart}, f"{STEPS} losses against the other trainer's", load=round(load_before, 2), **environment(),
+    )  # fmt: skip
+
+
+def main(case: str, implementation: str) -> None:
+    """Of the process that a run is made in: the last line printed is the run."""
+    print(json.dumps(asdict(train(case, implementation))))
