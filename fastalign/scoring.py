@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastalign.attention import packed_attention, prepare_model
 from fastalign.errors import ModelError
 from fastalign.ops import linear_logprobs
 from fastalign.packing import PackedBatch, pack, pad
-from fastalign.reference import linear_logits
+from fastalign.reference import linear_logits, logits_divergence
 
 
 class Scores(NamedTuple):
@@ -103,6 +104,21 @@ def output_head(model: PreTrainedModel) -> Head:
         scale /= float(divisor)
     weight, bias = _effective_weight(layer)
     return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options) -> Tensor:
+    """Per token, how far the model's next-token distribution is from a teacher's; (S, H) and (S, G) -> (S,).
+
+    options: `divergence`, `temperature` and `jsd_beta`, as `linear_divergence` takes them.
+    """
+
+    def chunk(h: Tensor, t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ours = linear_logits(h, weight, **head._replace(bias=bias).options())
+        return logits_divergence(ours, linear_logits(t, teacher.weight, **teacher.options()), **options)
+
+    parts = zip(hidden.split(128), teacher_hidden.split(128), strict=True)
+    values = [checkpoint(chunk, h, t, head.weight, head.bias, use_reentrant=False) for h, t in parts]
+    return torch.cat(values) if values else hidden.new_zeros(0)
 
 
 def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

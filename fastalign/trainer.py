@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +29,9 @@ from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import PackedBatch
-from fastalign.reference import linear_logits, logits_divergence
 from fastalign.reference_logprobs import ReferenceWeights, fingerprint, precompute
-from fastalign.scoring import Head, causal_lm, lay_out, output_head, prepare
+from fastalign.regularizers import Step, count_of
+from fastalign.scoring import causal_lm, lay_out, output_head, prepare, token_divergence
 
 _MOVING = "fastalign.safetensors"  # in a checkpoint
 logger = logging.getLogger("fastalign")
@@ -43,7 +45,8 @@ class AlignmentTrainer(Trainer):
     dtype: of the weights that are loaded here. train_dataset, eval_dataset: rows in any format of `fastalign.data`, or
         the path of a file of them.
     processing_class: the tokenizer; None loads the one beside the model.
-    objective: builds what is minimised from `args`.
+    objective: builds what is minimised from `args`. regularizers: what holds the model near what it knew, see
+        `fastalign.regularizers`.
 
     FastAlignError, before any training step, for whatever would fail later; `preflight` holds the data report.
     """
@@ -63,6 +66,7 @@ class AlignmentTrainer(Trainer):
         *,
         objective: Callable,
         dtype: str | torch.dtype = "auto",
+        regularizers: Sequence = (),
         **trainer_options,
     ):
         if processing_class is None and isinstance(model, (str, Path)):
@@ -107,6 +111,9 @@ class AlignmentTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(Progress())
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
+        self._start: ReferenceWeights | None = None
+        self._micro_batches, self._step_rows = 0, None
+        self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
     # Data
 
@@ -147,21 +154,30 @@ class AlignmentTrainer(Trainer):
         self.model.train(training)
         return packed, scores.logprobs
 
+    def keep_start(self) -> ReferenceWeights:
+        """The weights that training starts from, kept for regularisers to compare with."""
+        if self._start is None:
+            moves = getattr(self.args, "sync_ref_model", False)
+            self._start = self.reference if self.reference and not moves else ReferenceWeights(self.model)
+        return self._start
+
     @torch.no_grad()
-    def _reference_now(self, model: nn.Module, packed: PackedBatch, keep_hidden: bool = False):
-        """Scores under the reference's weights, by a forward pass over the same batch."""
-        with self.reference.in_place() if self.reference else nullcontext():
-            scores = model(packed=packed, keep_hidden=keep_hidden)
-            head = output_head(causal_lm(model)).detach() if keep_hidden else None
+    def _under(self, model: nn.Module, packed: PackedBatch, weights: ReferenceWeights | None):
+        """Scores and output layer under other weights, by a forward pass over the same batch, without dropout."""
+        training, _ = model.training, model.eval()
+        with weights.in_place() if weights else nullcontext():
+            scores = model(packed=packed, keep_hidden=True)
+            head = output_head(causal_lm(model)).detach()
+        model.train(training)
         return scores, head
 
-    def _reference_logprobs(self, model: nn.Module, batch: Batch, logprobs: Tensor) -> Tensor | None:
+    def _reference_logprobs(self, batch: Batch, logprobs: Tensor, under: Callable) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         scored = logprobs.shape[0] - batch.prompt_tokens
         if batch.ref_logprobs is not None and self.state.global_step > 0:
             return batch.ref_logprobs
-        now = self._reference_now(model, batch.packed)[0].logprobs[:scored]
+        now = under(self.reference)[0].logprobs[:scored]
         if self.state.global_step == 0:
             self._check_start(now, logprobs.detach()[:scored], batch.ref_logprobs)
         return now
@@ -192,6 +208,7 @@ class AlignmentTrainer(Trainer):
         totals = [self.objective.totals(sample["batch"]) for sample in batch_samples]
         if not totals:
             return None
+        self._micro_batches, self._step_rows = 0, sum(len(sample["batch"].rows) for sample in batch_samples)
         sums = [torch.stack(list(column)).sum().to(device) for column in zip(*totals, strict=True)]
         if self.args.world_size > 1:
             sums = [self.accelerator.reduce(total, "sum") / self.args.world_size for total in sums]
@@ -199,14 +216,30 @@ class AlignmentTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch: Batch = inputs["batch"]
-        scores = model(packed=batch.packed, memory_budget=self.args.memory_budget)
-        reference = self._reference_logprobs(model, batch, scores.logprobs)
+        under = functools.cache(partial(self._under, model, batch.packed))
+        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
+        reference = self._reference_logprobs(batch, scores.logprobs, under)
         totals = num_items_in_batch or self.objective.totals(batch)
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
         self._record("train", metrics)
+        if self.terms:
+            loss = self._regularise(model, batch, scores, loss, totals, under)
         self._tokens += batch.packed.input_ids.numel()
         self.tokens_seen += batch.packed.input_ids.numel()
         return (loss, {}) if return_outputs else loss
+
+    def _regularise(self, model, batch, scores, loss, totals, under) -> Tensor:
+        step = Step(
+            model, batch, scores, loss, totals,
+            first=self._micro_batches == 0, rows=self._step_rows or len(batch.rows), epoch=self.state.epoch or 0.0,
+            at_start=lambda: under(self._start),
+        )  # fmt: skip
+        self._micro_batches += 1
+        for term in self.terms:
+            value, metrics = term(step)
+            loss = loss + value
+            self._record("train", metrics)
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss and metrics of one held-out batch; with a copy of the reference at hand, the exact KL to it as well."""
@@ -215,10 +248,11 @@ class AlignmentTrainer(Trainer):
             scores = model(packed=batch.packed, keep_hidden=True)
             ref_logprobs = batch.ref_logprobs
             if self.reference is not None:
-                reference, ref_head = self._reference_now(model, batch.packed, keep_hidden=True)
+                reference, ref_head = self._under(model, batch.packed, self.reference)
                 ref_logprobs = reference.logprobs[: scores.logprobs.shape[0] - batch.prompt_tokens]
                 head = output_head(causal_lm(model))
-                self._record("eval", {"kl": _kl(scores.hidden, head, reference.hidden, ref_head)})
+                kl = token_divergence(scores.hidden, head, reference.hidden, ref_head, divergence="reverse_kl")
+                self._record("eval", {"kl": (kl.sum(dtype=torch.float64), count_of(kl))})
             totals = self.objective.totals(batch)
             loss, metrics = self.objective(scores.logprobs, ref_logprobs, batch, totals)
             # the Trainer's own mean gives a short last batch a full one's weight
@@ -283,18 +317,6 @@ class AlignmentTrainer(Trainer):
             ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
             ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({sum(longest):,} tokens)"),
         ])  # fmt: skip
-
-
-def _kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> tuple[Tensor, Tensor]:
-    """Exact KL(model || reference) of the next-token distributions, summed over tokens, and their number."""
-    total = hidden.new_zeros((), dtype=torch.float64)
-    for ours, theirs in zip(hidden.split(128), ref_hidden.split(128), strict=True):
-        total += logits_divergence(
-            linear_logits(ours, head.weight, **head.options()),
-            linear_logits(theirs, ref_head.weight, **ref_head.options()),
-            divergence="reverse_kl",
-        ).sum()
-    return total, torch.tensor(hidden.shape[0], device=hidden.device)
 
 
 class PreferenceTrainer(AlignmentTrainer):

@@ -97,7 +97,10 @@ def make_trainer(tokenizer, tmp_path):
     from fastalign.config import PreferenceConfig, SFTConfig
     from fastalign.trainer import PreferenceTrainer
 
-    def make(model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, **options):
+    def make(
+        model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
+        **options,
+    ):  # fmt: skip
         config = PreferenceConfig if kind is PreferenceTrainer else SFTConfig
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
@@ -106,6 +109,9 @@ def make_trainer(tokenizer, tmp_path):
         }  # fmt: skip
         if kind is PreferenceTrainer:
             defaults["ref_cache_dir"] = str(tmp_path / "cache")
-        return kind(model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config)
+        return kind(
+            model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config, callbacks,
+            regularizers=regularizers,
+        )  # fmt: skip
 
     return make

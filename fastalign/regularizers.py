@@ -1,0 +1,243 @@
+"""What holds a model near what it knew while it is trained: `PreferenceTrainer(..., regularizers=[EWC(...), ...])`.
+
+A regulariser is anything with a method `start(trainer)`, called once before training, when the model still has the
+weights it starts from. It returns a term, or None if it acts in other ways. A term takes each micro-batch as a `Step`
+and returns what is added to the loss, and metrics as (sum, count). What is summed over tokens or rows is divided by the
+totals of the whole accumulated batch, and what stands once a step is added with its first micro-batch: 8 micro-batches
+of 1 and 1 of 8 give the same update. Terms do not know of each other, so all combine.
+
+Here: EWC, L2-SP, KL to the start. In files of their own: `Replay`, `LayerWise`, `Distillation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastalign.config import one_of
+from fastalign.errors import ConfigError, ModelError
+from fastalign.objectives import Batch, Metrics, Totals
+from fastalign.ops.ewc import ewc_penalty, lora_ewc_penalty
+from fastalign.reference import DIVERGENCES
+from fastalign.scoring import Head, Scores, causal_lm, output_head, token_divergence
+
+Term = Callable[["Step"], tuple[Tensor, Metrics]]
+
+
+@dataclass
+class Step:
+    """One micro-batch, as terms see it."""
+
+    model: nn.Module  # as it is called: wrapped, where training wraps it
+    batch: Batch
+    scores: Scores  # of the batch under the model, hidden states included
+    loss: Tensor  # the objective's, before any term
+    totals: Totals  # of all micro-batches of this optimiser step
+    first: bool  # whether it is the first of them
+    rows: int  # rows of all of them, on this process
+    epoch: float
+    at_start: Callable[[], tuple[Scores, Head]]  # the batch under the weights that training started from
+
+    def completions(self, values: Tensor) -> Tensor:
+        """The part of `values (S, ...)` that belongs to tokens of completions."""
+        return values[: values.shape[0] - self.batch.prompt_tokens]
+
+
+@dataclass
+class EWC:
+    """`strength / 2 * sum F (theta - theta_start)^2` over what is trained, adapters by the weight they merge to.
+
+    fisher: how much each weight matters to what must be kept, by parameter name (`fisher_diagonal`), or the safetensors
+        file of it; several, oldest first, are added up with weights 1, decay, decay^2, ... from the newest back (online
+        EWC, Schwarz et al. 2018, arXiv:1805.06370).
+
+    Kirkpatrick et al. 2017, arXiv:1612.00796.
+    """
+
+    fisher: str | list[str] | Mapping[str, Tensor] | list[Mapping[str, Tensor]]
+    strength: float
+    decay: float = 1.0
+
+    def start(self, trainer) -> Term:
+        check_positive("EWC", strength=self.strength, decay=self.decay)
+        if self.decay > 1:
+            raise ConfigError(f"decay of EWC is {self.decay}; it must be at most 1, which forgets nothing")
+        return _once_a_step("ewc", distance_penalty(trainer, self._fishers(), self.strength))
+
+    def _fishers(self) -> dict[str, Tensor]:
+        several = self.fisher if isinstance(self.fisher, list) else [self.fisher]
+        if not several:
+            raise ConfigError("fisher of EWC is an empty list; give one file of Fisher information or more")
+        total: dict[str, Tensor] = {}
+        for fisher in several:
+            found = load_file(fisher) if isinstance(fisher, (str, Path)) else fisher
+            if total and total.keys() != found.keys():
+                raise ModelError(
+                    "The files of Fisher information hold different parameters: compute all for one model."
+                )
+            total = {name: total[name] * self.decay + f if total else f for name, f in found.items()}
+        return total
+
+
+@dataclass
+class L2SP:
+    """`strength / 2 * sum (theta - theta_start)^2` over what is trained, adapters by the weight they merge to.
+
+    Li et al. 2018, arXiv:1802.01483.
+    """
+
+    strength: float
+
+    def start(self, trainer) -> Term:
+        check_positive("L2SP", strength=self.strength)
+        return _once_a_step("l2_sp", distance_penalty(trainer, None, self.strength))
+
+
+@dataclass
+class KLToStart:
+    """`strength * mean over completion tokens of D(now, start)`: exact, over the whole vocabulary, at every token.
+
+    divergence: reverse_kl `KL(now || start)`, the penalty of RLHF; forward_kl `KL(start || now)`; jsd (Agarwal et al.
+    2024, arXiv:2306.13649), with `jsd_beta` the start's share.
+    """
+
+    strength: float
+    divergence: str = "reverse_kl"
+    jsd_beta: float = 0.5
+
+    def start(self, trainer) -> Term:
+        check_positive("KLToStart", strength=self.strength)
+        one_of("divergence", self.divergence, DIVERGENCES)
+        trainer.keep_start()
+
+        def term(step: Step) -> tuple[Tensor, Metrics]:
+            scores, head = step.at_start()
+            hidden, then = step.completions(step.scores.hidden), step.completions(scores.hidden)
+            options = {"divergence": self.divergence, "jsd_beta": self.jsd_beta}
+            total = token_divergence(hidden, output_head(causal_lm(step.model)), then, head, **options).sum()
+            return self.strength * total / step.totals.scored, {"kl_to_start": (total, count_of(hidden))}
+
+        return term
+
+
+def check_positive(name: str, **values: float) -> None:
+    """ConfigError unless each value is a finite number above 0."""
+    for option, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigError(f"{option} of {name} is {value!r}; it must be a number above 0")
+
+
+def count_of(values: Tensor) -> Tensor:
+    """The length of `values`, as a metric's count."""
+    return torch.tensor(values.shape[0], device=values.device)
+
+
+def _once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:
+    def term(step: Step) -> tuple[Tensor, Metrics]:
+        if not step.first:
+            return step.loss.new_zeros(()), {}
+        value = penalty()
+        return value.to(step.loss.dtype), {name: (value, torch.ones_like(value))}
+
+    return term
+
+
+class _Adapter(NamedTuple):
+    """A LoRA layer: its factors, theirs at the start, and whether its weight is stored transposed."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    start_a: Tensor
+    start_b: Tensor
+    scaling: float
+    transposed: bool
+
+
+def distance_penalty(trainer, fishers: Mapping[str, Tensor] | None, strength: float) -> Callable[[], Tensor]:
+    """A function for `strength / 2 * sum F (theta - theta_start)^2`, F by name of the parameter, or 1.
+
+    An adapter counts by its merged weight, `s (B A - B_start A_start)`, with the F of the weight it is on.
+    """
+    start = trainer.keep_start()
+    then = {id(p): value for p, value in zip(start.parameters, start.values, strict=True)}
+    adapters, factors = _adapters(trainer.model, then)
+    others = {
+        plain_name(name): p for name, p in trainer.model.named_parameters() if id(p) in then and id(p) not in factors
+    }
+    if fishers is not None:
+        shapes = {name: tuple(p.shape) for name, p in others.items()}
+        for name, adapter in adapters.items():
+            shape = (adapter.b.shape[0], adapter.a.shape[1])
+            shapes[name] = shape[::-1] if adapter.transposed else shape
+        _check_names(fishers, trainer.model, shapes)
+        fishers = {name: fishers[name].to(start.parameters[0].device) for name in shapes}
+
+    def penalty() -> Tensor:
+        trained = {name: p for name, p in others.items() if p.requires_grad}  # the rest has not moved
+        total = torch.zeros((), device=start.parameters[0].device)
+        if trained:
+            weights = None if fishers is None else [fishers[name] for name in trained]
+            anchors = [then[id(p)] for p in trained.values()]
+            total = total + ewc_penalty(list(trained.values()), anchors, weights, strength)
+        for name, adapter in adapters.items():
+            if adapter.a.requires_grad or adapter.b.requires_grad:
+                total = total + _adapter_penalty(adapter, None if fishers is None else fishers[name], strength)
+        return total
+
+    return penalty
+
+
+def _adapter_penalty(adapter: _Adapter, fisher: Tensor | None, strength: float) -> Tensor:
+    if fisher is not None and adapter.transposed:
+        fisher = fisher.T
+    a, b = adapter.a, adapter.b
+    if adapter.start_b.any():  # s (B A - B0 A0) is an adapter of twice the rank
+        a, b = torch.cat([a, adapter.start_a]), torch.cat([b, -adapter.start_b], dim=1)
+    return lora_ewc_penalty(a, b, adapter.scaling, fisher, strength)
+
+
+def _adapters(model: nn.Module, then: Mapping[int, Tensor]) -> tuple[dict[str, _Adapter], set[int]]:
+    """The LoRA layers by name of the weight they are on, and the ids of their factors."""
+    found, factors = {}, set()
+    for name, layer in model.named_modules():
+        for adapter in getattr(layer, "lora_A", None) or ():
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if id(a) not in then and id(b) not in then:
+                continue
+            starts = [then.get(id(p), p) for p in (a, b)]
+            transposed = getattr(layer, "fan_in_fan_out", False)
+            found[plain_name(f"{name}.weight")] = _Adapter(a, b, *starts, layer.scaling[adapter], transposed)
+            factors |= {id(a), id(b)}
+    return found, factors
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model itself, without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _check_names(fishers: Mapping[str, Tensor], model: nn.Module, trained: Mapping[str, tuple]) -> None:
+    known = {plain_name(name) for name, _ in model.named_parameters()}
+    again = "compute it again, for this model (fastalign fisher)"
+    if gone := [name for name in fishers if name not in known]:
+        raise ModelError(
+            f"The Fisher information holds {len(gone)} parameters that the model does not have ({gone[0]}, ...): "
+            f"{again}."
+        )
+    if missing := [name for name in trained if name not in fishers]:
+        raise ModelError(
+            f"The Fisher information lacks {len(missing)} of the {len(trained)} weights that are trained "
+            f"({missing[0]}, ...): {again}."
+        )
+    for name, shape in trained.items():
+        if tuple(fishers[name].shape) != shape:
+            raise ModelError(
+                f"The Fisher information of {name} is {tuple(fishers[name].shape)}, the weight {shape}: {again}."
+            )
