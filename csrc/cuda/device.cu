@@ -1,0 +1,9 @@
+// What bindings_cuda.cpp needs of the CUDA runtime itself.
+
+#include "device.h"
+
+namespace fastalign::cuda {
+
+const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace fastalign::cuda

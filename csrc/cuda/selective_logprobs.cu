@@ -1,0 +1,102 @@
+// Log-probabilities of targets under logits that exist, and their gradient: one block a row, one read of the logits
+// forward, one read and one write backward. Rows start anywhere (a vocabulary of 50257 in bfloat16 shifts each by two
+// bytes), so a row is a few single values, aligned packs of 16 bytes, and a few single values.
+//
+// A target outside the vocabulary reads and writes nothing there: its log-probability and gradients are NaN.
+
+#include "device.h"
+
+namespace fastalign::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+
+unsigned threads_for(std::int64_t vocab) {
+    const std::int64_t wanted = (vocab / 16 + 31) / 32 * 32;
+    return static_cast<unsigned>(wanted < 32 ? 32 : wanted > kMaxThreads ? kMaxThreads : wanted);
+}
+
+// budget: 40 registers, 256 bytes shared
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) gather_forward(Gather p) {
+    const std::int64_t row = blockIdx.x, target = p.targets[row];
+    if (target == p.ignore_index) {
+        if (threadIdx.x == 0) p.logprobs[row] = p.stats[2 * row] = p.stats[2 * row + 1] = 0.0f;
+        return;
+    }
+    const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
+    const int vocab = static_cast<int>(p.vocab), head = unaligned_head(logits, vocab);
+    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>, thread = threadIdx.x;
+    SoftmaxSum mine;
+    auto add_one = [&](int i) {
+        const float z[1] = {to_float(logits[i]) * p.factor};
+        mine.add(z);
+    };
+    if (thread < head) add_one(thread);
+    if (tail + thread < vocab) add_one(tail + thread);
+#pragma unroll 2
+    for (int pack = thread; pack < packs; pack += blockDim.x) {
+        float z[kPack<T>];
+        load_pack(logits + head + pack * kPack<T>, z);
+        for (float& x : z) x *= p.factor;
+        mine.add(z);
+    }
+    const SoftmaxSum all = block_joined(mine);
+    if (threadIdx.x == 0) {
+        const bool inside = target >= 0 && target < p.vocab;
+        const float log_sum = logf(all.sum);
+        p.logprobs[row] = inside ? (to_float(logits[target]) * p.factor - all.max) - log_sum : NAN;
+        p.stats[2 * row] = inside ? all.max : NAN;
+        p.stats[2 * row + 1] = log_sum;
+    }
+}
+
+// grad (onehot - p) / temperature. Each value is read and written by one thread, so it may be done in place.
+// budget: 40 registers, 0 bytes shared
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) gather_backward(Gather p) {
+    const std::int64_t row = blockIdx.x, target = p.targets[row];
+    const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
+    T* out = static_cast<T*>(p.grad_logits) + row * p.stride;
+    const bool ignored = target == p.ignore_index;  // such a row may hold anything, and 0 * NaN is NaN
+    const float scale = ignored ? 0.0f : p.grad[row] * p.factor;
+    const float max = p.stats[2 * row], log_sum = p.stats[2 * row + 1];
+    const int vocab = static_cast<int>(p.vocab);
+    auto gradient = [&](float logit, int i) {
+        const float prob = __expf((logit * p.factor - max) - log_sum);
+        return ignored ? 0.0f : scale * ((i == target ? 1.0f : 0.0f) - prob);
+    };
+    auto one = [&](int i) { out[i] = from_float<T>(gradient(to_float(logits[i]), i)); };
+    const bool alike = reinterpret_cast<std::uintptr_t>(logits) % 16 == reinterpret_cast<std::uintptr_t>(out) % 16;
+    const int head = alike ? unaligned_head(logits, vocab) : vocab;
+    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>, thread = threadIdx.x;
+    for (int i = thread; i < head; i += blockDim.x) one(i);
+    if (tail + thread < vocab) one(tail + thread);
+#pragma unroll 2
+    for (int pack = thread; pack < packs; pack += blockDim.x) {
+        const int first = head + pack * kPack<T>;
+        float z[kPack<T>];
+        load_pack(logits + first, z);
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) z[i] = gradient(z[i], first + i);
+        store_pack(out + first, z);
+    }
+}
+
+}  // namespace
+
+int selective_logprobs(const Gather& p, Where where) {
+    if (p.rows == 0) return cudaSuccess;
+    return for_dtype(p.dtype, [&](auto zero) {
+        return launch(where, gather_forward<decltype(zero)>, dim3(p.rows), threads_for(p.vocab), p);
+    });
+}
+
+int selective_logprobs_backward(const Gather& p, Where where) {
+    if (p.rows == 0) return cudaSuccess;
+    return for_dtype(p.dtype, [&](auto zero) {
+        return launch(where, gather_backward<decltype(zero)>, dim3(p.rows), threads_for(p.vocab), p);
+    });
+}
+
+}  // namespace fastalign::cuda
