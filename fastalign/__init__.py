@@ -25,7 +25,7 @@ from fastalign.fused import (
     fused_linear_simpo,
     fused_linear_sppo,
 )
-from fastalign.ops import linear_logprobs, preference_loss, segment_sum, selective_logprobs
+from fastalign.ops import linear_divergence, linear_logprobs, preference_loss, segment_sum, selective_logprobs
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "fused_linear_sft",
     "fused_linear_simpo",
     "fused_linear_sppo",
+    "linear_divergence",
     "linear_logprobs",
     "preference_loss",
     "segment_sum",

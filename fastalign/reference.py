@@ -103,14 +103,58 @@ def logits_divergence(
     dtype = compute_dtype(student_logits, teacher_logits)
     s = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     t = torch.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    return _divergence(s, t, divergence, jsd_beta)
+
+
+def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
+    """`sum_j p_j difference_j`, where an entry of probability 0 (a masked one) adds nothing."""
+    return (log_p.exp() * difference.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
+
+
+def _divergence(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
+    """The divergence of two distributions given by their log-probabilities (..., V)."""
     if divergence == "forward_kl":
-        return (t.exp() * (t - s)).sum(-1)
+        return _expect(t, t - s)
     if divergence == "reverse_kl":
-        return (s.exp() * (s - t)).sum(-1)
+        return _expect(s, s - t)
     if divergence != "jsd":
         raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
-    m = (jsd_beta * t.exp() + (1 - jsd_beta) * s.exp()).log()
-    return jsd_beta * (t.exp() * (t - m)).sum(-1) + (1 - jsd_beta) * (s.exp() * (s - m)).sum(-1)
+    m = (jsd_beta * t.exp() + (1 - jsd_beta) * s.exp()).clamp(min=torch.finfo(s.dtype).tiny).log()
+    return jsd_beta * _expect(t, t - m) + (1 - jsd_beta) * _expect(s, s - m)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+) -> Tensor:
+    """`logits_divergence` of `linear_logits(hidden, weight)` and `linear_logits(teacher_hidden, teacher_weight)`.
+
+    hidden (..., H), weight (V, H), teacher_hidden (..., G), teacher_weight (U, G) -> (...); 0 where the mask is False.
+    Of vocabularies that differ in length the shorter one counts. The teacher is a constant.
+    """
+    vocab = min(weight.shape[0], teacher_weight.shape[0])
+    bias, teacher_bias = (b if b is None else b[:vocab] for b in (bias, teacher_bias))
+    z = linear_logits(hidden, weight[:vocab], bias=bias, logit_scale=logit_scale, softcap=softcap)
+    with torch.no_grad():
+        teacher_z = linear_logits(
+            teacher_hidden, teacher_weight[:vocab], bias=teacher_bias, logit_scale=teacher_logit_scale,
+            softcap=teacher_softcap,
+        )  # fmt: skip
+    out = logits_divergence(z, teacher_z, divergence=divergence, temperature=temperature, jsd_beta=jsd_beta)
+    return out if mask is None else out.masked_fill(~mask, 0.0)
 
 
 def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The ops: one file each, holding schema, fake, autograd and the public function, top to bottom."""
 
+from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
 
-__all__ = ["linear_logprobs", "preference_loss", "segment_sum", "selective_logprobs"]
+__all__ = ["linear_divergence", "linear_logprobs", "preference_loss", "segment_sum", "selective_logprobs"]

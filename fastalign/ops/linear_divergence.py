@@ -1,0 +1,359 @@
+"""Divergence of a student's next-token distributions from a teacher's, straight from both hidden states.
+
+Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `divergence_tiles.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from fastalign import reference
+from fastalign.errors import BackendError, InputError
+from fastalign.ops import divergence_tiles as tiles
+from fastalign.ops.linear_logprobs import _gather, _scatter, _without_autocast
+
+BACKENDS = ("auto", "reference", "torch")
+
+_library = torch.library.Library("fastalign", "FRAGMENT")
+_SIDES = (
+    "Tensor hidden, Tensor weight, Tensor? bias, float[] head, "
+    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float[] teacher_head"
+)
+_library.define(
+    f"linear_divergence({_SIDES}, Tensor? mask, Tensor? coefficients, str divergence, float jsd_beta, bool grads, "
+    "bool[2] needs, int memory_budget, *, str backend='torch') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"linear_divergence_backward(Tensor grad, {_SIDES}, Tensor? mask, Tensor? coefficients, Tensor stats, "
+    "Tensor formed_weight, Tensor formed_bias, str divergence, float jsd_beta, bool[2] needs, *, str backend='torch') "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _head(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float, float]:
+    return float(logit_scale), float(softcap or 0.0), float(temperature)
+
+
+def _side(hidden, weight, bias, head, rows, vocab) -> tiles.Side:
+    scale, softcap, temperature = head
+    bias = None if bias is None else bias[:vocab]
+    return tiles.Side(_gather(hidden, rows), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature))
+
+
+def _shared_vocab(weight: Tensor, teacher_weight: Tensor) -> int:
+    return min(weight.shape[0], teacher_weight.shape[0])
+
+
+def _kept(mask: Tensor | None, coefficients: Tensor | None) -> Tensor | None:
+    """The rows that count (None for all of them): unmasked, and of a weight other than 0."""
+    if coefficients is not None:
+        mask = coefficients != 0 if mask is None else mask & (coefficients != 0)
+    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+
+
+def _fill_up(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of the entries that both vocabularies have, with zeros for the others, in the parameter's dtype."""
+    missing = like.shape[0] - grad.shape[0]
+    grad = grad.to(like.dtype)
+    return grad if missing == 0 else torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])])
+
+
+def _linear_divergence(
+    hidden, weight, bias, head, teacher_hidden, teacher_weight, teacher_bias, teacher_head,
+    mask, coefficients, divergence, jsd_beta, grads, needs, memory_budget, *, backend="torch",
+):  # fmt: skip
+    n, vocab, rows = hidden.shape[0], _shared_vocab(weight, teacher_weight), _kept(mask, coefficients)
+    out = tiles.forward(
+        _side(hidden, weight, bias, head, rows, vocab),
+        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, rows, vocab),
+        tiles.Divergence(divergence, jsd_beta),
+        grads=grads,
+        coefficients=None if coefficients is None else _gather(coefficients, rows).to(reference.compute_dtype(hidden)),
+        needs=(needs[0] and coefficients is not None, needs[1] and coefficients is not None),
+        budget=memory_budget,
+    )
+    empty = out.values.new_empty(0)
+    return (
+        _scatter(out.values, rows, n),
+        _scatter(out.grad_hidden, rows, n) if grads else empty,
+        _scatter(out.stats, rows, n),
+        empty.to(weight.dtype, copy=True) if out.d_weight is None else _fill_up(out.d_weight, weight),
+        empty.clone() if out.d_bias is None else _fill_up(out.d_bias, bias),
+    )
+
+
+def _linear_divergence_fake(
+    hidden, weight, bias, head, teacher_hidden, teacher_weight, teacher_bias, teacher_head,
+    mask, coefficients, divergence, jsd_beta, grads, needs, memory_budget, *, backend="torch",
+):  # fmt: skip
+    n = hidden.shape[0]
+    new = hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
+    formed_weight, formed_bias = (need and coefficients is not None for need in needs)
+    return (
+        new.new_empty(n),
+        new.new_empty(hidden.shape if grads else 0),
+        new.new_empty(n, 5),
+        weight.new_empty(weight.shape if formed_weight else 0),
+        bias.new_empty(bias.shape) if formed_bias else new.new_empty(0),
+    )
+
+
+def _linear_divergence_backward(
+    grad, hidden, weight, bias, head, teacher_hidden, teacher_weight, teacher_bias, teacher_head,
+    mask, coefficients, stats, formed_weight, formed_bias, divergence, jsd_beta, needs, *, backend="torch",
+):  # fmt: skip
+    """The weight's and bias's gradients: those formed with the coefficients, where `grad` is the same for all rows."""
+    empty, rows = hidden.new_empty(0), _kept(mask, coefficients)
+    kept = grad if rows is None else grad[rows]
+    if coefficients is not None and (kept.numel() == 0 or bool((kept == kept[0]).all())):
+        factor = kept[0] if kept.numel() else 0.0
+        return formed_weight * factor if needs[0] else empty, formed_bias * factor if needs[1] else empty.clone()
+    vocab = _shared_vocab(weight, teacher_weight)
+    d_weight, d_bias = tiles.backward(
+        _gather(grad if coefficients is None else grad * coefficients, rows),
+        _side(hidden, weight, bias, head, rows, vocab),
+        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, rows, vocab),
+        tiles.Divergence(divergence, jsd_beta),
+        _padded_stats(_gather(stats, rows), kept.shape[0]),
+        needs=tuple(needs),
+    )
+    return (
+        _fill_up(d_weight, weight) if needs[0] else empty,
+        _fill_up(d_bias, bias) if needs[1] else empty.clone(),
+    )
+
+
+def _padded_stats(stats: Tensor, rows: int) -> Tensor:
+    """Padding's normalisers are so large that its exponentials are 0: it must not overflow."""
+    stats = stats.clone()
+    stats[rows:] = -tiles.START
+    return stats
+
+
+def _linear_divergence_backward_fake(
+    grad, hidden, weight, bias, head, teacher_hidden, teacher_weight, teacher_bias, teacher_head,
+    mask, coefficients, stats, formed_weight, formed_bias, divergence, jsd_beta, needs, *, backend="torch",
+):  # fmt: skip
+    return (
+        weight.new_empty(weight.shape) if needs[0] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[1] else hidden.new_empty(0),
+    )
+
+
+_library.impl("linear_divergence", _without_autocast(_linear_divergence), "CompositeExplicitAutograd")
+_library.impl("linear_divergence_backward", _without_autocast(_linear_divergence_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("fastalign::linear_divergence", _linear_divergence_fake, lib=_library)
+torch.library.register_fake("fastalign::linear_divergence_backward", _linear_divergence_backward_fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.fastalign.linear_divergence)
+def _forward_flop(h, w, bias, head, teacher_h, teacher_w, teacher_bias, teacher_head, mask, coefficients, divergence,
+                  jsd_beta, grads, needs, *args, **kwargs) -> int:  # fmt: skip
+    formed = needs[0] and coefficients is not None
+    return 2 * h[0] * min(w[0], teacher_w[0]) * ((1 + grads + formed) * w[1] + teacher_w[1])
+
+
+@register_flop_formula(torch.ops.fastalign.linear_divergence_backward)
+def _backward_flop(grad, h, w, bias, head, teacher_h, teacher_w, teacher_bias, teacher_head, mask, coefficients, stats,
+                   formed_weight, formed_bias, divergence, jsd_beta, needs, *args, **kwargs) -> int:  # fmt: skip
+    if coefficients is not None:  # formed in forward
+        return 0
+    return 2 * h[0] * min(w[0], teacher_w[0]) * ((1 + needs[0]) * w[1] + teacher_w[1])
+
+
+class _Options(NamedTuple):
+    """The op's arguments beside the tensors."""
+
+    head: tuple[float, float, float]
+    teacher_head: tuple[float, float, float]
+    divergence: str
+    jsd_beta: float
+    grads: bool
+    needs: tuple[bool, bool]
+    memory_budget: int
+    backend: str
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """Forward keeps d divergence / d hidden (N, H); a trainable head's gradient is formed there, or in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, coefficients, options):
+        o: _Options = options
+        values, grad_hidden, stats, formed_weight, formed_bias = torch.ops.fastalign.linear_divergence(
+            hidden, weight, bias, o.head, teacher_hidden, teacher_weight, teacher_bias, o.teacher_head,
+            mask, coefficients, o.divergence, o.jsd_beta, o.grads, o.needs, o.memory_budget, backend=o.backend,
+        )  # fmt: skip
+        ctx.options, ctx.hidden_dtype, ctx.trainable = options, hidden.dtype, any(o.needs)
+        again = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, stats)
+        formed = (formed_weight, formed_bias)
+        ctx.save_for_backward(coefficients, grad_hidden, *(again + formed if ctx.trainable else ()))
+        return values if coefficients is None else values * coefficients
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        o: _Options = ctx.options
+        coefficients, grad_hidden, *rest = ctx.saved_tensors
+        d_hidden = d_weight = d_bias = None
+        if o.grads:
+            scale = grad if coefficients is None else grad * coefficients
+            d_hidden = (grad_hidden * scale.unsqueeze(1)).to(ctx.hidden_dtype)
+        if ctx.trainable:
+            hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, stats, *formed = rest
+            d_weight, d_bias = torch.ops.fastalign.linear_divergence_backward(
+                grad, hidden, weight, bias, o.head, teacher_hidden, teacher_weight, teacher_bias, o.teacher_head,
+                mask, coefficients, stats, *formed, o.divergence, o.jsd_beta, o.needs, backend=o.backend,
+            )  # fmt: skip
+        return d_hidden, d_weight if o.needs[0] else None, d_bias if o.needs[1] else None, *[None] * 6
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of the student's next-token distribution s from the teacher's t, per token, from hidden states.
+
+    s and t are the softmax of `softcap * tanh(logit_scale * (h W' + b) / softcap) / temperature` (no cap:
+    `logit_scale * (h W' + b) / temperature`), each with its own scale and cap. With m = jsd_beta t + (1 - jsd_beta) s:
+    "forward_kl" `KL(t || s)`, "reverse_kl" `KL(s || t)`, "jsd" `jsd_beta KL(t || m) + (1 - jsd_beta) KL(s || m)`
+    (Agarwal et al. 2024, arXiv:2306.13649); in nats, not multiplied by temperature^2. Differentiable (once) in the
+    student's hidden, weight and bias; the teacher is a constant.
+
+    hidden: (..., H) floating. weight: (V, H). bias: (V,). teacher_hidden: (..., G), the same tokens; G may differ from
+        H. teacher_weight: (U, G). teacher_bias: (U,). Where V and U differ (padding), only the first min(V, U) entries
+        count, on both sides: the rest is in neither softmax, and has gradient 0.
+    mask: (...) bool. Rows where it is False are dropped before any product, return 0 and get zero gradient.
+    token_weights: (...) constants that multiply the divergences; rows of weight 0 are dropped too. Where the result is
+        then summed, the coefficients of the gradient are known in advance, and a trainable head's is formed in the
+        forward pass. Any other use of the result is right as well, and forms it again.
+    memory_budget: bytes of logits held at a time (default: 128 MiB on the CPU, 1 GiB elsewhere), of 16 rows at least.
+    backend: "torch" (the tiled driver), "reference" (materialises the logits), or "auto".
+
+    Returns (...) float32, or float64 for float64 inputs; infinity for a KL whose second distribution rules out what the
+    first allows (bias -inf). Cost, with U = 2 N V H of the student and T of the teacher: U + T without gradients,
+    2U + T forward and backward with a frozen student head, whichever the divergence; 3U + T with a trainable one and
+    token_weights, 4U + 2T without. Extra memory is O(rows x H) + the budget, whatever V is. InputError names a wrong
+    shape, dtype, device or option; BackendError an unknown backend.
+    """
+    _check_options(divergence, temperature, jsd_beta, memory_budget, backend)
+    _check_side("", hidden, weight, bias, logit_scale, softcap)
+    _check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    _check_rows(hidden, teacher_hidden=teacher_hidden, mask=mask, token_weights=token_weights)
+    _check_devices(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weights)
+    if backend == "reference":
+        values = reference.linear_divergence(
+            hidden, weight, teacher_hidden, teacher_weight, bias=bias, teacher_bias=teacher_bias, mask=mask,
+            divergence=divergence, temperature=temperature, jsd_beta=jsd_beta, logit_scale=logit_scale,
+            softcap=softcap, teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
+        )  # fmt: skip
+        return values if token_weights is None else values * token_weights.to(values.dtype)
+    hidden, weight, teacher_hidden, teacher_weight = _common_dtypes(hidden, weight, teacher_hidden, teacher_weight)
+    acc = reference.compute_dtype(hidden)
+    shape, needs_grad = hidden.shape[:-1], torch.is_grad_enabled()
+    options = _Options(
+        _head(logit_scale, softcap, temperature),
+        _head(teacher_logit_scale, teacher_softcap, temperature),
+        divergence,
+        float(jsd_beta),
+        needs_grad and hidden.requires_grad,
+        (needs_grad and weight.requires_grad, needs_grad and bias is not None and bias.requires_grad),
+        tiles.default_budget(hidden.device) if memory_budget is None else memory_budget,
+        "torch",
+    )
+    values = _LinearDivergence.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if mask is None else mask.reshape(-1),
+        None if token_weights is None else token_weights.detach().reshape(-1).to(acc),
+        options,
+    )
+    return values.view(shape)
+
+
+def _common_dtypes(hidden, weight, teacher_hidden, teacher_weight) -> list[Tensor]:
+    """Each side in one dtype of its own; all in float64 if any is."""
+    tensors = [hidden, weight, teacher_hidden, teacher_weight]
+    if reference.compute_dtype(*tensors) == torch.float64:
+        return [t.double() for t in tensors]
+    student, teacher = (torch.promote_types(h.dtype, w.dtype) for h, w in ((hidden, weight), tensors[2:]))
+    return [hidden.to(student), weight.to(student), teacher_hidden.to(teacher), teacher_weight.to(teacher)]
+
+
+def _check_options(divergence, temperature, jsd_beta, memory_budget, backend):
+    if divergence not in reference.DIVERGENCES:
+        raise InputError(f"divergence is {divergence!r}; it must be one of {', '.join(reference.DIVERGENCES)}")
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature}; it must be above 0")
+    if divergence == "jsd" and not 0 < jsd_beta < 1:
+        raise InputError(
+            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand reverse_kl and forward_kl"
+        )
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError(f"memory_budget is {memory_budget}; it must be a number of bytes, or 0 for as few as possible")
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; linear_divergence has {', '.join(BACKENDS)}")
+
+
+def _check_side(of: str, hidden, weight, bias, logit_scale, softcap):
+    for name, t in (("hidden", hidden), ("weight", weight)):
+        if not t.is_floating_point():
+            raise InputError(f"{of}{name} is {t.dtype}; it must be a floating dtype, dequantise it first")
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise InputError(
+            f"{of}hidden is {tuple(hidden.shape)} and {of}weight {tuple(weight.shape)}; "
+            "they must be (..., H) and (V, H)"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise InputError(
+            f"{of}bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per row"
+        )
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"{of}softcap is {softcap}; it must be above 0, or None for no cap")
+
+
+def _check_rows(hidden, teacher_hidden, mask, token_weights):
+    expected = tuple(hidden.shape[:-1])
+    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise InputError(
+            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and its "
+            "own width"
+        )
+    for name, t in (("mask", mask), ("token_weights", token_weights)):
+        if t is not None and tuple(t.shape) != expected:
+            raise InputError(f"{name} is {tuple(t.shape)}; it must be hidden's shape without the last, {expected}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask is {mask.dtype}; it must be bool, write mask != 0")
+    if token_weights is not None and not token_weights.is_floating_point():
+        raise InputError(f"token_weights is {token_weights.dtype}; it must be floating, call token_weights.float()")
+
+
+def _check_devices(*tensors):
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"inputs lie on {sorted(map(str, devices))}; move them to one device")
