@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
-from fastalign.errors import DataError
+from fastalign.errors import DataError, ModelError
 from fastalign.objectives import Batch
 from fastalign.packing import PackedBatch
 from fastalign.scoring import lay_out
@@ -43,6 +46,24 @@ def _with_prompts(packed: PackedBatch, rows: int) -> tuple[PackedBatch, int]:
         targets=torch.cat([packed.targets, targets]),
     )
     return packed, index.numel()
+
+
+def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+    """ModelError or DataError unless the model knows every token and has a position for the longest row."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
+    if largest >= vocab:
+        raise ModelError(
+            f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
+            "call model.resize_token_embeddings(len(tokenizer))."
+        )
+    longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
+    if longest > positions:
+        raise DataError(
+            f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
+            f"max_length={positions} with on_truncate='drop' or 'keep_end'."
+        )
 
 
 def with_mismatched(dataset: Dataset) -> Dataset:

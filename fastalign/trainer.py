@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastalign import data, memory
 from fastalign.callbacks import MetricsWriter, Progress
-from fastalign.collate import Collator, with_mismatched
+from fastalign.collate import Collator, check_fit, with_mismatched
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
@@ -83,7 +82,7 @@ class AlignmentTrainer(Trainer):
         if isinstance(model, (str, Path)):
             model = load_model(model, dtype=dtype, for_adapter=peft_config is not None)
         for dataset in (train_dataset, eval_dataset or ()):
-            _check_fit(dataset, causal_lm(model))
+            check_fit(dataset, causal_lm(model))
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args.seed)
         check_trainable(model)
@@ -292,6 +291,24 @@ class AlignmentTrainer(Trainer):
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
 
+    def _moving(self) -> dict[str, Tensor]:
+        """What changes while training beside what a checkpoint holds."""
+        return {name: value for term in self.terms for name, value in getattr(term, "state", {}).items()}
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and (tensors := self._moving()):
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / _MOVING)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / _MOVING
+        saved = load_file(path) if path.exists() else {}
+        for name, value in self._moving().items():
+            if name in saved:
+                value.copy_(saved[name])
+
     def train(self, *args, **kwargs):
         """`transformers.Trainer.train`, with the preflight report in front."""
         if self.args.should_log and not self.args.disable_tqdm:
@@ -342,24 +359,10 @@ class PreferenceTrainer(AlignmentTrainer):
         return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 
     def _moving(self) -> dict[str, Tensor]:
-        """What changes while training beside what a checkpoint holds: BCO's mean rewards, a reference that is moved."""
+        """BCO's mean rewards and a reference that is moved, beside what regularisers keep."""
         rewards = {"rewards": self.objective.running} if self.args.unpaired == "bco" else {}
         values = self.reference.values if self.args.sync_ref_model else []
-        return rewards | {f"reference.{i}": value for i, value in enumerate(values)}
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and (tensors := self._moving()):
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / _MOVING)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / _MOVING
-        saved = load_file(path) if path.exists() else {}
-        for name, value in self._moving().items():
-            if name in saved:
-                value.copy_(saved[name])
+        return super()._moving() | rewards | {f"reference.{i}": value for i, value in enumerate(values)}
 
     def _check_rows(self, dataset, found: str) -> None:
         if self._unpaired and "label" not in dataset.column_names:
@@ -393,24 +396,6 @@ def _check_optimizer(args: AlignmentConfig) -> None:
         ) from error
     except ValueError:  # it is asked without the model here, which some optimisers want
         return
-
-
-def _check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
-    """The model knows every token and has a position for the longest row."""
-    vocab = model.get_input_embeddings().weight.shape[0]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
-    if largest >= vocab:
-        raise ModelError(
-            f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
-            "call model.resize_token_embeddings(len(tokenizer))."
-        )
-    longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
-    if longest > positions:
-        raise DataError(
-            f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
-            f"max_length={positions} with on_truncate='drop' or 'keep_end'."
-        )
 
 
 def _with_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:

@@ -23,12 +23,12 @@ LAYERS = [
     {"reference", "kernels"},
     {"losses"},
     {"ops"},
-    {"fused", "packing", "formats", "rows", "preflight", "charts", "runfolder"},
+    {"fused", "packing", "linear", "formats", "rows", "preflight", "charts", "runfolder"},
     {"compat", "attention", "data", "models", "report", "config", "callbacks", "evaluation"},
-    {"scoring", "objectives"},
+    {"scoring", "objectives", "texts"},
     {"memory", "reference_logprobs", "collate", "fisher"},
-    {"regularizers", "replay", "layerwise"},
-    {"teachers"},
+    {"regularizers"},
+    {"replay", "layerwise", "teachers"},
     {"trainer"},
     {"run"},
     {"cli"},
@@ -36,7 +36,7 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # What these may import beside the standard library and fastalign.
-ONLY = {name: {"torch"} for name in ("errors", "reference", "ops", "losses", "fused", "packing")}
+ONLY = {name: {"torch"} for name in ("errors", "reference", "ops", "losses", "fused", "packing", "linear")}
 ONLY["kernels"] = {"torch", "triton"}
 # Not on every machine: imported where they are used, never when fastalign is.
 OPTIONAL = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "triton", "trl"}
