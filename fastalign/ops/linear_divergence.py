@@ -5,6 +5,8 @@ Schema, fake, autograd and the public function, top to bottom; the arithmetic is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops.linear_logprobs import _gather, _scatter, _without_autocast
+from fastalign.ops.tiles import pad_rows
 
 BACKENDS = ("auto", "reference", "torch")
 
@@ -43,6 +45,17 @@ def _side(hidden, weight, bias, head, rows, vocab) -> tiles.Side:
     scale, softcap, temperature = head
     bias = None if bias is None else bias[:vocab]
     return tiles.Side(_gather(hidden, rows), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature))
+
+
+def _gather(t: Tensor, rows: Tensor | None) -> Tensor:
+    return pad_rows(t if rows is None else t[rows])
+
+
+def _scatter(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
+    """The inverse of `_gather`: rows that were dropped are 0."""
+    if rows is None:
+        return values if values.shape[0] == n else values[:n].clone()
+    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values[: rows.shape[0]])
 
 
 def _shared_vocab(weight: Tensor, teacher_weight: Tensor) -> int:
@@ -143,6 +156,17 @@ def _linear_divergence_backward_fake(
         weight.new_empty(weight.shape) if needs[0] else hidden.new_empty(0),
         bias.new_empty(bias.shape) if needs[1] else hidden.new_empty(0),
     )
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits."""
+
+    @wraps(kernel)
+    def run(first: Tensor, *args, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args, **options)
+
+    return run
 
 
 _library.impl("linear_divergence", _without_autocast(_linear_divergence), "CompositeExplicitAutograd")
