@@ -53,6 +53,54 @@ void bind_selective_logprobs(py::module_& m) {
     def_launch(m, "selective_logprobs_backward", &selective_logprobs_backward);
 }
 
+void bind_tiles(py::module_& m) {
+    using T = Tile;
+    py::class_<T>(m, "Tile")
+        .def_property("from_dtype", nullptr, dtype(&T::from))
+        .def_property("to_dtype", nullptr, dtype(&T::to))
+        .def_property("u", nullptr, address(&T::u))
+        .def_readwrite("u_stride", &T::u_stride)
+        .def_property("targets", nullptr, address(&T::targets))
+        .def_readwrite("first", &T::first)
+        .def_readwrite("rows", &T::rows)
+        .def_readwrite("columns", &T::columns)
+        .def_property("bias", nullptr, address(&T::bias))
+        .def_readwrite("factor", &T::factor)
+        .def_readwrite("inner", &T::inner)
+        .def_readwrite("outer", &T::outer);
+    using A = Absorb;
+    py::class_<A, T>(m, "Absorb")
+        .def(py::init([] { return A{}; }))
+        .def_property("shift", nullptr, address(&A::shift))
+        .def_property("others", nullptr, address(&A::others))
+        .def_property("zothers", nullptr, address(&A::zothers))
+        .def_property("target", nullptr, address(&A::target))
+        .def_property("e", nullptr, address(&A::e))
+        .def_readwrite("e_stride", &A::e_stride)
+        .def_property("ze", nullptr, address(&A::ze))
+        .def_readwrite("ze_stride", &A::ze_stride)
+        .def_property("a", nullptr, address(&A::a))
+        .def_readwrite("a_stride", &A::a_stride)
+        .def_property("b", nullptr, address(&A::b))
+        .def_readwrite("b_stride", &A::b_stride)
+        .def_readwrite("width", &A::width)
+        .def_property("best", nullptr, address(&A::best))
+        .def_property("best_index", nullptr, address(&A::best_index));
+    using G = Gradient;
+    py::class_<G, T>(m, "Gradient")
+        .def(py::init([] { return G{}; }))
+        .def_property("shift", nullptr, address(&G::shift))
+        .def_property("mean", nullptr, address(&G::mean))
+        .def_property("logprobs", nullptr, address(&G::logprobs))
+        .def_property("entropy", nullptr, address(&G::entropy))
+        .def_property("target", nullptr, address(&G::target))
+        .def_property("du", nullptr, address(&G::du))
+        .def_readwrite("du_stride", &G::du_stride);
+    def_launch(m, "absorb", &absorb);
+    def_launch(m, "softmax_gradient", &softmax_gradient);
+    def_launch(m, "kept_gradient", &kept_gradient);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -60,4 +108,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("compiler") = FASTALIGN_CUDA_COMPILER;
     m.attr("device_type") = FASTALIGN_CUDA_DEVICE;  // where tensors must lie: "cuda", or "cpu" in the tests' emulation
     bind_selective_logprobs(m);
+    bind_tiles(m);
 }

@@ -72,30 +72,30 @@ struct SoftmaxSum {
         sum = sum * __expf(max - top) + folded;
         max = top;
     }
-    __device__ __forceinline__ SoftmaxSum joined(SoftmaxSum other) const {
-        SoftmaxSum out;
-        out.max = fmaxf(max, other.max);
-        out.sum = sum * __expf(max - out.max) + other.sum * __expf(other.max - out.max);
-        return out;
-    }
-    __device__ __forceinline__ SoftmaxSum of_lane(int bits) const {
-        SoftmaxSum out;
-        out.max = __shfl_xor_sync(kAllLanes, max, bits);
-        out.sum = __shfl_xor_sync(kAllLanes, sum, bits);
-        return out;
-    }
 };
 
-// The joined sums of the whole block, in every thread. All threads must call it, and once per kernel.
-static __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine) {
-    __shared__ float maxima[32], sums[32];
+struct Max {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Min {
+    __device__ __forceinline__ int operator()(int a, int b) const { return a < b ? a : b; }
+};
+struct Add {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
+// Every thread's value combined, in every thread, in an order that the block's size alone decides. `shared` holds one
+// value a warp; each call needs its own, since a fast warp may write before a slow one has read.
+template <typename T, typename Combine>
+__device__ __forceinline__ T block_reduced(T mine, T neutral, T* shared, Combine combine) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int bits = 16; bits > 0; bits /= 2) mine = mine.joined(mine.of_lane(bits));
-    if (lane == 0) maxima[warp] = mine.max, sums[warp] = mine.sum;
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) mine = combine(mine, __shfl_xor_sync(kAllLanes, mine, bits));
+    if (lane == 0) shared[warp] = mine;
     __syncthreads();
-    SoftmaxSum all;
-    if (lane < blockDim.x / 32) all.max = maxima[lane], all.sum = sums[lane];
-    for (int bits = 16; bits > 0; bits /= 2) all = all.joined(all.of_lane(bits));
+    T all = lane < blockDim.x / 32 ? shared[lane] : neutral;
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) all = combine(all, __shfl_xor_sync(kAllLanes, all, bits));
     return all;
 }
 

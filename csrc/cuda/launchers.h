@@ -32,4 +32,39 @@ struct Gather {
 int selective_logprobs(const Gather& problem, Where where);
 int selective_logprobs_backward(const Gather& problem, Where where);
 
+// A tile of products u = h W' and what makes logits of them; the interface is told in fastalign/ops/epilogue.py.
+struct Tile {
+    DType from, to;               // of u; of e, ze, du, kept
+    const void* u;                // (rows, columns), unit column stride; kept_gradient: the kept tile
+    std::int64_t u_stride;        // elements between rows
+    const std::int64_t* targets;  // (rows,) counted from the start of the vocabulary
+    std::int64_t first;           // the vocabulary entry of column 0
+    std::int64_t rows, columns;   // columns <= 8192
+    const float* bias;            // (columns,), or null
+    // No cap (outer 0): z = factor (u + bias). Cap: z = outer tanh(inner (u + bias)).
+    float factor, inner, outer;
+};
+
+// Forward: fold a tile into the sums (online_softmax.cu).
+struct Absorb : Tile {
+    float *shift, *others, *zothers, *target;  // (rows,) each, read and written; zothers null: no entropy
+    void *e, *ze;                              // (rows, columns) in dtype `to`, or null
+    std::int64_t e_stride, ze_stride;
+    float *a, *b;                              // (rows, width), or null
+    std::int64_t a_stride, b_stride, width;
+    float* best;                               // (rows,) largest logit, or null
+    std::int64_t* best_index;                  // (rows,) its vocabulary entry
+};
+int absorb(const Absorb& problem, Where where);
+
+// Backward: the gradient in u (softmax_gradient.cu).
+struct Gradient : Tile {
+    const float *shift, *mean, *logprobs, *entropy;  // (rows,) coefficients; entropy may be null
+    const float* target;                             // (rows,) the gradient at the target itself
+    void* du;                                        // (rows, columns) in dtype `to`
+    std::int64_t du_stride;
+};
+int softmax_gradient(const Gradient& problem, Where where);
+int kept_gradient(const Gradient& problem, Where where);  // u: the kept tile, logprobs: its scale
+
 }  // namespace fastalign::cuda

@@ -41,12 +41,14 @@ __global__ void __launch_bounds__(kMaxThreads) gather_forward(Gather p) {
         for (float& x : z) x *= p.factor;
         mine.add(z);
     }
-    const SoftmaxSum all = block_joined(mine);
+    __shared__ float maxima[32], sums[32];
+    const float max = block_reduced(mine.max, kStart, maxima, Max{});
+    const float sum = block_reduced(mine.sum * __expf(mine.max - max), 0.0f, sums, Add{});
     if (threadIdx.x == 0) {
         const bool inside = target >= 0 && target < p.vocab;
-        const float log_sum = logf(all.sum);
-        p.logprobs[row] = inside ? (to_float(logits[target]) * p.factor - all.max) - log_sum : NAN;
-        p.stats[2 * row] = inside ? all.max : NAN;
+        const float log_sum = logf(sum);
+        p.logprobs[row] = inside ? (to_float(logits[target]) * p.factor - max) - log_sum : NAN;
+        p.stats[2 * row] = inside ? max : NAN;
         p.stats[2 * row + 1] = log_sum;
     }
 }

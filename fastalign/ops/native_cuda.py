@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
+from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums
 
 try:
     from fastalign import _cuda as module
@@ -61,9 +62,69 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
-def selective_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _tile(u: Tensor, out: Tensor | None, targets: Tensor, first: int, bias: Tensor | None, head: Head) -> dict:
+    """What the fields of a `Tile` are; see epilogue.py."""
+    return {
+        "from_dtype": DTYPES[u.dtype], "to_dtype": DTYPES[u.dtype if out is None else out.dtype],
+        "u": u, "u_stride": u.stride(0), "targets": targets, "first": first, "rows": u.shape[0], "columns": u.shape[1],
+        "bias": None if bias is None else bias.to(torch.float32), "factor": head.factor,
+        "inner": 0.0 if head.softcap is None else head.logit_scale / head.softcap,
+        "outer": 0.0 if head.softcap is None else head.softcap / head.temperature,
+    }  # fmt: skip
+
+
+def absorb(
+    u: Tensor,
+    targets: Tensor,
+    first: int,
+    bias: Tensor | None,
+    head: Head,
+    sums: Sums,
+    *,
+    entropy: bool = False,
+    e: Tensor | None = None,
+    ze: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    best: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """`epilogue.absorb` in one launch; u is kept where neither e nor ze lies in it."""
+    matrices = {"e": e, "ze": ze, "a": a, "b": b}
+    _launch(
+        "absorb", module.Absorb(), u, **_tile(u, ze if e is None else e, targets, first, bias, head),
+        shift=sums.shift, others=sums.others, zothers=sums.zothers if entropy else None, target=sums.target,
+        **matrices, **{f"{name}_stride": 0 if t is None else t.stride(0) for name, t in matrices.items()},
+        width=0 if a is None else a.shape[1], best=best and best[0], best_index=best and best[1],
+    )  # fmt: skip
+
+
+def softmax_gradient(
+    u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head: Head, c: Coefficients, du: Tensor
+) -> None:
+    """`epilogue.softmax_gradient` in one launch."""
+    _launch(
+        "softmax_gradient", module.Gradient(), u, **_tile(u, du, targets, first, bias, head), **c._asdict(),
+        du=du, du_stride=du.stride(0),
+    )  # fmt: skip
+
+
+def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, target: Tensor, du: Tensor) -> None:
+    """`epilogue.kept_gradient` in one launch."""
+    _launch(
+        "kept_gradient", module.Gradient(), kept, **_tile(kept, du, targets, first, None, Head()),
+        logprobs=scale, target=target, du=du, du_stride=du.stride(0),
+    )  # fmt: skip
+
+
+EPILOGUE = Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=True)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As the kernels take a matrix: its rows anywhere, each without gaps."""
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def selective_logprobs(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """`z_y - logsumexp(z)` with `z = logits / temperature`: logits (N, V), targets (N,) -> logprobs (N,), stats (N, 2).
 
     0 where the target is `ignore_index`, NaN where it is outside the vocabulary. stats: max z, log sum exp(z - max z).

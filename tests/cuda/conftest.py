@@ -101,10 +101,10 @@ def sanitized(objects, tmp_path_factory):
 
 
 def plant(folder: Path, op: str, old: str, new: str) -> None:
-    for path in (folder / f"{op}.cu", folder / "device.h"):
+    for path in (folder / f"{op}.cu", folder / "device.h", folder / "tile.h"):
         text = path.read_text(encoding="utf-8")
         if old in text:
             assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path.name}"
             path.write_text(text.replace(old, new), encoding="utf-8")
             return
-    raise AssertionError(f"{old!r} stands in neither {op}.cu nor device.h")
+    raise AssertionError(f"{old!r} stands in none of {op}.cu, device.h and tile.h")

@@ -1,13 +1,13 @@
-"""The kernels under the address, undefined-behaviour and thread sanitizers, and faults planted to show that they see."""
+"""The kernels under the address, undefined-behaviour and thread sanitizers; faults planted to show that they see."""
 
 from __future__ import annotations
 
 import pytest
 
-OPS = ["selective_logprobs"]
+OPS = ["selective_logprobs", "online_softmax", "softmax_gradient"]
 FAULTS = {
     "no barrier before the warps' sums are read": (
-        "selective_logprobs", "thread", "    __syncthreads();\n    SoftmaxSum all;", "    SoftmaxSum all;", "data race",
+        "selective_logprobs", "thread", "    __syncthreads();\n    T all", "    T all", "data race",
     ),
 }  # fmt: skip
 

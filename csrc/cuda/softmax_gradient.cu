@@ -1,0 +1,66 @@
+// The gradient of a tile of logits, for a trainable head: one block a row, one read and one write, in place if asked.
+// `softmax_gradient` and `kept_gradient` in fastalign/ops/epilogue.py are the definition.
+
+#include "tile.h"
+
+namespace fastalign::cuda {
+namespace {
+
+// budget: 64 registers, 0 bytes shared
+template <typename U, typename D>
+__global__ void __launch_bounds__(kTileThreads, 2) gradient_kernel(Gradient p) {
+    const std::int64_t row = blockIdx.x;
+    const int columns = static_cast<int>(p.columns), target = target_column(p, row);
+    float z[kItems];
+    load_row(static_cast<const U*>(p.u) + row * p.u_stride, columns, z, kNegativeInfinity);
+    to_logits(p, z);
+    const float shift = p.shift[row], mean = p.mean[row], logprobs = p.logprobs[row], at_target = p.target[row];
+    const float entropy = p.entropy ? p.entropy[row] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+        const float slope = p.outer != 0.0f ? capped_slope(p, z[i]) : p.factor, d = z[i] - shift;
+        const float g = (logprobs + entropy * (fmaxf(d, kStart) - mean)) * __expf(d) * slope;
+        z[i] = column_of(i) == target ? at_target : g;
+    }
+    __syncthreads();  // du may lie in the memory of u, at another width
+    store_row(static_cast<D*>(p.du) + row * p.du_stride, columns, z);
+}
+
+// budget: 64 registers, 0 bytes shared
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, 2) kept_kernel(Gradient p) {
+    const std::int64_t row = blockIdx.x;
+    const int columns = static_cast<int>(p.columns), target = target_column(p, row);
+    float kept[kItems];
+    load_row(static_cast<const T*>(p.u) + row * p.u_stride, columns, kept, 0.0f);
+    const float scale = p.logprobs[row], at_target = p.target[row];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) kept[i] = column_of(i) == target ? at_target : scale * kept[i];
+    store_row(static_cast<T*>(p.du) + row * p.du_stride, columns, kept);
+}
+
+template <typename U, typename D>
+int run(const Gradient& p, Where where) {
+    return launch(where, gradient_kernel<U, D>, dim3(p.rows), tile_threads(p.columns), p);
+}
+
+}  // namespace
+
+int softmax_gradient(const Gradient& p, Where where) {
+    if (p.columns > kMaxColumns) return cudaErrorInvalidValue;
+    if (p.rows == 0 || p.columns == 0) return cudaSuccess;
+    if (p.from == DType::f32)
+        return for_dtype(p.to, [&](auto d) { return run<float, decltype(d)>(p, where); });
+    if (p.from != p.to) return cudaErrorInvalidValue;
+    return p.to == DType::bf16 ? run<bf16, bf16>(p, where) : run<fp16, fp16>(p, where);
+}
+
+int kept_gradient(const Gradient& p, Where where) {
+    if (p.columns > kMaxColumns || p.from != p.to) return cudaErrorInvalidValue;
+    if (p.rows == 0 || p.columns == 0) return cudaSuccess;
+    return for_dtype(p.to, [&](auto zero) {
+        return launch(where, kept_kernel<decltype(zero)>, dim3(p.rows), tile_threads(p.columns), p);
+    });
+}
+
+}  // namespace fastalign::cuda

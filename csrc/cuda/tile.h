@@ -1,0 +1,97 @@
+// One row of a tile of logits in the registers of a block: 16 values a thread, in two runs of 8 neighbours. A row is
+// read whole before any of it is written, so results may take the memory of what they are made from.
+#pragma once
+
+#include "device.h"
+
+namespace fastalign::cuda {
+
+constexpr int kRun = 8, kRuns = 2, kItems = kRun * kRuns;
+constexpr int kTileThreads = 512, kMaxColumns = kTileThreads * kItems;
+
+inline unsigned tile_threads(std::int64_t columns) {
+    return static_cast<unsigned>((columns + 32 * kItems - 1) / (32 * kItems) * 32);
+}
+
+template <typename T>
+__device__ __forceinline__ bool aligned(const T* at) {
+    return reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
+}
+
+// The column of this thread's i-th item.
+__device__ __forceinline__ int column_of(int item) {
+    return (item / kRun * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kRun + item % kRun;
+}
+
+template <typename T>
+__device__ __forceinline__ void load_row(const T* row, int columns, float (&values)[kItems], float beyond) {
+    const bool vectors = aligned(row);
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+        const int first = column_of(run * kRun);
+        if (vectors && first + kRun <= columns) {
+#pragma unroll
+            for (int i = 0; i < kRun; i += kPack<T>) {
+                float pack[kPack<T>];
+                load_pack(row + first + i, pack);
+#pragma unroll
+                for (int j = 0; j < kPack<T>; ++j) values[run * kRun + i + j] = pack[j];
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i)
+                values[run * kRun + i] = first + i < columns ? to_float(row[first + i]) : beyond;
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_row(T* row, int columns, const float (&values)[kItems]) {
+    const bool vectors = aligned(row);
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+        const int first = column_of(run * kRun);
+        if (vectors && first + kRun <= columns) {
+#pragma unroll
+            for (int i = 0; i < kRun; i += kPack<T>) {
+                float pack[kPack<T>];
+#pragma unroll
+                for (int j = 0; j < kPack<T>; ++j) pack[j] = values[run * kRun + i + j];
+                store_pack(row + first + i, pack);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i)
+                if (first + i < columns) row[first + i] = from_float<T>(values[run * kRun + i]);
+        }
+    }
+}
+
+// u -> z, in place; columns beyond the tile are given as -inf and stay so.
+__device__ __forceinline__ void to_logits(const Tile& p, float (&z)[kItems]) {
+    if (p.bias) {
+        float bias[kItems];
+        load_row(p.bias, static_cast<int>(p.columns), bias, 0.0f);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) z[i] += bias[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+        const float capped = p.outer != 0.0f ? p.outer * tanhf(p.inner * z[i]) : p.factor * z[i];
+        z[i] = column_of(i) < p.columns ? capped : kNegativeInfinity;
+    }
+}
+
+// dz/du where the logit is z, under a cap.
+__device__ __forceinline__ float capped_slope(const Tile& p, float z) {
+    const float t = z / p.outer;
+    return p.factor * (1.0f - t * t);
+}
+
+// The target's column in this tile, or -1.
+__device__ __forceinline__ int target_column(const Tile& p, std::int64_t row) {
+    const std::int64_t column = p.targets[row] - p.first;
+    return column >= 0 && column < p.columns ? static_cast<int>(column) : -1;
+}
+
+}  // namespace fastalign::cuda

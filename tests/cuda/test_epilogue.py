@@ -1,0 +1,160 @@
+"""csrc/cuda/online_softmax.cu and softmax_gradient.cu, run on the CPU, against fastalign/ops/epilogue.py in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastalign.errors import BackendError
+from fastalign.ops import epilogue
+from fastalign.ops.epilogue import START, Coefficients, Head, Sums
+
+ROWS, WIDTH, FIRST = 6, 11, 64
+EPS32 = torch.finfo(torch.float32).eps
+HEADS = {"plain": Head(), "scaled": Head(0.5, None, 0.7), "capped": Head(1.3, 8.0, 0.7)}
+
+
+def random(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).double()
+
+
+def rows_apart(*shape, dtype=torch.float32, padding=5):
+    """A matrix of NaN whose rows lie `padding` values apart, so that most do not begin at a multiple of 16 bytes."""
+    return torch.full((shape[0], shape[1] + padding), torch.nan, dtype=dtype)[:, : shape[1]]
+
+
+def problem(columns, masked, padding=5):
+    """A tile with targets in it, before it and behind it, and a bias, masked or not."""
+    u = rows_apart(ROWS, columns, padding=padding).copy_(random(ROWS, columns, scale=3.0))
+    targets = torch.tensor([FIRST, FIRST - 1, FIRST + columns, FIRST + columns - 1, 1 << 40, FIRST + 18])
+    bias = random(columns, seed=3)
+    if masked:
+        bias[3::7] = -torch.inf
+    return u, targets, bias
+
+
+def within_budget(ours, plain, exact, eps):
+    """|ours - exact| <= 2 (|plain - exact| + eps max|exact|), row by row."""
+    ours, plain, exact = (t.double() for t in (ours, plain, exact))
+    assert ours.isfinite().all()
+    assert ((ours - exact).abs().amax(1) <= 2 * ((plain - exact).abs() + eps * exact.abs()).amax(1)).all()
+
+
+def within_rounding(ours, exact, dtype, logit, size=0.0):
+    """|ours - exact| <= (eps + 4 eps32 logit) (|exact| + size): three float32 operations make a logit of that size,
+    one subtracts the shift, and a rounding of its exponent is a relative error of the exponential. `size` is that of
+    what cancels in a sum. Below its smallest normal number a dtype's steps are of one size."""
+    info = torch.finfo(dtype)
+    ours, exact = (t.double().view(ROWS, -1) for t in (ours, exact))
+    assert ours.isfinite().all()
+    allowed = (info.eps + 4 * EPS32 * logit) * (exact.abs() + size) + info.eps * info.smallest_normal
+    assert ((ours - exact).abs() <= allowed).all()
+
+
+def absorbed(absorb, u, targets, bias, head, dtype, computed, keep_in_u):
+    """One tile folded into sums of every kind: at their start, far below what comes, a little below, and above."""
+    shift = torch.tensor([START, -9.0, 4.0, 30.0, -1.0, 7.0])
+    fresh = shift == START
+    sums = Sums(shift, random(ROWS, seed=1).exp(), -random(ROWS, seed=2).exp(), random(ROWS, seed=5))
+    sums = Sums(shift.to(computed), *(t.masked_fill(fresh, 0).to(computed) for t in sums[1:]))
+    a, b = (random(ROWS, WIDTH, seed=seed).masked_fill(fresh.unsqueeze(1), 0).to(computed) for seed in (6, 7))
+    best = shift.to(computed).clone(), torch.full((ROWS,), 3)
+    u = u.to(computed) if computed == torch.float64 else u.clone() if not keep_in_u else u
+    e = rows_apart(*u.shape, dtype=dtype)
+    ze = u.view(dtype)[:, : u.shape[1]] if keep_in_u else rows_apart(*u.shape, dtype=dtype)
+    absorb(u, targets, FIRST, bias.to(computed), head, sums, entropy=True, e=e, ze=ze, a=a, b=b, best=best)
+    return sums, e, ze, a, b, best
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("dtype", "columns", "padding"),
+    [(torch.float32, 1051, 5), (torch.bfloat16, 1048, 8), (torch.bfloat16, 300, 5), (torch.float16, 1051, 3)],
+    ids=str,
+)
+def test_absorb(cuda, dtype, columns, padding, head, masked):
+    masked = masked and head != "capped"  # a cap lifts -inf
+    u, targets, bias = problem(columns, masked, padding)
+    head = HEADS[head]
+    before = torch.tensor([START, -9.0, 4.0, 30.0, -1.0, 7.0])
+    exact = absorbed(epilogue.absorb, u, targets, bias, head, torch.float64, torch.float64, False)
+    sums, e, ze, a, b, best = absorbed(cuda.absorb, u, targets, bias, head, dtype, torch.float32, True)
+
+    lag = (exact[0].shift - sums.shift).unsqueeze(1)
+    assert ((lag >= -1e-5) & (lag <= 8)).all()
+    stays = exact[0].shift <= before + 8
+    assert stays.any() and not stays.all() and torch.equal(sums.shift[stays], before[stays])
+    logit = 1 + exact[0].shift.abs().unsqueeze(1) + 15  # no logit lies further below the maximum than that
+    pairs = ((sums.others, sums.zothers, torch.float32), (e, ze, dtype), (a, b, torch.float32))
+    s, *matrices, exact_best = exact
+    for (value, z_value, kind), (true, z_true) in zip(
+        pairs, ((s.others, s.zothers), matrices[:2], matrices[2:]), strict=True
+    ):
+        # sums of exp(z - m) and of exp(z - m)(z - m), taken from their shift to ours
+        true, z_true = true.view(ROWS, -1), z_true.view(ROWS, -1)
+        within_rounding(value, lag.exp() * true, kind, logit)
+        within_rounding(
+            z_value, lag.exp() * (z_true + lag * true), kind, logit, size=(lag.exp() * true).abs() * (1 + lag)
+        )
+    within_rounding(sums.target, exact[0].target, torch.float32, 1)
+    within_rounding(best[0], exact_best[0], torch.float32, 1)
+    assert torch.equal(best[1], exact_best[1])
+    for row in (0, 3, 5):
+        column = targets[row] - FIRST
+        assert e[row, column] == 0 and ze[row, column] == 0
+    if masked:
+        assert not e[:, 3::7].any() and not ze[:, 3::7].any()
+
+
+def test_absorb_only_the_sums_and_leave_the_rest_alone(cuda):
+    u, targets, _ = problem(1051, False)
+    kept = u.clone()
+    sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
+    cuda.absorb(u, targets, FIRST, None, Head(), sums)
+    assert torch.equal(u, kept) and not sums.zothers.any()
+    plain = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
+    epilogue.absorb(u, targets, FIRST, None, Head(), plain)
+    torch.testing.assert_close(sums.others, plain.others, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_softmax_gradient(cuda, dtype, head, entropy):
+    u, targets, bias = problem(1051, head != "capped")
+    head = HEADS[head]
+    exact_c = Coefficients(
+        random(ROWS, seed=8) + 9, random(ROWS, seed=9), random(ROWS, seed=10), random(ROWS, seed=11),
+        random(ROWS, seed=12),
+    )  # fmt: skip
+    if not entropy:
+        exact_c = exact_c._replace(entropy=None)
+    c = Coefficients(*(None if t is None else t.float() for t in exact_c))
+    exact, plain = torch.empty(ROWS, 1051, dtype=torch.float64), torch.empty(ROWS, 1051, dtype=dtype)
+    epilogue.softmax_gradient(u.double(), targets, FIRST, bias, head, Coefficients(*(
+        None if t is None else t.double() for t in c)), exact)  # fmt: skip
+    epilogue.softmax_gradient(u.clone(), targets, FIRST, bias.float(), head, c, plain)
+    du = u.view(dtype)[:, :1051]
+    cuda.softmax_gradient(u, targets, FIRST, bias.float(), head, c, du)
+    within_budget(du, plain, exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kept_gradient(cuda, dtype):
+    _, targets, _ = problem(300, False)
+    kept = rows_apart(ROWS, 300, dtype=dtype, padding=8).copy_(random(ROWS, 300).abs())
+    scale, target = random(ROWS, seed=8).float(), random(ROWS, seed=9).float()
+    exact, plain, du = torch.empty(ROWS, 300).double(), torch.empty(ROWS, 300), rows_apart(ROWS, 300, dtype=dtype)
+    epilogue.kept_gradient(kept.double(), targets, FIRST, scale.double(), target.double(), exact)
+    epilogue.kept_gradient(kept.float(), targets, FIRST, scale, target, plain)
+    cuda.kept_gradient(kept, targets, FIRST, scale, target, du)
+    within_budget(du, plain, exact, torch.finfo(dtype).eps)
+
+
+def test_a_tile_too_wide_is_refused(cuda):
+    u, targets, _ = problem(8193, False)
+    sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
+    with pytest.raises(BackendError, match="absorb could not be launched on cpu: invalid argument"):
+        cuda.absorb(u, targets, FIRST, None, Head(), sums)
