@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fastalign.errors import ModelError
+from fastalign.linear import multiplies
 from fastalign.packing import Group, PackedBatch, pack, pad
 
 NAME = "fastalign"
@@ -170,6 +171,14 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedM
     if half and query.shape[-1] == value.shape[-1] <= 256 and options.sinks is None and _flash_attention():
         return _varlen_attention(query, key, value, packed, options)
     attend = _sdpa if options.softcap is None and options.sinks is None else _explicit_attention
+    if not query.is_cuda and not multiplies(dtype := query.dtype):
+        query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):
+            return _by_segments(attend, query, key, value, packed, options).to(dtype)
+    return _by_segments(attend, query, key, value, packed, options)
+
+
+def _by_segments(attend: Callable, query, key, value, packed: PackedMask, options: Options) -> Tensor:
     sizes = [segment.length for segment in packed.segments]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     outputs = []

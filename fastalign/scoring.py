@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fastalign.attention import packed_attention, prepare_model
 from fastalign.errors import ModelError
+from fastalign.linear import speed_up_linear
 from fastalign.ops import linear_logprobs
 from fastalign.packing import PackedBatch, pack, pad
 from fastalign.reference import linear_logits, logits_divergence
@@ -54,6 +55,7 @@ def prepare(model: nn.Module) -> str:
     Returns "shared", "packed" or "padded" (see `attention.prepare_model`). ModelError for models that are not causal
     language models, or whose output layer gives other log-probabilities than fastalign's reading of it.
     """
+    speed_up_linear(model)
     layout = prepare_model(model)
     base = causal_lm(model)
     if not hasattr(base, "_fastalign_forward"):

@@ -73,7 +73,10 @@ def assert_scores_are_the_models_own(model, batch=None):
     layout = prepare(model)
     scores = model(packed=batch or lay_out(EXAMPLES, layout, pad_token_id=0))
     assert (scores.logprobs - expected).abs().max().item() <= allowed
-    assert torch.equal(stock(model), expected)  # called as ever, it answers as ever
+    # Called as ever, it answers as ever; an adapter is added to its layer's product in another order.
+    again = stock(model)
+    same = hasattr(model, "peft_config") and (again - expected).abs().max().item() <= allowed
+    assert same or torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -1,0 +1,168 @@
+"""Linear layers on the CPU: what peft and torch compute, up to the rounding asked for, and where they apply."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from fastalign.linear import _Product, multiplies, speed_up_linear
+
+IN, OUT, T, RANK = 24, 40, 7, 3
+
+
+class Body(nn.Module):
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.first = nn.Linear(IN, OUT, bias=bias)
+        self.second = nn.Linear(OUT, IN, bias=bias)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def lora(*, bias: bool = True, dtype=torch.float32, adapters: int = 1, **options):
+    torch.manual_seed(0)
+    body = Body(bias).to(dtype)
+    model = peft.get_peft_model(body, peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=["first"], **options))
+    for number in range(1, adapters):
+        model.add_adapter(f"other{number}", peft.LoraConfig(r=RANK, target_modules=["first"]))
+        model.base_model.set_adapter(["default", f"other{number}"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        if "lora_" in name:
+            parameter.data = parameter.data.float() if dtype != torch.float64 else parameter.data.double()
+    return model
+
+
+def outputs(model, x, autocast=None):
+    """Result, gradient in x, and gradients of what is trained."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad((y.double() * torch.randn(y.shape, dtype=torch.float64)).sum(), [x, *weights])]
+
+
+def fast(model):
+    model = copy.deepcopy(model)
+    speed_up_linear(model)
+    return model
+
+
+def calls(monkeypatch) -> list:
+    """Grows by one whenever one of our products is taken."""
+    seen, apply = [], _Product.apply
+    monkeypatch.setattr(_Product, "apply", lambda *args: seen.append(args) or apply(*args))
+    return seen
+
+
+def rows(dtype=torch.float32):
+    return torch.randn(2, T, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_is_peft_s(bias, monkeypatch):
+    model = lora(bias=bias, dtype=torch.float64)
+    expected = outputs(model, rows(torch.float64))
+    seen = calls(monkeypatch)
+    found = outputs(fast(model), rows(torch.float64))
+    assert len(seen) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    x, w, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_sixteen_bits_are_no_further_from_float64_than_torch_s_own(dtype, how, monkeypatch):
+    """Ours multiplies and sums in float32 and rounds once, theirs more often."""
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: dtype not in (torch.float16, torch.bfloat16))
+    model = lora(dtype=dtype if how == "weights" else torch.float32)
+    exact = outputs(copy.deepcopy(model).double(), rows(dtype).double())
+    x, autocast = (rows(dtype), None) if how == "weights" else (rows(dtype).float(), dtype)
+    theirs = outputs(model, x, autocast)
+    seen = calls(monkeypatch)
+    ours = outputs(fast(model), x, autocast)
+    assert len(seen) == 2  # the layer with an adapter, and the one without
+    eps = torch.finfo(dtype).eps
+    for our, their, truth in zip(ours, theirs, exact, strict=True):
+        assert our.dtype == their.dtype
+        budget = 2 * ((their.double() - truth).abs().max() + eps * truth.abs().max())
+        assert (our.double() - truth).abs().max() <= budget
+
+
+def test_autocast_trains_weights(monkeypatch):
+    """Full fine-tuning under autocast: weight and bias get their gradients, in their own dtype."""
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: False)
+    torch.manual_seed(0)
+    model = Body(True)
+    exact = outputs(copy.deepcopy(model).double(), rows().double())
+    theirs, ours = outputs(model, rows(), torch.bfloat16), outputs(fast(model), rows(), torch.bfloat16)
+    for our, their, truth in zip(ours, theirs, exact, strict=True):
+        assert our.dtype == their.dtype
+        budget = 2 * ((their.double() - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max())
+        assert (our.double() - truth).abs().max() <= budget
+
+
+def test_what_is_not_plain_goes_its_own_way(monkeypatch):
+    seen = calls(monkeypatch)
+    for model in (
+        lora(lora_dropout=0.5).train(),
+        lora(use_dora=True),
+        lora(lora_bias=True),
+        lora(adapters=2),
+    ):
+        torch.manual_seed(3)
+        expected = model(rows())
+        torch.manual_seed(3)
+        assert torch.equal(fast(model)(rows()), expected)
+    model = fast(lora())
+    with model.disable_adapter():
+        assert torch.equal(model(rows()), model.get_base_model()(rows()))
+    model.merge_adapter()
+    model(rows())
+    trained = fast(lora())
+    trained.base_model.model.first.base_layer.weight.requires_grad_()
+    trained(rows())
+    assert not seen
+    fast(lora(lora_dropout=0.5)).eval()(rows())  # dropout that is off is none
+    assert len(seen) == 1
+
+
+def test_what_the_cpu_can_multiply_is_left_to_it(monkeypatch):
+    seen = calls(monkeypatch)
+    torch.manual_seed(0)
+    fast(Body(True))(rows())
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
+    fast(lora(dtype=torch.bfloat16))(rows(torch.bfloat16))
+    assert not seen
+
+
+def test_the_layer_s_input_is_kept_once():
+    """Three layers of one input keep it once, whatever dtype they multiply in."""
+    kept = set()
+    model = fast(lora())
+    layer = model.base_model.model.first
+    x = rows().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        layer(x), layer(x)
+    assert x.untyped_storage().data_ptr() in kept
+    small = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    assert len(kept - small) == 3  # x, and x A' of each call
+
+
+def test_multiplies_knows_what_there_is():
+    assert multiplies(torch.float32) and multiplies(torch.float64)
+    assert not multiplies(torch.float16)
