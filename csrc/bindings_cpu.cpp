@@ -20,6 +20,7 @@ using fastalign::ForwardProblem;
 using fastalign::HeadProblem;
 using fastalign::Kernels;
 using fastalign::Pool;
+using fastalign::SelectiveProblem;
 
 namespace {
 
@@ -119,6 +120,27 @@ void bind_problems(py::module_& m) {
         .def_property("d_bias", nullptr, address(&B::d_bias));
 }
 
+void bind_selective(py::module_& m) {
+    using S = SelectiveProblem;
+    py::class_<S>(m, "SelectiveProblem")
+        .def(py::init([] { return S{}; }))
+        .def_property("dtype", nullptr, [](S& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
+        .def_property("logits", nullptr, address(&S::logits))
+        .def_readwrite("inner", &S::inner)
+        .def_readwrite("inner_stride", &S::inner_stride)
+        .def_readwrite("outer_stride", &S::outer_stride)
+        .def_property("targets", nullptr, address(&S::targets))
+        .def_readwrite("rows", &S::rows)
+        .def_readwrite("vocab", &S::vocab)
+        .def_readwrite("ignore_index", &S::ignore_index)
+        .def_readwrite("temperature", &S::temperature)
+        .def_property("logprobs", nullptr, address(&S::logprobs))
+        .def_property("stats", nullptr, address(&S::stats))
+        .def_property("grad", nullptr, address(&S::grad))
+        .def_property("d_logits", nullptr, address(&S::d_logits))
+        .def_readwrite("cache_bytes", &S::cache_bytes);
+}
+
 void bind_kernels(py::module_& m) {
     py::class_<Kernels>(m, "Kernels")
         .def_readonly("name", &Kernels::name)
@@ -135,6 +157,16 @@ void bind_kernels(py::module_& m) {
              [](const Kernels& k, const BackwardProblem& problem, int workers, std::uintptr_t parallel_for) {
                  py::gil_scoped_release release;
                  k.backward(problem, pool(workers, parallel_for));
+             })
+        .def("selective_forward",
+             [](const Kernels& k, const SelectiveProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.selective_forward(problem, pool(workers, parallel_for));
+             })
+        .def("selective_backward",
+             [](const Kernels& k, const SelectiveProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.selective_backward(problem, pool(workers, parallel_for));
              })
         .def("exp_f32", [](const Kernels& k, std::uintptr_t in, std::uintptr_t out, std::int64_t n) {
             k.exp_f32(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n);
@@ -162,6 +194,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("preference_loss_backward_f32", &preference_loss_backward<float>);
     m.def("preference_loss_backward_f64", &preference_loss_backward<double>);
     bind_problems(m);
+    bind_selective(m);
     bind_kernels(m);
     m.def("prefer_huge_pages", [](std::uintptr_t data, std::size_t bytes) {
         fastalign::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);

@@ -1,4 +1,4 @@
-// Runs the kernels without Python or torch, for the sanitizers (sanitize.sh): both passes, every dtype, kept and
+// Runs every kernel without Python or torch, for the sanitizers (sanitize.sh): both passes, every dtype, kept and
 // recomputed probabilities, odd sizes, one to eight threads of its own. Results are held to a naive double version,
 // and must be bitwise the same whatever the number of threads. The BRGEMM path runs with a plain loop in its place.
 
@@ -10,6 +10,7 @@
 
 #include "cpu/brgemm.h"
 #include "cpu/kernels.h"
+#include "cpu/preference_loss.h"
 
 namespace fastalign {
 namespace plain { extern const Kernels kernels; }
@@ -197,15 +198,79 @@ void check(const Kernels& kernels, const Data& data, const Truth& truth, DType d
     }
 }
 
+struct Selected {
+    Bytes logprobs, d_logits, in_place;
+};
+
+// The weight's rows serve as logits: kVocab rows of kWidth, the targets repeated, every tenth ignored.
+Selected select(const Kernels& kernels, const Data& data, DType dtype, int threads, bool stream) {
+    const std::size_t acc = dtype == DType::f64 ? 8 : 4;
+    const Bytes logits = encode(data.weight, dtype);
+    Bytes stats(kVocab * 2 * acc), grad = encode(std::vector<double>(kVocab, 0.5), acc == 8 ? DType::f64 : DType::f32);
+    Selected s{Bytes(kVocab * acc), Bytes(logits.size()), logits};
+    std::vector<std::int64_t> targets(kVocab);
+    for (std::int64_t r = 0; r < kVocab; ++r) targets[r] = r % 10 ? r % kWidth : -100;
+    SelectiveProblem p{};
+    p.dtype = dtype, p.logits = logits.data(), p.targets = targets.data(), p.rows = kVocab, p.vocab = kWidth;
+    p.inner = kVocab, p.inner_stride = kWidth, p.ignore_index = -100, p.temperature = 0.5;
+    p.logprobs = s.logprobs.data(), p.stats = stats.data(), p.grad = grad.data();
+    const Pool pool{threads, nullptr};
+    kernels.selective_forward(p, pool);
+    p.d_logits = s.d_logits.data(), p.cache_bytes = stream ? 0 : 1 << 30;
+    kernels.selective_backward(p, pool);
+    p.logits = s.in_place.data(), p.d_logits = nullptr;
+    kernels.selective_backward(p, pool);
+    return s;
+}
+
+void check_selective(const Kernels& kernels, const Data& data, DType dtype) {
+    const bool wide = dtype == DType::f64;
+    const int d = static_cast<int>(dtype);
+    const Selected first = select(kernels, data, dtype, 1, false);
+    std::vector<double> truth(kVocab);
+    for (std::int64_t r = 0; r < kVocab; ++r) {
+        double sum = 0;
+        for (std::int64_t v = 0; v < kWidth; ++v) sum += std::exp(data.weight[r * kWidth + v] / 0.5);
+        truth[r] = r % 10 ? data.weight[r * kWidth + r % kWidth] / 0.5 - std::log(sum) : 0;
+    }
+    const double error = relative_error(decode(first.logprobs, wide), truth);
+    expect(error < (wide ? 1e-15 : 4e-7), kernels.name, d, "selected log-probs", error);
+    expect(first.d_logits == first.in_place, kernels.name, d, "the gradient in place differs", 0);
+    for (const int threads : {2, 8}) {
+        const Selected other = select(kernels, data, dtype, threads, true);
+        const bool same = other.logprobs == first.logprobs && other.d_logits == first.d_logits;
+        expect(same, kernels.name, d, "threads change the bits of selected log-probs", threads);
+    }
+}
+
+// One pair and an empty one at a margin of 0: dpo's log 2, and slopes of half of beta.
+void check_preference() {
+    const std::vector<double> logprobs{-1, -1, -2};
+    const std::vector<std::int64_t> offsets{0, 2, 3, 3, 3};
+    std::vector<double> losses(2), rewards(4), sums(4), coefficients(3), back(3);
+    const PreferenceProblem p{logprobs.data(), offsets.data(), nullptr, nullptr, nullptr, nullptr, 3, 4,
+                              LossForm::logistic, false, true, 0.5, 0.5, 0, 0, losses.data(), rewards.data(),
+                              sums.data(), coefficients.data()};
+    expect(offsets_fit(offsets.data(), 4, 3) && !offsets_fit(offsets.data(), 4, 4), "plain", 1, "offsets", 0);
+    PreferencePass<double>{p}.run();
+    for (const double loss : losses) expect(std::abs(loss - std::log(2.0)) < 1e-15, "plain", 1, "preference", loss);
+    expect(coefficients == std::vector<double>{-0.25, -0.25, 0.25}, "plain", 1, "coefficients", coefficients[0]);
+    preference_loss_backward(losses.data(), sums.data(), coefficients.data(), offsets.data(), 4, 2, true, back.data());
+    expect(back[2] == losses[0] * 0.25 - 2, "plain", 1, "gradient of losses and sums", back[2]);
+}
+
 }  // namespace
 
 int main() {
     brgemm_bf16 = &plain_brgemm;
     const Data data;
     const Truth truth = naive(data);
-    for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
         for (const Kernels* kernels : {&plain::kernels, &emulated::kernels}) check(*kernels, data, truth, dtype);
+        for (const Kernels* kernels : available_kernels()) check_selective(*kernels, data, dtype);
+    }
     for (const Kernels* kernels : available_kernels()) check(*kernels, data, truth, DType::f32);
+    check_preference();
     std::printf(failures ? "%d failures\n" : "all good\n", failures);
     return failures != 0;
 }

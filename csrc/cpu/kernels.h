@@ -16,6 +16,8 @@ struct Kernels {
     std::int64_t panel_f32, panel_f64, tile;  // the cache's layout, see problem.h
     void (*forward)(const ForwardProblem&, const Pool&);
     void (*backward)(const BackwardProblem&, const Pool&);
+    void (*selective_forward)(const SelectiveProblem&, const Pool&);
+    void (*selective_backward)(const SelectiveProblem&, const Pool&);
     void (*exp_f32)(const float* in, float* out, std::int64_t n);  // for the test of its error
 };
 

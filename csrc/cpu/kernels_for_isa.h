@@ -5,6 +5,7 @@
 #include "tiles_brgemm.h"
 #endif
 #include "linear_logprobs.h"
+#include "selective_logprobs.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {
@@ -19,6 +20,17 @@ void run(const Problem& problem, const Pool& pool) {
     }
 }
 
+template <bool backward>
+void run_selective(const SelectiveProblem& problem, const Pool& pool) {
+    auto run = [&](auto pass) { backward ? pass.run_backward(pool) : pass.run_forward(pool); };
+    switch (problem.dtype) {
+        case DType::f32: return run(SelectivePass<float, float>{problem});
+        case DType::f64: return run(SelectivePass<double, double>{problem});
+        case DType::bf16: return run(SelectivePass<float, bf16>{problem});
+        case DType::f16: return run(SelectivePass<float, f16>{problem});
+    }
+}
+
 inline void exp_f32(const float* in, float* out, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = vexp(fill(in[i]))[0];
 }
@@ -29,7 +41,8 @@ inline void exp_f32(const float* in, float* out, std::int64_t n) {
 extern const Kernels kernels;
 const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES, Shape<float>::panel,
                          Shape<double>::panel, Shape<float>::tile, &run<ForwardPass, ForwardProblem>,
-                         &run<BackwardPass, BackwardProblem>, &exp_f32};
+                         &run<BackwardPass, BackwardProblem>, &run_selective<false>, &run_selective<true>,
+                         &exp_f32};
 
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

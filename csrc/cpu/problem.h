@@ -44,4 +44,19 @@ struct BackwardProblem : HeadProblem {
     void* d_bias;               // Acc (vocab,), or null
 };
 
+// Rows of logits and their targets; row r begins at r / inner * outer_stride + r % inner * inner_stride.
+struct SelectiveProblem {
+    DType dtype;                  // of the logits and their gradient
+    const void* logits;           // unit stride along the vocabulary; overwritten where d_logits is null
+    std::int64_t inner, inner_stride, outer_stride;
+    const std::int64_t* targets;  // (rows,)
+    std::int64_t rows, vocab, ignore_index;
+    double temperature;
+    void* logprobs;               // Acc (rows,), forward
+    void* stats;                  // Acc (rows, 2): shift, others; as in fastalign/ops/selective_logprobs.py
+    const void* grad;             // Acc (rows,), backward
+    void* d_logits;               // dtype (rows, vocab) contiguous, or null
+    std::size_t cache_bytes;      // a larger gradient does not stay in any cache
+};
+
 }  // namespace fastalign

@@ -45,13 +45,10 @@ FASTALIGN_INLINE V vmax(V a, V b) {
     return a > b ? a : b;  // b where a is NaN
 }
 
-// e^x, within 2 ulp for -87.3 <= x <= 88; 0 below, infinity above, NaN for NaN. x = n ln 2 + r, and a polynomial in r
-// (coefficients: Cephes, expf).
-FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
+// e^y, within 2 ulp for -87.3 <= y <= 88, NaN for NaN. y = n ln 2 + r, and a polynomial in r (coefficients: Cephes,
+// expf).
+FASTALIGN_INLINE Vec<float> exp_within(Vec<float> y) {
     typedef std::int32_t Ints __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
-    const Vec<float> low = fill(-87.3f), high = fill(88.0f);
-    Vec<float> y = x < low ? low : x;
-    y = y > high ? high : y;
     const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const Vec<float> n = (y * 1.44269504088896341f + rounder) - rounder;
     const Vec<float> r = y - n * 0.693359375f - n * -2.12194440e-4f;
@@ -63,9 +60,22 @@ FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     const Ints scale = (__builtin_convertvector(n, Ints) + 127) << 23;
-    p *= reinterpret_cast<Vec<float>>(scale);
-    p = x < low ? Vec<float>{} : p;
+    return p * reinterpret_cast<Vec<float>>(scale);
+}
+
+// The same for any x: 0 below, infinity above.
+FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
+    const Vec<float> low = fill(-87.3f), high = fill(88.0f);
+    Vec<float> y = x < low ? low : x;
+    y = y > high ? high : y;
+    const Vec<float> p = x < low ? Vec<float>{} : exp_within(y);
     return x > high ? fill(std::numeric_limits<float>::infinity()) : p;
+}
+
+// For x <= 0 and sums that hold e^0: below -87.3 it stays at 1e-38, which the sum does not see.
+FASTALIGN_INLINE Vec<float> vexp_term(Vec<float> x) {
+    const Vec<float> low = fill(-87.3f);
+    return exp_within(x < low ? low : x);
 }
 
 // Double serves gradient checks, not speed: the C library's.
@@ -73,6 +83,8 @@ FASTALIGN_INLINE Vec<double> vexp(Vec<double> x) {
     for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
     return x;
 }
+
+FASTALIGN_INLINE Vec<double> vexp_term(Vec<double> x) { return vexp(x); }
 
 template <typename V>
 FASTALIGN_INLINE V vtanh(V x) {
@@ -153,6 +165,13 @@ FASTALIGN_INLINE void widen_row(const f16* in, float* out, std::int64_t n) {
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
     for (; i < n; ++i) out[i] = widen(in[i]);
+}
+FASTALIGN_INLINE void narrow_row(const float* in, f16* out, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < n; ++i) narrow(in[i], out[i]);
 }
 #endif
 

@@ -23,6 +23,8 @@ except ImportError:  # a checkout that was not built; `fastalign info` says so, 
     module = None
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/cpu/problem.h
+# A gradient of this size would push everything else out of the caches, so it is written past them.
+_STREAMED_BYTES = 8 << 20
 _kernels = None
 # Why no kernel can run, or None.
 unavailable: str | None = None
@@ -231,6 +233,44 @@ def linear_logprobs_backward(
         d_weight,
         None if d_bias is None else d_bias.to(bias.dtype),
     )
+
+
+def _selective_problem(logits, targets, temperature, ignore_index, stats):
+    """Rows in two strides, as of `logits[:, :-1]`. Returns the problem and the tensors that must outlive the call."""
+    rows = (
+        logits.unsqueeze(0) if logits.dim() == 2 else logits.reshape(-1, logits.shape[-2:-1].numel(), logits.shape[-1])
+    )
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    targets = targets.contiguous()
+    problem = module.SelectiveProblem()
+    problem.dtype, problem.logits, problem.targets = _DTYPES[logits.dtype], rows.data_ptr(), targets.data_ptr()
+    problem.inner, problem.outer_stride, problem.inner_stride = max(rows.shape[1], 1), rows.stride(0), rows.stride(1)
+    problem.rows, problem.vocab = targets.numel(), logits.shape[-1]
+    problem.ignore_index, problem.temperature, problem.stats = ignore_index, temperature, stats.data_ptr()
+    return problem, (rows, targets)
+
+
+def selective_logprobs(logits, targets, temperature, ignore_index) -> tuple[Tensor, Tensor]:
+    """The forward op of `selective_logprobs.py`."""
+    logprobs = logits.new_empty(targets.shape, dtype=reference.compute_dtype(logits))
+    stats = logprobs.new_empty(*targets.shape, 2)
+    problem, alive = _selective_problem(logits, targets, temperature, ignore_index, stats)
+    problem.logprobs = logprobs.data_ptr()
+    _kernels.selective_forward(problem, torch.get_num_threads(), _parallel_for)
+    del alive
+    return logprobs, stats
+
+
+def selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits) -> None:
+    """The backward op of `selective_logprobs.py`: into d_logits, or over the logits where that is None."""
+    grad, stats = grad.contiguous(), stats.contiguous()
+    problem, alive = _selective_problem(logits, targets, temperature, ignore_index, stats)
+    problem.grad, problem.cache_bytes = grad.data_ptr(), _STREAMED_BYTES
+    if d_logits is not None:
+        problem.d_logits = d_logits.data_ptr()
+        module.prefer_huge_pages(d_logits.data_ptr(), d_logits.nbytes)
+    _kernels.selective_backward(problem, torch.get_num_threads(), _parallel_for)
+    del alive
 
 
 def _address(t: Tensor | None) -> int:

@@ -1,55 +1,159 @@
-"""Token log-probabilities from logits that already exist: the gather, for who has them."""
+"""Token log-probabilities from logits that already exist: the gather, for who has them.
+
+With z = logits / temperature, y the target, m the largest of the other logits and `others = sum_{v != y} exp(z_v - m)`,
+
+    x = z_y - m - log others          the target's log-odds
+    log p_y = log s(x)                s the logistic sigmoid
+    d log p_y / d z_v = [v = y] - p_v = s(-x) * ([v = y] - [v != y] exp(z_v - m) / others)
+
+The target stays out of the sum because 1 - p_y and log p_y lose every digit to cancellation where p_y is near 1, and
+the log-odds lose none. Schema, fake, autograd and the public function, top to bottom.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
+from fastalign.ops import native
 
-BACKENDS = ("auto", "reference", "torch")
-# Rows taken at a time are those that fill this many logits, so that no second [tokens, V] tensor ever exists.
+BACKENDS = ("auto", "reference", "torch", "cpu")
+# Rows that the torch backend takes at a time fill this many logits, so that no second [tokens, V] tensor ever exists.
 _CHUNK = 1 << 22
+
+_library = torch.library.Library("fastalign", "FRAGMENT")
+# stats: (..., 2), whatever the backend's backward pass wants of a row; of torch and cpu m (not divided) and `others`.
+_library.define(
+    "selective_logprobs(Tensor logits, Tensor targets, float temperature, int ignore_index, str backend) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "selective_logprobs_backward(Tensor grad, Tensor logits, Tensor targets, Tensor stats, float temperature, "
+    "int ignore_index, str backend) -> Tensor"
+)
+_library.define(
+    "selective_logprobs_backward_(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor stats, float temperature, "
+    "int ignore_index, str backend) -> ()"
+)
+
+
+def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """Looks at values, so it runs inside the op, where a compiler does not look; on a GPU the device asserts."""
+    outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if targets.device.type != "cpu":
+        torch._assert_async(~outside.any(), "selective_logprobs: a target is outside the vocabulary")
+    elif outside.any():
+        raise InputError(
+            f"targets holds {targets[outside][0].item()}, but logits has {vocab} entries; give token ids in "
+            f"[0, {vocab}) or ignore_index={ignore_index}"
+        )
+
+
+def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
+    _check_targets(targets, logits.shape[-1], ignore_index)
+    if backend == "cpu":
+        return native.selective_logprobs(logits, targets, temperature, ignore_index)
+    dtype, vocab = reference.compute_dtype(logits), logits.shape[-1]
+    ignored = targets == ignore_index
+    logprobs, stats = logits.new_empty(targets.numel(), dtype=dtype), logits.new_empty(targets.numel(), 2, dtype=dtype)
+    flat, y = logits.reshape(-1, vocab), targets.masked_fill(ignored, 0).reshape(-1, 1)
+    for rows in _chunks(flat):
+        others = flat[rows].to(dtype, copy=True)
+        z = others.gather(1, y[rows])
+        others.scatter_(1, y[rows], -math.inf)
+        shift = others.amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # -inf - -inf would be nan
+        sums = others.sub_(shift).div_(temperature).exp_().sum(1, keepdim=True)
+        stats[rows] = torch.cat([shift, sums], 1)
+        logprobs[rows] = F.logsigmoid((z - shift) / temperature - sums.log()).squeeze(1)
+    return logprobs.view(targets.shape).masked_fill_(ignored, 0.0), stats.view(*targets.shape, 2)
+
+
+def _chunks(flat: Tensor) -> list[slice]:
+    n, vocab = flat.shape
+    step = max(1, _CHUNK // max(vocab, 1))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _backward_into(out, grad, logits, targets, stats, temperature, ignore_index) -> None:
+    """The gradient of `logits` (N, V) into `out`, which may be the logits."""
+    ignored = (targets == ignore_index).unsqueeze(1)
+    y, scale = targets.unsqueeze(1).masked_fill(ignored, 0), grad.unsqueeze(1) / temperature
+    for rows in _chunks(logits):
+        d = logits[rows].to(stats.dtype, copy=True)
+        shift, others = stats[rows].split(1, 1)
+        odds = (d.gather(1, y[rows]) - shift) / temperature - others.log()
+        miss = scale[rows] * torch.sigmoid(-odds)
+        d.sub_(shift).div_(temperature).exp_().mul_(-miss / others.clamp(min=torch.finfo(d.dtype).tiny))
+        out[rows] = d.scatter_(1, y[rows], miss).masked_fill_(ignored[rows], 0.0)  # 0 * nan is nan
+
+
+def _selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, backend):
+    if backend == "cpu":
+        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits)
+        return d_logits
+    flat = logits.reshape(-1, logits.shape[-1])
+    d_logits = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
+    _backward_into(d_logits, *rows, temperature, ignore_index)
+    return d_logits.view(logits.shape)
+
+
+def _selective_logprobs_backward_(grad, logits, targets, stats, temperature, ignore_index, backend):
+    if backend == "cpu":
+        native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, None)
+        return torch.autograd.graph.increment_version(logits)  # autograd does not see what is written by address
+    flat = logits.view(-1, logits.shape[-1])
+    rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
+    return _backward_into(flat, *rows, temperature, ignore_index)
+
+
+_library.impl("selective_logprobs", _selective_logprobs, "CompositeExplicitAutograd")
+_library.impl("selective_logprobs_backward", _selective_logprobs_backward, "CompositeExplicitAutograd")
+_library.impl("selective_logprobs_backward_", _selective_logprobs_backward_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastalign::selective_logprobs", lib=_library)
+def _selective_logprobs_fake(logits, targets, temperature, ignore_index, backend):
+    dtype = reference.compute_dtype(logits)
+    logprobs = torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format)
+    return logprobs, logprobs.new_empty(*targets.shape, 2)
+
+
+@torch.library.register_fake("fastalign::selective_logprobs_backward", lib=_library)
+def _selective_logprobs_backward_fake(grad, logits, targets, stats, temperature, ignore_index, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fastalign::selective_logprobs_backward_", lib=_library)
+def _selective_logprobs_backward_in_place_fake(grad, logits, targets, stats, temperature, ignore_index, backend):
+    return None
 
 
 class _SelectiveLogprobs(torch.autograd.Function):
-    """`z_y - logsumexp(z)`; the backward pass rebuilds the softmax from the logits and the saved logsumexp."""
-
     @staticmethod
-    def forward(ctx, logits, targets, temperature, ignore_index):
-        dtype = reference.compute_dtype(logits)
-        ignored = targets == ignore_index
-        safe = targets.masked_fill(ignored, 0)
-        lse = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-        logprobs = torch.empty_like(lse)
-        for rows in _chunks(logits):
-            z = logits[rows].to(dtype) / temperature
-            torch.logsumexp(z, dim=1, out=lse[rows])
-            logprobs[rows] = z.gather(1, safe[rows].unsqueeze(1)).squeeze(1) - lse[rows]
-        ctx.save_for_backward(logits, safe, ignored, lse)
-        ctx.temperature = temperature
-        return logprobs.masked_fill_(ignored, 0.0)
+    def forward(ctx, logits, targets, temperature, ignore_index, in_place, backend):
+        logprobs, stats = torch.ops.fastalign.selective_logprobs(logits, targets, temperature, ignore_index, backend)
+        ctx.save_for_backward(logits, targets, stats)
+        ctx.options, ctx.in_place = (temperature, ignore_index, backend), in_place
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, safe, ignored, lse = ctx.saved_tensors
-        scale = (grad / ctx.temperature).masked_fill(ignored, 0.0)
-        d_logits = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows].unsqueeze(1)).exp_()
-            p = p.mul_(-scale[rows].unsqueeze(1))
-            p.scatter_add_(1, safe[rows].unsqueeze(1), scale[rows].unsqueeze(1))
-            d_logits[rows] = p.masked_fill_(ignored[rows].unsqueeze(1), 0.0)  # 0 * nan is nan
-        return d_logits, None, None, None
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    n, vocab = logits.shape
-    step = max(1, _CHUNK // max(vocab, 1))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        logits, targets, stats = ctx.saved_tensors
+        if ctx.in_place:
+            logits = logits.detach()  # shares the version counter: whoever saved the logits too is told
+            torch.ops.fastalign.selective_logprobs_backward_(grad, logits, targets, stats, *ctx.options)
+            return logits, *[None] * 5
+        d_logits = torch.ops.fastalign.selective_logprobs_backward(grad, logits, targets, stats, *ctx.options)
+        return d_logits, *[None] * 5
 
 
 def selective_logprobs(
@@ -58,32 +162,41 @@ def selective_logprobs(
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`z_y - logsumexp(z)` with `z = logits / temperature`: the target's log-probability, in one chunked pass.
+    """`z_y - logsumexp(z)` with `z = logits / temperature`: the target's log-probability, in one pass over the logits.
 
     logits: (..., V) floating. targets: (...) int64 in [0, V) or `ignore_index` (those return 0 and get no gradient).
-    Returns (...) float32, or float64 for float64 logits; computed in that dtype whatever the logits' is. InputError
-    names a wrong shape, dtype or target; BackendError an unknown backend.
+    Returns (...) float32, or float64 for float64 logits; computed in that dtype whatever the logits' is.
+
+    `inplace_backward` lets the backward pass overwrite the logits with their gradient instead of allocating a second
+    tensor of that size: for logits that nothing else reads afterwards. Autograd raises where another backward pass
+    needs them, and on a second backward. It has no effect under torch.compile, which plans memory itself, or on logits
+    that are not contiguous.
+
+    backend: "cpu" (C++), "torch" (any device, chunked), "reference", or "auto" (cpu where it is fast). InputError names
+    a wrong shape, dtype or target; BackendError a backend that is unknown or cannot run.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; selective_logprobs has {', '.join(BACKENDS)}")
-    if not logits.is_floating_point():
-        raise InputError(f"logits is {logits.dtype}; it must be a floating dtype")
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise InputError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be (..., V) of a floating dtype")
     if targets.dtype != torch.int64 or targets.shape != logits.shape[:-1]:
         raise InputError(
             f"targets is {tuple(targets.shape)} {targets.dtype}; it must be int64 and shaped {tuple(logits.shape[:-1])}"
         )
-    if not temperature > 0:
-        raise InputError(f"temperature is {temperature}; it must be above 0")
-    vocab = logits.shape[-1]
-    outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if targets.device.type == "cpu" and outside.any():
-        raise InputError(
-            f"targets holds {targets[outside][0].item()}, but logits has {vocab} entries; give token ids in "
-            f"[0, {vocab}) or ignore_index={ignore_index}"
-        )
+    if targets.device != logits.device:
+        raise InputError(f"logits lies on {logits.device}, targets on {targets.device}; move them to one device")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature}; it must be above 0 and finite")
     if backend == "reference":
+        _check_targets(targets, logits.shape[-1], ignore_index)
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    flat = logits.reshape(-1, vocab)
-    return _SelectiveLogprobs.apply(flat, targets.reshape(-1), float(temperature), ignore_index).view(targets.shape)
+    why_not = native.why_not(logits, targets)
+    if backend == "cpu" and why_not:
+        raise BackendError(f"backend='cpu' cannot run selective_logprobs here: {why_not}")
+    if backend == "auto":
+        backend = "cpu" if why_not is None and native.is_fast(logits.dtype) else "torch"
+    in_place = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()
+    return _SelectiveLogprobs.apply(logits, targets, float(temperature), ignore_index, in_place, backend)
