@@ -120,11 +120,22 @@ class KLToStart:
         def term(step: Step) -> tuple[Tensor, Metrics]:
             scores, head = step.at_start()
             hidden, then = step.completions(step.scores.hidden), step.completions(scores.hidden)
-            options = {"divergence": self.divergence, "jsd_beta": self.jsd_beta}
-            total = token_divergence(hidden, output_head(causal_lm(step.model)), then, head, **options).sum()
-            return self.strength * total / step.totals.scored, {"kl_to_start": (total, count_of(hidden))}
+            loss = mean_divergence(
+                hidden, output_head(causal_lm(step.model)), then, head, step, self.strength,
+                divergence=self.divergence, jsd_beta=self.jsd_beta,
+            )  # fmt: skip
+            return loss, {"kl_to_start": (loss * step.totals.scored / self.strength, count_of(hidden))}
 
         return term
+
+
+def mean_divergence(
+    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, step: Step, strength: float, **options
+) -> Tensor:
+    """`strength` times the divergence from the teacher, this micro-batch's part of the mean over completion tokens."""
+    # known before the product, so that a trainable head's gradient is formed in the forward pass
+    weights = (strength / step.totals.scored).expand(hidden.shape[0])
+    return token_divergence(hidden, head, teacher_hidden, teacher, token_weights=weights, **options).sum()
 
 
 def check_positive(name: str, **values: float) -> None:

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastalign.attention import packed_attention, prepare_model
 from fastalign.errors import ModelError
 from fastalign.linear import speed_up_linear
 from fastalign.ops import linear_logprobs
+from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.packing import PackedBatch, pack, pad
-from fastalign.reference import linear_logits, logits_divergence
+from fastalign.reference import linear_logits
 
 
 class Scores(NamedTuple):
@@ -111,16 +111,10 @@ def output_head(model: PreTrainedModel) -> Head:
 def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options) -> Tensor:
     """Per token, how far the model's next-token distribution is from a teacher's; (S, H) and (S, G) -> (S,).
 
-    options: `divergence`, `temperature` and `jsd_beta`, as `linear_divergence` takes them.
+    options: those of `linear_divergence` beside the heads' own.
     """
-
-    def chunk(h: Tensor, t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ours = linear_logits(h, weight, **head._replace(bias=bias).options())
-        return logits_divergence(ours, linear_logits(t, teacher.weight, **teacher.options()), **options)
-
-    parts = zip(hidden.split(128), teacher_hidden.split(128), strict=True)
-    values = [checkpoint(chunk, h, t, head.weight, head.bias, use_reentrant=False) for h, t in parts]
-    return torch.cat(values) if values else hidden.new_zeros(0)
+    own = {f"teacher_{name}": value for name, value in teacher.options().items()}
+    return linear_divergence(hidden, head.weight, teacher_hidden, teacher.weight, **head.options(), **own, **options)
 
 
 def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
