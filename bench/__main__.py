@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import ops, report, train
+from bench import losses, ops, report, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"ops": ops, "train": train}
+SUITES = {"ops": ops, "losses": losses, "train": train}
 
 
 def parser() -> argparse.ArgumentParser:
