@@ -25,7 +25,14 @@ from fastalign.fused import (
     fused_linear_simpo,
     fused_linear_sppo,
 )
-from fastalign.ops import linear_divergence, linear_logprobs, preference_loss, segment_sum, selective_logprobs
+from fastalign.ops import (
+    linear_divergence,
+    linear_logprobs,
+    preference_loss,
+    segment_sum,
+    selective_logprobs,
+    sparse_divergence,
+)
 
 __version__ = "0.1.0"
 
@@ -76,4 +83,5 @@ __all__ = [
     "preference_loss",
     "segment_sum",
     "selective_logprobs",
+    "sparse_divergence",
 ]

@@ -103,7 +103,7 @@ def logits_divergence(
     dtype = compute_dtype(student_logits, teacher_logits)
     s = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     t = torch.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    return _divergence(s, t, divergence, jsd_beta)
+    return divergence_of_logprobs(s, t, divergence, jsd_beta)
 
 
 def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
     return (log_p.exp() * difference.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
-def _divergence(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
+def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
     """The divergence of two distributions given by their log-probabilities (..., V)."""
     if divergence == "forward_kl":
         return _expect(t, t - s)
@@ -176,3 +176,41 @@ def ewc_penalty(parameters, anchors, fishers, strength: float = 1.0) -> Tensor:
     fishers = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
     terms = zip(parameters, anchors, fishers, strict=True)
     return strength / 2 * sum((f * (p.to(dtype) - a.to(dtype)) ** 2).sum() for p, a, f in terms)
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """Log-probabilities (..., k) of some entries, and behind them that of all others, `log(1 - sum exp)`.
+
+    (..., k) -> (..., k + 1). The tail is 1e-7 at least: the sum is rounded, and a tail of 0 would make a KL infinite.
+    """
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
+    return torch.cat([logprobs, rest.log()], -1)
+
+
+def sparse_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    tail: str = "lump",
+) -> Tensor:
+    """Divergence over the teacher's top k entries and, unless tail is "drop", all others as one bucket.
+
+    hidden (..., H), weight (V, H), teacher_indices and teacher_logprobs (..., k) -> (...); 0 where the mask is False.
+    """
+    z = linear_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    log_p = torch.log_softmax(z, dim=-1)
+    s, t = log_p.gather(-1, teacher_indices), teacher_logprobs.to(z.dtype)
+    if tail == "lump" and t.shape[-1] < weight.shape[0]:
+        others = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
+        s, t = torch.cat([s, others], -1), with_tail(t)
+    out = divergence_of_logprobs(s, t, divergence, jsd_beta)
+    return out if mask is None else out.masked_fill(~mask, 0.0)

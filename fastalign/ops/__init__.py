@@ -5,5 +5,13 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
+from fastalign.ops.sparse_divergence import sparse_divergence
 
-__all__ = ["linear_divergence", "linear_logprobs", "preference_loss", "segment_sum", "selective_logprobs"]
+__all__ = [
+    "linear_divergence",
+    "linear_logprobs",
+    "preference_loss",
+    "segment_sum",
+    "selective_logprobs",
+    "sparse_divergence",
+]

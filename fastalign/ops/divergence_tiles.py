@@ -145,7 +145,7 @@ def _terms(a, b, stats, kind: Divergence, head: Head, scratch) -> tuple[Tensor, 
     """From one tile of logits to its value and its part of K; with a soft cap, a and b take in its slope."""
     slope = None
     if head.softcap is not None:
-        slope = a.mul(head.temperature / head.softcap).square_().neg_().add_(1).mul_(head.factor)
+        slope = slope_of(a, head)
     # Not the logsumexp at once: it is rounded to its size, the two parts to theirs.
     a.sub_(stats[:, 0:1]).sub_(stats[:, 1:2])
     b.sub_(stats[:, 2:3]).sub_(stats[:, 3:4])
@@ -156,7 +156,13 @@ def _terms(a, b, stats, kind: Divergence, head: Head, scratch) -> tuple[Tensor, 
     return out
 
 
-def _project(side: Side, v0: int, v1: int, out: Tensor) -> Tensor:
+def slope_of(z: Tensor, head: Head) -> Tensor:
+    """dz / d(h W' + b) of a soft cap; an entry that is ruled out has slope 0."""
+    t = z.mul(head.temperature / head.softcap).clamp_(min=-1)
+    return t.square_().neg_().add_(1).mul_(head.factor)
+
+
+def project(side: Side, v0: int, v1: int, out: Tensor) -> Tensor:
     """Logits of one tile, into `out` (R, T); entries that the bias rules out are finite."""
     w = _operand(side.weight[v0:v1])  # (T, H)
     if w.dtype == out.dtype:
@@ -232,7 +238,7 @@ def forward(
             if grads:
                 _accumulate(grad_hidden[block], c, _operand(student.weight[v0:v1]))
             if any(needs):
-                _spread(c.mul_(coefficients[block].unsqueeze(1)), sides[0].hidden, d_weight, d_bias, slice(v0, v1))
+                spread(c.mul_(coefficients[block].unsqueeze(1)), sides[0].hidden, d_weight, d_bias, slice(v0, v1))
     return Forward(values, grad_hidden, stats, d_weight, d_bias)
 
 
@@ -248,7 +254,7 @@ def _measure(student: Side, teacher: Side, kind: Divergence, held: _Held, stats:
     tiles = vocabulary_tiles(vocab, stats.device)
     for v0, v1 in tiles:
         for side, z, total in zip((student, teacher), held.tile(rows, v0, v1), sums, strict=True):
-            total.absorb(_project(side, v0, v1, z), held.scratch(rows, v1 - v0)[0])
+            total.absorb(project(side, v0, v1, z), held.scratch(rows, v1 - v0)[0])
     for i, total in enumerate(sums):
         stats[:, 2 * i], stats[:, 2 * i + 1] = total.top, total.total.log()
     values, moments = stats.new_zeros(rows), stats.new_zeros(rows)
@@ -261,7 +267,7 @@ def _measure(student: Side, teacher: Side, kind: Divergence, held: _Held, stats:
     return values.masked_fill_(values > _RULED_OUT, float("inf"))
 
 
-def _spread(c: Tensor, hidden: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, entries: slice) -> None:
+def spread(c: Tensor, hidden: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, entries: slice) -> None:
     """Add the gradient c (R, T) of one tile to the weight's and the bias's."""
     if d_weight is not None:
         _accumulate(d_weight[entries], c.t(), hidden)
@@ -294,10 +300,10 @@ def backward(
             block = slice(start, min(start + step, n))
             sides, rows = (student.block(block), teacher.block(block)), min(step, n - start)
             a, b = held.tile(rows, 0, v1 - v0)
-            _project(sides[0], v0, v1, a), _project(sides[1], v0, v1, b)
+            project(sides[0], v0, v1, a), project(sides[1], v0, v1, b)
             _terms(a, b, stats[block], kind, student.head, held.scratch(rows, v1 - v0))
             c = _gradient(a, b, stats[block, 4], kind, student.head).mul_(coefficients[block].unsqueeze(1))
-            _spread(c, sides[0].hidden, dw, db, slice(None))
+            spread(c, sides[0].hidden, dw, db, slice(None))
         if needs[0]:
             d_weight[v0:v1] = dw
         if needs[1]:

@@ -282,8 +282,8 @@ def linear_divergence(
     shape, dtype, device or option; BackendError an unknown backend.
     """
     _check_options(divergence, temperature, jsd_beta, memory_budget, backend)
-    _check_side("", hidden, weight, bias, logit_scale, softcap)
-    _check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    _check_side("", hidden, weight, bias, softcap)
+    _check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
     _check_rows(hidden, teacher_hidden=teacher_hidden, mask=mask, token_weights=token_weights)
     _check_devices(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weights)
     if backend == "reference":
@@ -344,7 +344,7 @@ def _check_options(divergence, temperature, jsd_beta, memory_budget, backend):
         raise BackendError(f"backend is {backend!r}; linear_divergence has {', '.join(BACKENDS)}")
 
 
-def _check_side(of: str, hidden, weight, bias, logit_scale, softcap):
+def _check_side(of: str, hidden, weight, bias, softcap):
     for name, t in (("hidden", hidden), ("weight", weight)):
         if not t.is_floating_point():
             raise InputError(f"{of}{name} is {t.dtype}; it must be a floating dtype, dequantise it first")
