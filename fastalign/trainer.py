@@ -25,6 +25,7 @@ from fastalign.callbacks import MetricsWriter, Progress
 from fastalign.collate import Collator, check_fit, with_mismatched
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.layerwise import split_groups
 from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import PackedBatch
@@ -112,6 +113,7 @@ class AlignmentTrainer(Trainer):
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, None
+        self.rates: dict[int, float] = {}  # of the learning rate, by a parameter's id
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
     # Data
@@ -202,6 +204,13 @@ class AlignmentTrainer(Trainer):
             )
 
     # Loss and metrics
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """`transformers.Trainer.create_optimizer`, with a learning rate a layer where one is set."""
+        optimizer = super().create_optimizer(model)
+        if self.rates:
+            split_groups(optimizer, self.rates)
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Totals | None:
         totals = [self.objective.totals(sample["batch"]) for sample in batch_samples]
