@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "cpu/brgemm.h"
 #include "cpu/kernels.h"
@@ -79,6 +81,33 @@ auto address(Field Problem::*field) {
 
 Pool pool(int workers, std::uintptr_t parallel_for) {
     return {workers, reinterpret_cast<fastalign::ParallelFor>(parallel_for)};
+}
+
+void accumulate_fisher(const Kernels& k, int dtype, std::uintptr_t fisher, std::int64_t fisher_stride,
+                       std::uintptr_t grad_output, std::int64_t grad_stride, std::uintptr_t input,
+                       std::int64_t input_stride, std::uintptr_t offsets, std::int64_t sequences, std::int64_t out,
+                       std::int64_t in, int workers, std::uintptr_t parallel_for) {
+    py::gil_scoped_release release;
+    k.accumulate_fisher({static_cast<fastalign::DType>(dtype), reinterpret_cast<void*>(fisher), fisher_stride,
+                         reinterpret_cast<const void*>(grad_output), grad_stride,
+                         reinterpret_cast<const void*>(input), input_stride,
+                         reinterpret_cast<const std::int64_t*>(offsets), sequences, out, in},
+                        pool(workers, parallel_for));
+}
+
+// (size, parameter, anchor, fisher, grad, fresh), the middle four as addresses
+using EwcFields =
+    std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, bool>;
+
+double ewc_penalty(const Kernels& k, int dtype, int anchor_dtype, double strength, const std::vector<EwcFields>& tensors,
+                   int workers, std::uintptr_t parallel_for) {
+    py::gil_scoped_release release;
+    fastalign::EwcProblem problem{static_cast<fastalign::DType>(dtype), static_cast<fastalign::DType>(anchor_dtype),
+                                  strength, {}};
+    for (const auto& [size, parameter, anchor, fisher, grad, fresh] : tensors)
+        problem.tensors.push_back({size, reinterpret_cast<const void*>(parameter), reinterpret_cast<const void*>(anchor),
+                                   reinterpret_cast<const void*>(fisher), reinterpret_cast<void*>(grad), fresh});
+    return k.ewc_penalty(problem, pool(workers, parallel_for));
 }
 
 void bind_problems(py::module_& m) {
@@ -168,6 +197,8 @@ void bind_kernels(py::module_& m) {
                  py::gil_scoped_release release;
                  k.selective_backward(problem, pool(workers, parallel_for));
              })
+        .def("accumulate_fisher", &accumulate_fisher)
+        .def("ewc_penalty", &ewc_penalty)
         .def("exp_f32", [](const Kernels& k, std::uintptr_t in, std::uintptr_t out, std::int64_t n) {
             k.exp_f32(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n);
         });

@@ -4,6 +4,8 @@
 #ifdef FASTALIGN_BRGEMM
 #include "tiles_brgemm.h"
 #endif
+#include "ewc.h"
+#include "fisher.h"
 #include "linear_logprobs.h"
 #include "selective_logprobs.h"
 
@@ -18,6 +20,19 @@ void run(const Problem& problem, const Pool& pool) {
         case DType::bf16: return Pass<float, bf16>(problem).run(pool);
         case DType::f16: return Pass<float, f16>(problem).run(pool);
     }
+}
+
+inline double ewc_penalty(const EwcProblem& problem, const Pool& pool) {
+    const bool wide = problem.anchor_dtype == DType::f32;
+    switch (problem.dtype) {
+        case DType::f32: return EwcPass<float, float, float>(problem).run(pool);
+        case DType::f64: return EwcPass<double, double, double>(problem).run(pool);
+        case DType::bf16:
+            return wide ? EwcPass<float, bf16, float>(problem).run(pool) : EwcPass<float, bf16, bf16>(problem).run(pool);
+        case DType::f16:
+            return wide ? EwcPass<float, f16, float>(problem).run(pool) : EwcPass<float, f16, f16>(problem).run(pool);
+    }
+    return 0;
 }
 
 template <bool backward>
@@ -42,7 +57,7 @@ extern const Kernels kernels;
 const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES, Shape<float>::panel,
                          Shape<double>::panel, Shape<float>::tile, &run<ForwardPass, ForwardProblem>,
                          &run<BackwardPass, BackwardProblem>, &run_selective<false>, &run_selective<true>,
-                         &exp_f32};
+                         &run<FisherPass, FisherProblem>, &ewc_penalty, &exp_f32};
 
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

@@ -4,6 +4,7 @@
 // (fastalign/ops/native.py) has checked every shape, dtype and target.
 
 #include <cstdint>
+#include <vector>
 
 namespace fastalign {
 
@@ -57,6 +58,35 @@ struct SelectiveProblem {
     const void* grad;             // Acc (rows,), backward
     void* d_logits;               // dtype (rows, vocab) contiguous, or null
     std::size_t cache_bytes;      // a larger gradient does not stay in any cache
+};
+
+// F += sum_s (G_s' X_s)^2, sequence s being the rows offsets[s] to offsets[s + 1].
+struct FisherProblem {
+    DType dtype;              // of grad_output and input
+    void* fisher;             // Acc (out, in), unit column stride
+    std::int64_t fisher_stride;
+    const void* grad_output;  // G (tokens, out), unit column stride
+    std::int64_t grad_stride;
+    const void* input;        // X (tokens, in), unit column stride
+    std::int64_t input_stride;
+    const std::int64_t* offsets;  // (sequences + 1,)
+    std::int64_t sequences, out, in;
+};
+
+// One contiguous tensor under EWC.
+struct EwcTensor {
+    std::int64_t size;
+    const void* parameter;  // dtype
+    const void* anchor;     // anchor_dtype
+    const void* fisher;     // Acc, or null: 1 everywhere
+    void* grad;             // dtype, or null
+    bool fresh;             // grad is written, not added to
+};
+
+struct EwcProblem {
+    DType dtype, anchor_dtype;  // the same, or the second is Acc
+    double strength;            // the gradient is strength * F (theta - theta0)
+    std::vector<EwcTensor> tensors;
 };
 
 }  // namespace fastalign

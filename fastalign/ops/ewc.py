@@ -8,6 +8,7 @@ arXiv:1802.01483 (L2-SP: Fisher information 1 everywhere).
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import native
 
@@ -62,7 +64,8 @@ def ewc_penalty_(
     Each of theta, theta0, F and `.grad` is read once. Returns the penalty, detached. Arguments and errors are those of
     `ewc_penalty`. Call it once a step, when the loss's own gradients are there: it takes no part in autograd.
     """
-    backend = _checked(parameters, anchors, fishers, strength, backend)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    backend = _checked(parameters, anchors, fishers, strength, backend, grads)
     fresh = [p.grad is None for p in parameters]
     for parameter, new in zip(parameters, fresh, strict=True):
         if new:
@@ -92,14 +95,27 @@ def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None
     """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     if backend == "cpu":
-        total = native.ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
-        return torch.tensor(total, dtype=dtype)
+        return torch.tensor(_run_native(parameters, anchors, fishers, strength, grads, fresh), dtype=dtype)
     sums = []
     for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
         fisher = None if fishers is None else fishers[i]
         grad = None if grads is None else grads[i]
         sums += _one_tensor(parameter, anchor, fisher, strength, grad, fresh is not None and fresh[i])
     return (torch.stack(sums).sum() * (strength / 2)).to(dtype)
+
+
+def _run_native(parameters, anchors, fishers, strength, grads, fresh) -> float:
+    kinds, alive = defaultdict(list), []  # tensors of the same dtypes go together
+    for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
+        fisher = None if fishers is None else fishers[i].to(reference.compute_dtype(parameter))
+        alive.append(fisher)
+        addresses = [0 if t is None else t.data_ptr() for t in (parameter, anchor, fisher, grads and grads[i])]
+        kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, bool(fresh and fresh[i])))
+    sums = [
+        native.run("ewc_penalty", *map(native.dtype_code, kind), float(strength), tensors)
+        for kind, tensors in kinds.items()
+    ]
+    return sum(sums) * strength / 2
 
 
 def _one_tensor(parameter, anchor, fisher, strength, grad, fresh) -> list[Tensor]:
@@ -179,9 +195,18 @@ class _LoraPenalty(torch.autograd.Function):
         return grad_a * grad, grad_b * grad, None, None, None
 
 
-def _why_not(parameters, anchors, fishers) -> str | None:
+def _why_not(parameters, anchors, fishers, grads) -> str | None:
     """Why the C++ kernel cannot take these tensors, or None."""
-    return native.why_not(*parameters, *anchors, *(fishers or ())) or "the native module is older than its sources"
+    tensors = [*parameters, *anchors, *(fishers or ()), *grads]
+    why = native.why_not(*tensors) or native.why_no_kernel("ewc_penalty")
+    if why:
+        return why
+    if not all(t.is_contiguous() for t in tensors):
+        return "a tensor is not contiguous"
+    for parameter, anchor in zip(parameters, anchors, strict=True):
+        if anchor.dtype not in (parameter.dtype, reference.compute_dtype(parameter)):
+            return f"an anchor is {anchor.dtype} for a {parameter.dtype} parameter"
+    return None
 
 
 def _check_strength(strength: float) -> None:
@@ -189,7 +214,7 @@ def _check_strength(strength: float) -> None:
         raise InputError(f"strength is {strength}; it must be a finite number of 0 or more")
 
 
-def _checked(parameters, anchors, fishers, strength, backend) -> str:
+def _checked(parameters, anchors, fishers, strength, backend, grads=()) -> str:
     """The backend to use; InputError or BackendError where the arguments do not fit."""
     _check_strength(strength)
     if not len(parameters):
@@ -213,7 +238,7 @@ def _checked(parameters, anchors, fishers, strength, backend) -> str:
         raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
-    why = _why_not(parameters, anchors, fishers)
+    why = _why_not(parameters, anchors, fishers, grads)
     if backend == "cpu" and why:
         raise BackendError(f"backend='cpu' cannot run ewc_penalty here: {why}")
     return "torch" if why else "cpu"

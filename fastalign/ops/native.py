@@ -136,6 +136,23 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def why_no_kernel(name: str) -> str | None:
+    """Why this kernel cannot run, or None."""
+    if unavailable or hasattr(_kernels, name):
+        return unavailable
+    return "the native module is older than its sources, run `make build`"
+
+
+def run(name: str, *arguments):
+    """Calls a kernel of the instruction set in use, in torch's thread pool."""
+    return getattr(_kernels, name)(*arguments, torch.get_num_threads(), _parallel_for)
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """DType of csrc/cpu/problem.h."""
+    return _DTYPES[dtype]
+
+
 def is_fast(dtype: torch.dtype) -> bool:
     """Whether the kernels in use are known to beat the plain torch driver at this dtype (measured: bench/LOG.md)."""
     return _kernels is not None and _kernels.name != "plain" and dtype != torch.float64

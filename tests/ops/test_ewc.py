@@ -10,7 +10,7 @@ from fastalign.errors import BackendError, InputError
 from fastalign.ops import ewc
 from fastalign.ops.ewc import ewc_penalty, ewc_penalty_, lora_ewc_penalty
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cpu"]
 SHAPES = [(3, 5), (), (70000,), (1,), (0, 4), (33, 129)]
 
 
@@ -100,13 +100,44 @@ def test_at_the_anchor_nothing_pulls(backend):
     assert all((p.grad == 0).all() for p in parameters)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_tensors(backend):
+def test_strided_tensors():
     weight = torch.randn(6, 8, dtype=torch.float64).T.requires_grad_()
     anchor, fisher = torch.randn(8, 6, dtype=torch.float64), torch.rand(6, 8, dtype=torch.float64).T
     truth = exact([weight], [anchor], [fisher], 2.0)
-    total = ewc_penalty_([weight], [anchor], [fisher], 2.0, backend=backend)
-    assert_within_budget(total, [weight.grad], truth, torch.float64)
+    assert_within_budget(ewc_penalty_([weight], [anchor], [fisher], 2.0), [weight.grad], truth, torch.float64)
+    with pytest.raises(BackendError, match="not contiguous"):
+        ewc_penalty([weight], [anchor], [fisher], backend="cpu")
+    square = torch.randn(5, 5).requires_grad_()
+    square.grad = torch.zeros(5, 5).T[:, ::1].contiguous().T
+    truth = exact([square], [anchor[:5, :5].float()], None, 2.0)
+    total = ewc_penalty_([square], [anchor[:5, :5].float().contiguous()], None, 2.0)
+    assert_within_budget(total, [square.grad], truth, torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    parameters, anchors, fishers = tensors()
+    one = ewc_penalty_(parameters, anchors, fishers, backend="cpu")
+    grads = [p.grad.clone() for p in parameters]
+    torch.set_num_threads(threads)
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        assert torch.equal(ewc_penalty_(parameters, anchors, fishers, backend="cpu"), one)
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, grads, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_kinds_of_tensors_may_be_mixed():
+    """float32 norms among bfloat16 weights, whose anchors are float32."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = [torch.randn(9, generator=generator).to(d).requires_grad_() for d in (torch.bfloat16, torch.float32)]
+    anchors = [torch.randn(9, generator=generator) for _ in range(2)]
+    truth = exact(parameters, anchors, None, 1.0)
+    total = ewc_penalty_(parameters, anchors, None, backend="cpu")
+    for i, parameter in enumerate(parameters):
+        assert_within_budget(total, [parameter.grad], (truth[0], truth[1][i : i + 1]), parameter.dtype)
 
 
 def adapter(dtype, out=37, width=23, rank=3):

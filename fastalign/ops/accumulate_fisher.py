@@ -1,0 +1,109 @@
+"""The exact per-sequence diagonal of a linear layer's Fisher information, without per-sequence gradients: the public
+function, and its plain torch driver; C++ in csrc/cpu/fisher.h.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastalign import reference
+from fastalign.errors import BackendError, InputError
+from fastalign.ops import native
+
+BACKENDS = ("auto", "reference", "torch", "cpu")
+# Of the tile of F, and of the product beside it: both stay in a core's cache.
+_TILE_BYTES = 1 << 18
+
+
+@torch.no_grad()
+def accumulate_fisher_(
+    fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """`F += sum_s (G_s' X_s)^2`, in place, where G_s and X_s are rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`.
+
+    For a linear layer `y = x W'` with inputs X and the loss's gradient G in its outputs, `G_s' X_s` is the gradient of
+    sequence s in W: this adds up their squares, entry by entry, in one pass. The square is the epilogue of the product,
+    on a tile of F that stays in the cache over all sequences: extra memory is that tile, whatever the shapes.
+
+    fisher: (out, in) float32, float64 for float64 inputs, rows contiguous. grad_output: (T, out), input: (T, in),
+    floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
+    part. The result does not depend on the number of threads.
+    backend: "cpu" (C++), "torch" (any device), "reference", or "auto" ("cpu" where it runs). InputError names a wrong
+    shape, dtype or offset; BackendError a backend that cannot run here. Returns fisher.
+    """
+    _check(fisher, grad_output, input, cu_seqlens)
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}; accumulate_fisher_ has {', '.join(BACKENDS)}")
+    if grad_output.dtype != input.dtype:
+        common = torch.promote_types(grad_output.dtype, input.dtype)
+        grad_output, input = grad_output.to(common), input.to(common)
+    if backend == "reference":
+        return fisher.copy_(reference.accumulate_fisher(fisher, grad_output, input, cu_seqlens))
+    why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
+    if backend == "cpu" and why:
+        raise BackendError(f"backend='cpu' cannot run accumulate_fisher_ here: {why}")
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.numel() == 1 or not fisher.numel():
+        return fisher
+    with torch.autocast(fisher.device.type, enabled=False):  # it would round the products to 16 bits
+        if int(lengths.max()) <= 1:
+            return _one_token_each(fisher, grad_output, input, cu_seqlens)
+        run = _torch if backend == "torch" or why else _native
+        run(fisher, grad_output, input, cu_seqlens)
+    return fisher
+
+
+def _one_token_each(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`(g_i x_j)^2 = g_i^2 x_j^2`: a product of squares."""
+    tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+    g, x = grad_output[tokens].to(fisher.dtype), input[tokens].to(fisher.dtype)
+    return fisher.addmm_((g * g).T, x * x)
+
+
+def _torch(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
+    rows = max(16, _TILE_BYTES // (fisher.shape[1] * fisher.element_size()))
+    if fisher.is_cuda:  # there a product needs many rows to be fast
+        rows = max(rows, 1024)
+    product = fisher.new_empty(min(rows, fisher.shape[0]), fisher.shape[1])
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    for at in range(0, fisher.shape[0], rows):
+        tile = fisher[at : at + rows]
+        out = product[: tile.shape[0]]
+        for start, end in bounds:
+            g, x = grad_output[start:end, at : at + rows], input[start:end]
+            torch.mm(g.to(fisher.dtype).T, x.to(fisher.dtype), out=out)
+            tile.addcmul_(out, out)
+
+
+def _native(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
+    grad_output = grad_output if grad_output.stride(1) == 1 else grad_output.contiguous()
+    input = input if input.stride(1) == 1 else input.contiguous()
+    cu_seqlens = cu_seqlens.contiguous()
+    native.run(
+        "accumulate_fisher", native.dtype_code(input.dtype), fisher.data_ptr(), fisher.stride(0),
+        grad_output.data_ptr(), grad_output.stride(0), input.data_ptr(), input.stride(0),
+        cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, *fisher.shape,
+    )  # fmt: skip
+
+
+def _check(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
+    shapes = f"grad_output {tuple(grad_output.shape)}, input {tuple(input.shape)}, fisher {tuple(fisher.shape)}"
+    fits = grad_output.dim() == input.dim() == fisher.dim() == 2 and grad_output.shape[0] == input.shape[0]
+    if not fits or fisher.shape != (grad_output.shape[1], input.shape[1]):
+        raise InputError(f"The shapes are {shapes}; they must be (T, out), (T, in), (out, in)")
+    if not grad_output.is_floating_point() or not input.is_floating_point():
+        raise InputError(f"grad_output is {grad_output.dtype} and input {input.dtype}; both must be floating")
+    expected = reference.compute_dtype(grad_output, input)
+    if fisher.dtype != expected or (fisher.numel() and fisher.stride(1) != 1):
+        raise InputError(
+            f"fisher is {fisher.dtype} with strides {fisher.stride()}; it must be {expected} with contiguous rows"
+        )
+    if len({t.device for t in (fisher, grad_output, input)}) > 1:
+        raise InputError("fisher, grad_output and input lie on different devices; move them to one")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or cu_seqlens.numel() == 0:
+        raise InputError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (S + 1,) int64")
+    if int(cu_seqlens[0]) < 0 or int(cu_seqlens[-1]) > input.shape[0] or bool((cu_seqlens.diff() < 0).any()):
+        raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise within [0, T={input.shape[0]}]")
