@@ -161,6 +161,11 @@ def _attention_function(
                     f"The model passes {name!r} to its attention, which cannot be packed: use padded batches."
                 )
         return _packed_attention(query, key, value, attention_mask, options), None
+    if not query.is_cuda and not multiplies(dtype := query.dtype):
+        wide = (t.float() for t in (query, key, value))
+        with torch.autocast("cpu", enabled=False):
+            output, _ = _attention_function(module, *wide, attention_mask, dropout, scaling, softcap, s_aux, **kwargs)
+        return output.to(dtype), None
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     return _explicit_attention(query, key, value, attention_mask, options).transpose(1, 2).contiguous(), None
@@ -287,6 +292,8 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
 
 def _find_layout(base: PreTrainedModel) -> tuple[Literal["shared", "packed", "padded"], str | None]:
     body, stock = base.base_model, base.config._attn_implementation
+    if type(base)._can_set_attn_implementation() and base.device.type == "cpu" and not multiplies(base.dtype):
+        base.set_attn_implementation(NAME)  # the same rounding as in a packed row: a model's own is coarser
     reference = _Reference(body)
     # Recurrent blocks carry a short convolution over time, and both run across sequence boundaries.
     if any(isinstance(module, nn.Conv1d) for module in base.get_decoder().modules()):

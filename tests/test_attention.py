@@ -15,6 +15,8 @@ from transformers.masking_utils import create_causal_mask
 
 from fastalign.attention import NAME, Options, PackedMask, _explicit_attention, packed_attention, prepare_model
 from fastalign.errors import ModelError
+from fastalign.linear import speed_up_linear
+from fastalign.models import load_model
 from fastalign.packing import pack, pad
 
 WINDOW = 4
@@ -199,6 +201,14 @@ def test_low_precision_does_not_change_the_verdict(name, dtype):
     config, layout = FALLBACKS.get(name) or (CONFIGS[name], "shared")
     torch.manual_seed(0)
     assert prepare_model(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)) == layout
+
+
+@pytest.mark.slow
+def test_a_real_model_in_sixteen_bits_shares_prompts():
+    """On a CPU that cannot multiply them its stock attention rounds coarsely; over 30 layers that looks like more."""
+    model = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    speed_up_linear(model)
+    assert prepare_model(model) == "shared"
 
 
 def test_the_size_of_hidden_states_does_not_change_the_verdict():
