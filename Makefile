@@ -13,7 +13,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo test lint bench build sanitize clean
+.PHONY: help demo tax test lint bench build sanitize clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -21,6 +21,9 @@ help:  ## what there is
 demo: $(VENV)/.demo  ## DPO of a real SmolLM2-135M-Instruct, with a table before and after
 	$(STEP) "fastalign train dpo-smollm2"
 	@$(BIN)/fastalign train dpo-smollm2
+
+tax: $(VENV)/.demo  ## what alignment costs SmolLM2, and what holds the cost down: half an hour on one core
+	@$(BIN)/python -m fastalign.recipes.tax.compare
 
 test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"

@@ -38,10 +38,18 @@ __version__ = "0.1.0"
 
 # The trainers bring transformers with them; the fused calls must not, so these are imported when first asked for.
 _LAZY = {
+    "DistillationConfig": "fastalign.config",
     "PreferenceConfig": "fastalign.config",
     "SFTConfig": "fastalign.config",
+    "DistillationTrainer": "fastalign.distillation",
     "PreferenceTrainer": "fastalign.trainer",
     "SFTTrainer": "fastalign.trainer",
+    "EWC": "fastalign.regularizers",
+    "KLToStart": "fastalign.regularizers",
+    "L2SP": "fastalign.regularizers",
+    "Distillation": "fastalign.teachers",
+    "LayerWise": "fastalign.layerwise",
+    "Replay": "fastalign.replay",
 }
 
 
@@ -52,9 +60,17 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "EWC",
+    "L2SP",
+    "Distillation",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "KLToStart",
+    "LayerWise",
     "PreferenceConfig",
     "PreferenceOutput",
     "PreferenceTrainer",
+    "Replay",
     "SFTConfig",
     "SFTTrainer",
     "UnpairedOutput",

@@ -11,16 +11,18 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["CHARTS", "Chart", "Drawing", "draw"]
+__all__ = ["CHARTS", "COLOURS", "Chart", "Drawing", "draw", "svg"]
 
 MANY_POINTS = 60  # from here on: raw values light, their running mean thick
 DRAWN_POINTS = 600  # per line; about two per pixel
@@ -191,14 +193,21 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _svg(chart: Chart, curves: list[Curve], span: tuple[float, float]) -> str:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own style must not reach the page
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": chart.title + "".join(chart.keys)})
-        figure = Figure(figsize=(4.0, 2.5))
-        FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.175, 0.18, 0.815, 0.74), xlabel="step", ylabel=chart.unit)
+    def plot(axes) -> None:
         axes.update_datalim([(step, 0) for step in span], updatey=False)
         _plot(axes, chart, curves)
+
+    return svg(plot, "step", chart.unit, salt=chart.title + "".join(chart.keys))
+
+
+def svg(plot: Callable[[Axes], None], xlabel: str, ylabel: str, *, salt: str) -> str:
+    """An SVG element of what `plot` draws in COLOURS; salt: makes its inner names differ from other charts'."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a reader's own style must not reach the page
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": salt})
+        figure = Figure(figsize=(4.0, 2.5))
+        FigureCanvasSVG(figure)
+        plot(figure.add_axes((0.175, 0.18, 0.815, 0.74), xlabel=xlabel, ylabel=ylabel))
         page = io.StringIO()
         figure.savefig(page, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(page.getvalue())

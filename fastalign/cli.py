@@ -1,4 +1,4 @@
-"""Commands: `fastalign dpo|sft|...`, `fastalign train RECIPE`, `fastalign data check FILE`, `fastalign info`."""
+"""Commands: `fastalign dpo|sft|...`, `fastalign train RECIPE`, `data check FILE`, `tax BASE TUNED`, `info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _EPILOG = """examples:
   fastalign dpo model=./model train=pairs.jsonl eval=held_out.jsonl beta=0.2 learning_rate=5e-5
   fastalign sft --config run.yaml num_train_epochs=2
   fastalign data check pairs.jsonl --model ./model
+  fastalign tax ./model runs/mine --text prose.txt --out runs/mine
 
 Options are key=value, in a YAML file or on the command line (which wins): those of the run (model, train, eval,
 lora_rank, ...), of the method (beta, loss_type, ...), and every field of transformers.TrainingArguments.
@@ -53,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def methods() -> list[str]:
-    """Every loss by name, and sft."""
+    """Every loss by name, sft and distill."""
     from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
 
-    return ["sft", *PAIRWISE, *UNPAIRED, *ALIASES]
+    return ["sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES]
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -84,9 +85,19 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
+    tax = commands.add_parser("tax", help="what tuning changed in a model, token by token, on any text")
+    tax.add_argument("base", help="the model before: a folder, a .gguf file, a packaged model, or organisation/name")
+    tax.add_argument("tuned", help="the model after: a folder of it, or a run folder, with an adapter or a whole model")
+    tax.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt, or rows of text or messages")
+    tax.add_argument("--out", metavar="DIR", help="write tax.json and tax.html there")
+    tax.add_argument("--length", type=int, default=512, help="most tokens of a window (default: %(default)s)")
+    tax.add_argument("--max-tokens", type=int, metavar="N", help="the first N tokens of each file alone")
+    tax.add_argument("--dtype", default="auto", help="weights in float32, bfloat16, float16 (default: by machine)")
+    tax.set_defaults(run=_tax)
+
     commands.add_parser("info", help="what is in use: versions, device, kernels").set_defaults(run=_info)
 
-    shown = ("sft", "dpo", "ipo", "orpo", "kto")  # the rest is in --help of these, under loss_type
+    shown = ("sft", "distill", "dpo", "ipo", "orpo", "kto")  # the rest is in --help of these, under loss_type
     for name in methods():
         asked = name in argv and {"-h", "--help"}.intersection(argv)  # the text is long, and loads transformers
         method = commands.add_parser(
@@ -122,9 +133,9 @@ def _options_help(name: str) -> str:
 
 
 def _config_class(name: str) -> type:
-    from fastalign.config import PreferenceConfig, SFTConfig
+    from fastalign.config import DistillationConfig, PreferenceConfig, SFTConfig
 
-    return SFTConfig if name == "sft" else PreferenceConfig
+    return {"sft": SFTConfig, "distill": DistillationConfig}.get(name, PreferenceConfig)
 
 
 def _recipes() -> list[str]:
@@ -153,9 +164,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise ConfigError(f"The configuration {path} must be a mapping of option names to values")
-    for key in ("train", "eval", "model"):
-        if isinstance(options.get(key), str) and options[key].startswith(("./", "../")):
-            options[key] = str((path.parent / options[key]).resolve())
+    regularizers = options.get("regularizers")
+    regularizers = regularizers if isinstance(regularizers, list) else []
+    for mapping in [options, *(r for r in regularizers if isinstance(r, dict))]:
+        for key in ("train", "eval", "model", "teacher", "fisher", "text"):
+            if isinstance(mapping.get(key), str) and mapping[key].startswith(("./", "../")):
+                mapping[key] = str((path.parent / mapping[key]).resolve())
     return dict(options)
 
 
@@ -182,7 +196,7 @@ def _train(options: dict[str, Any], args: argparse.Namespace) -> None:
     if method not in methods():
         raise ConfigError(f"method is {method!r}; {nearest(str(method), methods())}")
     config_class = _config_class(method)
-    if method != "sft":
+    if method not in ("sft", "distill"):
         options.setdefault("loss_type", method)
     of_run = {f.name for f in fields(RunOptions)}
     known = [*of_run, *(f.name for f in fields(config_class) if f.init), "method"]
@@ -201,6 +215,19 @@ def _check(args: argparse.Namespace) -> None:
     drop = {"on_truncate": "drop", "on_invalid": "drop"}  # so that the report can say what training would refuse
     _, report = tokenize(rows, load_tokenizer(args.model), max_length=args.max_length, **drop)
     print(report)
+
+
+def _tax(args: argparse.Namespace) -> None:
+    from fastalign.tax import tax
+    from fastalign.taxpage import show_tax, write_tax
+
+    for name in ("length", "max_tokens"):
+        if (value := getattr(args, name)) is not None and value < 2:
+            raise ConfigError(f"{name} is {value}; it must be 2 or more")
+    found = tax(args.base, args.tuned, args.text, length=args.length, max_tokens=args.max_tokens, dtype=args.dtype)
+    show_tax(found)
+    if args.out:
+        print(f"Written to {write_tax(found, args.out)}")
 
 
 def _info(args: argparse.Namespace) -> None:

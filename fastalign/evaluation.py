@@ -38,34 +38,49 @@ def answer(
     batch_size: int = 32,
     label: str = "answers",
 ) -> Answers:
-    """Greedy answers to tokenised prompts, each the model's most likely token at every step until EOS.
+    """Greedy answers to tokenised prompts, each the model's most likely token at every step until EOS."""
+    tokens = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    return Answers(texts, list(map(len, tokens)), [ids[-1] == tokenizer.eos_token_id for ids in tokens])
 
-    Prompts of like length share a batch, padded on the left. The model is put in eval mode and back.
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    label: str | None = None,
+    temperature: float | None = None,
+) -> list[list[int]]:
+    """Tokens of an answer to each tokenised prompt, up to and with EOS; greedy, or drawn at a temperature.
+
+    Prompts of like length share a batch, padded on the left. label: of a progress bar; None shows none. The model is
+    put in eval mode and back.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts, lengths, finished = [""] * len(prompts), [0] * len(prompts), [False] * len(prompts)
-    stop = tokenizer.eos_token_id
+    answers: list[list[int]] = [[]] * len(prompts)
+    stop, device = tokenizer.eos_token_id, next(model.parameters()).device
     fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     training, _ = model.training, model.eval()
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", leave=False):
+    for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):
         rows = order[start : start + batch_size]
         width = max(len(prompts[i]) for i in rows)
         padding = [width - len(prompts[i]) for i in rows]
         ids = torch.tensor([[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-        device = next(model.parameters()).device
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=max_new_tokens,
-            pad_token_id=fill, eos_token_id=stop, temperature=None, top_p=None, top_k=None,
+            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=temperature is not None,
+            max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stop, temperature=temperature, top_p=None,
+            top_k=None if temperature is None else 0,
         )[:, width:].tolist()  # fmt: skip
         for i, tokens in zip(rows, out, strict=True):
-            finished[i] = stop in tokens
-            length = tokens.index(stop) + 1 if finished[i] else len(tokens)
-            lengths[i] = length
-            texts[i] = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+            answers[i] = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
     model.train(training)
-    return Answers(texts, lengths, finished)
+    return answers
 
 
 def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | None) -> list[dict]:

@@ -40,6 +40,7 @@ class Batch:
     desirable: Tensor | None = None  # (B,) bool, unpaired rows
     prompt_tokens: int = 0  # the last so many of `packed.targets` are tokens of prompts, behind cu_seqlens[-1]
     rows: list[dict] | None = None  # what was laid out
+    sampled: bool = False  # the completions are the model's own, not the data set's
 
     def to(self, device, non_blocking: bool = False) -> Batch:
         del non_blocking  # PackedBatch.to does not block either way

@@ -95,12 +95,12 @@ def precompute(
     score: takes examples, returns their batch and its (S,) log-probs. weights: the model's `fingerprint`, which names
     the cache file. Rows whose completions are all in the cache are not computed again.
     """
-    path = _cache_path(weights, cache_dir)
+    path = cache_folder(cache_dir) / "ref_logprobs" / f"{weights}.safetensors"
     known = _read(path)
-    keys = [_keys(row) for row in dataset]
-    missing = [i for i, row_keys in enumerate(keys) if any(key not in known for key in row_keys)]
+    keys = [row_keys(row) for row in dataset]
+    missing = [i for i, own in enumerate(keys) if any(key not in known for key in own)]
     if missing:
-        for rows in tqdm(list(_by_tokens(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
+        for rows in tqdm(list(by_tokens(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()
@@ -108,11 +108,12 @@ def precompute(
             for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
                 known[key] = values[start:end]
         _write(path, known)
-    column = [[known[key].tolist() for key in row_keys] for row_keys in keys]
+    column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
     return dataset.add_column("ref_logprobs", column)
 
 
-def _keys(row: dict) -> list[bytes]:
+def row_keys(row: dict) -> list[bytes]:
+    """Of each completion of a tokenised row: a digest of its tokens, its prompt's and what of it is scored."""
     masks = row.get("completion_mask") or [None] * len(row["completion_ids"])
     keys = []
     for completion, mask in zip(row["completion_ids"], masks, strict=True):
@@ -123,7 +124,7 @@ def _keys(row: dict) -> list[bytes]:
     return keys
 
 
-def _by_tokens(dataset: Dataset, rows: list[int]) -> Iterator[list[int]]:
+def by_tokens(dataset: Dataset, rows: list[int]) -> Iterator[list[int]]:
     """Rows of about the same length together, as many as fill a batch."""
     lengths = {i: len(dataset[i]["prompt_ids"]) + sum(map(len, dataset[i]["completion_ids"])) for i in rows}
     batch, tokens = [], 0
@@ -137,11 +138,11 @@ def _by_tokens(dataset: Dataset, rows: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _cache_path(weights: str, cache_dir: str | Path | None) -> Path:
-    root = (
-        Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalign"
-    )
-    return root / "ref_logprobs" / f"{weights}.safetensors"
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Where what is computed once is kept: the folder given, or the user's cache."""
+    if cache_dir:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalign"
 
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:

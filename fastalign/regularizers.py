@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.config import one_of
-from fastalign.errors import ConfigError, ModelError
+from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.objectives import Batch, Metrics, Totals
 from fastalign.ops.ewc import ewc_penalty, lora_ewc_penalty
 from fastalign.reference import DIVERGENCES
@@ -77,7 +77,7 @@ class EWC:
             raise ConfigError("fisher of EWC is an empty list; give one file of Fisher information or more")
         total: dict[str, Tensor] = {}
         for fisher in several:
-            found = load_file(fisher) if isinstance(fisher, (str, Path)) else fisher
+            found = _read_fisher(fisher) if isinstance(fisher, (str, Path)) else fisher
             if total and total.keys() != found.keys():
                 raise ModelError(
                     "The files of Fisher information hold different parameters: compute all for one model."
@@ -158,6 +158,14 @@ def _once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:
         return value.to(step.loss.dtype), {name: (value, torch.ones_like(value))}
 
     return term
+
+
+def _read_fisher(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # the library has no common one for missing and damaged files
+        reason = " ".join(str(error).split())
+        raise DataError(f"The Fisher information {path} cannot be read ({reason}): compute it again.") from error
 
 
 class _Adapter(NamedTuple):

@@ -5,20 +5,41 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
 from fastalign import memory
-from fastalign.config import AlignmentConfig, PreferenceConfig, help_field
+from fastalign.config import (
+    AlignmentConfig,
+    DistillationConfig,
+    PreferenceConfig,
+    SFTConfig,
+    from_mapping,
+    help_field,
+    nearest,
+)
 from fastalign.data import load_rows
+from fastalign.distillation import DistillationTrainer
 from fastalign.errors import ConfigError
 from fastalign.evaluation import Answers, answer, comparison
+from fastalign.layerwise import LayerWise
 from fastalign.models import load_tokenizer
+from fastalign.regularizers import EWC, L2SP, KLToStart
+from fastalign.replay import Replay
 from fastalign.report import format_number, write_report
 from fastalign.runfolder import append_metrics, write_json, write_text
+from fastalign.teachers import Distillation
 from fastalign.trainer import AlignmentTrainer, PreferenceTrainer, SFTTrainer
+
+TRAINERS = {PreferenceConfig: PreferenceTrainer, DistillationConfig: DistillationTrainer, SFTConfig: SFTTrainer}
+# What a configuration file calls them: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
+REGULARIZERS = {
+    "ewc": EWC, "l2_sp": L2SP, "kl_to_start": KLToStart, "distillation": Distillation, "replay": Replay,
+    "layerwise": LayerWise,
+}  # fmt: skip
 
 
 @dataclass
@@ -36,6 +57,9 @@ class RunOptions:
     lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
     samples: int = help_field(32, "Held-out prompts answered before and after; 0 for none.")
     max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
+    regularizers: list[dict[str, Any]] | None = help_field(
+        None, "What keeps old knowledge, as [{name: l2_sp, strength: 0.1}]; names: " + ", ".join(REGULARIZERS) + "."
+    )
 
     def __post_init__(self):
         for name in ("model", "train"):
@@ -45,6 +69,19 @@ class RunOptions:
             raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
+        build_regularizers(self.regularizers)
+
+
+def build_regularizers(options: list[dict[str, Any]] | None) -> list:
+    """Regularisers from mappings of their `name` and options; ConfigError for an unknown name, option or value."""
+    built = []
+    for mapping in options or []:
+        own = dict(mapping)
+        name = own.pop("name", None)
+        if name not in REGULARIZERS:
+            raise ConfigError(f"name of a regularizer is {name!r}; {nearest(str(name), REGULARIZERS)}")
+        built.append(from_mapping(REGULARIZERS[name], own))
+    return built
 
 
 def run(options: RunOptions, config: AlignmentConfig) -> Path:
@@ -65,10 +102,10 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
-    kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else SFTTrainer
-    trainer = kind(
-        options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype
-    )
+    trainer = TRAINERS[type(config)](
+        options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype,
+        regularizers=build_regularizers(options.regularizers),
+    )  # fmt: skip
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
@@ -131,7 +168,10 @@ def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, fl
 
 def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
     state, config = trainer.state, trainer.args
-    losses = " + ".join(config.loss_type) if isinstance(config, PreferenceConfig) else "sft"
+    losses = "distillation" if isinstance(config, DistillationConfig) else "sft"
+    if isinstance(config, PreferenceConfig):
+        losses = " + ".join(config.loss_type)
+    losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
     how = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     return {
         "title": options.title or f"{losses} of {options.model}",

@@ -44,6 +44,10 @@ class Head(NamedTuple):
         """The same numbers, whatever becomes of the parameters they are in."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def first(self, count: int) -> Head:
+        """The layer of the first `count` entries of the vocabulary."""
+        return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+
     def options(self) -> dict:
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 

@@ -94,14 +94,15 @@ def labelled(pairs):
 def make_trainer(tokenizer, tmp_path):
     """A trainer of one SGD step after another, with everything that could differ between runs turned off."""
 
-    from fastalign.config import PreferenceConfig, SFTConfig
+    from fastalign.config import DistillationConfig, PreferenceConfig, SFTConfig
+    from fastalign.distillation import DistillationTrainer
     from fastalign.trainer import PreferenceTrainer
 
     def make(
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
-        **options,
+        teacher=None, **options,
     ):  # fmt: skip
-        config = PreferenceConfig if kind is PreferenceTrainer else SFTConfig
+        config = {PreferenceTrainer: PreferenceConfig, DistillationTrainer: DistillationConfig}.get(kind, SFTConfig)
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
@@ -111,7 +112,7 @@ def make_trainer(tokenizer, tmp_path):
             defaults["ref_cache_dir"] = str(tmp_path / "cache")
         return kind(
             model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config, callbacks,
-            regularizers=regularizers,
+            regularizers=regularizers, **({} if teacher is None else {"teacher": teacher}),
         )  # fmt: skip
 
     return make

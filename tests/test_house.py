@@ -30,7 +30,8 @@ LAYERS = [
     {"regularizers"},
     {"replay", "layerwise", "teachers"},
     {"trainer"},
-    {"run"},
+    {"distillation"},
+    {"run", "tax", "taxpage"},
     {"cli"},
     {"recipes"},  # data and the scripts that made it; nothing imports it
 ]

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastalign.data import tokenize
-from fastalign.errors import ConfigError, ModelError
+from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.reference import logits_divergence
 from fastalign.regularizers import EWC, L2SP, KLToStart
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
@@ -219,6 +219,7 @@ def test_a_moved_reference_is_not_the_start(make_trainer, pairs):
         (lambda fisher: EWC(fisher, 0.0), ConfigError, "strength of EWC is 0.0"),
         (lambda fisher: EWC(fisher, 1.0, decay=2.0), ConfigError, "decay of EWC is 2.0"),
         (lambda fisher: EWC([], 1.0), ConfigError, "empty list"),
+        (lambda fisher: EWC("nowhere.safetensors", 1.0), DataError, "Fisher information nowhere.safetensors cannot be"),
         (lambda fisher: EWC({**fisher, "gone.weight": torch.ones(1)}, 1.0), ModelError,
          "holds 1 parameters that the model does not have (gone.weight"),
         (lambda fisher: EWC(dict(list(fisher.items())[1:]), 1.0), ModelError, "lacks 1 of the"),

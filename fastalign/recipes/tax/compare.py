@@ -1,0 +1,257 @@
+"""What alignment costs, and what holds the cost down: one model tuned hard in several ways, each at several strengths.
+
+    python -m fastalign.recipes.tax.compare            # about half an hour on one core; runs that are done are kept
+
+SmolLM2-135M-Instruct, all weights, DPO on the pairs of the `concise` recipe. The tax is KL(start || tuned) a token on a
+third of Python's own help topics (`pydoc_data.topics`); Fisher information and replay see the other two thirds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastalign.config import PreferenceConfig
+from fastalign.data import load_rows
+from fastalign.layerwise import LayerWise
+from fastalign.models import load_model, load_tokenizer
+from fastalign.ops.ewc import ewc_penalty
+from fastalign.regularizers import EWC, KLToStart
+from fastalign.replay import Replay
+from fastalign.runfolder import read_json, write_json, write_text
+from fastalign.scoring import lay_out, prepare
+from fastalign.tax import asks, measure, summarise
+from fastalign.teachers import Distillation
+from fastalign.texts import text_windows
+from fastalign.trainer import PreferenceTrainer
+
+MODEL = "smollm2-135m-instruct"
+DATA = Path(__file__).parent.parent / "concise"
+STEPS, ROWS_A_STEP, LEARNING_RATE = 12, 4, 5e-5
+HELD_OUT_PAIRS, TAX_WINDOWS, FISHER_WINDOWS, WINDOW = 40, 12, 24, 256
+
+
+@dataclass
+class Run:
+    """One way to tune: a method, its strength as the table says it, and what it takes."""
+
+    method: str
+    strength: str
+    regularizers: Callable[[Setting], list]
+    rate: float = 1.0  # times LEARNING_RATE
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.strength}".replace(" ", "-").replace("/", "-")
+
+
+@dataclass
+class Setting:
+    """What all runs share."""
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    start: dict[str, torch.Tensor]
+    replay: list[dict]
+    held_out: list[dict]
+    base: Callable
+
+    def ewc(self, factor: float) -> EWC:
+        """EWC so strong that the plain run's weights would cost `factor` times DPO's loss at the start."""
+        plain = read_json(self.folder / "runs" / "plain-1.json")
+        return EWC(str(self.folder / "fisher.safetensors"), factor * math.log(2) / plain["fisher_distance"])
+
+
+RUNS = (
+    Run("plain", "1", lambda s: []),
+    Run("plain", "0.4", lambda s: [], rate=0.4),
+    Run("plain", "0.15", lambda s: [], rate=0.15),
+    *(Run("ewc", f"{c:g}", lambda s, c=c: [s.ewc(c)]) for c in (1, 10, 100)),
+    *(Run("kl to start", f"{c:g}", lambda s, c=c: [KLToStart(c)]) for c in (0.1, 1.0)),
+    *(Run("distillation", f"{a:g}", lambda s, a=a: [Distillation("start", a)]) for a in (0.8, 0.5, 0.2)),
+    *(Run("replay", f"{c:g}", lambda s, c=c: [Replay(s.replay, c, max_length=WINDOW)]) for c in (0.1, 0.2, 0.4)),
+    *(Run("layer-wise", f"{n}", lambda s, n=n: [LayerWise([n // 2, n])]) for n in (24, 12, 6)),
+)
+
+
+def split_topics() -> tuple[list[dict], list[dict]]:
+    """Python's help topics, two thirds for Fisher and replay and a third to measure on, as rows of text."""
+    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some have two names
+    return [{"text": t} for i, t in enumerate(texts) if i % 3], [{"text": t} for t in texts[::3]]
+
+
+def spread(rows: Sequence, count: int) -> list:
+    """So many of the rows, evenly from first to last."""
+    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
+
+
+def settle(folder: Path) -> Setting:
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    tokenizer, model = load_tokenizer(MODEL), load_model(MODEL, dtype="float32", for_adapter=False)
+    replay, measured = split_topics()
+    held_out = spread(text_windows(measured, tokenizer, length=WINDOW), TAX_WINDOWS)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Setting(folder, model, tokenizer, start, replay, held_out, answers_of_the_start(model, held_out))
+
+
+def compute_fisher(setting: Setting) -> None:
+    """The empirical Fisher information of the replay text, the mean of squared gradients of single windows; once."""
+    path = setting.folder / "fisher.safetensors"
+    if path.exists():
+        return
+    rows = spread(text_windows(setting.replay, setting.tokenizer, length=WINDOW), FISHER_WINDOWS)
+    layout, model = prepare(setting.model), setting.model.eval()
+    fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in rows:
+        model.zero_grad()
+        model(packed=lay_out([row], layout, 0)).logprobs.sum().backward()
+        for name, p in model.named_parameters():
+            fisher[name].addcmul_(p.grad, p.grad, value=1 / len(rows))
+    model.zero_grad()
+    save_file(fisher, path)
+
+
+def train(run: Run, setting: Setting) -> dict[str, Any]:
+    """One run from the start: its tax on text and its held-out preference."""
+    setting.model.requires_grad_(True)
+    with torch.no_grad():
+        for name, parameter in setting.model.named_parameters():
+            parameter.copy_(setting.start[name])
+    config = PreferenceConfig(
+        output_dir=str(setting.folder / "scratch"), learning_rate=LEARNING_RATE * run.rate, max_steps=STEPS,
+        per_device_train_batch_size=ROWS_A_STEP, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+        seed=1, use_cpu=True, disable_tqdm=True, ref_cache_dir=str(setting.folder / "cache"),
+    )  # fmt: skip
+    train_rows = load_rows(spread(list(load_rows(DATA / "train.jsonl")), STEPS * ROWS_A_STEP))
+    eval_rows = load_rows(spread(list(load_rows(DATA / "test.jsonl")), HELD_OUT_PAIRS))
+    trainer = PreferenceTrainer(
+        setting.model, config, train_rows, eval_rows, setting.tokenizer, regularizers=run.regularizers(setting)
+    )
+    begin = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - begin
+    preference = trainer.evaluate()
+    tokens = measure(setting.base, asks(setting.model), setting.held_out, trainer.layout, progress=False)
+    result = {
+        "method": run.method, "strength": run.strength, "learning_rate": config.learning_rate, "seconds": seconds,
+        "steps": STEPS, "rows_a_step": ROWS_A_STEP, "tax": summarise(tokens),
+        "accuracy": preference["eval_rewards/accuracies"], "margin": preference["eval_rewards/margins"],
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+    }  # fmt: skip
+    if run.name == "plain-1":
+        result["fisher_distance"] = fisher_distance(setting)
+    return result
+
+
+def fisher_distance(setting: Setting) -> float:
+    """`1/2 sum F (theta - theta_start)^2` of the model as it is: what EWC of strength 1 would charge for it."""
+    fisher = load_file(setting.folder / "fisher.safetensors")
+    parameters = dict(setting.model.named_parameters())
+    names = list(fisher)
+    with torch.no_grad():
+        columns = ([source[name] for name in names] for source in (parameters, setting.start, fisher))
+        return ewc_penalty(*columns).item()
+
+
+def answers_of_the_start(model: nn.Module, rows: list[dict]) -> Callable:
+    """The model as it is now, asked about the held-out text once and for all."""
+    answers: dict[bytes, Any] = {}
+    ask = asks(model)
+
+    def remember(packed):
+        scores, head = ask(packed)
+        answers[packed.targets.numpy().tobytes()] = scores, head._replace(weight=head.weight.clone())
+        return scores, head
+
+    measure(remember, remember, rows, prepare(model))
+    return lambda packed: answers[packed.targets.numpy().tobytes()]
+
+
+HEADINGS = ("method", "strength", "tax, nats a token", "perplexity", "prefers chosen, %", "margin", "seconds")
+
+
+def row_of(result: dict[str, Any]) -> list[str]:
+    tax = result["tax"]
+    return [
+        result["method"], result["strength"], f"{tax['kl_mean']:.3f}",
+        f"{tax['base_perplexity']:.1f} to {tax['tuned_perplexity']:.1f}", f"{100 * result['accuracy']:.0f}",
+        f"{result['margin']:.2f}", f"{result['seconds']:.0f}",
+    ]  # fmt: skip
+
+
+def report(folder: Path) -> None:
+    """tax.json, tax.md and tax.png from the runs that are done."""
+    order = [run.name for run in RUNS]
+    paths = sorted((folder / "runs").glob("*.json"), key=lambda path: order.index(path.stem))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [HEADINGS, *(row_of(result) for result in results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    lines = [
+        "| " + " | ".join(v.ljust(w) if i < 1 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
+        + " |" for row in rows
+    ]  # fmt: skip
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    write_text(folder / "tax.md", "\n".join(lines) + "\n")
+    write_json(folder / "tax.json", {"model": MODEL, "window": WINDOW, "runs": results})
+    plot(results, folder / "tax.png")
+    print("\n".join(lines))
+    print(f"Written to {folder}: tax.json, tax.md, tax.png")
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Held-out preference against the tax, a curve a method over its strength."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    shown = (("accuracy", 100, "held-out pairs preferred rightly, %"), ("margin", 1, "held-out reward margin"))
+    for axes, (key, factor, label) in zip(figure.subplots(1, 2), shown, strict=True):
+        for number, method in enumerate(dict.fromkeys(result["method"] for result in results)):
+            points = sorted((r["tax"]["kl_mean"], factor * r[key]) for r in results if r["method"] == method)
+            style = {"color": "#59616c", "linestyle": "--"} if method == "plain" else {"color": f"C{number - 1}"}
+            axes.plot(*zip(*points, strict=True), marker="os^Dv<"[number], markersize=5, label=method, **style)
+        axes.set_xlabel("tax: KL(start || tuned) on held-out text, nats a token")
+        axes.set_ylabel(label)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m fastalign.recipes.tax.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tax"))
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; plain is always there")
+    options = parser.parse_args()
+    todo = [
+        run for run in RUNS
+        if not (options.out / "runs" / f"{run.name}.json").exists()
+        and (not options.only or run.method in options.only or run.name == "plain-1")
+    ]  # fmt: skip
+    if todo:
+        setting = settle(options.out)
+        compute_fisher(setting)
+        for number, run in enumerate(todo, 1):
+            print(f"[{number}/{len(todo)}] {run.method}, strength {run.strength}", flush=True)
+            result = train(run, setting)
+            write_json(options.out / "runs" / f"{run.name}.json", result)
+            print("   " + " ".join(row_of(result)), flush=True)
+    report(options.out)
+
+
+if __name__ == "__main__":
+    main()
