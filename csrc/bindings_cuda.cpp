@@ -101,12 +101,47 @@ void bind_tiles(py::module_& m) {
     def_launch(m, "kept_gradient", &kept_gradient);
 }
 
+void bind_preference_loss(py::module_& m) {
+    using P = Preference;
+    py::class_<P>(m, "Preference")
+        .def(py::init([] { return P{}; }))
+        .def_property("logprobs", nullptr, address(&P::logprobs))
+        .def_property("offsets", nullptr, address(&P::offsets))
+        .def_property("ref_sums", nullptr, address(&P::ref_sums))
+        .def_property("lengths", nullptr, address(&P::lengths))
+        .def_property("labels", nullptr, address(&P::labels))
+        .def_property("kl", nullptr, address(&P::kl))
+        .def_readwrite("tokens", &P::tokens)
+        .def_readwrite("sequences", &P::sequences)
+        .def_readwrite("items", &P::items)
+        .def_property("form", nullptr, [](P& p, int form) { p.form = static_cast<LossForm>(form); })
+        .def_readwrite("averaged", &P::averaged)
+        .def_readwrite("alternating", &P::alternating)
+        .def_readwrite("beta", &P::beta)
+        .def_readwrite("scale", &P::scale)
+        .def_readwrite("offset", &P::offset)
+        .def_readwrite("slope", &P::slope)
+        .def_property("losses", nullptr, address(&P::losses))
+        .def_property("rewards", nullptr, address(&P::rewards))
+        .def_property("sums", nullptr, address(&P::sums))
+        .def_property("coefficients", nullptr, address(&P::coefficients))
+        .def_property("grad_losses", nullptr, address(&P::grad_losses))
+        .def_property("grad_sums", nullptr, address(&P::grad_sums))
+        .def_property("grad", nullptr, address(&P::grad));
+    def_launch(m, "preference_loss", &preference_loss);
+    def_launch(m, "preference_loss_backward", &preference_loss_backward);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastalign's CUDA kernels; called through fastalign.ops.";
     m.attr("compiler") = FASTALIGN_CUDA_COMPILER;
     m.attr("device_type") = FASTALIGN_CUDA_DEVICE;  // where tensors must lie: "cuda", or "cpu" in the tests' emulation
+#ifdef FASTALIGN_EMULATE_CUDA
+    m.def("launches", &launches);
+#endif
     bind_selective_logprobs(m);
     bind_tiles(m);
+    bind_preference_loss(m);
 }

@@ -6,4 +6,8 @@ namespace fastalign::cuda {
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+#ifdef FASTALIGN_EMULATE_CUDA
+long launches() { return emulation::launches; }
+#endif
+
 }  // namespace fastalign::cuda

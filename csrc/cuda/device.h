@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 
 #include "launchers.h"
@@ -81,7 +83,8 @@ struct Min {
     __device__ __forceinline__ int operator()(int a, int b) const { return a < b ? a : b; }
 };
 struct Add {
-    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+    template <typename T>
+    __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
 };
 
 // Every thread's value combined, in every thread, in an order that the block's size alone decides. `shared` holds one

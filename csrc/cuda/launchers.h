@@ -15,6 +15,9 @@ struct Where {
 };
 
 const char* error_string(int error);
+#ifdef FASTALIGN_EMULATE_CUDA
+long launches();  // so far
+#endif
 
 // Log-probabilities of targets under logits that exist (selective_logprobs.cu).
 struct Gather {
@@ -25,7 +28,7 @@ struct Gather {
     std::int64_t rows, vocab, ignore_index;
     float factor;                 // 1 / temperature
     float* logprobs;              // (rows,) forward: result
-    float* stats;                 // (rows, 2) maximum and log sum exp(z - maximum)
+    float* stats;                 // (rows, 2) logsumexp of all but the target, and the target's logit minus that
     const float* grad;            // (rows,) backward: of the log-probabilities
     void* grad_logits;            // (rows, vocab), as logits; may be logits itself
 };
@@ -66,5 +69,26 @@ struct Gradient : Tile {
 };
 int softmax_gradient(const Gradient& problem, Where where);
 int kept_gradient(const Gradient& problem, Where where);  // u: the kept tile, logprobs: its scale
+
+// Losses of pairs, or of labelled completions, from token log-probs (preference_loss.cu).
+enum class LossForm : int { logistic, square, hinge, odds_ratio, kto };  // Form of fastalign/ops/preference_loss.py
+struct Preference {
+    const float* logprobs;        // (tokens,)
+    const std::int64_t* offsets;  // (sequences + 1,) into the tokens
+    const float* ref_sums;        // (sequences,), or null for 0
+    const float* lengths;         // (sequences,) tokens that an average is over, or null: what the offsets say
+    const bool* labels;           // (sequences,) for kto
+    const float* kl;              // (1,) for kto
+    std::int64_t tokens, sequences, items;  // items: pairs, or sequences for kto
+    LossForm form;
+    bool averaged, alternating;
+    double beta, scale, offset, slope;
+    float *losses, *rewards, *sums;  // (items,), (sequences,), (sequences,) forward: results
+    float* coefficients;             // (tokens,) d loss / d logprob
+    const float *grad_losses, *grad_sums;  // (items,), (sequences,) backward; either may be null
+    float* grad;                           // (tokens,)
+};
+int preference_loss(const Preference& problem, Where where);
+int preference_loss_backward(const Preference& problem, Where where);
 
 }  // namespace fastalign::cuda

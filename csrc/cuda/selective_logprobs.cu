@@ -1,8 +1,12 @@
 // Log-probabilities of targets under logits that exist, and their gradient: one block a row, one read of the logits
-// forward, one read and one write backward. Rows start anywhere (a vocabulary of 50257 in bfloat16 shifts each by two
-// bytes), so a row is a few single values, aligned packs of 16 bytes, and a few single values.
+// forward, one read and one write backward. With `others` the log-sum-exp of all entries but the target y, nothing
+// cancels near p_y = 1:
 //
-// A target outside the vocabulary reads and writes nothing there: its log-probability and gradients are NaN.
+//     odds = z_y - others      log p_y = -log(1 + exp(-odds))      1 - p_y = 1 / (1 + exp(odds))
+//
+// Rows start anywhere (a vocabulary of 50257 in bfloat16 shifts each by two bytes), so a row is a few single values,
+// aligned packs of 16 bytes, and a few single values. A target outside the vocabulary reads and writes nothing there:
+// its log-probability is NaN, its row's gradient 0.
 
 #include "device.h"
 
@@ -16,62 +20,66 @@ unsigned threads_for(std::int64_t vocab) {
     return static_cast<unsigned>(wanted < 32 ? 32 : wanted > kMaxThreads ? kMaxThreads : wanted);
 }
 
-// budget: 40 registers, 256 bytes shared
+// budget: 40 registers, 128 bytes shared
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) gather_forward(Gather p) {
+__global__ void __launch_bounds__(kMaxThreads, 3) gather_forward(Gather p) {
+    __shared__ float maxima[kMaxThreads / 32], sums[kMaxThreads / 32];
     const std::int64_t row = blockIdx.x, target = p.targets[row];
-    if (target == p.ignore_index) {
+    if (target == p.ignore_index) {  // such a row may hold anything
         if (threadIdx.x == 0) p.logprobs[row] = p.stats[2 * row] = p.stats[2 * row + 1] = 0.0f;
         return;
     }
     const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
-    const int vocab = static_cast<int>(p.vocab), head = unaligned_head(logits, vocab);
-    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>, thread = threadIdx.x;
+    const int vocab = static_cast<int>(p.vocab), head = unaligned_head(logits, vocab), thread = threadIdx.x;
+    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>;
     SoftmaxSum mine;
+    auto other = [&](float logit, int i) { return i == target ? kNegativeInfinity : logit * p.factor; };
     auto add_one = [&](int i) {
-        const float z[1] = {to_float(logits[i]) * p.factor};
+        const float z[1] = {other(to_float(logits[i]), i)};
         mine.add(z);
     };
     if (thread < head) add_one(thread);
     if (tail + thread < vocab) add_one(tail + thread);
 #pragma unroll 2
     for (int pack = thread; pack < packs; pack += blockDim.x) {
+        const int first = head + pack * kPack<T>;
         float z[kPack<T>];
-        load_pack(logits + head + pack * kPack<T>, z);
-        for (float& x : z) x *= p.factor;
+        load_pack(logits + first, z);
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) z[i] = other(z[i], first + i);
         mine.add(z);
     }
-    __shared__ float maxima[32], sums[32];
     const float max = block_reduced(mine.max, kStart, maxima, Max{});
     const float sum = block_reduced(mine.sum * __expf(mine.max - max), 0.0f, sums, Add{});
     if (threadIdx.x == 0) {
         const bool inside = target >= 0 && target < p.vocab;
-        const float log_sum = logf(sum);
-        p.logprobs[row] = inside ? (to_float(logits[target]) * p.factor - max) - log_sum : NAN;
-        p.stats[2 * row] = inside ? max : NAN;
-        p.stats[2 * row + 1] = log_sum;
+        const float log_sum = logf(fmaxf(sum, FLT_MIN));  // of nothing: p_y = 1
+        const float odds = inside ? (to_float(logits[target]) * p.factor - max) - log_sum : NAN;
+        p.logprobs[row] = fminf(odds, 0.0f) - log1pf(__expf(-fabsf(odds)));
+        p.stats[2 * row] = max + log_sum;
+        p.stats[2 * row + 1] = odds;
     }
 }
 
 // grad (onehot - p) / temperature. Each value is read and written by one thread, so it may be done in place.
 // budget: 40 registers, 0 bytes shared
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) gather_backward(Gather p) {
+__global__ void __launch_bounds__(kMaxThreads, 3) gather_backward(Gather p) {
     const std::int64_t row = blockIdx.x, target = p.targets[row];
     const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
     T* out = static_cast<T*>(p.grad_logits) + row * p.stride;
-    const bool ignored = target == p.ignore_index;  // such a row may hold anything, and 0 * NaN is NaN
-    const float scale = ignored ? 0.0f : p.grad[row] * p.factor;
-    const float max = p.stats[2 * row], log_sum = p.stats[2 * row + 1];
-    const int vocab = static_cast<int>(p.vocab);
+    const bool scored = target != p.ignore_index && target >= 0 && target < p.vocab;
+    const float others = p.stats[2 * row];
+    const float miss = scored ? p.grad[row] * p.factor / (1.0f + __expf(p.stats[2 * row + 1])) : 0.0f;
+    const int vocab = static_cast<int>(p.vocab), thread = threadIdx.x;
     auto gradient = [&](float logit, int i) {
-        const float prob = __expf((logit * p.factor - max) - log_sum);
-        return ignored ? 0.0f : scale * ((i == target ? 1.0f : 0.0f) - prob);
+        const float g = i == target ? miss : -miss * __expf(logit * p.factor - others);
+        return scored ? g : 0.0f;  // 0 * NaN is NaN, and a row without a target may hold it
     };
     auto one = [&](int i) { out[i] = from_float<T>(gradient(to_float(logits[i]), i)); };
     const bool alike = reinterpret_cast<std::uintptr_t>(logits) % 16 == reinterpret_cast<std::uintptr_t>(out) % 16;
     const int head = alike ? unaligned_head(logits, vocab) : vocab;
-    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>, thread = threadIdx.x;
+    const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>;
     for (int i = thread; i < head; i += blockDim.x) one(i);
     if (tail + thread < vocab) one(tail + thread);
 #pragma unroll 2

@@ -116,7 +116,9 @@ def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, targ
     )  # fmt: skip
 
 
-EPILOGUE = Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=True)
+def epilogue() -> Epilogue:
+    """What `tiles.forward` and `tiles.backward` of `linear_logprobs` run between their products."""
+    return Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=True)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -127,7 +129,8 @@ def _rows(t: Tensor) -> Tensor:
 def selective_logprobs(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """`z_y - logsumexp(z)` with `z = logits / temperature`: logits (N, V), targets (N,) -> logprobs (N,), stats (N, 2).
 
-    0 where the target is `ignore_index`, NaN where it is outside the vocabulary. stats: max z, log sum exp(z - max z).
+    0 where the target is `ignore_index`, NaN where it is outside the vocabulary. stats: logsumexp of the other logits,
+    and the target's minus that.
     """
     logits, targets = _rows(logits), targets.contiguous()
     logprobs = logits.new_empty(logits.shape[0], dtype=torch.float32)
@@ -150,7 +153,10 @@ def selective_logprobs_backward(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """`grad (onehot - p) / temperature` in the logits' dtype, (N, V); with `in_place` in the logits' own memory."""
+    """`grad (onehot - p) / temperature` in the logits' dtype, (N, V); with `in_place` in the logits' own memory.
+
+    0 for rows whose target is `ignore_index` or outside the vocabulary.
+    """
     rows = _rows(logits)
     out = rows if in_place or rows is not logits else torch.empty_strided(
         rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device
@@ -164,3 +170,35 @@ def selective_logprobs_backward(
     if in_place and out is not logits:
         return logits.copy_(out)
     return out
+
+
+def preference_loss(
+    logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward op of `preference_loss.py`, float32: losses, rewards, sums, coefficients.
+
+    Where cu_seqlens does not rise from 0 to the number of tokens, sums and losses are NaN.
+    """
+    named = {"logprobs": logprobs, "offsets": cu_seqlens, "ref_sums": ref_sums, "lengths": lengths, "labels": labels}
+    given = {name: t if t is None else t.contiguous() for name, t in (named | {"kl": kl}).items()}
+    sequences = cu_seqlens.shape[0] - 1
+    items = sequences // 2 if labels is None else sequences
+    out = [logprobs.new_empty(count) for count in (items, sequences, sequences, logprobs.shape[0])]
+    _launch(
+        "preference_loss", module.Preference(), logprobs, **given, tokens=logprobs.shape[0], sequences=sequences,
+        items=items, form=form, averaged=averaged, alternating=alternating, beta=beta, scale=scale, offset=offset,
+        slope=slope, losses=out[0], rewards=out[1], sums=out[2], coefficients=out[3],
+    )  # fmt: skip
+    return tuple(out)
+
+
+def preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating) -> Tensor:
+    """The backward op of `preference_loss.py`."""
+    named = {"grad_losses": grad_losses, "grad_sums": grad_sums, "coefficients": coefficients, "offsets": cu_seqlens}
+    grad = torch.empty_like(coefficients, memory_format=torch.contiguous_format)
+    _launch(
+        "preference_loss_backward", module.Preference(), coefficients,
+        **{name: t if t is None else t.contiguous() for name, t in named.items()}, tokens=coefficients.shape[0],
+        sequences=cu_seqlens.shape[0] - 1, items=items, alternating=alternating, grad=grad,
+    )  # fmt: skip
+    return grad

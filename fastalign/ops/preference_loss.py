@@ -20,10 +20,11 @@ from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
 from fastalign.losses.preference import _check, log1mexp
-from fastalign.ops import native
+from fastalign.ops import native, native_cuda, native_triton
 from fastalign.ops.segment_sum import _check_offsets
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+_KERNELS = {"cpu": native, "triton": native_triton, "cuda": native_cuda}
 
 
 class Form(IntEnum):
@@ -86,8 +87,8 @@ def _preference_loss(
     logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope,
     backend,
 ):  # fmt: skip
-    if backend == "cpu":
-        return native.preference_loss(
+    if backend in _KERNELS:
+        return _KERNELS[backend].preference_loss(
             logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope
         )
     _check_offsets(logprobs, cu_seqlens)
@@ -157,8 +158,9 @@ def _preference_loss_fake(
 
 
 def _preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating, backend):
-    if backend == "cpu":
-        return native.preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating)
+    if backend in _KERNELS:
+        run = _KERNELS[backend].preference_loss_backward
+        return run(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating)
     spans, tokens = cu_seqlens.diff(), coefficients.shape[0]
     out = torch.zeros_like(coefficients)
     if grad_losses is not None:
@@ -241,9 +243,11 @@ def preference_loss(
     For "kto" the sequences are single completions, cu_seqlens (B + 1,), with labels (B,) bool, True for desirable;
     `kl` is the reference point of `kto_baseline`, `weights` an option.
 
-    backend: "cpu" (C++, float64 between input and output), "torch" (any device), "reference" (the losses and autograd),
-    or "auto" (cpu where it is built and the tensors lie there). Only `losses` and `sums` of the result carry
-    gradients; ref_sums and kl get none. InputError names what does not fit; BackendError a backend that cannot run.
+    backend: "cpu" (C++, float64 between input and output), "triton" or "cuda" (the same on a GPU, float32 only; offsets
+    that do not fit give NaN, since looking at them would wait for the GPU), "torch" (any device), "reference" (the
+    losses and autograd), or "auto" (cpu where it is built and the tensors lie there, else torch). Only `losses` and
+    `sums` of the result carry gradients; ref_sums and kl get none. InputError names what does not fit; BackendError a
+    backend that cannot run.
     """
     name = loss_type if loss_type == "kto" else canonical(loss_type)
     if name not in FORMULAS:
@@ -315,6 +319,8 @@ def _pick(backend: str, logprobs: Tensor) -> str:
     on_cpu = logprobs.device.type == "cpu"
     if backend == "auto":
         return "cpu" if on_cpu and native.module is not None else "torch"
+    if backend in ("triton", "cuda") and (why := _KERNELS[backend].why_not(logprobs)):
+        raise BackendError(f"backend={backend!r} cannot run preference_loss here: {why}")
     if backend == "cpu" and (native.module is None or not on_cpu):
         why = (
             f"logprobs lies on {logprobs.device}" if native.module else "the native module is missing, run `make build`"

@@ -1,4 +1,6 @@
 // Tiles whose rows start anywhere, results in their own memory and apart, every option at once and none.
+#include "online_softmax.cu"
+
 #include "check.h"
 
 constexpr int kRows = 4, kWidth = 10, kStride = 1100;

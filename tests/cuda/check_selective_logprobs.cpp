@@ -1,4 +1,6 @@
 // Both passes over rows that start anywhere, with targets inside, outside and ignored.
+#include "selective_logprobs.cu"
+
 #include "check.h"
 
 constexpr int kRows = 5, kStride = 1051;

@@ -1,4 +1,6 @@
 // Gradients in the memory of their tile, from fresh products and from kept probabilities; odd sizes and starts.
+#include "softmax_gradient.cu"
+
 #include "check.h"
 
 constexpr int kRows = 4, kStride = 1100;

@@ -30,7 +30,8 @@ def compiled(folder: Path, name: str, source: Path, csrc: Path, *flags: str) -> 
     """The object file of one source, from the cache if nothing it could include has changed."""
     command = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{HERE}"]
     digest = hashlib.sha256(repr(command[1:-3]).encode())
-    for path in [source, *sorted((csrc / "cuda").glob("*.h")), *sorted(HERE.glob("*.h"))]:
+    included = [*(csrc / "cuda").glob("*.h"), *HERE.glob("*.h"), csrc / "cuda" / f"{name.split('-')[0]}.cu"]
+    for path in [source, *sorted(path for path in included if path.exists())]:
         digest.update(path.read_bytes())
     out = folder / f"{name}-{digest.hexdigest()[:16]}.o"
     if not out.exists():
@@ -76,7 +77,7 @@ def cuda(emulated, monkeypatch):
 
 @pytest.fixture(scope="session")
 def sanitized(objects, tmp_path_factory):
-    """A function that builds check_<op>.cpp with csrc/cuda/<op>.cu under a sanitizer and runs it.
+    """A function that builds check_<op>.cpp, which includes csrc/cuda/<op>.cu, under a sanitizer and runs it.
 
     `fault` (old, new) is planted in a copy of the sources first, in the file that holds `old`, once.
     """
@@ -90,10 +91,9 @@ def sanitized(objects, tmp_path_factory):
         flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g"]
         if sanitizer == "address":
             flags.append("-fsanitize-sections=cuda_shared")
-        sources = [csrc / "cuda" / f"{op}.cu", HERE / f"check_{op}.cpp"]
-        built = [compiled(objects, f"{source.stem}-{sanitizer}", source, csrc, *flags) for source in sources]
+        built = compiled(objects, f"{op}-{sanitizer}", HERE / f"check_{op}.cpp", csrc, *flags)
         program = tmp_path_factory.mktemp("check") / op
-        linked = run("g++", "-pthread", *flags, *built, "-o", program)
+        linked = run("g++", "-pthread", *flags, built, "-o", program)
         assert linked.returncode == 0, linked.stderr
         return run(program, timeout=60)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-OPS = ["selective_logprobs", "online_softmax", "softmax_gradient"]
+OPS = ["selective_logprobs", "online_softmax", "softmax_gradient", "preference_loss"]
 FAULTS = {
     "no barrier before the warps' sums are read": (
         "selective_logprobs", "thread", "    __syncthreads();\n    T all", "    T all", "data race",
