@@ -42,7 +42,7 @@ sanitize:  ## the C++ kernels under the address, undefined-behaviour and thread 
 	@csrc/check/sanitize.sh
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build dist fastalign/_cpu*.so
+	rm -rf $(VENV) build dist fastalign/_cpu*.so fastalign/_cuda*.so
 
 $(VENV)/.torch:
 	$(STEP) "Python environment in $(VENV), with $(TORCH) unless a torch is there"

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastalign"
 
 # From the bottom to the top. A module imports from lower rows only, and packages (ops, losses, ...) from themselves.
 LAYERS = [
-    {"errors", "_cpu"},
+    {"errors", "_cpu", "_cuda"},
     {"reference", "kernels"},
     {"losses"},
     {"ops"},
