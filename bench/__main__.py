@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import losses, ops, report, train
+from bench import losses, ops, report, scale, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"ops": ops, "losses": losses, "train": train}
+SUITES = {"ops": ops, "losses": losses, "train": train, "scale": scale}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--quick", action="store_true", help="the small cases: a minute, and no claim")
         command.add_argument("--rounds", type=int, default=7, help="interleaved runs of each implementation (7)")
         command.add_argument("--limit", type=float, default=20, help="skip what needs more seconds a run (20)")
+        command.add_argument("--only", nargs="+", metavar="IMPLEMENTATION", help="these, and the floor they stand on")
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
         command.add_argument("--out", type=Path, help="folder of the results (bench/results; with --quick runs/bench)")
     again = commands.add_parser("report", help="tables and plots from result files")
@@ -61,9 +62,20 @@ def chosen(suite, patterns: list[str] | None, quick: bool) -> list[str]:
     return [case for case in matched if not quick or case in suite.QUICK]
 
 
+def only(suite, wanted: list[str]) -> None:
+    """Makes the suite forget its other implementations."""
+    unknown = [name for name in wanted if name not in suite.IMPLEMENTATIONS]
+    if unknown:
+        sys.exit(f"there is no implementation {unknown[0]!r}; {', '.join(suite.IMPLEMENTATIONS)} exist")
+    kept = {name: suite.IMPLEMENTATIONS[name] for name in wanted} if isinstance(suite.IMPLEMENTATIONS, dict) else wanted
+    suite.IMPLEMENTATIONS = kept
+
+
 def run_suite(name: str, arguments: argparse.Namespace) -> None:
     """Measures case by case; the file keeps the cases of earlier runs and is complete after each case."""
     suite, cases = SUITES[name], chosen(SUITES[name], arguments.case, arguments.quick)
+    if arguments.only:
+        only(suite, arguments.only)
     folder = arguments.out or (Path("runs/bench") if arguments.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-quick" if arguments.quick else name

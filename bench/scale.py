@@ -1,0 +1,146 @@
+"""Suite `scale`: how cost grows with N, V, T, the batch and the share of prompts, on 1 and 2 threads.
+
+Each case is one curve. `n` and `v` are `linear_logprobs` with a frozen head, forward and backward; `t`, `batch` and
+`prompt` are forward and backward of a LoRA step on SmolLM2-135M-Instruct: one pair of longer and longer completions,
+more and more pairs, and one pair of constant length of which more and more is prompt.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from bench import ops
+from bench.measure import Checked, Measurement, WrongResult, environment, interleaved, say
+from bench.train import LORA, MODEL
+from fastalign.packing import PackedBatch, pack
+
+POINTS = {
+    "n": (128, 256, 512, 1024, 2048),
+    "v": (8192, 16384, 32768, 65536, 131072),
+    "t": (64, 128, 256, 512, 1024),
+    "batch": (1, 2, 4, 8),
+    "prompt": (0, 25, 50, 75, 90),
+}
+WIDTH, TOKENS, VOCABULARY = 576, 512, 49152  # H; N where V varies; V where N does
+PAIR = (120, 40)  # tokens of the prompt, and of each completion, where the batch varies
+THREADS = (1, 2)
+QUICK_POINTS = 2
+# The hidden states of a packed and a padded row are summed in another order, over 30 layers.
+AGREE = 1e-3
+IMPLEMENTATIONS = ("fastalign",)
+
+
+@dataclass(frozen=True)
+class Case:
+    axis: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.axis}-{self.threads}-thread{'s' if self.threads > 1 else ''}"
+
+
+CASES = {case.name: case for case in (Case(*parts) for parts in product(POINTS, THREADS))}
+QUICK = {name: CASES[name] for name in ("n-1-thread", "v-1-thread")}
+
+
+def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
+    """One record per point, all points interleaved, each checked first; `limit_s` goes unused: all are short."""
+    del limit_s
+    case = CASES[case_name]
+    torch.set_num_threads(case.threads)
+    points = POINTS[case.axis]
+    make = _op if case.axis in ("n", "v") else _step
+    runs, checked = {}, {}
+    for point in points:
+        say(f"    checking {case.axis} = {point}", same_line=True)
+        runs[str(point)], checked[point] = make(case.axis, point)
+    load_before = os.getloadavg()[0]
+    seconds = interleaved(runs, rounds)
+    about = environment()
+    measured = []
+    for point in points:
+        q1, median, q3 = statistics.quantiles(seconds[str(point)], n=4, method="inclusive")
+        done = checked[point]
+        measured.append(Measurement(
+            "scale", case_name, {case.axis: point}, f"{case.axis} = {point}", median, q1, q3, rounds, None,
+            done.errors, done.scope, load=round(load_before, 2), **about,
+        ))  # fmt: skip
+    return measured
+
+
+def _op(axis: str, point: int) -> tuple[Callable, Checked]:
+    n, v = (point, VOCABULARY) if axis == "n" else (TOKENS, point)
+    inputs = ops.make_inputs(ops.Case("frozen", "float32", n, WIDTH, v, 0))
+    compute = ops.candidate("fastalign cpu", "frozen", inputs)
+    return compute, ops.Truth("frozen", inputs).check("fastalign cpu", compute())
+
+
+def _rows(axis: str, point: int) -> list[dict]:
+    """One or more pairs of random tokens."""
+    if axis == "t":
+        shapes = [(PAIR[0], point)]
+    elif axis == "batch":
+        shapes = [PAIR] * point
+    else:
+        whole = PAIR[0] + 2 * PAIR[1]
+        shapes = [(whole * point // 100, (whole - whole * point // 100) // 2)]
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1000, 40000, (count,), generator=generator).tolist()
+
+    return [{"prompt_ids": tokens(p), "completion_ids": [tokens(c), tokens(c)]} for p, c in shapes]
+
+
+def _step(axis: str, point: int) -> tuple[Callable, Checked]:
+    model, rows = _model(), _rows(axis, point)
+    batch = pack(rows)
+
+    def compute() -> Tensor:
+        logprobs = model(packed=batch).logprobs
+        logprobs.sum().backward()
+        model.zero_grad()
+        return logprobs.detach()
+
+    error = (compute()[: batch.cu_seqlens[1]] - _own(model, rows[0], batch)).abs().max().item()
+    if not error <= AGREE:
+        raise WrongResult(f"log-probs of the first completion are off by {error:.2g} from the model's own logits")
+    return compute, Checked({"logprobs": error}, "the first completion, against the model's own logits")
+
+
+@torch.no_grad()
+def _own(model, row: dict, batch: PackedBatch) -> Tensor:
+    """Log-probs of the first completion's scored tokens, from the logits of the model called as ever."""
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    logprobs = logits.gather(1, ids[0, 1:, None]).squeeze(1)
+    return logprobs[-int(batch.cu_seqlens[1]) :]
+
+
+@cache
+def _model():
+    from peft import LoraConfig, get_peft_model
+
+    from fastalign.models import load_model
+    from fastalign.scoring import prepare
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(MODEL, dtype="float32"), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    prepare(model)
+    return model
+
+
+def slope(points: list[int], seconds: list[float]) -> float:
+    """The exponent b of `seconds = a points^b`, by least squares on logarithms, of points above 0."""
+    pairs = [(float(p), s) for p, s in zip(points, seconds, strict=True) if p > 0]
+    xs, ys = torch.tensor(pairs, dtype=torch.float64).log().T
+    return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / ((xs - xs.mean()) ** 2).sum())
