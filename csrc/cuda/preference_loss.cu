@@ -10,7 +10,7 @@
 namespace fastalign::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kLossThreads = 128;
 
 __device__ __forceinline__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + exp(-x)); }
@@ -82,8 +82,8 @@ __device__ __forceinline__ void spread(const Preference& p, Span span, double sl
 }
 
 // budget: 64 registers, 80 bytes shared
-__global__ void __launch_bounds__(kThreads) loss_kernel(Preference p) {
-    __shared__ double first_sums[kThreads / 32], second_sums[kThreads / 32], slopes[2];
+__global__ void __launch_bounds__(kLossThreads) loss_kernel(Preference p) {
+    __shared__ double first_sums[kLossThreads / 32], second_sums[kLossThreads / 32], slopes[2];
     const std::int64_t item = blockIdx.x;
     const bool pairs = p.form != LossForm::kto;
     const std::int64_t first = pairs && p.alternating ? 2 * item : item;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(Preference p) {
 
 // grad[t] = grad_losses[item of t] * coefficients[t] + grad_sums[sequence of t]
 // budget: 32 registers, 0 bytes shared
-__global__ void __launch_bounds__(kThreads) backward_kernel(Preference p) {
+__global__ void __launch_bounds__(kLossThreads) backward_kernel(Preference p) {
     const std::int64_t i = blockIdx.x;
     const std::int64_t item = p.items == p.sequences ? i : p.alternating ? i / 2 : i % p.items;
     const Span span = span_of(p, i);
@@ -114,11 +114,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Preference p) {
 }  // namespace
 
 int preference_loss(const Preference& p, Where where) {
-    return p.items ? launch(where, loss_kernel, dim3(p.items), kThreads, p) : cudaSuccess;
+    return p.items ? launch(where, loss_kernel, dim3(p.items), kLossThreads, p) : cudaSuccess;
 }
 
 int preference_loss_backward(const Preference& p, Where where) {
-    return p.sequences ? launch(where, backward_kernel, dim3(p.sequences), kThreads, p) : cudaSuccess;
+    return p.sequences ? launch(where, backward_kernel, dim3(p.sequences), kLossThreads, p) : cudaSuccess;
 }
 
 }  // namespace fastalign::cuda

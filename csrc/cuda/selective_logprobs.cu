@@ -13,17 +13,17 @@
 namespace fastalign::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kRowThreads = 512;
 
 unsigned threads_for(std::int64_t vocab) {
     const std::int64_t wanted = (vocab / 16 + 31) / 32 * 32;
-    return static_cast<unsigned>(wanted < 32 ? 32 : wanted > kMaxThreads ? kMaxThreads : wanted);
+    return static_cast<unsigned>(wanted < 32 ? 32 : wanted > kRowThreads ? kRowThreads : wanted);
 }
 
-// budget: 40 registers, 128 bytes shared
+// budget: 32 registers, 128 bytes shared, 2 wide loads
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 3) gather_forward(Gather p) {
-    __shared__ float maxima[kMaxThreads / 32], sums[kMaxThreads / 32];
+__global__ void __launch_bounds__(kRowThreads, 4) gather_forward(Gather p) {
+    __shared__ float maxima[kRowThreads / 32], sums[kRowThreads / 32];
     const std::int64_t row = blockIdx.x, target = p.targets[row];
     if (target == p.ignore_index) {  // such a row may hold anything
         if (threadIdx.x == 0) p.logprobs[row] = p.stats[2 * row] = p.stats[2 * row + 1] = 0.0f;
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kMaxThreads, 3) gather_forward(Gather p) {
 }
 
 // grad (onehot - p) / temperature. Each value is read and written by one thread, so it may be done in place.
-// budget: 40 registers, 0 bytes shared
+// budget: 32 registers, 0 bytes shared, 2 wide loads, 2 wide stores
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 3) gather_backward(Gather p) {
+__global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
     const std::int64_t row = blockIdx.x, target = p.targets[row];
     const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
     T* out = static_cast<T*>(p.grad_logits) + row * p.stride;
