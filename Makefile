@@ -13,7 +13,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint bench build sanitize clean
+.PHONY: help demo tax test lint bench gpu-check build sanitize clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -35,6 +35,9 @@ lint: $(VENV)/.dev  ## ruff: rules and format
 
 bench: $(VENV)/.bench  ## fastalign beside TRL, Liger and torch, the small cases; BENCH=ops is all of them
 	@$(BIN)/python -m bench $(BENCH)
+
+gpu-check: $(VENV)/.dev  ## every GPU kernel built for every architecture, its machine code read; no GPU needed, but nvcc
+	@$(BIN)/python -m bench.gpu_check
 
 build: $(VENV)/.build  ## the package and its native module, editable in .venv
 

@@ -1,12 +1,13 @@
 """What happens to one tile of logits between its two matrix products: the interface, in plain PyTorch.
 
-`tiles.py` drives; an epilogue is the part that only moves memory. Triton (kernels/online_softmax.py and
-kernels/softmax_gradient.py) and CUDA (native_cuda.py) have the same three functions with the same arguments, and
-write only into the tensors they are handed. The mathematics is told at the head of `tiles.py`.
+`tiles.py` drives; an epilogue is the part that only moves memory. Triton (kernels/linear_logprobs.py) and CUDA
+(native_cuda.py) have the same three functions with the same arguments, and write only into the tensors they are
+handed. The mathematics is told at the head of `tiles.py`.
 
 A tile `u` (R, T) holds products `h W'` of R tokens and T vocabulary entries, the first of which is entry `first` of
 the vocabulary; rows may lie any distance apart, columns are next to each other. targets (R,) int64 count from the
-start of the vocabulary; one that lies outside of the tile touches nothing. bias (T,) or None.
+start of the vocabulary; one that lies outside of the tile touches nothing. bias (T,) or None. What is per row or per
+column is contiguous.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Token log-probabilities straight from hidden states, without the `[tokens, vocabulary]` logits.
 
-Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `tiles.py`, and in C++ in csrc/cpu.
+Schema, fake, autograd and the public function, top to bottom; the arithmetic is in `tiles.py` and `epilogue.py`, in C++
+in csrc/cpu, and for GPUs in kernels/ and csrc/cuda.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, tiles
+from fastalign.ops import native, native_cuda, native_triton, tiles
+from fastalign.ops.epilogue import TORCH, Epilogue
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Probability tiles kept for a trainable head when the caller names no budget, in bytes.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
@@ -36,8 +39,16 @@ _library.define(
 )
 
 
-def _scored(targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor]:
-    """The rows that have a target (None for all of them), and their targets, checked against the vocabulary."""
+class _Scored(NamedTuple):
+    """The rows that have a target."""
+
+    rows: Tensor | None  # their numbers, None for all
+    targets: Tensor  # theirs
+    ignored: Tensor | None  # (N,) rows that stay, as zeros, although they have none
+
+
+def _scored(targets: Tensor, ignore_index: int, vocab: int) -> _Scored:
+    """Sort out the rows without a target, and check targets against the vocabulary."""
     kept = targets != ignore_index
     if targets.device.type == "cpu":
         bad = targets[kept & ((targets < 0) | (targets >= vocab))]
@@ -49,19 +60,36 @@ def _scored(targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | No
     else:
         inside = ((targets >= 0) & (targets < vocab)) | ~kept
         torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
+    if _capturing(targets.device):
+        return _Scored(None, targets.masked_fill(~kept, 0), ~kept)
     rows = kept.nonzero().squeeze(1)
-    return (None, targets) if rows.numel() == targets.numel() else (rows, targets[rows])
+    if rows.numel() == targets.numel():
+        return _Scored(None, targets.contiguous(), None)
+    return _Scored(rows, targets[rows], None)
 
 
-def _gather(t: Tensor, rows: Tensor | None) -> Tensor:
-    return tiles.pad_rows(t if rows is None else t[rows])
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: then shapes may not depend on values, and no row can be dropped."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _scatter(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
+def _gather(t: Tensor, scored: _Scored) -> Tensor:
+    if scored.ignored is not None:
+        t = t.masked_fill(scored.ignored.view(-1, *[1] * (t.dim() - 1)), 0)
+    return tiles.pad_rows(t if scored.rows is None else t[scored.rows])
+
+
+def _scatter(values: Tensor, scored: _Scored, n: int) -> Tensor:
     """The inverse of `_gather`: rows that were dropped are 0."""
-    if rows is None:
+    if scored.ignored is not None:
+        return values[:n].masked_fill(scored.ignored.view(-1, *[1] * (values.dim() - 1)), 0)
+    if scored.rows is None:
         return values if values.shape[0] == n else values[:n].clone()
-    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values[: rows.shape[0]])
+    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, scored.rows, values[: scored.rows.shape[0]])
+
+
+def _epilogue(backend: str) -> Epilogue:
+    return _GPU[backend].epilogue() if backend in _GPU else TORCH
 
 
 def _linear_logprobs(
@@ -69,29 +97,30 @@ def _linear_logprobs(
     *, backend="torch",
 ):  # fmt: skip
     n = targets.shape[0]
-    rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    scored = _scored(targets, ignore_index, weight.shape[0])
     if backend == "cpu":
         return native.linear_logprobs(
-            hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, grads, entropy, cache_rows
+            hidden, weight, targets, scored.rows, bias, logit_scale, softcap, temperature, grads, entropy, cache_rows
         )
     out = tiles.forward(
-        _gather(hidden, rows),
+        _gather(hidden, scored),
         weight,
-        tiles.pad_rows(kept_targets),
-        bias,
+        tiles.pad_rows(scored.targets),
+        None if bias is None else bias.contiguous(),
         tiles.Head(logit_scale, softcap, temperature),
         grads=grads,
         entropy=entropy,
         cache_rows=cache_rows,
+        epilogue=_epilogue(backend),
     )
     empty = out.logprobs.new_empty(0)
     cache, shifts = out.cache or (hidden.new_empty(0), empty.clone())
     return (
-        _scatter(out.logprobs, rows, n),
-        _scatter(out.entropy, rows, n) if entropy else empty,
-        _scatter(out.grad_logprobs, rows, n) if grads else empty.clone(),
-        _scatter(out.grad_entropy, rows, n) if grads and entropy else empty.clone(),
-        _scatter(torch.stack(out.stats, 1), rows, n),
+        _scatter(out.logprobs, scored, n),
+        _scatter(out.entropy, scored, n) if entropy else empty,
+        _scatter(out.grad_logprobs, scored, n) if grads else empty.clone(),
+        _scatter(out.grad_entropy, scored, n) if grads and entropy else empty.clone(),
+        _scatter(torch.stack(out.stats, 1), scored, n),
         cache,
         shifts,
     )
@@ -121,34 +150,35 @@ def _linear_logprobs_backward(
     logit_scale, softcap, temperature, ignore_index, needs, *, backend="torch",
 ):  # fmt: skip
     n = targets.shape[0]
-    rows, kept_targets = _scored(targets, ignore_index, weight.shape[0])
+    scored = _scored(targets, ignore_index, weight.shape[0])
     empty = hidden.new_empty(0)
     if backend == "cpu":
         grads = native.linear_logprobs_backward(
-            grad_logprobs, grad_entropy, hidden, weight, targets, rows, bias, stats, cache, shifts,
+            grad_logprobs, grad_entropy, hidden, weight, targets, scored.rows, bias, stats, cache, shifts,
             logit_scale, softcap, temperature, needs,
         )  # fmt: skip
         return tuple(empty.clone() if g is None else g for g in grads)
-    row_stats = tiles.Stats(*_gather(stats, rows).unbind(1))
+    row_stats = tiles.Stats(*_gather(stats, scored).t().contiguous().unbind(0))
     padding = (row_stats.others + row_stats.target) == 0
     # Else 0 / 0, and 0 times the overflow of a logit.
     row_stats = row_stats._replace(
         others=row_stats.others.masked_fill(padding, 1.0), shift=row_stats.shift.masked_fill(padding, math.inf)
     )
     d_hidden, d_weight, d_bias = tiles.backward(
-        _gather(grad_logprobs, rows),
-        None if grad_entropy is None else _gather(grad_entropy, rows),
-        _gather(hidden, rows),
+        _gather(grad_logprobs, scored),
+        None if grad_entropy is None else _gather(grad_entropy, scored),
+        _gather(hidden, scored),
         weight,
-        tiles.pad_rows(kept_targets),
-        bias,
+        tiles.pad_rows(scored.targets),
+        None if bias is None else bias.contiguous(),
         tiles.Head(logit_scale, softcap, temperature),
         row_stats,
         tiles.Cache(cache, shifts) if cache.numel() else None,
         needs=tuple(needs),
+        epilogue=_epilogue(backend),
     )
     return (
-        _scatter(d_hidden, rows, n).to(hidden.dtype) if needs[0] else empty,
+        _scatter(d_hidden, scored, n).to(hidden.dtype) if needs[0] else empty,
         d_weight if needs[1] else empty.clone(),
         d_bias if needs[2] else empty.clone(),
     )
@@ -166,11 +196,12 @@ def _linear_logprobs_backward_fake(
 
 
 def _without_autocast(kernel: Callable) -> Callable:
-    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits."""
+    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits; with
+    its tensors' GPU the current one, which Triton launches on."""
 
     @wraps(kernel)
     def run(first: Tensor, *args, **options):
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
             return kernel(first, *args, **options)
 
     return run
@@ -271,12 +302,14 @@ def linear_logprobs(
     memory_budget: bytes of probability tiles kept for the backward pass of a trainable head (default 1 GiB): 3U FLOP
         where they fit, 4U beyond, U = 2 N V H. A frozen head needs none of it, and 2U. The entropy's gradient
         through a trainable head always recomputes.
-    backend: "torch" (the tiled driver), "cpu" (C++, where it is built), "reference" (materialises the logits), or
-        "auto" (picks by device: "cpu" on the CPU where that is faster).
+    backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on
+        a GPU), "cpu" (C++, where it is built), "reference" (materialises the logits), or "auto" (picks by device:
+        "cpu" on the CPU where that is faster, else "torch").
 
     Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
     bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
-    target; BackendError an unknown backend.
+    target; BackendError an unknown backend, or one asked for by name that cannot run, and why. While a CUDA graph is
+    captured nothing is dropped, and ignored rows are computed as zeros.
 
     The gradient in hidden is `W[y] - E_p[W]`: softmax attention with query h and key = value = W, hence one pass.
     """
@@ -317,8 +350,13 @@ def linear_logprobs(
 
 
 def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
+    """What "auto" stands for here; BackendError where a backend was asked for by name and cannot run."""
     if backend == "torch":
+        return backend
+    if backend in _GPU:
+        why = _GPU[backend].why_not(hidden, weight, bias)
+        if why:
+            raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {why}")
         return backend
     why = native.why_not(hidden, weight, bias)
     if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):

@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native
+from fastalign.ops import native, native_cuda, native_triton
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+_BY_NAME = {"cpu": native, "triton": native_triton, "cuda": native_cuda}
 # Rows that the torch backend takes at a time fill this many logits, so that no second [tokens, V] tensor ever exists.
 _CHUNK = 1 << 22
 
@@ -59,6 +60,8 @@ def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
     _check_targets(targets, logits.shape[-1], ignore_index)
     if backend == "cpu":
         return native.selective_logprobs(logits, targets, temperature, ignore_index)
+    if backend in ("triton", "cuda"):
+        return _on_gpu(backend, logits, targets, temperature, ignore_index)
     dtype, vocab = reference.compute_dtype(logits), logits.shape[-1]
     ignored = targets == ignore_index
     logprobs, stats = logits.new_empty(targets.numel(), dtype=dtype), logits.new_empty(targets.numel(), 2, dtype=dtype)
@@ -72,6 +75,20 @@ def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
         stats[rows] = torch.cat([shift, sums], 1)
         logprobs[rows] = F.logsigmoid((z - shift) / temperature - sums.log()).squeeze(1)
     return logprobs.view(targets.shape).masked_fill_(ignored, 0.0), stats.view(*targets.shape, 2)
+
+
+def _on_gpu(backend, logits, targets, temperature, ignore_index):
+    flat = logits.reshape(-1, logits.shape[-1])
+    with torch.cuda.device_of(logits):  # Triton launches on the current one
+        logprobs, stats = _BY_NAME[backend].selective_logprobs(flat, targets.reshape(-1), temperature, ignore_index)
+    return logprobs.view(targets.shape), stats.view(*targets.shape, 2)
+
+
+def _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, *, in_place):
+    flat = logits.view(-1, logits.shape[-1]) if in_place else logits.reshape(-1, logits.shape[-1])
+    rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
+    with torch.cuda.device_of(logits):
+        return _BY_NAME[backend].selective_logprobs_backward(*rows, temperature, ignore_index, in_place=in_place)
 
 
 def _chunks(flat: Tensor) -> list[slice]:
@@ -98,6 +115,9 @@ def _selective_logprobs_backward(grad, logits, targets, stats, temperature, igno
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits)
         return d_logits
+    if backend in ("triton", "cuda"):
+        d_logits = _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=False)
+        return d_logits.view(logits.shape)
     flat = logits.reshape(-1, logits.shape[-1])
     d_logits = torch.empty_like(flat, memory_format=torch.contiguous_format)
     rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
@@ -109,6 +129,9 @@ def _selective_logprobs_backward_(grad, logits, targets, stats, temperature, ign
     if backend == "cpu":
         native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, None)
         return torch.autograd.graph.increment_version(logits)  # autograd does not see what is written by address
+    if backend in ("triton", "cuda"):
+        _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=True)
+        return torch.autograd.graph.increment_version(logits)
     flat = logits.view(-1, logits.shape[-1])
     rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
     return _backward_into(flat, *rows, temperature, ignore_index)
@@ -175,8 +198,9 @@ def selective_logprobs(
     needs them, and on a second backward. It has no effect under torch.compile, which plans memory itself, or on logits
     that are not contiguous.
 
-    backend: "cpu" (C++), "torch" (any device, chunked), "reference", or "auto" (cpu where it is fast). InputError names
-    a wrong shape, dtype or target; BackendError a backend that is unknown or cannot run.
+    backend: "cpu" (C++), "triton" or "cuda" (on a GPU), "torch" (any device, chunked), "reference", or "auto" (cpu
+    where it is fast, else torch). InputError names a wrong shape, dtype or target; BackendError a backend that is
+    unknown or cannot run.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; selective_logprobs has {', '.join(BACKENDS)}")
@@ -193,9 +217,9 @@ def selective_logprobs(
     if backend == "reference":
         _check_targets(targets, logits.shape[-1], ignore_index)
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    why_not = native.why_not(logits, targets)
-    if backend == "cpu" and why_not:
-        raise BackendError(f"backend='cpu' cannot run selective_logprobs here: {why_not}")
+    why_not = _BY_NAME.get(backend, native).why_not(logits, targets)
+    if backend in _BY_NAME and why_not:
+        raise BackendError(f"backend={backend!r} cannot run selective_logprobs here: {why_not}")
     if backend == "auto":
         backend = "cpu" if why_not is None and native.is_fast(logits.dtype) else "torch"
     in_place = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()

@@ -343,4 +343,4 @@ def _kept_scales(shifts: Tensor, stats: Stats, c: Coefficients, head: Head) -> T
     """What a kept tile `exp(z - shift then)` is multiplied with, per vocabulary tile and row: (tiles, C)."""
     kept = shifts.shape[0]
     scale = c.logprobs[:kept] * (head.factor if head.softcap is None else 1.0)
-    return (shifts.t() - stats.shift[:kept]).exp_().mul_(scale)
+    return (shifts.t().contiguous() - stats.shift[:kept]).exp_().mul_(scale)

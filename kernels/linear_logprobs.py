@@ -1,0 +1,237 @@
+"""The epilogue of `linear_logprobs` in Triton: what fastalign/ops/epilogue.py defines, in one read of each tile.
+
+One program a row; the whole row of the tile lies in its registers before anything is stored, so that outputs may lie
+in the memory of the tile itself. 16 elements a thread keep that at some 60 registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Where kernels decorated from here on will run.
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+START = tl.constexpr(-1e30)
+# The shift follows the running maximum only when that has moved this far: e^8 costs no digits, and the accumulated
+# products are hardly ever rescaled.
+LAG = tl.constexpr(8.0)
+# How much of a row of the accumulated products is rescaled at a time.
+WIDTH = tl.constexpr(1024)
+
+
+@triton.jit
+def _tanh(x):
+    """Within a few ulp everywhere: the quotient cancels near 0, where the series has converged."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    e = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _logit(u, factor, inner, outer):
+    """inner = logit_scale / softcap and outer = softcap / temperature, or None without a cap."""
+    if outer is None:
+        return u * factor
+    else:
+        return _tanh(u * inner) * outer
+
+
+@triton.jit
+def _slope(z, factor, outer):
+    t = tl.maximum(z / outer, -1)  # entries set to -inf count as the cap's lower end
+    return factor * (1 - t * t)
+
+
+@triton.jit
+def _absorb(
+    u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
+    shift_ptr, others_ptr, zothers_ptr, target_ptr, e_ptr, e_stride, ze_ptr, ze_stride,
+    a_ptr, a_stride, b_ptr, b_stride, best_ptr, argmax_ptr, columns, width,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    target = tl.load(targets_ptr + row) - first
+    has_target = (target >= 0) & (target < columns)
+    # The target's own logit is read before anything is stored over it.
+    u_y = tl.load(u_ptr + row * u_stride + target, mask=has_target, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + row * u_stride + column, mask=inside, other=0.0).to(tl.float32)  # (T,)
+    if bias_ptr is not None:
+        u_y += tl.load(bias_ptr + target, mask=has_target, other=0.0).to(tl.float32)
+        u += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target_ptr + row, _logit(u_y, factor, inner, outer), mask=has_target)
+    z = tl.where(inside, _logit(u, factor, inner, outer), float("-inf"))
+
+    top = tl.max(z, 0)
+    if best_ptr is not None:
+        best = tl.load(best_ptr + row)
+        tl.store(argmax_ptr + row, tl.argmax(z, 0).to(tl.int64) + first, mask=top > best)
+        tl.store(best_ptr + row, top, mask=top > best)
+    old = tl.load(shift_ptr + row)
+    shift = tl.where(top > old + LAG, top, old)
+    moved = old - shift
+    shrink = tl.exp(moved)
+    e = tl.where(column == target, 0.0, tl.exp(z - shift))
+    others = tl.load(others_ptr + row)
+    tl.store(others_ptr + row, shrink * others + tl.sum(e, 0))
+    tl.store(shift_ptr + row, shift)
+    slope = 1.0
+    if outer is not None:
+        slope = _slope(z, factor, outer)
+    if ENTROPY:
+        ze = tl.maximum(z - shift, START) * e
+        zothers = tl.load(zothers_ptr + row)
+        tl.store(zothers_ptr + row, shrink * (zothers + moved * others) + tl.sum(ze, 0))
+        if ze_ptr is not None:
+            tl.store(ze_ptr + row * ze_stride + column, (ze * slope).to(ze_ptr.dtype.element_ty), mask=inside)
+    if e_ptr is not None:
+        tl.store(e_ptr + row * e_stride + column, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
+    if a_ptr is not None:  # noqa: SIM102 - known when compiled, the other is not
+        if (old > START) & (shift > old):
+            for start in range(0, width, WIDTH):
+                at = start + tl.arange(0, WIDTH)
+                a = tl.load(a_ptr + row * a_stride + at, mask=at < width, other=0.0)
+                if b_ptr is not None:
+                    b = tl.load(b_ptr + row * b_stride + at, mask=at < width, other=0.0)
+                    tl.store(b_ptr + row * b_stride + at, shrink * (b + moved * a), mask=at < width)
+                tl.store(a_ptr + row * a_stride + at, shrink * a, mask=at < width)
+
+
+@triton.jit
+def _softmax_gradient(
+    u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
+    shift_ptr, mean_ptr, logprobs_ptr, entropy_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    u = tl.load(u_ptr + row * u_stride + column, mask=inside, other=0.0).to(tl.float32)  # (T,)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    z = _logit(u, factor, inner, outer)
+    d = z - tl.load(shift_ptr + row)
+    g = tl.load(logprobs_ptr + row)
+    if entropy_ptr is not None:
+        g += tl.load(entropy_ptr + row) * (tl.maximum(d, START) - tl.load(mean_ptr + row))
+    g *= tl.exp(d)
+    if outer is None:
+        g *= factor
+    else:
+        g *= _slope(z, factor, outer)
+    du = tl.where(column == tl.load(targets_ptr + row) - first, tl.load(target_ptr + row), g)
+    # Threads run at different times, and du may lie in the memory of u that another has yet to read.
+    tl.debug_barrier()
+    tl.store(du_ptr + row * du_stride + column, du.to(du_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _kept_gradient(
+    kept_ptr, kept_stride, targets_ptr, first, scale_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    kept = tl.load(kept_ptr + row * kept_stride + column, mask=inside, other=0.0).to(tl.float32)  # (T,)
+    du = kept * tl.load(scale_ptr + row)
+    du = tl.where(column == tl.load(targets_ptr + row) - first, tl.load(target_ptr + row), du)
+    tl.store(du_ptr + row * du_stride + column, du.to(du_ptr.dtype.element_ty), mask=inside)
+
+
+def _shape(columns: int) -> dict[str, int]:
+    block = max(16, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _head(head) -> tuple[float, float | None, float | None]:
+    if head.softcap is None:
+        return head.factor, None, None
+    return head.factor, head.logit_scale / head.softcap, head.softcap / head.temperature
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def absorb(
+    u: Tensor,
+    targets: Tensor,
+    first: int,
+    bias: Tensor | None,
+    head,
+    sums,
+    *,
+    entropy: bool = False,
+    e: Tensor | None = None,
+    ze: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    best: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Fold a tile into the sums, as fastalign/ops/epilogue.py says; leaves `e` and `ze` for the second products."""
+    rows, columns = u.shape
+    if rows:
+        _absorb[(rows,)](
+            u, u.stride(0), targets, first, bias, *_head(head), sums.shift, sums.others, sums.zothers, sums.target,
+            e, _stride(e), ze, _stride(ze), a, _stride(a), b, _stride(b), *(best or (None, None)),
+            columns, 0 if a is None else a.shape[1], ENTROPY=entropy, **_shape(columns),
+        )  # fmt: skip
+
+
+def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head, c, du: Tensor) -> None:
+    """The gradient in u of a tile, from its products, as fastalign/ops/epilogue.py says."""
+    rows, columns = u.shape
+    if rows:
+        _softmax_gradient[(rows,)](
+            u, u.stride(0), targets, first, bias, *_head(head), *c, du, du.stride(0), columns, **_shape(columns)
+        )
+
+
+def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, target: Tensor, du: Tensor) -> None:
+    """The gradient in u of a tile, from the exponentials that `absorb` left, as fastalign/ops/epilogue.py says."""
+    rows, columns = kept.shape
+    if rows:
+        _kept_gradient[(rows,)](
+            kept, kept.stride(0), targets, first, scale, target, du, du.stride(0), columns, **_shape(columns)
+        )
+
+
+# What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and what it may take.
+_SUMS, _COEFFICIENTS = ", ".join(["*fp32:16"] * 4), ", ".join(["*fp32:16"] * 5)
+_UNCAPPED, _CAPPED = "fp32, None, None", "fp32, fp32, fp32"
+CHECKS = [
+    {
+        "kernel": _absorb,
+        "variant": " frozen",
+        "signature": f"*fp32:16, i32:16, *i64:16, i32:16, None, {_UNCAPPED}, {_SUMS}, "
+        "*bf16:16, i32:16, None, 0, *fp32:16, i32:16, None, 0, None, None, i32:16, i32:16, False, 4096",
+        "warps": 8,
+        "budget": {"registers": 64, "shared": 1024, "loads": 4, "stores": 2},
+    },
+    {
+        "kernel": _absorb,
+        "variant": " entropy, cap, bias",
+        "signature": f"*fp32:16, i32:16, *i64:16, i32:16, *bf16:16, {_CAPPED}, {_SUMS}, "
+        "*bf16:16, i32:16, *bf16:16, i32:16, *fp32:16, i32:16, *fp32:16, i32:16, None, None, i32:16, i32:16, True, "
+        "4096",
+        "warps": 8,
+        "budget": {"registers": 96, "shared": 1024, "loads": 6, "stores": 4},
+    },
+    {
+        "kernel": _softmax_gradient,
+        "variant": " entropy, cap",
+        "signature": f"*fp32:16, i32:16, *i64:16, i32:16, None, {_CAPPED}, {_COEFFICIENTS}, "
+        "*bf16:16, i32:16, i32:16, 4096",
+        "warps": 8,
+        "budget": {"registers": 64, "shared": 0, "loads": 4, "stores": 2},
+    },
+    {
+        "kernel": _kept_gradient,
+        "signature": "*bf16:16, i32:16, *i64:16, i32:16, *fp32:16, *fp32:16, *bf16:16, i32:16, i32:16, 4096",
+        "warps": 8,
+        "budget": {"registers": 40, "shared": 0, "loads": 2, "stores": 2},
+    },
+]
