@@ -156,8 +156,10 @@ def test_chosen_first_then_rejected(backend, name):
     )
     assert torch.equal(here.losses, there.losses) and torch.equal(here.coefficients, there.coefficients[tokens])
     assert torch.equal(here.sums, there.sums[order]) and torch.equal(here.rewards, there.rewards[order])
-    (grad,) = torch.autograd.grad(here.losses.sum(), leaf)
-    assert torch.equal(grad, here.coefficients)
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((here.losses * weights).sum(), leaf)
+    of_token = weights.repeat(2).repeat_interleave(bounds.diff())
+    torch.testing.assert_close(grad, here.coefficients * of_token, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
