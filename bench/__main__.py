@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import losses, ops, report, scale, train
+from bench import losses, machine, model, ops, readme, report, scale, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"ops": ops, "losses": losses, "train": train, "scale": scale}
+SUITES = {"machine": machine, "ops": ops, "losses": losses, "train": train, "scale": scale}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +29,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--only", nargs="+", metavar="IMPLEMENTATION", help="these, and the floor they stand on")
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
         command.add_argument("--out", type=Path, help="folder of the results (bench/results; with --quick runs/bench)")
-    again = commands.add_parser("report", help="tables and plots from result files")
-    again.add_argument("files", nargs="+", type=Path)
+    again = commands.add_parser("report", help="tables, plots and report.html from a folder of results; README's table")
+    again.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    predict = commands.add_parser("model", help=model.__doc__.splitlines()[0])
+    predict.add_argument("--device", choices=model.DEVICES, default="h100")
     memory = commands.add_parser("memory")  # what a fresh process is started with; prints bytes
     memory.add_argument("suite", choices=SUITES)
     memory.add_argument("case")
@@ -87,7 +89,17 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
         save([*earlier, *measured], path)
         if measured:
             print(report.tables(measured), flush=True)
-    print("written:", path, *report.write(load(path), folder, stem))
+    print("written:", path, *report.write({f"{stem}.md": report.tables(load(path)).encode()}, folder))
+
+
+def make_report(folder: Path) -> None:
+    """Everything that is made from the JSON files of a folder; README's table from those of bench/results alone."""
+    measurements = [m for path in sorted(folder.glob("*.json")) for m in load(path)]
+    if not measurements:
+        sys.exit(f"there are no results (*.json) in {folder}; run a suite first")
+    print("written:", *report.everything(measurements, folder))
+    if folder.resolve() == RESULTS:
+        readme.update(measurements)
 
 
 def main() -> None:
@@ -96,12 +108,10 @@ def main() -> None:
         return list_cases()
     if arguments.command is None:
         return parser().print_help()
+    if arguments.command == "model":
+        return print(model.table(arguments.device))
     if arguments.command == "report":
-        for path in arguments.files:
-            measurements = load(path)
-            print(report.tables(measurements))
-            print("written:", *report.write(measurements, path.parent, path.stem))
-        return None
+        return make_report(arguments.folder)
     torch.set_num_threads(arguments.threads)
     if arguments.command == "memory":
         return print(SUITES[arguments.suite].memory(arguments.case, arguments.implementation))

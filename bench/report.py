@@ -1,34 +1,62 @@
-"""Tables and plots from measurements alone: nothing here runs anything, and nothing that runs knows of it."""
+"""Tables from measurements alone: nothing here runs anything, and nothing that runs knows of it.
+
+One table per case, in Markdown with its columns aligned: the same on a terminal and in a file. Training is counted in
+pairs and tokens a second, curves of the suite `scale` share one table, everything else stands beside its floor.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 from collections import defaultdict
 from pathlib import Path
 
+from bench import plots
 from bench.measure import FLOOR, Measurement
+from bench.page import page
 
 HEADER = ("implementation", "time", "quartiles", "time / floor", "extra memory", "max error against float64")
+TRAIN_HEADER = (
+    "implementation", "pairs/s", "useful tokens/s", "of the GEMM rate", "a step", "its reference", "peak memory",
+    "loss differs by",
+)  # fmt: skip
+SCALE_HEADER = ("", "time", "quartiles", "max error")
 
 
-def tables(measurements: list[Measurement]) -> str:
-    """One table per case, fastest first, in Markdown with its columns aligned: the same on a terminal and in a file."""
+def groups(measurements: list[Measurement]) -> dict[tuple[str, str], list[Measurement]]:
+    """The records of each (suite, case), in the order they were measured."""
     cases = defaultdict(list)
     for measurement in measurements:
         cases[measurement.suite, measurement.case].append(measurement)
-    return "\n\n".join(_case(rows) for rows in cases.values()) + "\n"
+    return dict(cases)
 
 
-def _case(rows: list[Measurement]) -> str:
-    first = rows[0]
+def tables(measurements: list[Measurement]) -> str:
+    """All cases, one after another, in Markdown."""
+    parts = []
+    for (suite, case), rows in groups(measurements).items():
+        parts.append(f"### {suite}: {case}\n\n{aligned(table(rows))}\n\n{about(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
+    """One case: its header and lines, fastest first (curves: in their own order)."""
+    if rows[0].suite == "train":
+        return [TRAIN_HEADER, *(_train_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
+    if rows[0].suite == "scale":
+        return [SCALE_HEADER, *(_scale_row(m) for m in rows)]
     floor = min((m.median_s for m in rows if FLOOR in m.implementation), default=None)
-    body = [_row(m, floor) for m in sorted(rows, key=lambda m: m.median_s)]
+    return [HEADER, *(_row(m, floor) for m in sorted(rows, key=lambda m: m.median_s))]
+
+
+def about(rows: list[Measurement]) -> str:
+    """How these were measured, on what, when."""
+    first = rows[0]
     versions = ", ".join(f"{name} {number}" for name, number in first.versions.items())
+    fit = f" Time grows with the power {plots.slope_of(rows):.2f}." if first.suite == "scale" else ""
     return (
-        f"### {first.suite}: {first.case}\n\n{_aligned([HEADER, *body])}\n\n"
-        f"Median of {first.runs} interleaved runs; checked: {first.checked}. {first.device}, {first.threads} threads, "
-        f"load {first.load} before. {versions}; commit {first.commit}, {first.date}."
+        f"Median of {first.runs} interleaved runs; checked: {first.checked}.{fit} {first.device}, {first.threads} "
+        f"thread{'s' if first.threads > 1 else ''}, load {first.load} before. {versions}; commit {first.commit}, "
+        f"{first.date}."
     )
 
 
@@ -44,11 +72,31 @@ def _row(m: Measurement, floor: float | None) -> tuple[str, ...]:
     )
 
 
+def _train_row(m: Measurement) -> tuple[str, ...]:
+    share = m.sizes["flop"] / m.median_s / m.sizes["gemm_flop_per_s"]
+    reference = m.sizes["reference_us"] / 1e6
+    return (
+        m.implementation,
+        f"{m.sizes['pairs'] / m.median_s:.3f}",
+        f"{m.sizes['tokens'] / m.median_s:,.0f}",
+        f"{share:.0%}",
+        seconds(m.median_s),
+        f"{seconds(reference)} of it" if reference else "within",
+        f"{m.sizes['resident_bytes'] / 2**30:.2f} GiB",
+        f"{m.errors['loss']:.1e}",
+    )
+
+
+def _scale_row(m: Measurement) -> tuple[str, ...]:
+    errors = ", ".join(f"{output} {error:.1e}" for output, error in m.errors.items())
+    return m.implementation, seconds(m.median_s), f"{seconds(m.q1_s)} - {seconds(m.q3_s)}", errors
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -57,42 +105,18 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def memory_plots(measurements: list[Measurement]) -> dict[str, bytes]:
-    """File name -> PNG of peak extra memory against V, for every kind of case measured at two vocabularies or more."""
-    groups: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-    for m in measurements:
-        if m.peak_extra_bytes is not None and "v" in m.sizes:
-            kind = m.case.replace(f"x{m.sizes['v']}", "")
-            groups[kind][m.implementation][m.sizes["v"]] = m.peak_extra_bytes
-    several = {kind: lines for kind, lines in groups.items() if len({v for line in lines.values() for v in line}) > 1}
-    return {f"memory-{kind}.png": _memory_plot(kind, lines) for kind, lines in several.items()}
-
-
-def _memory_plot(kind: str, lines: dict[str, dict[int, int]]) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for implementation, points in lines.items():
-        vocabularies = sorted(points)
-        style = {"linestyle": ":", "color": "grey"} if FLOOR in implementation else {"marker": "o"}
-        axes.plot(vocabularies, [points[v] / 2**20 for v in vocabularies], label=implementation, **style)
-    axes.set(xlabel="vocabulary V", ylabel="extra memory, MiB", title=kind)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
-
-
-def write(measurements: list[Measurement], folder: Path, stem: str) -> list[Path]:
-    """Writes `<stem>.md` and the plots into `folder`, atomically; the paths written."""
-    files = {f"{stem}.md": tables(measurements).encode()}
-    files |= {f"{stem}-{name}": png for name, png in memory_plots(measurements).items()}
+def write(files: dict[str, bytes], folder: Path) -> list[Path]:
+    """Writes each atomically; the paths written."""
     for name, content in files.items():
         temporary = folder / f"{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, folder / name)
     return [folder / name for name in files]
+
+
+def everything(measurements: list[Measurement], folder: Path) -> list[Path]:
+    """`report.html` with all tables and plots in it, and the plots beside it as PNG."""
+    figures = plots.all_of(measurements)
+    cases = [(f"{suite}: {case}", table(rows), about(rows)) for (suite, case), rows in groups(measurements).items()]
+    files = {f"{name}.png": png for name, png in figures.items()}
+    return write(files | {"report.html": page("fastalign, measured", cases, figures).encode()}, folder)

@@ -137,10 +137,3 @@ def _model():
     model = get_peft_model(load_model(MODEL, dtype="float32"), LoraConfig(task_type="CAUSAL_LM", **LORA))
     prepare(model)
     return model
-
-
-def slope(points: list[int], seconds: list[float]) -> float:
-    """The exponent b of `seconds = a points^b`, by least squares on logarithms, of points above 0."""
-    pairs = [(float(p), s) for p, s in zip(points, seconds, strict=True) if p > 0]
-    xs, ys = torch.tensor(pairs, dtype=torch.float64).log().T
-    return float(((xs - xs.mean()) * (ys - ys.mean())).sum() / ((xs - xs.mean()) ** 2).sum())

@@ -22,6 +22,7 @@ from itertools import product
 import torch
 from transformers import TrainerCallback
 
+from bench import machine
 from bench.measure import (
     ROOT,
     Measurement,
@@ -71,6 +72,7 @@ class Run:
     reference_s: float  # before training, of all rows
     tokens: int  # useful ones: prompts once, completions
     scored: int  # completion tokens
+    flop: int  # that a step cannot avoid, and the reference's with it
     peak_bytes: int  # the process's peak resident set while training
     extra_bytes: int  # the same, less what was resident when model and rows were loaded
 
@@ -188,7 +190,23 @@ def train(case_name: str, implementation: str) -> Run:
         trainer.train()
     tokens, scored = _useful_tokens(data, tokenizer)
     peak = peak_resident()
-    return Run(clock.seconds, losses, trainer.reference_s, tokens, scored, peak, peak - resident)
+    flop = _flop(model, tokens, scored, case.tuning) // STEPS
+    return Run(clock.seconds, losses, trainer.reference_s, tokens, scored, flop, peak, peak - resident)
+
+
+def _flop(model, tokens: int, scored: int, tuning: str) -> int:
+    """Of matrix products: the body over every token, the head over completion tokens; of policy and reference.
+
+    A frozen layer's backward pass is one product, a trained one's two. Attention and adapters are left out.
+    """
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(
+        m.weight.numel()
+        for name, m in model.named_modules()
+        if type(m) is torch.nn.Linear and "lora_" not in name and "lm_head" not in name
+    )
+    passes = 1 + 1 + (1 if tuning == "lora" else 2)
+    return 2 * passes * (tokens * body + scored * head)
 
 
 def _kept(losses: list[float], loss: torch.Tensor) -> torch.Tensor:
@@ -235,7 +253,9 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
             if statistics.median(runs[name][-1].step_s[1:]) > limit_s:
                 missing.add(name)
                 say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
-    return [_measurement(case_name, name, done, _apart(name, runs), load_before) for name, done in runs.items()]
+    (product,) = machine.run("product-float32", 5, limit_s)
+    rate = round(product.sizes["flop"] / product.median_s)
+    return [_measurement(case_name, name, done, _apart(name, runs), load_before, rate) for name, done in runs.items()]
 
 
 def _apart(name: str, runs: dict[str, list[Run]]) -> float:
@@ -247,7 +267,9 @@ def _apart(name: str, runs: dict[str, list[Run]]) -> float:
     return max(abs(a - b) for n in theirs for a, b in zip(ours, runs[n][0].losses, strict=True))
 
 
-def _measurement(case_name: str, name: str, done: list[Run], apart: float, load_before: float) -> Measurement:
+def _measurement(
+    case_name: str, name: str, done: list[Run], apart: float, load_before: float, rate: int
+) -> Measurement:
     case = CASES[case_name]
     curve = " ".join(f"{loss:.5f}" for loss in done[0].losses)
     say(f"    {name}: losses {curve}")
@@ -256,13 +278,16 @@ def _measurement(case_name: str, name: str, done: list[Run], apart: float, load_
             f"{name} on {case_name}: the loss curves differ by {apart:.2g}, more than the {AGREE[case.dtype]:.0e} that "
             f"{case.dtype} explains; nothing was written"
         )
-    seconds = [s + r.reference_s / STEPS for r in done for s in r.step_s[1:]]
-    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    # Steps differ in their tokens, so a run counts by its mean.
+    seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / STEPS for r in done]
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
     sizes = {
         "pairs": PAIRS,
         "tokens": done[0].tokens // STEPS,
         "scored": done[0].scored // STEPS,
         "reference_us": round(1e6 * statistics.median(r.reference_s for r in done) / STEPS),
+        "flop": done[0].flop,
+        "gemm_flop_per_s": rate,  # float32, measured after the runs
         "resident_bytes": max(r.peak_bytes for r in done),
     }
     return Measurement(

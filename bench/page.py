@@ -1,0 +1,44 @@
+"""One self-contained HTML page: tables and plots in it, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 72rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #dde3ea; white-space: nowrap; }
+th { color: #51606f; font-weight: 600; } tr.ours td { font-weight: 600; background: #eef5ff; }
+p.about { color: #51606f; font-size: .82rem; } img { max-width: 100%; }
+figure { display: inline-block; margin: .5rem 1rem .5rem 0; width: min(46%, 34rem); min-width: 20rem; }
+"""
+
+
+def page(title: str, cases: list[tuple[str, list[tuple[str, ...]], str]], figures: dict[str, bytes]) -> str:
+    """cases: (heading, table with its header first, how it was measured). figures: name -> PNG."""
+    images = "".join(
+        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+        for name, png in figures.items()
+    )
+    body = "".join(_case(*case) for case in cases)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>{images}{body}</html>\n"
+    )
+
+
+def _case(heading: str, rows: list[tuple[str, ...]], about: str) -> str:
+    header = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    lines = "".join(f"<tr{_class(row)}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
+    return (
+        f'<h2>{escape(heading)}</h2><div class="wide"><table><tr>{header}</tr>{lines}</table></div>'
+        f'<p class="about">{escape(about)}</p>'
+    )
+
+
+def _class(row: tuple[str, ...]) -> str:
+    return ' class="ours"' if row[0].startswith("fastalign") else ""

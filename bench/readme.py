@@ -1,0 +1,84 @@
+"""README's table and plot of results, between two markers, from measurements alone."""
+
+from __future__ import annotations
+
+import os
+
+from bench.measure import FLOOR, ROOT, Measurement
+from bench.report import aligned, groups, seconds
+
+BEGIN, END = "<!-- results: python -m bench report -->", "<!-- end of results -->"
+README = ROOT / "README.md"
+# (case of `ops`, what to call it)
+OPS = (
+    ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
+    ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
+)
+TRAIN = (
+    ("lora-float32-dialogue", "LoRA float32, dialogue"),
+    ("lora-bfloat16-dialogue", "LoRA bfloat16, dialogue"),
+    ("lora-float32-long", "LoRA float32, long prompts"),
+    ("full-float32-dialogue", "all weights, dialogue"),
+)
+OURS = ("fastalign cpu", "fastalign")
+
+
+def update(measurements: list[Measurement]) -> None:
+    """Rewrites what stands between the markers, atomically."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    temporary = README.with_suffix(".tmp")
+    temporary.write_text(f"{before}{BEGIN}\n\n{section(measurements)}\n\n{END}{after}", encoding="utf-8")
+    os.replace(temporary, README)
+
+
+def section(measurements: list[Measurement]) -> str:
+    """The tables, what they were measured on, and the plot."""
+    cases = groups(measurements)
+    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", "TRL", "Liger", "torch", "bare products")]
+    op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
+    train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
+    train_rows += [_train_row(cases["train", case], name) for case, name in TRAIN if ("train", case) in cases]
+    parts = [aligned(rows) for rows in (train_rows, op_rows) if len(rows) > 1]
+    used = [cases[key][0] for key in cases if key[1] in dict((*OPS, *TRAIN))]
+    newest = max(used, key=lambda m: m.date)
+    versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
+    parts.append(
+        f"SmolLM2-135M's shapes and weights; {newest.device}, {newest.threads} threads;\n"
+        f"{versions}; {newest.date[:10]}. "
+        "TRL's figure is the better of its two settings (activations kept, or recomputed).\n"
+        "More, with errors against float64, in [bench/results](bench/results)."
+    )
+    parts.append("![Memory against vocabulary](bench/results/memory-frozen-float32-2048x576-mask0.png)")
+    return "\n\n".join(parts)
+
+
+def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
+    def cell(*wanted: str) -> str:
+        found = [m for m in rows for w in wanted if w in m.implementation]
+        if not found:
+            return "-"
+        best = min(found, key=lambda m: m.median_s)
+        memory = "" if best.peak_extra_bytes is None else f" ({best.peak_extra_bytes / 2**20:,.0f} MiB)"
+        return seconds(best.median_s) + memory
+
+    return name, cell("fastalign cpu"), cell("TRL"), cell("Liger"), cell("torch linear_cross_entropy"), cell(FLOOR)
+
+
+def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
+    (ours,) = (m for m in rows if m.implementation == "fastalign")
+    theirs = [m for m in rows if m.implementation.startswith("TRL")]
+
+    def cell(pairs: float, resident: int) -> str:
+        return f"{pairs:.2f} ({resident / 2**30:.1f} GiB)"
+
+    fastest = min(theirs, key=lambda m: m.median_s)
+    leanest = min(m.sizes["resident_bytes"] for m in theirs)
+    pairs = ours.sizes["pairs"]
+    return (
+        name,
+        cell(pairs / ours.median_s, ours.sizes["resident_bytes"]),
+        cell(pairs / fastest.median_s, leanest),
+        f"{fastest.median_s / ours.median_s:.1f}x",
+    )
