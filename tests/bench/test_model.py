@@ -1,0 +1,106 @@
+"""The driver's own calls, FLOP and bytes, counted, against the statement that predictions are made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import model
+from fastalign import linear_logprobs
+from fastalign.ops import tiles
+from fastalign.ops.epilogue import TORCH
+
+N, H, V, TILE = 48, 8, 72, (32, 32)
+
+
+def size(*tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Steps by name, as the driver really takes them; a list that a pass appends to."""
+    passes = []
+
+    def count(name, flop=0, operands=0, tile=0):
+        calls, *sums = passes[-1].get(name, (0, 0, 0, 0))
+        passes[-1][name] = model.Step(calls + 1, *(x + y for x, y in zip(sums, (flop, operands, tile), strict=True)))
+
+    def product(a, b, out):
+        count("logits", 2 * a.shape[0] * a.shape[1] * b.shape[1], size(a, b), size(out))
+        return original["product"](a, b, out)
+
+    def accumulate(acc, a, b):
+        name = "fold" if acc.shape[0] == a.shape[0] and a.stride(1) == 1 else "weight"
+        count(name, 2 * a.shape[0] * a.shape[1] * b.shape[1], size(b) + 2 * size(acc), size(a))
+        return original["accumulate"](acc, a, b)
+
+    def absorb(u, *args, e=None, **options):
+        kept = e is not None and e.untyped_storage().data_ptr() != u.untyped_storage().data_ptr()
+        count("absorb", 0, size(e) if kept else 0, size(u) + (0 if kept else size(e)))
+        return TORCH.absorb(u, *args, e=e, **options)
+
+    def softmax_gradient(u, *args):
+        count("softmax_gradient", 0, 0, size(u, args[-1]))
+        return TORCH.softmax_gradient(u, *args)
+
+    def kept_gradient(kept, *args):
+        count("kept_gradient", 0, size(kept), size(args[-1]))
+        return TORCH.kept_gradient(kept, *args)
+
+    def recorded(function):
+        def run(*args, **options):
+            passes.append({})
+            options["epilogue"] = TORCH._replace(
+                absorb=absorb, softmax_gradient=softmax_gradient, kept_gradient=kept_gradient
+            )
+            return function(*args, **options)
+
+        return run
+
+    original = {"product": tiles._product, "accumulate": tiles._accumulate}
+    monkeypatch.setattr(tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(tiles, "_product", product)
+    monkeypatch.setattr(tiles, "_accumulate", accumulate)
+    monkeypatch.setattr(tiles, "forward", recorded(tiles.forward))
+    monkeypatch.setattr(tiles, "backward", recorded(tiles.backward))
+    return passes
+
+
+@pytest.mark.parametrize("mode", model.MODES)
+def test_the_driver_does_what_is_stated(mode, counted):
+    hidden = torch.randn(N, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=mode != "frozen")
+    budget = 0 if mode == "recomputed" else None
+    linear_logprobs(hidden, weight, torch.arange(N), memory_budget=budget, backend="torch").sum().backward()
+    forward, backward = model.linear_logprobs(N, H, V, TILE, mode, element=4)
+    assert counted == ([forward, backward] if backward else [forward])
+
+
+def test_flop_of_each_mode_in_products():
+    u = 2 * N * H * V
+    for mode, expected in zip(model.MODES, (2, 3, 4), strict=True):
+        passes = model.linear_logprobs(N, H, V, TILE, mode)
+        assert sum(step.flop for steps in passes for step in steps.values()) == expected * u
+
+
+def test_a_step_takes_as_long_as_its_slowest_part():
+    device = model.Device("a round one", 100 / model.PRODUCT_SHARE, 10.0, 20.0, 50 << 20, 132)
+    assert model.seconds(model.Step(0, 400, 10, 10), device) == pytest.approx(4.0)
+    assert model.seconds(model.Step(0, 100, 30, 10), device) == pytest.approx(3.0)
+    assert model.seconds(model.Step(0, 100, 10, 200), device) == pytest.approx(10.0)
+    assert model.seconds(model.Step(5, 100), device) == pytest.approx(1.0 + 5 * model.GAP)
+
+
+@pytest.mark.parametrize("name", model.DEVICES)
+def test_the_table_says_that_it_predicts_and_names_who_published(name):
+    text = model.table(name)
+    assert text.startswith("PREDICTIONS for") and "not measurements" in text.splitlines()[0]
+    assert "104.8 ms (Liger" in text and "42.0 ms (TRL" in text
+    assert text.count("| frozen |") == text.count("| recomputed |") == 2
+
+
+def test_three_products_at_the_published_shape_take_what_was_published():
+    """The one figure that the model is fitted to."""
+    three = 3 * model.seconds(model.Step(1, 2 * 8192 * 4096 * 151936), model.DEVICES["h100"])
+    assert three == pytest.approx(42e-3, rel=0.02)
