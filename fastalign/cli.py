@@ -1,4 +1,4 @@
-"""Commands: `fastalign dpo|sft|...`, `fastalign train RECIPE`, `data check FILE`, `tax BASE TUNED`, `info`."""
+"""Commands: `fastalign dpo|sft|...`, `fastalign train RECIPE`, `data check FILE`, `tax`, `fisher`, `info`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,17 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     tax.add_argument("--max-tokens", type=int, metavar="N", help="the first N tokens of each file alone")
     tax.add_argument("--dtype", default="auto", help="weights in float32, bfloat16, float16 (default: by machine)")
     tax.set_defaults(run=_tax)
+
+    fisher = commands.add_parser("fisher", help="how much each weight matters to some text, for EWC")
+    fisher.add_argument("model", help="a folder, a .gguf file, a packaged model, or organisation/name")
+    fisher.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt, or rows of text or messages")
+    fisher.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    fisher.add_argument("--length", type=int, default=512, help="most tokens of a window (default: %(default)s)")
+    fisher.add_argument("--estimator", default="empirical", help="empirical, sampled or batch (default: %(default)s)")
+    fisher.add_argument(
+        "--bits", type=int, default=32, help="of each value in the file: 32 or 8 (default: %(default)s)"
+    )
+    fisher.set_defaults(run=_fisher)
 
     commands.add_parser("info", help="what is in use: versions, device, kernels").set_defaults(run=_info)
 
@@ -228,6 +239,21 @@ def _tax(args: argparse.Namespace) -> None:
     show_tax(found)
     if args.out:
         print(f"Written to {write_tax(found, args.out)}")
+
+
+def _fisher(args: argparse.Namespace) -> None:
+    from fastalign.fisher import fisher_diagonal
+    from fastalign.models import load_model, load_tokenizer
+    from fastalign.texts import text_windows
+
+    if args.length < 2 or args.bits not in (8, 32):
+        raise ConfigError(f"length is {args.length} and bits {args.bits}; they must be 2 or more, and 8 or 32")
+    tokenizer = load_tokenizer(args.model)
+    rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
+    model = load_model(args.model, for_adapter=False)
+    fisher = fisher_diagonal(model, rows, estimator=args.estimator)
+    fisher.save(args.out, bits=args.bits)
+    print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} windows written to {args.out}")
 
 
 def _info(args: argparse.Namespace) -> None:

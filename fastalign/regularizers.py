@@ -11,6 +11,7 @@ Here: EWC, L2-SP, KL to the start. In files of their own: `Replay`, `LayerWise`,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.config import one_of
-from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.errors import ConfigError, ModelError
+from fastalign.fisher_file import Fisher
 from fastalign.objectives import Batch, Metrics, Totals
 from fastalign.ops.ewc import ewc_penalty, lora_ewc_penalty
 from fastalign.reference import DIVERGENCES
@@ -54,9 +55,9 @@ class Step:
 class EWC:
     """`strength / 2 * sum F (theta - theta_start)^2` over what is trained, adapters by the weight they merge to.
 
-    fisher: how much each weight matters to what must be kept, by parameter name (`fisher_diagonal`), or the safetensors
-        file of it; several, oldest first, are added up with weights 1, decay, decay^2, ... from the newest back (online
-        EWC, Schwarz et al. 2018, arXiv:1805.06370).
+    fisher: how much each weight matters to what must be kept, by parameter name (`fastalign.fisher.fisher_diagonal` of
+        the model without adapters), or the safetensors file of it; several, oldest first, are added up with weights 1,
+        decay, decay^2, ... from the newest back (online EWC, Schwarz et al. 2018, arXiv:1805.06370).
 
     Kirkpatrick et al. 2017, arXiv:1612.00796.
     """
@@ -71,19 +72,12 @@ class EWC:
             raise ConfigError(f"decay of EWC is {self.decay}; it must be at most 1, which forgets nothing")
         return _once_a_step("ewc", distance_penalty(trainer, self._fishers(), self.strength))
 
-    def _fishers(self) -> dict[str, Tensor]:
+    def _fishers(self) -> Fisher:
         several = self.fisher if isinstance(self.fisher, list) else [self.fisher]
         if not several:
             raise ConfigError("fisher of EWC is an empty list; give one file of Fisher information or more")
-        total: dict[str, Tensor] = {}
-        for fisher in several:
-            found = _read_fisher(fisher) if isinstance(fisher, (str, Path)) else fisher
-            if total and total.keys() != found.keys():
-                raise ModelError(
-                    "The files of Fisher information hold different parameters: compute all for one model."
-                )
-            total = {name: total[name] * self.decay + f if total else f for name, f in found.items()}
-        return total
+        read = [Fisher.load(fisher) if isinstance(fisher, (str, Path)) else Fisher(fisher) for fisher in several]
+        return functools.reduce(lambda older, newer: older.merged(newer, self.decay), read)
 
 
 @dataclass
@@ -160,14 +154,6 @@ def _once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:
     return term
 
 
-def _read_fisher(path: str | Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # the library has no common one for missing and damaged files
-        reason = " ".join(str(error).split())
-        raise DataError(f"The Fisher information {path} cannot be read ({reason}): compute it again.") from error
-
-
 class _Adapter(NamedTuple):
     """A LoRA layer: its factors, theirs at the start, and whether its weight is stored transposed."""
 
@@ -191,6 +177,7 @@ def distance_penalty(trainer, fishers: Mapping[str, Tensor] | None, strength: fl
         plain_name(name): p for name, p in trainer.model.named_parameters() if id(p) in then and id(p) not in factors
     }
     if fishers is not None:
+        fishers = {plain_name(name): fisher for name, fisher in fishers.items()}
         shapes = {name: tuple(p.shape) for name, p in others.items()}
         for name, adapter in adapters.items():
             shape = (adapter.b.shape[0], adapter.a.shape[1])

@@ -66,9 +66,8 @@ class Distillation:
             hidden = step.completions(step.scores.hidden)
             head = output_head(causal_lm(step.model))
             loss = ask(step, hidden, head, options)
-            align = (
-                torch.zeros_like(step.loss) if step.batch.sampled else step.loss
-            )  # samples teach nothing by themselves
+            # of the model's own samples only the teacher's opinion counts
+            align = torch.zeros_like(step.loss) if step.batch.sampled else step.loss
             mixed = distillation(align, loss, weight=self.weight, temperature=self.temperature)
             # the objective is in the sum already
             return mixed - step.loss, {"distillation": (loss * step.totals.scored, count_of(hidden))}

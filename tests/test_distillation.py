@@ -163,6 +163,15 @@ def test_regularizers_of_a_file_and_of_the_command_line(files):
     assert json.loads((files / "run" / "config.json").read_text())["regularizers"][1]["name"] == "l2_sp"
 
 
+def test_fisher_of_a_text_holds_an_adapter_in_place(files, model_dir):
+    fisher = files / "fisher.safetensors"
+    command = ["fisher", str(model_dir), "--text", str(files / "prose.jsonl"), "--out", str(fisher), "--bits", "8"]
+    assert cli.main(command) == 0
+    regularizers = f"regularizers=[{{name: ewc, fisher: {fisher}, strength: 1e3}}]"
+    assert cli.main(["sft", "--config", str(files / "run.yaml"), regularizers]) == 0
+    assert [line["ewc"] > 0 for line in logged(files) if "ewc" in line] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("regularizers", "said"),
     [

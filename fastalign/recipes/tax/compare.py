@@ -19,18 +19,18 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastalign.config import PreferenceConfig
 from fastalign.data import load_rows
+from fastalign.fisher import Fisher, fisher_diagonal
 from fastalign.layerwise import LayerWise
 from fastalign.models import load_model, load_tokenizer
 from fastalign.ops.ewc import ewc_penalty
 from fastalign.regularizers import EWC, KLToStart
 from fastalign.replay import Replay
 from fastalign.runfolder import read_json, write_json, write_text
-from fastalign.scoring import lay_out, prepare
+from fastalign.scoring import prepare
 from fastalign.tax import asks, measure, summarise
 from fastalign.teachers import Distillation
 from fastalign.texts import text_windows
@@ -38,7 +38,7 @@ from fastalign.trainer import PreferenceTrainer
 
 MODEL = "smollm2-135m-instruct"
 DATA = Path(__file__).parent.parent / "concise"
-STEPS, ROWS_A_STEP, LEARNING_RATE = 12, 4, 5e-5
+STEPS, ROWS_A_STEP, LEARNING_RATE = 12, 4, 1.5e-4
 HELD_OUT_PAIRS, TAX_WINDOWS, FISHER_WINDOWS, WINDOW = 40, 12, 24, 256
 
 
@@ -112,15 +112,7 @@ def compute_fisher(setting: Setting) -> None:
     if path.exists():
         return
     rows = spread(text_windows(setting.replay, setting.tokenizer, length=WINDOW), FISHER_WINDOWS)
-    layout, model = prepare(setting.model), setting.model.eval()
-    fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for row in rows:
-        model.zero_grad()
-        model(packed=lay_out([row], layout, 0)).logprobs.sum().backward()
-        for name, p in model.named_parameters():
-            fisher[name].addcmul_(p.grad, p.grad, value=1 / len(rows))
-    model.zero_grad()
-    save_file(fisher, path)
+    fisher_diagonal(setting.model, rows).save(path)
 
 
 def train(run: Run, setting: Setting) -> dict[str, Any]:
@@ -157,7 +149,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
 
 def fisher_distance(setting: Setting) -> float:
     """`1/2 sum F (theta - theta_start)^2` of the model as it is: what EWC of strength 1 would charge for it."""
-    fisher = load_file(setting.folder / "fisher.safetensors")
+    fisher = Fisher.load(setting.folder / "fisher.safetensors")
     parameters = dict(setting.model.named_parameters())
     names = list(fisher)
     with torch.no_grad():
