@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/launchers.h"
 
@@ -26,8 +27,8 @@ auto dtype(DType Problem::*field) {
 
 // f(problem, device, stream); RuntimeError with CUDA's words where the launch was refused.
 template <typename Problem>
-void def_launch(py::module_& m, const char* name, int (*launcher)(const Problem&, Where)) {
-    m.def(name, [launcher](const Problem& problem, int device, std::uintptr_t stream) {
+void def_launch(py::module_& m, const char* name, int (*launcher)(Problem, Where)) {
+    m.def(name, [launcher](const std::decay_t<Problem>& problem, int device, std::uintptr_t stream) {
         const int error = launcher(problem, {device, reinterpret_cast<void*>(stream)});
         if (error) throw std::runtime_error(error_string(error));
     });
@@ -132,6 +133,25 @@ void bind_preference_loss(py::module_& m) {
     def_launch(m, "preference_loss_backward", &preference_loss_backward);
 }
 
+void bind_fisher(py::module_& m) {
+    using F = Fisher;
+    py::class_<F>(m, "Fisher")
+        .def(py::init([] { return F{}; }))
+        .def_property("dtype", nullptr, dtype(&F::dtype))
+        .def_property("fisher", nullptr, address(&F::fisher))
+        .def_property("grad_output", nullptr, address(&F::grad_output))
+        .def_property("input", nullptr, address(&F::input))
+        .def_readwrite("fisher_stride", &F::fisher_stride)
+        .def_readwrite("grad_stride", &F::grad_stride)
+        .def_readwrite("input_stride", &F::input_stride)
+        .def_property("offsets", nullptr, address(&F::offsets))
+        .def_readwrite("tokens", &F::tokens)
+        .def_readwrite("sequences", &F::sequences)
+        .def_readwrite("rows", &F::out)
+        .def_readwrite("columns", &F::in);
+    def_launch(m, "accumulate_fisher", &accumulate_fisher);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -144,4 +164,5 @@ PYBIND11_MODULE(_cuda, m) {
     bind_selective_logprobs(m);
     bind_tiles(m);
     bind_preference_loss(m);
+    bind_fisher(m);
 }

@@ -91,4 +91,17 @@ struct Preference {
 int preference_loss(const Preference& problem, Where where);
 int preference_loss_backward(const Preference& problem, Where where);
 
+// F += sum over sequences of the squared gradient of a linear layer's weight (accumulate_fisher.cu).
+struct Fisher {
+    DType dtype;                  // of grad_output and input
+    float* fisher;                // (out, in), unit column stride as the two below
+    const void* grad_output;      // (tokens, out)
+    const void* input;            // (tokens, in)
+    std::int64_t fisher_stride, grad_stride, input_stride;
+    const std::int64_t* offsets;  // (sequences + 1,) into the tokens
+    std::int64_t tokens, sequences, out, in;
+    bool fisher_vectors, grad_vectors, input_vectors;  // set by the launcher: whether rows take 16-byte accesses
+};
+int accumulate_fisher(Fisher problem, Where where);
+
 }  // namespace fastalign::cuda

@@ -1,5 +1,5 @@
 """The exact per-sequence diagonal of a linear layer's Fisher information, without per-sequence gradients: the public
-function, and its plain torch driver; C++ in csrc/cpu/fisher.h.
+function, and its plain torch driver; C++ in csrc/cpu/fisher.h, CUDA in csrc/cuda/accumulate_fisher.cu.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native
+from fastalign.ops import native, native_cuda
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
 # Of the tile of F, and of the product beside it: both stay in a core's cache.
 _TILE_BYTES = 1 << 18
 
@@ -31,8 +31,9 @@ def accumulate_fisher_(
     fisher: (out, in) float32, float64 for float64 inputs, rows contiguous. grad_output: (T, out), input: (T, in),
     floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
     part. The result does not depend on the number of threads.
-    backend: "cpu" (C++), "torch" (any device), "reference", or "auto" ("cpu" where it runs). InputError names a wrong
-    shape, dtype or offset; BackendError a backend that cannot run here. Returns fisher.
+    backend: "cpu" (C++), "cuda" (tensor cores: 16-bit inputs as they are, float32 as two TF32 halves), "torch" (any
+    device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError names a wrong shape, dtype or
+    offset; BackendError a backend that cannot run here. Returns fisher.
     """
     _check(fisher, grad_output, input, cu_seqlens)
     if backend not in BACKENDS:
@@ -43,15 +44,17 @@ def accumulate_fisher_(
     if backend == "reference":
         return fisher.copy_(reference.accumulate_fisher(fisher, grad_output, input, cu_seqlens))
     why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
-    if backend == "cpu" and why:
-        raise BackendError(f"backend='cpu' cannot run accumulate_fisher_ here: {why}")
+    if backend == "cuda":
+        why = native_cuda.why_not(fisher, grad_output, input, cu_seqlens)
+    if backend in ("cpu", "cuda") and why:
+        raise BackendError(f"backend={backend!r} cannot run accumulate_fisher_ here: {why}")
     lengths = cu_seqlens.diff()
     if cu_seqlens.numel() == 1 or not fisher.numel():
         return fisher
     with torch.autocast(fisher.device.type, enabled=False):  # it would round the products to 16 bits
         if int(lengths.max()) <= 1:
             return _one_token_each(fisher, grad_output, input, cu_seqlens)
-        run = _torch if backend == "torch" or why else _native
+        run = _torch if backend == "torch" or why else native_cuda.accumulate_fisher if backend == "cuda" else _native
         run(fisher, grad_output, input, cu_seqlens)
     return fisher
 

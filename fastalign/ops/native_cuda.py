@@ -202,3 +202,15 @@ def preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, i
         sequences=cu_seqlens.shape[0] - 1, items=items, alternating=alternating, grad=grad,
     )  # fmt: skip
     return grad
+
+
+def accumulate_fisher(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
+    """`F += sum_s (G_s' X_s)^2` in one launch, on tensor cores: fisher (out, in) float32, grad_output (T, out) and
+    input (T, in) of one dtype, cu_seqlens (S + 1,)."""
+    grad_output, input = _rows(grad_output), _rows(input)
+    _launch(
+        "accumulate_fisher", module.Fisher(), fisher, dtype=DTYPES[input.dtype], fisher=fisher, grad_output=grad_output,
+        input=input, fisher_stride=fisher.stride(0), grad_stride=grad_output.stride(0), input_stride=input.stride(0),
+        offsets=cu_seqlens.contiguous(), tokens=input.shape[0], sequences=cu_seqlens.shape[0] - 1,
+        rows=fisher.shape[0], columns=fisher.shape[1],
+    )  # fmt: skip

@@ -18,6 +18,7 @@
 #include <deque>
 #include <thread>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -176,6 +177,66 @@ inline __half __float2half(float a) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
 inline float2 __half22float2(__half2 a) { return {__half2float(a.x), __half2float(a.y)}; }
+
+// Tensor cores. Every lane holds whole operands, and 8 of the 256 sums: which, is as unspecified as in CUDA. Products
+// and sums are float32, where a tensor core adds with fewer guard digits.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+namespace precision {
+struct tf32;
+}
+enum layout_t { mem_row_major };
+template <typename Element> struct Stored { using type = Element; };
+template <> struct Stored<precision::tf32> { using type = float; };
+
+inline float number(float x) { return x; }
+inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline float number(__half x) { return __half2float(x); }
+inline float __float_to_tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1fffu); }
+
+template <typename Use, int m, int n, int k, typename Element, typename Layout = void>
+struct fragment {
+    static constexpr int rows = std::is_same_v<Use, matrix_b> ? k : m, columns = std::is_same_v<Use, matrix_a> ? k : n;
+    static constexpr int num_elements = std::is_same_v<Use, accumulator> ? m * n / 32 : rows * columns;
+    typename Stored<Element>::type x[num_elements];
+};
+
+template <typename Use, int m, int n, int k, typename Element, typename Layout, typename T>
+void load_matrix_sync(fragment<Use, m, n, k, Element, Layout>& to, const T* from, unsigned pitch) {
+    using F = fragment<Use, m, n, k, Element, Layout>;
+    if (reinterpret_cast<std::uintptr_t>(from) % 32 || pitch * sizeof(T) % 16) std::abort();
+    for (int i = 0; i < F::rows; ++i)
+        for (int j = 0; j < F::columns; ++j)
+            to.x[i * F::columns + j] = std::is_same_v<Layout, row_major> ? from[i * pitch + j] : from[j * pitch + i];
+}
+template <int m, int n, int k, typename Element>
+void store_matrix_sync(float* to, const fragment<accumulator, m, n, k, Element>& from, unsigned pitch, layout_t) {
+    for (int i = 0; i < from.num_elements; ++i) {
+        const int at = emulation::lane * from.num_elements + i;
+        to[at / n * pitch + at % n] = from.x[i];
+    }
+}
+template <typename Fragment>
+void fill_fragment(Fragment& fragment, float value) {
+    for (auto& x : fragment.x) x = value;
+}
+template <int m, int n, int k, typename E, typename A, typename B>
+void mma_sync(fragment<accumulator, m, n, k, float>& out, const fragment<matrix_a, m, n, k, E, A>& a,
+              const fragment<matrix_b, m, n, k, E, B>& b, const fragment<accumulator, m, n, k, float>& c) {
+    for (int i = 0; i < out.num_elements; ++i) {
+        const int at = emulation::lane * out.num_elements + i;
+        float sum = c.x[i];
+        for (int t = 0; t < k; ++t) sum += number(a.x[at / n * k + t]) * number(b.x[t * n + at % n]);
+        out.x[i] = sum;
+    }
+}
+
+}  // namespace nvcuda::wmma
 
 inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";

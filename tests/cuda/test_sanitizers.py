@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-OPS = ["selective_logprobs", "online_softmax", "softmax_gradient", "preference_loss"]
+OPS = ["selective_logprobs", "online_softmax", "softmax_gradient", "preference_loss", "accumulate_fisher"]
 FAULTS = {
     "no barrier before the warps' sums are read": (
         "selective_logprobs", "thread", "    __syncthreads();\n    T all", "    T all", "data race",
