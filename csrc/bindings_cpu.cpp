@@ -18,6 +18,7 @@
 
 namespace py = pybind11;
 using fastalign::BackwardProblem;
+using fastalign::DivergenceProblem;
 using fastalign::ForwardProblem;
 using fastalign::HeadProblem;
 using fastalign::Kernels;
@@ -130,6 +131,18 @@ void bind_problems(py::module_& m) {
         .def_property("cache", nullptr, address(&H::cache))
         .def_property("shifts", nullptr, address(&H::shifts))
         .def_readwrite("cache_rows", &H::cache_rows);
+    using D = DivergenceProblem;
+    py::class_<D>(m, "DivergenceProblem")
+        .def(py::init([] { return D{}; }))
+        .def_property("dtype", nullptr, [](D& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
+        .def_property_readonly("student", [](D& p) { return &p.student; }, py::return_value_policy::reference_internal)
+        .def_property_readonly("teacher", [](D& p) { return &p.teacher; }, py::return_value_policy::reference_internal)
+        .def_property("kind", nullptr, [](D& p, int kind) { p.kind = static_cast<fastalign::Divergence>(kind); })
+        .def_readwrite("beta", &D::beta)
+        .def_readwrite("budget", &D::budget)
+        .def_property("values", nullptr, address(&D::values))
+        .def_property("grad_hidden", nullptr, address(&D::grad_hidden))
+        .def_property("stats", nullptr, address(&D::stats));
     using F = ForwardProblem;
     py::class_<F, H>(m, "ForwardProblem")
         .def(py::init([] { return F{}; }))
@@ -199,6 +212,11 @@ void bind_kernels(py::module_& m) {
              })
         .def("accumulate_fisher", &accumulate_fisher)
         .def("ewc_penalty", &ewc_penalty)
+        .def("divergence",
+             [](const Kernels& k, const DivergenceProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.divergence(problem, pool(workers, parallel_for));
+             })
         .def("exp_f32", [](const Kernels& k, std::uintptr_t in, std::uintptr_t out, std::int64_t n) {
             k.exp_f32(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n);
         });

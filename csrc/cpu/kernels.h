@@ -18,6 +18,7 @@ struct Kernels {
     void (*backward)(const BackwardProblem&, const Pool&);
     void (*selective_forward)(const SelectiveProblem&, const Pool&);
     void (*selective_backward)(const SelectiveProblem&, const Pool&);
+    void (*divergence)(const DivergenceProblem&, const Pool&);
     void (*accumulate_fisher)(const FisherProblem&, const Pool&);
     double (*ewc_penalty)(const EwcProblem&, const Pool&);  // sum F (theta - theta0)^2, and the gradients
     void (*exp_f32)(const float* in, float* out, std::int64_t n);  // for the test of its error

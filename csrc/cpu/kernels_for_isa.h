@@ -6,6 +6,7 @@
 #endif
 #include "ewc.h"
 #include "fisher.h"
+#include "linear_divergence.h"
 #include "linear_logprobs.h"
 #include "selective_logprobs.h"
 
@@ -57,6 +58,7 @@ extern const Kernels kernels;
 const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES, Shape<float>::panel,
                          Shape<double>::panel, Shape<float>::tile, &run<ForwardPass, ForwardProblem>,
                          &run<BackwardPass, BackwardProblem>, &run_selective<false>, &run_selective<true>,
+                         &run<DivergencePass, DivergenceProblem>,
                          &run<FisherPass, FisherProblem>, &ewc_penalty, &exp_f32};
 
 }  // namespace FASTALIGN_ISA

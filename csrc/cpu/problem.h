@@ -60,6 +60,20 @@ struct SelectiveProblem {
     std::size_t cache_bytes;      // a larger gradient does not stay in any cache
 };
 
+enum class Divergence : int { forward_kl, reverse_kl, jsd };  // as in reference.DIVERGENCES
+
+// Both sides have the same dtype, rows, scored and vocab; neither has targets or a cache.
+struct DivergenceProblem {
+    DType dtype;
+    HeadProblem student, teacher;
+    Divergence kind;
+    double beta;         // of the jsd
+    std::int64_t budget;  // bytes of logits held at a time
+    void* values;        // Acc (tokens,)
+    void* grad_hidden;   // Acc (tokens, width), or null: d value / d hidden
+    void* stats;         // Acc (tokens, 5): as in fastalign/ops/divergence_tiles.py
+};
+
 // F += sum_s (G_s' X_s)^2, sequence s being the rows offsets[s] to offsets[s + 1].
 struct FisherProblem {
     DType dtype;              // of grad_output and input

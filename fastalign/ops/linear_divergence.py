@@ -17,9 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
+from fastalign.ops import native
 from fastalign.ops.tiles import pad_rows
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpu")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _SIDES = (
@@ -81,6 +82,13 @@ def _linear_divergence(
     mask, coefficients, divergence, jsd_beta, grads, needs, memory_budget, *, backend="torch",
 ):  # fmt: skip
     n, vocab, rows = hidden.shape[0], _shared_vocab(weight, teacher_weight), _kept(mask, coefficients)
+    if backend == "cpu":
+        student = (hidden, weight[:vocab], None if bias is None else bias[:vocab], head)
+        teacher = (teacher_hidden, teacher_weight[:vocab], None if teacher_bias is None else teacher_bias[:vocab])
+        found = native.linear_divergence(
+            student, (*teacher, teacher_head), rows, divergence, jsd_beta, grads, memory_budget
+        )  # fmt: skip
+        return *found, weight.new_empty(0), hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
     out = tiles.forward(
         _side(hidden, weight, bias, head, rows, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, rows, vocab),
@@ -273,7 +281,8 @@ def linear_divergence(
         then summed, the coefficients of the gradient are known in advance, and a trainable head's is formed in the
         forward pass. Any other use of the result is right as well, and forms it again.
     memory_budget: bytes of logits held at a time (default: 128 MiB on the CPU, 1 GiB elsewhere), of 16 rows at least.
-    backend: "torch" (the tiled driver), "reference" (materialises the logits), or "auto".
+    backend: "torch" (the tiled driver), "cpu" (C++, for a frozen student head and one dtype on both sides), "reference"
+        (materialises the logits), or "auto" (picks by device: "cpu" on the CPU where it can and is faster).
 
     Returns (...) float32, or float64 for float64 inputs; infinity for a KL whose second distribution rules out what the
     first allows (bias -inf). Cost, with U = 2 N V H of the student and T of the teacher: U + T without gradients,
@@ -296,6 +305,8 @@ def linear_divergence(
     hidden, weight, teacher_hidden, teacher_weight = _common_dtypes(hidden, weight, teacher_hidden, teacher_weight)
     acc = reference.compute_dtype(hidden)
     shape, needs_grad = hidden.shape[:-1], torch.is_grad_enabled()
+    trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    backend = _resolve(backend, trainable, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     options = _Options(
         _head(logit_scale, softcap, temperature),
         _head(teacher_logit_scale, teacher_softcap, temperature),
@@ -304,7 +315,7 @@ def linear_divergence(
         needs_grad and hidden.requires_grad,
         (needs_grad and weight.requires_grad, needs_grad and bias is not None and bias.requires_grad),
         tiles.default_budget(hidden.device) if memory_budget is None else memory_budget,
-        "torch",
+        backend,
     )
     values = _LinearDivergence.apply(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -318,6 +329,25 @@ def linear_divergence(
         options,
     )
     return values.view(shape)
+
+
+def _resolve(backend: str, trainable: bool, hidden: Tensor, *others: Tensor | None) -> str:
+    """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
+    if backend == "torch":
+        return backend
+    why = native.why_not(hidden, *others) or native.why_no_kernel("divergence")
+    teacher_dtypes = {t.dtype for t in (others[0], others[2], others[3])}
+    if why is None and trainable:
+        why = "it forms no gradient of a trainable head; freeze weight and bias, or take torch"
+    elif why is None and teacher_dtypes != {hidden.dtype}:
+        why = f"student and teacher are {hidden.dtype} and {others[2].dtype}; it takes one dtype"
+    if backend == "cpu":
+        if why:
+            raise BackendError(f"backend='cpu' cannot run linear_divergence here: {native.refused or why}")
+        return "cpu"
+    if native.refused and hidden.device.type == "cpu":
+        raise BackendError(f"backend='auto' cannot run linear_divergence here: {native.refused}")
+    return "cpu" if why is None and native.is_fast(hidden.dtype) else "torch"
 
 
 def _common_dtypes(hidden, weight, teacher_hidden, teacher_weight) -> list[Tensor]:

@@ -252,6 +252,32 @@ def linear_logprobs_backward(
     )
 
 
+def linear_divergence(student, teacher, rows, kind, jsd_beta, grads, budget) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op of `linear_divergence.py`; student, teacher: (hidden, weight, bias, head), of the same vocabulary.
+
+    values (N,), grad_hidden (N, H) or empty, stats (N, 5).
+    """
+    hidden = student[0]
+    (n, width), acc = hidden.shape, reference.compute_dtype(hidden)
+    new = hidden.new_zeros if rows is not None else hidden.new_empty
+    values, stats = new(n, dtype=acc), new(n, 5, dtype=acc)
+    grad_hidden = new((n, width) if grads else 0, dtype=acc)
+    problem, none = module.DivergenceProblem(), hidden.new_empty(0)
+    places = torch.empty(n, dtype=torch.int64)  # in the place of targets, of which only the number is read
+    alive = [
+        _head_problem(part, h, w, places, rows, bias, *head, none, none)
+        for part, (h, w, bias, head) in ((problem.student, student), (problem.teacher, teacher))
+    ]
+    problem.dtype, problem.kind = dtype_code(hidden.dtype), reference.DIVERGENCES.index(kind)
+    problem.beta, problem.budget = jsd_beta, budget
+    problem.values, problem.stats = values.data_ptr(), stats.data_ptr()
+    problem.grad_hidden = grad_hidden.data_ptr() if grads else 0
+    if problem.student.scored:
+        run("divergence", problem)
+    del alive
+    return values, grad_hidden, stats
+
+
 def _selective_problem(logits, targets, temperature, ignore_index, stats):
     """Rows in two strides, as of `logits[:, :-1]`. Returns the problem and the tensors that must outlive the call."""
     rows = (

@@ -373,5 +373,5 @@ def test_errors_say_what_was_found_and_what_to_do(name):
 
 
 def test_unknown_backend_lists_the_known():
-    with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch"):
+    with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch, cpu"):
         linear_divergence(**problem(), backend="tpu")
