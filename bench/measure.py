@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastalign.errors import BackendError
+
 Outputs = dict[str, Tensor]
 PACKAGES = ("fastalign", "torch", "transformers", "trl", "liger-kernel")
 FLOOR = "matrix product"  # in the name of what no implementation can be faster than
@@ -113,7 +115,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             say(f"    round {round_number + 1}/{rounds}: {name}", same_line=True)
             start = time.perf_counter()
             run()
-            _synchronize()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -234,7 +236,14 @@ def peak_extra_memory(run: Callable[[], object]) -> int:
 
 
 def peak_resident(*, reset: bool = False) -> int:
-    """The peak resident set of this process in bytes; with `reset`, the present one, from which a new peak counts."""
+    """The peak resident set of this process in bytes; with `reset`, the present one, from which a new peak counts.
+
+    On CUDA it is the allocator's bytes instead.
+    """
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
     if reset and _reset_peak():
         return _status_bytes("VmRSS")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if reset else _status_bytes("VmHWM")
@@ -251,6 +260,55 @@ def memory_in_fresh_process(suite: str, case: str, implementation: str) -> int |
     return int(done.stdout.split()[-1])
 
 
+FRACTION = 16  # one run on 1/16 of the rows tells whether a whole one fits the limit
+
+
+def estimate(run: Callable[[], object]) -> float:
+    """Seconds of a whole run, from the second run on 1/FRACTION of the rows (the first loads and compiles)."""
+    run()
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return FRACTION * (time.perf_counter() - start)
+
+
+def able(
+    names: list[str],
+    small: Callable[[str], Callable[[], Outputs]],
+    whole: Callable[[str], Callable[[], Outputs]],
+    limit_s: float,
+) -> dict[str, Callable[[], Outputs]]:
+    """The candidates that can run here within `limit_s`; the others are named. Floors may take as long as they want.
+
+    small(name) is the candidate on 1/FRACTION of the rows, which is tried first; whole(name) the one to measure.
+    """
+    candidates = {}
+    for name in names:
+        say(f"    trying {name} on 1/{FRACTION} of the rows", same_line=True)
+        try:
+            seconds = estimate(small(name))
+            if seconds > limit_s and FLOOR not in name:  # without a floor a table says little
+                say(f"    skipped {name}: about {seconds:.0f} s a run, over the limit of {limit_s:.0f} s (--limit)")
+                continue
+            candidates[name] = whole(name)
+        except (Missing, BackendError) as reason:
+            say(f"    skipped {name}: {reason}")
+        except Exception as error:  # a peer's fault must not end the others' run
+            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return candidates
+
+
+def memory_of(suite: str, case: str, implementation: str, make: Callable[[str], Callable[[], object]]) -> int | None:
+    """Peak extra bytes: on CUDA in this process, where the allocator counts exactly, elsewhere in a fresh one.
+
+    make(implementation) is a candidate that holds no memory yet.
+    """
+    if torch.cuda.is_available():
+        return peak_extra_memory(make(implementation))
+    return memory_in_fresh_process(suite, case, implementation)
+
+
 def say(text: str, *, same_line: bool = False) -> None:
     """Progress, on stderr; `same_line` is overwritten by the next, and left out where stderr is no terminal."""
     if sys.stderr.isatty():
@@ -259,7 +317,8 @@ def say(text: str, *, same_line: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
