@@ -98,12 +98,11 @@ def _histogram(found: Mapping[str, Any]) -> str:
     parts = found["histogram"]
 
     def plot(axes) -> None:
-        at = range(len(parts))
         for key, colour in (("tokens", "--muted"), ("kl", "--first")):
             shares = [100 * part[key] for part in parts]
-            axes.step(at, shares, where="post", color=COLOURS[colour], linewidth=1.8)
+            axes.stairs(shares, range(len(parts) + 1), color=COLOURS[colour], linewidth=1.8)
         ticks = [i for i, part in enumerate(parts) if i % 2 and part["from"] > 0]
-        axes.set_xticks(ticks, [f"{parts[i]['from']:.0e}".replace("e-0", "e-").replace("e+00", "") for i in ticks])
+        axes.set_xticks(ticks, [f"{parts[i]['from']:g}".replace("e-05", "e-5") for i in ticks])
         axes.set_ylim(bottom=0)
 
     return svg(plot, "KL of a token, nats, from", "%", salt="tax histogram")

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from fastalign.data import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.layerwise import LayerWise
 from fastalign.reference import logits_divergence
 from fastalign.regularizers import EWC, L2SP, KLToStart
+from fastalign.replay import Replay
+from fastalign.teachers import Distillation
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
 
 # In float64 rounding reaches 1e-12 of the largest parameter, and any error of a formula is far above this.
@@ -184,6 +187,28 @@ def test_update_does_not_depend_on_gradient_accumulation(make_trainer, text_rows
     assert largest_difference(gpt2(), results[0]) > 1e-4
     for result in results[1:]:
         assert max((result[n] - results[0][n]).abs().max().item() for n in result) < EXACT
+
+
+def test_all_combine(make_trainer, text_rows, pairs):
+    """Every regulariser at once; still the same for any cut into micro-batches."""
+    text = [{"text": f"Line {i} of a text." + "." * i} for i in range(5)]
+    results = []
+    for size, accumulated in ((8, 1), (1, 8)):
+        model = gpt2()
+        everything = [
+            EWC(random_fisher(model), 50.0), L2SP(1.0), KLToStart(2.0), Distillation("start", 0.6, 2.0),
+            Replay(text, 0.3), LayerWise([1, 2], [0, 0.5], 0.7),
+        ]  # fmt: skip
+        trainer = make_trainer(
+            model, pairs, regularizers=everything, max_steps=4, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated, **LIVE,
+        )  # fmt: skip
+        trainer.train()
+        results.append(dict(model.named_parameters()))
+        names = {"ewc", "l2_sp", "kl_to_start", "distillation", "replay/nll", "replay/share", "layers_trained"}
+        assert names <= trainer.state.log_history[-2].keys()
+    assert max((results[0][n] - results[1][n]).abs().max().item() for n in results[0]) < EXACT
+    assert largest_difference(gpt2(), results[0]) > 1e-4
 
 
 def test_online_fisher_forgets_the_older_ones():

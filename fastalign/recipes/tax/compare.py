@@ -27,7 +27,7 @@ from fastalign.fisher import Fisher, fisher_diagonal
 from fastalign.layerwise import LayerWise
 from fastalign.models import load_model, load_tokenizer
 from fastalign.ops.ewc import ewc_penalty
-from fastalign.regularizers import EWC, KLToStart
+from fastalign.regularizers import EWC
 from fastalign.replay import Replay
 from fastalign.runfolder import read_json, write_json, write_text
 from fastalign.scoring import prepare
@@ -79,11 +79,15 @@ RUNS = (
     Run("plain", "0.4", lambda s: [], rate=0.4),
     Run("plain", "0.15", lambda s: [], rate=0.15),
     *(Run("ewc", f"{c:g}", lambda s, c=c: [s.ewc(c)]) for c in (1, 10, 100)),
-    *(Run("kl to start", f"{c:g}", lambda s, c=c: [KLToStart(c)]) for c in (0.1, 1.0)),
-    *(Run("distillation", f"{a:g}", lambda s, a=a: [Distillation("start", a)]) for a in (0.8, 0.5, 0.2)),
-    *(Run("replay", f"{c:g}", lambda s, c=c: [Replay(s.replay, c, max_length=WINDOW)]) for c in (0.1, 0.2, 0.4)),
-    *(Run("layer-wise", f"{n}", lambda s, n=n: [LayerWise([n // 2, n])]) for n in (24, 12, 6)),
+    *(Run("distillation", f"{a:g}", lambda s, a=a: [Distillation("start", a)]) for a in (0.5, 0.2, 0.8)),
+    *(Run("replay", f"{c:g}", lambda s, c=c: [Replay(s.replay, c, max_length=WINDOW)]) for c in (0.2, 0.4, 0.1)),
+    *(Run("layer-wise", f"{n}", lambda s, n=n: [LayerWise([n // 2, n])]) for n in (12, 6, 24)),
 )
+
+
+def rank(run: Run) -> int:
+    """The plain run, which sets EWC's strength, then the methods in turn, one strength of each after the other."""
+    return [other.strength for other in RUNS if other.method == run.method].index(run.strength)
 
 
 def split_topics() -> tuple[list[dict], list[dict]]:
@@ -235,9 +239,12 @@ def main() -> None:
         and (not options.only or run.method in options.only or run.name == "plain-1")
     ]  # fmt: skip
     if todo:
+        todo.sort(key=rank)
         setting = settle(options.out)
         compute_fisher(setting)
         for number, run in enumerate(todo, 1):
+            if (options.out / "runs" / f"{run.name}.json").exists():
+                continue  # by another process meanwhile
             print(f"[{number}/{len(todo)}] {run.method}, strength {run.strength}", flush=True)
             result = train(run, setting)
             write_json(options.out / "runs" / f"{run.name}.json", result)
