@@ -6,8 +6,11 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
+#include "cuda/ewc.h"
 #include "cuda/launchers.h"
 
 namespace py = pybind11;
@@ -23,6 +26,12 @@ auto address(Field Problem::*field) {
 template <typename Problem>
 auto dtype(DType Problem::*field) {
     return [field](Problem& problem, int value) { problem.*field = static_cast<DType>(value); };
+}
+
+// (factor, inner, outer)
+template <typename Problem>
+void set_head(Problem& problem, std::tuple<float, float, float> head) {
+    problem.head = {std::get<0>(head), std::get<1>(head), std::get<2>(head)};
 }
 
 // f(problem, device, stream); RuntimeError with CUDA's words where the launch was refused.
@@ -66,9 +75,7 @@ void bind_tiles(py::module_& m) {
         .def_readwrite("rows", &T::rows)
         .def_readwrite("columns", &T::columns)
         .def_property("bias", nullptr, address(&T::bias))
-        .def_readwrite("factor", &T::factor)
-        .def_readwrite("inner", &T::inner)
-        .def_readwrite("outer", &T::outer);
+        .def_property("head", nullptr, &set_head<T>);
     using A = Absorb;
     py::class_<A, T>(m, "Absorb")
         .def(py::init([] { return A{}; }))
@@ -152,6 +159,71 @@ void bind_fisher(py::module_& m) {
     def_launch(m, "accumulate_fisher", &accumulate_fisher);
 }
 
+// Lists of (theta, anchor, fisher, grad, size, fresh): addresses, or 0.
+std::vector<HeldTensor> held_tensors(const py::list& rows) {
+    std::vector<HeldTensor> out;
+    for (const auto& row : rows) {
+        const auto [theta, anchor, fisher, grad, size, fresh] = row.cast<
+            std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, bool>>();
+        out.push_back({reinterpret_cast<void*>(theta), reinterpret_cast<void*>(anchor),
+                       reinterpret_cast<float*>(fisher), reinterpret_cast<void*>(grad), size, fresh, 0});
+    }
+    return out;
+}
+
+void bind_ewc(py::module_& m) {
+    struct Held {
+        DType theta, anchor;
+        float strength;
+        std::vector<HeldTensor> tensors;
+        double* sums;
+    };
+    py::class_<Held>(m, "Held")
+        .def(py::init([] { return Held{}; }))
+        .def_property("theta_dtype", nullptr, dtype(&Held::theta))
+        .def_property("anchor_dtype", nullptr, dtype(&Held::anchor))
+        .def_readwrite("strength", &Held::strength)
+        .def_property("tensors", nullptr, [](Held& p, const py::list& rows) { p.tensors = held_tensors(rows); })
+        .def_property("sums", nullptr, address(&Held::sums));
+    m.attr("held_block") = kHeldBlock;
+    def_launch<const Held&>(m, "ewc_penalty", +[](const Held& p, Where where) {
+        return ewc_penalty(p.theta, p.anchor, p.strength, p.tensors, p.sums, where);
+    });
+    def_launch<const Held&>(m, "add_squares", +[](const Held& p, Where where) {
+        return add_squares(p.theta, p.tensors, where);
+    });
+}
+
+void bind_divergence(py::module_& m) {
+    using D = Divergence;
+    py::class_<D>(m, "Divergence")
+        .def(py::init([] { return D{}; }))
+        .def_property("kind", nullptr, [](D& p, int kind) { p.kind = static_cast<DivergenceKind>(kind); })
+        .def_readwrite("beta", &D::beta)
+        .def_property("head", nullptr, &set_head<D>)
+        .def_property("a", nullptr, address(&D::a))
+        .def_property("b", nullptr, address(&D::b))
+        .def_readwrite("a_stride", &D::a_stride)
+        .def_readwrite("b_stride", &D::b_stride)
+        .def_readwrite("rows", &D::rows)
+        .def_readwrite("columns", &D::columns)
+        .def_property("bias", nullptr, address(&D::bias))
+        .def_property("top", nullptr, address(&D::top))
+        .def_property("total", nullptr, address(&D::total))
+        .def_property("stats", nullptr, address(&D::stats))
+        .def_readwrite("stats_stride", &D::stats_stride)
+        .def_property("values", nullptr, address(&D::values))
+        .def_property("moments", nullptr, address(&D::moments))
+        .def_readwrite("scale", &D::scale)
+        .def_property("coefficients", nullptr, address(&D::coefficients))
+        .def_property("c", nullptr, address(&D::c))
+        .def_property("to_dtype", nullptr, dtype(&D::to))
+        .def_readwrite("c_stride", &D::c_stride);
+    def_launch(m, "divergence_normalise", &divergence_normalise);
+    def_launch(m, "divergence_terms", &divergence_terms);
+    def_launch(m, "divergence_gradient", &divergence_gradient);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -160,9 +232,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("device_type") = FASTALIGN_CUDA_DEVICE;  // where tensors must lie: "cuda", or "cpu" in the tests' emulation
 #ifdef FASTALIGN_EMULATE_CUDA
     m.def("launches", &launches);
+    m.def("last_block_first", &last_block_first);
 #endif
     bind_selective_logprobs(m);
     bind_tiles(m);
     bind_preference_loss(m);
     bind_fisher(m);
+    bind_ewc(m);
+    bind_divergence(m);
 }

@@ -242,6 +242,8 @@ def _tax(args: argparse.Namespace) -> None:
 
 
 def _fisher(args: argparse.Namespace) -> None:
+    import torch
+
     from fastalign.fisher import fisher_diagonal
     from fastalign.models import load_model, load_tokenizer
     from fastalign.texts import text_windows
@@ -250,7 +252,7 @@ def _fisher(args: argparse.Namespace) -> None:
         raise ConfigError(f"length is {args.length} and bits {args.bits}; they must be 2 or more, and 8 or 32")
     tokenizer = load_tokenizer(args.model)
     rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
-    model = load_model(args.model, for_adapter=False)
+    model = load_model(args.model, for_adapter=False).to("cuda" if torch.cuda.is_available() else "cpu")
     fisher = fisher_diagonal(model, rows, estimator=args.estimator)
     fisher.save(args.out, bits=args.bits)
     print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} windows written to {args.out}")
@@ -264,7 +266,7 @@ def _info(args: argparse.Namespace) -> None:
     import transformers
 
     from fastalign.models import default_dtype
-    from fastalign.ops import native
+    from fastalign.ops import native, native_cuda
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
     lines = {
@@ -282,6 +284,7 @@ def _info(args: argparse.Namespace) -> None:
             f"{found['isa']}, {found['vector_bits']}-bit vectors, threads of {found['thread_pool']}, "
             f"bf16 BRGEMM {'in use' if found['brgemm_bf16'] else 'not on this machine'}"
         )
+    lines["cuda kernels"] = native_cuda.describe()
     for label, value in lines.items():
         print(f"{label:<16}{value}")
 

@@ -8,6 +8,7 @@ const char* error_string(int error) { return cudaGetErrorString(static_cast<cuda
 
 #ifdef FASTALIGN_EMULATE_CUDA
 long launches() { return emulation::launches; }
+void last_block_first(bool reversed) { emulation::last_block_first = reversed; }
 #endif
 
 }  // namespace fastalign::cuda

@@ -17,6 +17,7 @@ struct Where {
 const char* error_string(int error);
 #ifdef FASTALIGN_EMULATE_CUDA
 long launches();  // so far
+void last_block_first(bool reversed);
 #endif
 
 // Log-probabilities of targets under logits that exist (selective_logprobs.cu).
@@ -35,6 +36,11 @@ struct Gather {
 int selective_logprobs(const Gather& problem, Where where);
 int selective_logprobs_backward(const Gather& problem, Where where);
 
+// u + bias -> logits z. No cap (outer 0): z = factor (u + bias). Cap: z = outer tanh(inner (u + bias)).
+struct Head {
+    float factor, inner, outer;
+};
+
 // A tile of products u = h W' and what makes logits of them; the interface is told in fastalign/ops/epilogue.py.
 struct Tile {
     DType from, to;               // of u; of e, ze, du, kept
@@ -44,8 +50,7 @@ struct Tile {
     std::int64_t first;           // the vocabulary entry of column 0
     std::int64_t rows, columns;   // columns <= 8192
     const float* bias;            // (columns,), or null
-    // No cap (outer 0): z = factor (u + bias). Cap: z = outer tanh(inner (u + bias)).
-    float factor, inner, outer;
+    Head head;
 };
 
 // Forward: fold a tile into the sums (online_softmax.cu).
@@ -103,5 +108,28 @@ struct Fisher {
     bool fisher_vectors, grad_vectors, input_vectors;  // set by the launcher: whether rows take 16-byte accesses
 };
 int accumulate_fisher(Fisher problem, Where where);
+
+// Held logits of student and teacher, by tiles (linear_divergence.cu); see fastalign/ops/divergence_tiles.py.
+enum class DivergenceKind : int { forward_kl, reverse_kl, jsd };
+struct Divergence {
+    DivergenceKind kind;
+    float beta;                       // of the jsd
+    Head head;                        // of the side whose products a are; else the student's
+    float *a, *b;                     // (rows, columns), unit column stride: student and teacher
+    std::int64_t a_stride, b_stride, rows, columns;  // columns <= 8192
+    const float* bias;                // (columns,), or null
+    float *top, *total;               // (rows,) running maximum and sum of exponentials
+    const float* stats;               // (rows, 4 or more): maximum and log-sum of student, then of teacher
+    std::int64_t stats_stride;
+    float *values, *moments;          // (rows,) divergence and K, added to
+    float scale;
+    const float* coefficients;        // (rows,), or null for 1
+    void* c;                          // (rows, columns) in dtype `to`
+    DType to;
+    std::int64_t c_stride;
+};
+int divergence_normalise(const Divergence& problem, Where where);
+int divergence_terms(const Divergence& problem, Where where);
+int divergence_gradient(const Divergence& problem, Where where);
 
 }  // namespace fastalign::cuda

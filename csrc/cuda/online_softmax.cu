@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) absorb_kernel(Absorb p) {
     const int columns = static_cast<int>(p.columns), target = target_column(p, row);
     float z[kItems];
     load_row(static_cast<const U*>(p.u) + row * p.u_stride, columns, z, kNegativeInfinity);
-    to_logits(p, z);
+    to_logits(p.head, p.bias, columns, z);
     const float before = p.shift[row];
     float top = kNegativeInfinity;
 #pragma unroll
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) absorb_kernel(Absorb p) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         const int column = column_of(i);
-        const float slope = p.outer != 0.0f ? capped_slope(p, z[i]) : 1.0f, d = z[i] - shift;
+        const float slope = p.head.outer != 0.0f ? capped_slope(p.head, z[i]) : 1.0f, d = z[i] - shift;
         if (z[i] == top && column < best && column < columns) best = column;
         if (column == target) has_target = true, target_logit = z[i];
         const float e = column == target ? 0.0f : __expf(d);

@@ -13,12 +13,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) gradient_kernel(Gradient p) {
     const int columns = static_cast<int>(p.columns), target = target_column(p, row);
     float z[kItems];
     load_row(static_cast<const U*>(p.u) + row * p.u_stride, columns, z, kNegativeInfinity);
-    to_logits(p, z);
+    to_logits(p.head, p.bias, columns, z);
     const float shift = p.shift[row], mean = p.mean[row], logprobs = p.logprobs[row], at_target = p.target[row];
     const float entropy = p.entropy ? p.entropy[row] : 0.0f;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        const float slope = p.outer != 0.0f ? capped_slope(p, z[i]) : p.factor, d = z[i] - shift;
+        const float slope = p.head.outer != 0.0f ? capped_slope(p.head, z[i]) : p.head.factor, d = z[i] - shift;
         const float g = (logprobs + entropy * (fmaxf(d, kStart) - mean)) * __expf(d) * slope;
         z[i] = column_of(i) == target ? at_target : g;
     }

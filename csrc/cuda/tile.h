@@ -68,24 +68,24 @@ __device__ __forceinline__ void store_row(T* row, int columns, const float (&val
 }
 
 // u -> z, in place; columns beyond the tile are given as -inf and stay so.
-__device__ __forceinline__ void to_logits(const Tile& p, float (&z)[kItems]) {
-    if (p.bias) {
-        float bias[kItems];
-        load_row(p.bias, static_cast<int>(p.columns), bias, 0.0f);
+__device__ __forceinline__ void to_logits(const Head& head, const float* bias, int columns, float (&z)[kItems]) {
+    if (bias) {
+        float added[kItems];
+        load_row(bias, columns, added, 0.0f);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) z[i] += bias[i];
+        for (int i = 0; i < kItems; ++i) z[i] += added[i];
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        const float capped = p.outer != 0.0f ? p.outer * tanhf(p.inner * z[i]) : p.factor * z[i];
-        z[i] = column_of(i) < p.columns ? capped : kNegativeInfinity;
+        const float capped = head.outer != 0.0f ? head.outer * tanhf(head.inner * z[i]) : head.factor * z[i];
+        z[i] = column_of(i) < columns ? capped : kNegativeInfinity;
     }
 }
 
 // dz/du where the logit is z, under a cap.
-__device__ __forceinline__ float capped_slope(const Tile& p, float z) {
-    const float t = z / p.outer;
-    return p.factor * (1.0f - t * t);
+__device__ __forceinline__ float capped_slope(const Head& head, float z) {
+    const float t = z / head.outer;
+    return head.factor * (1.0f - t * t);
 }
 
 // The target's column in this tile, or -1.

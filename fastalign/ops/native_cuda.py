@@ -5,7 +5,8 @@ Each launch goes to the tensors' device and to the stream that is current there;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastalign.errors import BackendError
 from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums
+from fastalign.reference import DIVERGENCES
 
 try:
     from fastalign import _cuda as module
@@ -44,7 +46,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def _launch(kernel: str, problem: Any, at: Tensor, **fields: Tensor | float | None) -> None:
+def _launch(kernel: str, problem: Any, at: Tensor, **fields: Tensor | list | tuple | float | None) -> None:
     """Fill in the problem's fields (a tensor's address, None's 0) and launch it on `at`'s device and stream."""
     for name, value in fields.items():
         setattr(problem, name, value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value)
@@ -62,14 +64,19 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
+def _head(head: Head) -> tuple[float, float, float]:
+    """factor, inner, outer of csrc/cuda/launchers.h."""
+    if head.softcap is None:
+        return head.factor, 0.0, 0.0
+    return head.factor, head.logit_scale / head.softcap, head.softcap / head.temperature
+
+
 def _tile(u: Tensor, out: Tensor | None, targets: Tensor, first: int, bias: Tensor | None, head: Head) -> dict:
     """What the fields of a `Tile` are; see epilogue.py."""
     return {
         "from_dtype": DTYPES[u.dtype], "to_dtype": DTYPES[u.dtype if out is None else out.dtype],
         "u": u, "u_stride": u.stride(0), "targets": targets, "first": first, "rows": u.shape[0], "columns": u.shape[1],
-        "bias": None if bias is None else bias.to(torch.float32), "factor": head.factor,
-        "inner": 0.0 if head.softcap is None else head.logit_scale / head.softcap,
-        "outer": 0.0 if head.softcap is None else head.softcap / head.temperature,
+        "bias": None if bias is None else bias.to(torch.float32), "head": _head(head),
     }  # fmt: skip
 
 
@@ -213,4 +220,87 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seq
         input=input, fisher_stride=fisher.stride(0), grad_stride=grad_output.stride(0), input_stride=input.stride(0),
         offsets=cu_seqlens.contiguous(), tokens=input.shape[0], sequences=cu_seqlens.shape[0] - 1,
         rows=fisher.shape[0], columns=fisher.shape[1],
+    )  # fmt: skip
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def ewc_penalty(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor] | None,
+    strength: float,
+    grads: Sequence[Tensor] | None = None,
+    fresh: Sequence[bool] | None = None,
+) -> Tensor:
+    """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient, `strength F (theta -
+    theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32, an
+    anchor in its parameter's dtype or float32. One launch for each 64 tensors of the same dtypes."""
+    kinds = defaultdict(list)
+    for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
+        row = parameter, anchor, fishers and fishers[i], grads and grads[i]
+        kinds[parameter.dtype, anchor.dtype].append(
+            (*map(_address, row), parameter.numel(), bool(fresh and fresh[i])),
+        )
+    sums = []
+    for (theta, anchor), rows in kinds.items():
+        blocks = sum(-(-size // module.held_block) for *_, size, _ in rows)
+        sums.append(torch.zeros(blocks, dtype=torch.float64, device=parameters[0].device))
+        _launch(
+            "ewc_penalty", module.Held(), parameters[0], theta_dtype=DTYPES[theta], anchor_dtype=DTYPES[anchor],
+            strength=strength, tensors=rows, sums=sums[-1],
+        )  # fmt: skip
+    return torch.cat(sums).sum()
+
+
+def add_squares_(fishers: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """`F_i += g_i^2` over all tensors. All contiguous, on one device, fishers float32."""
+    kinds = defaultdict(list)
+    for fisher, grad in zip(fishers, grads, strict=True):
+        kinds[grad.dtype].append((grad.data_ptr(), 0, fisher.data_ptr(), 0, fisher.numel(), False))
+    for dtype, rows in kinds.items():
+        _launch("add_squares", module.Held(), fishers[0], theta_dtype=DTYPES[dtype], tensors=rows)
+
+
+def _held(a: Tensor, b: Tensor | None) -> dict:
+    """What the tile fields of a `Divergence` are; see divergence_tiles.py."""
+    stride = 0 if b is None else b.stride(0)
+    rows, columns = a.shape
+    return {"rows": rows, "columns": columns, "a": a, "a_stride": a.stride(0), "b": b, "b_stride": stride}
+
+
+def divergence_normalise(z: Tensor, bias: Tensor | None, head: Head, top: Tensor, total: Tensor) -> None:
+    """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
+    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at -1e30 and 0."""
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    _launch(
+        "divergence_normalise", module.Divergence(), z, **_held(z, None), head=_head(head), bias=bias, top=top,
+        total=total,
+    )  # fmt: skip
+
+
+def divergence_terms(
+    a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head: Head, values: Tensor, moments: Tensor
+) -> None:
+    """Logits of student and teacher, a and b (R, T), are added to values and moments (R,), the divergence and K.
+
+    Left in place, times dz/du of a soft cap: forward_kl `s - t` in a; reverse_kl, jsd s in a, and s times its log-ratio
+    to t or m in b. stats (R, 4 or more): the maximum and the log-sum of the student, then of the teacher.
+    """
+    _launch(
+        "divergence_terms", module.Divergence(), a, **_held(a, b), kind=DIVERGENCES.index(kind), beta=beta,
+        head=_head(head), stats=stats, stats_stride=stats.stride(0), values=values, moments=moments,
+    )  # fmt: skip
+
+
+def divergence_gradient(
+    a: Tensor, b: Tensor | None, moments: Tensor, scale: float, coefficients: Tensor | None, out: Tensor
+) -> None:
+    """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given; into out (R, T), which
+    may be a's own memory, row by row, in out's dtype."""
+    _launch(
+        "divergence_gradient", module.Divergence(), a, **_held(a, b), moments=moments, scale=scale,
+        coefficients=coefficients, c=out, to_dtype=DTYPES[out.dtype], c_stride=out.stride(0),
     )  # fmt: skip

@@ -17,10 +17,10 @@ void check(int columns, std::size_t shift, bool everything) {
     for (int i = 0; i < kRows; ++i) targets.data()[i] = kTargets[i];
     Absorb p = {};
     p.from = kDType<U>, p.to = kDType<E>, p.u = u.data(), p.u_stride = kStride, p.targets = targets.data();
-    p.rows = kRows, p.columns = columns, p.factor = 1;
+    p.rows = kRows, p.columns = columns, p.head.factor = 1;
     p.shift = sums.data(), p.others = p.shift + kRows, p.target = p.shift + 2 * kRows;
     if (everything) {
-        p.bias = bias.data(), p.inner = 0.1f, p.outer = 20.0f, p.zothers = p.shift + 3 * kRows;
+        p.bias = bias.data(), p.head.inner = 0.1f, p.head.outer = 20.0f, p.zothers = p.shift + 3 * kRows;
         p.best = p.shift + 4 * kRows, p.best_index = index.data();
         p.e = e.data(), p.e_stride = kStride, p.ze = u.data(), p.ze_stride = kStride * sizeof(U) / sizeof(E);
         p.a = a.data(), p.b = b.data(), p.a_stride = p.b_stride = p.width = kWidth;

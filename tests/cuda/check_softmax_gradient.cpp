@@ -17,7 +17,7 @@ void check(int columns, std::size_t shift) {
     for (int i = 0; i < kRows; ++i) targets.data()[i] = kTargets[i];
     Gradient p = {};
     p.from = kDType<U>, p.to = kDType<D>, p.u = u.data(), p.u_stride = kStride, p.targets = targets.data();
-    p.rows = kRows, p.columns = columns, p.bias = bias.data(), p.inner = 0.1f, p.outer = 20.0f, p.factor = 1;
+    p.rows = kRows, p.columns = columns, p.bias = bias.data(), p.head.inner = 0.1f, p.head.outer = 20.0f, p.head.factor = 1;
     p.shift = rows.data(), p.mean = p.shift + kRows, p.logprobs = p.mean + kRows, p.entropy = p.logprobs + kRows;
     p.target = p.entropy + kRows, p.du = u.data(), p.du_stride = kStride * sizeof(U) / sizeof(D);
     expect(softmax_gradient(p, {}));

@@ -101,6 +101,7 @@ def sanitized(objects, tmp_path_factory):
 
 
 def plant(folder: Path, op: str, old: str, new: str) -> None:
+    """Replace `old`, which stands once, in the op's source or a header."""
     for path in (folder / f"{op}.cu", folder / "device.h", folder / "tile.h"):
         text = path.read_text(encoding="utf-8")
         if old in text:

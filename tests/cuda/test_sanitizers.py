@@ -2,12 +2,83 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 
-OPS = ["selective_logprobs", "online_softmax", "softmax_gradient", "preference_loss", "accumulate_fisher"]
+OPS = [
+    "selective_logprobs",
+    "online_softmax",
+    "softmax_gradient",
+    "preference_loss",
+    "accumulate_fisher",
+    "ewc",
+    "linear_divergence",
+]
+RACE, OVERFLOW = "data race", "AddressSanitizer"
+
+
+class Fault(NamedTuple):
+    op: str
+    sanitizer: str
+    old: str
+    new: str
+    words: str  # of the sanitizer's report
+
+
 FAULTS = {
-    "no barrier before the warps' sums are read": (
-        "selective_logprobs", "thread", "    __syncthreads();\n    T all", "    T all", "data race",
+    "no barrier before the sums of the warps are read": Fault(
+        "selective_logprobs", "thread", "    __syncthreads();\n    T all", "    T all", RACE
+    ),
+    "one value too many at the end of a row is read": Fault(
+        "selective_logprobs", "address", "tail + thread < vocab) add_one", "tail + thread <= vocab) add_one", OVERFLOW
+    ),
+}
+MORE_FAULTS = {
+    "one value too many is written": Fault(
+        "selective_logprobs", "address", "tail + thread < vocab) one", "tail + thread <= vocab) one", OVERFLOW
+    ),
+    "a target is not looked at before it is used": Fault(
+        "selective_logprobs", "address", "inside = target >= 0 && target < p.vocab", "inside = true", OVERFLOW
+    ),
+    "16 bytes are stored where a row of the result does not allow it": Fault(
+        "selective_logprobs", "address", "alike ? unaligned_head(logits, vocab) : vocab",
+        "unaligned_head(logits, vocab)", "misaligned address",
+    ),
+    "a tile is read past its last column": Fault(
+        "online_softmax", "address", "first + i < columns ? to_float", "first + i <= columns ? to_float", OVERFLOW
+    ),
+    "a tile is written past its last column": Fault(
+        "softmax_gradient", "address", "if (first + i < columns) row", "if (first + i <= columns) row", OVERFLOW
+    ),
+    "two reductions share their memory": Fault(
+        "online_softmax", "thread", "block_reduced(zsum, 0.0f, zsums", "block_reduced(zsum, 0.0f, sums", RACE
+    ),
+    "a narrow result is written in place before all is read": Fault(
+        "softmax_gradient", "thread", "    __syncthreads();  // du may", "    // du may", RACE
+    ),
+    "a warp leaves the shuffle early": Fault(
+        "online_softmax", "address", "    const float before = p.shift[row];",
+        "    if (threadIdx.x == 5) return;\n    const float before = p.shift[row];", "takes no part in an exchange",
+    ),
+    "no barrier before the slopes are read": Fault(
+        "preference_loss", "thread", "    __syncthreads();\n    spread", "    spread", RACE
+    ),
+    "offsets are believed": Fault("preference_loss", "address", "right ? end : begin", "end", OVERFLOW),
+    "a chunk is overwritten while it is multiplied": Fault(
+        "accumulate_fisher", "thread", "        __syncthreads();  // before", "        // before", RACE
+    ),
+    "no barrier between a patch and its reading": Fault(
+        "accumulate_fisher", "thread", "    __syncwarp();\n    for (int pack", "    for (int pack", RACE
+    ),
+    "an operand is read past its last column": Fault(
+        "accumulate_fisher", "address", "if (column + i < columns) pack", "if (column + i <= columns) pack", OVERFLOW
+    ),
+    "a tensor's last block is taken for a whole one": Fault(
+        "ewc", "address", "t.size - start < kHeldBlock ? t.size - start : kHeldBlock", "kHeldBlock", OVERFLOW
+    ),
+    "a gradient is written in place before all is read": Fault(
+        "linear_divergence", "thread", "    __syncthreads();  // c may", "    // c may", RACE
     ),
 }  # fmt: skip
 
@@ -19,8 +90,17 @@ def test_clean(sanitized, op, sanitizer):
     assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
 
 
+def assert_caught(sanitized, fault: Fault):
+    done = sanitized(fault.op, fault.sanitizer, (fault.old, fault.new))
+    assert done.returncode != 0 and fault.words in done.stderr, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(sanitized, fault):
-    op, sanitizer, old, new, words = FAULTS[fault]
-    done = sanitized(op, sanitizer, (old, new))
-    assert done.returncode != 0 and words in done.stderr, done.stderr[-4000:]
+    assert_caught(sanitized, FAULTS[fault])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", MORE_FAULTS)
+def test_each_other_fault_is_caught(sanitized, fault):
+    assert_caught(sanitized, MORE_FAULTS[fault])
