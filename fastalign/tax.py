@@ -250,9 +250,10 @@ def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Ask, Ask, str, 
         raise ModelError(f"The adapter folder {tuned} holds no adapter_model.safetensors (nothing pickled is read).")
     if any(folder.glob("tokenizer*")):
         check_vocabulary(tokenizer, load_tokenizer_of(folder), ("base", "tuned model"))
-    model = load_model(base, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(base, dtype=dtype).to(device)
     if not adapter:
-        other = load_model(folder if folder.is_dir() else tuned, dtype=dtype)
+        other = load_model(folder if folder.is_dir() else tuned, dtype=dtype).to(device)
         layouts = [prepare(m.eval()) for m in (model, other)]
         return asks(model), asks(other), max(layouts, key=("shared", "packed", "padded").index), model
     try:

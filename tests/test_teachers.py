@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 from torch import nn
@@ -159,6 +160,10 @@ def test_teachers_with_another_tokenizer_are_refused(make_trainer, tokenizer, ti
     with pytest.raises(ModelError, match="stored with another tokenizer"):
         make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[Distillation(str(path))])
     check_vocabulary(tokenizer, copy.deepcopy(tokenizer))
+    numbered = {token: number if number < 3 else 261 - number for token, number in tokenizer.get_vocab().items()}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbered, merges=[]))
+    with pytest.raises(ModelError, match="256 of 259 tokens differ"):
+        check_vocabulary(tokenizer, tf.PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_stored_teachers_that_do_not_fit_are_refused(make_trainer, tokenizer, text_rows, tmp_path):
