@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_stock_models(folder, model_dir, tiny_llama, to
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    found = tax(str(model_dir), str(folder / tuned), [str(folder / "prose.txt"), str(folder / "talk.jsonl")], length=64)
+    found = tax(str(model_dir), str(folder / tuned), [str(folder / "talk.jsonl"), str(folder / "prose.txt")], length=64)
     if tuned == "adapter":
         stock = PeftModel.from_pretrained(tiny_llama(), folder / "adapter")
     else:
@@ -80,13 +80,14 @@ def test_numbers_are_those_of_the_stock_models(folder, model_dir, tiny_llama, to
     talk = [*tokenizer("Hello there, you.")["input_ids"], tokenizer.eos_token_id]
     check(found["files"][str(folder / "prose.txt")], tiny_llama(), stock, tokenizer, windows)
     check(found["files"][str(folder / "talk.jsonl")], tiny_llama(), stock, tokenizer, [talk])
-    check(found["total"], tiny_llama(), stock, tokenizer, [*windows, talk])
+    check(found["total"], tiny_llama(), stock, tokenizer, [talk, *windows])
     with torch.no_grad():
-        kls = [plain(tiny_llama(), stock, tokenizer, ids)["kl"] for ids in [*windows, talk]]
+        kls = [plain(tiny_llama(), stock, tokenizer, ids)["kl"] for ids in [talk, *windows]]
     largest = max((kl.max().item(), n, int(kl.argmax()) + 1) for n, kl in enumerate(kls))
     first = found["most_changed"][0]
     assert first["kl"] == pytest.approx(largest[0], rel=1e-3)
-    assert first["token"] == tokenizer.decode([[*windows, talk][largest[1]][largest[2]]])
+    assert first["token"] == tokenizer.decode([[talk, *windows][largest[1]][largest[2]]])
+    assert largest[1] > 0  # in the second file
     assert sum(kind["share"] for kind in found["kinds"]) <= 1 + 1e-9
     assert len(found["passages"]) == 3
 
