@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 
-from bench import losses, machine, model, ops, readme, report, scale, train
+from bench import gpu, losses, machine, model, ops, readme, report, scale, selective, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"machine": machine, "ops": ops, "losses": losses, "train": train, "scale": scale}
+SUITES = {
+    "machine": machine, "ops": ops, "selective": selective, "losses": losses, "train": train, "scale": scale,
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser("python -m bench", description=__doc__)
     main.add_argument("--list", action="store_true", help="the suites, their cases and implementations")
-    commands = main.add_subparsers(dest="command", metavar="SUITE | report")
+    commands = main.add_subparsers(dest="command", metavar="SUITE | gpu | report | model")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.__doc__.splitlines()[0])
         command.add_argument("--case", nargs="+", metavar="NAME", help="cases, or patterns such as 'frozen-*-mask0'")
@@ -31,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, help="folder of the results (bench/results; with --quick runs/bench)")
     again = commands.add_parser("report", help="tables, plots and report.html from a folder of results; README's table")
     again.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    on_gpu = commands.add_parser("gpu", help=gpu.__doc__.splitlines()[0])
+    on_gpu.add_argument("--out", type=Path, required=True, help="folder of the results, report.html among them")
+    on_gpu.add_argument("--seconds", type=int, default=gpu.SECONDS, help=f"for all of it ({gpu.SECONDS})")
     predict = commands.add_parser("model", help=model.__doc__.splitlines()[0])
     predict.add_argument("--device", choices=model.DEVICES, default="h100")
     memory = commands.add_parser("memory")  # what a fresh process is started with; prints bytes
@@ -38,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("case")
     memory.add_argument("implementation")
     memory.add_argument("--threads", type=int, required=True)
+    commands.add_parser("gpu-kernels")  # the first step of `gpu`; prints a line a kernel
     one = commands.add_parser("train-run")  # the same for one training run; prints JSON
     one.add_argument("case")
     one.add_argument("implementation")
@@ -48,20 +54,20 @@ def parser() -> argparse.ArgumentParser:
 def list_cases() -> None:
     for name, suite in SUITES.items():
         print(f"{name}: {suite.__doc__.splitlines()[0]}")
-        for case in suite.CASES:
+        for case in {**dict.fromkeys(suite.CASES), **dict.fromkeys(suite.QUICK)}:
             print(f"  {case}{'  (quick)' if case in suite.QUICK else ''}")
         print("  implementations: " + ", ".join(suite.IMPLEMENTATIONS))
 
 
 def chosen(suite, patterns: list[str] | None, quick: bool) -> list[str]:
-    """The cases to run: all that match a pattern; without patterns the quick ones, or all others."""
+    """The cases to run, all or the quick ones; with patterns those of them that match one."""
+    cases = list(suite.QUICK if quick else suite.CASES)
     if not patterns:
-        return list(suite.QUICK) if quick else [case for case in suite.CASES if case not in suite.QUICK]
+        return cases
     for pattern in patterns:
-        if not fnmatch.filter(suite.CASES, pattern):
-            sys.exit(f"no case matches {pattern!r}; python -m bench --list shows them")
-    matched = [case for case in suite.CASES if any(fnmatch.fnmatchcase(case, pattern) for pattern in patterns)]
-    return [case for case in matched if not quick or case in suite.QUICK]
+        if not fnmatch.filter(cases, pattern):
+            sys.exit(f"no {'quick ' if quick else ''}case matches {pattern!r}; python -m bench --list shows them")
+    return [case for case in cases if any(fnmatch.fnmatchcase(case, pattern) for pattern in patterns)]
 
 
 def only(suite, wanted: list[str]) -> None:
@@ -110,6 +116,10 @@ def main() -> None:
         return parser().print_help()
     if arguments.command == "model":
         return print(model.table(arguments.device))
+    if arguments.command == "gpu":
+        sys.exit(gpu.main(arguments.out, arguments.seconds))
+    if arguments.command == "gpu-kernels":
+        sys.exit(gpu.check_kernels())
     if arguments.command == "report":
         return make_report(arguments.folder)
     torch.set_num_threads(arguments.threads)

@@ -113,11 +113,16 @@ def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
                 "registers": numbers["REG"],
                 "shared": numbers["SHARED"],
                 "spilled": numbers["LOCAL"] + numbers["STACK"] + spills,
-                "loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128\b|\bUTMALDG", sass)),
-                "stores": len(re.findall(r"\bSTG\.\S*128\b|\bUTMASTG", sass)),
+                "loads": _wide(r"\b(?:LDG|LDGSTS)\.\S*?\b(128|256)\b|\bUTMALDG", sass),
+                "stores": _wide(r"\bSTG\.\S*?\b(128|256)\b|\bUTMASTG", sass),
                 "products": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
             },
         )
+
+
+def _wide(pattern: str, sass: str) -> int:
+    """Moves of 16 bytes; one of 32, which 10.0 has, counts as two."""
+    return sum(2 if match[1] == "256" else 1 for match in re.finditer(pattern, sass))
 
 
 # AMD: the assembler's own metadata.
@@ -147,18 +152,20 @@ def triton_checks() -> Iterator[tuple[str, dict]]:
 
 def _source(check: dict):
     """As Triton's ahead-of-time compiler takes signatures: types, `:16` where divisible by 16, and constants."""
+    import triton.language as tl
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
     words = [word.strip() for word in check["signature"].split(",")]
     for number, (name, word) in enumerate(zip(check["kernel"].arg_names, words, strict=True)):
         kind, _, divisor = word.partition(":")
-        if re.fullmatch(r"\*?(fp32|bf16|fp16|i64|i32|i8)", kind):
+        if re.fullmatch(r"\*?(fp64|fp32|bf16|fp16|i64|i32|i8)", kind):
             signature[name] = kind
             if divisor:
                 attributes[number,] = [["tt.divisibility", int(divisor)]]
         else:
-            signature[name], constants[name] = "constexpr", ast.literal_eval(word)
+            dtype = getattr(tl, word.removeprefix("tl.")) if word.startswith("tl.") else None
+            signature[name], constants[name] = "constexpr", dtype or ast.literal_eval(word)
     return ASTSource(check["kernel"], signature, constants, attributes)
 
 
@@ -167,6 +174,7 @@ def build_triton(name: str, check: dict, target: str) -> Built:
     from triton.backends.compiler import GPUTarget
 
     nvidia = target.startswith("sm_")
+    check = check if nvidia else check | check.get("amd", {})
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {"num_warps": check["warps"], "enable_fp_fusion": True} | check.get("options", {})
     compiled = triton.compile(_source(check), target=gpu, options=options)

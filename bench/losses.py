@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from bench import ops
 from bench.measure import (
+    FRACTION,
     Checked,
     Measurement,
     Missing,
     Outputs,
     WrongResult,
+    able,
     measure,
-    memory_in_fresh_process,
+    memory_of,
     peak_extra_memory,
     say,
 )
@@ -40,7 +41,6 @@ GAMMA = 0.5  # simpo's gamma / beta
 KINDS = {"frozen": 2, "trainable": 3}  # head -> matrix products over the completions that nobody can avoid
 SHAPE, QUICK_SHAPE = (8, 256, 576, 49152), (4, 64, 64, 4096)  # sequences, tokens of each, H, V
 CHECKED_ROWS = 64
-FRACTION = 16
 COMPILES = {"Liger"}
 
 
@@ -69,7 +69,7 @@ QUICK = _named(
     [Case(loss, "frozen", "float32", *QUICK_SHAPE) for loss in LOSSES]
     + [Case("dpo", "trainable", "float32", *QUICK_SHAPE)]
 )
-CASES = _named([Case(loss, kind, dtype, *SHAPE) for loss, kind, dtype in product(LOSSES, KINDS, ops.DTYPES)]) | QUICK
+CASES = _named([Case(loss, kind, dtype, *SHAPE) for loss, kind, dtype in product(LOSSES, KINDS, ops.DTYPES)])
 
 
 class Inputs(NamedTuple):
@@ -182,6 +182,8 @@ def fastalign(backend: str) -> Callable:
 IMPLEMENTATIONS: dict[str, Callable] = {
     "fastalign cpu": fastalign("cpu"),
     "fastalign torch": fastalign("torch"),
+    "fastalign triton": fastalign("triton"),
+    "fastalign cuda": fastalign("cuda"),
     "eager": from_logprobs(ops.eager),
     "TRL": trl,
     "Liger": liger,
@@ -335,7 +337,7 @@ def _error(output: str, value: Tensor, exact: Tensor) -> float:
 
 def memory(case_name: str, implementation: str) -> int:
     """Peak extra bytes of one run, in this process, which must be a fresh one."""
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     if implementation in COMPILES:
         candidate(implementation, case, make_inputs(case))()  # the first run compiles
     else:
@@ -346,20 +348,12 @@ def memory(case_name: str, implementation: str) -> int:
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
-    inputs, candidates = make_inputs(case), {}
-    for name in names(case):
-        try:
-            seconds = _estimate(name, case)
-            if seconds > limit_s:
-                say(f"    skipped {name}: about {seconds:.0f} s a run, over the limit of {limit_s:.0f} s (--limit)")
-                continue
-            candidates[name] = candidate(name, case, inputs)
-        except Missing as missing:
-            say(f"    skipped {name}: {missing}")
-        except Exception as error:  # a peer's fault must not end the others' run
-            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    inputs, small = make_inputs(case), make_inputs(case, max(case.tokens // FRACTION, 2))
+    candidates = able(
+        names(case), lambda name: candidate(name, case, small), lambda name: candidate(name, case, inputs), limit_s
+    )
     say("    float64 reference", same_line=True)
     truth = Truth(case, inputs)
     return measure(
@@ -368,16 +362,6 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
         {"n": case.sequences * case.tokens, "h": case.h, "v": case.v, "pairs": case.sequences // 2, "mask": 50},
         candidates,
         truth.check,
-        lambda name: memory_in_fresh_process("losses", case_name, name),
+        lambda name: memory_of("losses", case_name, name, lambda name: candidate(name, case, inputs)),
         rounds,
     )
-
-
-def _estimate(name: str, case: Case) -> float:
-    """Seconds of a whole run, from a second run on a fraction of the tokens (the first loads and compiles)."""
-    say(f"    trying {name} on 1/{FRACTION} of the tokens", same_line=True)
-    run = candidate(name, case, make_inputs(case, max(case.tokens // FRACTION, 2)))
-    run()
-    start = time.perf_counter()
-    run()
-    return FRACTION * (time.perf_counter() - start)

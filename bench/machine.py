@@ -8,8 +8,9 @@ import torch
 
 from bench.measure import Checked, Measurement, Outputs, WrongResult, measure
 
-COPY_BYTES = 1 << 28  # far beyond any cache
-SIZE = 2048  # of square matrices
+ON_GPU = torch.cuda.is_available()
+COPY_BYTES = 1 << (30 if ON_GPU else 28)  # far beyond any cache
+SIZE = 8192 if ON_GPU else 2048  # of square matrices
 CASES = ("copy", "product-float32", "product-bfloat16")
 QUICK = CASES[:2]
 IMPLEMENTATIONS = ("torch",)
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = ("torch",)
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """One record; `sizes` has the bytes moved (read and written) or the FLOP done."""
     del limit_s
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if ON_GPU else "cpu"
     generator = torch.Generator().manual_seed(0)
     if case_name == "copy":
         source = torch.randn(COPY_BYTES // 4, generator=generator).to(device)

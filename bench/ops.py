@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -18,13 +17,15 @@ from torch import Tensor
 
 from bench.measure import FLOOR as PRODUCT
 from bench.measure import (
+    FRACTION,
     Checked,
     Measurement,
     Missing,
     Outputs,
     WrongResult,
+    able,
     measure,
-    memory_in_fresh_process,
+    memory_of,
     peak_extra_memory,
     say,
 )
@@ -39,7 +40,6 @@ MASKS = (0, 50, 80)  # % of the rows that are prompt, not scored
 DTYPES = ("float32", "bfloat16")
 FLOOR = {"forward": 1, "frozen": 2, "trainable": 3}  # matrix products that no implementation can avoid
 CHECKED_ROWS = 64  # of hidden, and of weight: float64 on all of them takes longer than everything else here
-FRACTION = 16  # one run on 1/16 of the rows tells whether a whole one fits the limit
 TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 LIGER_CHUNK = 4096  # liger_kernel.chunked_loss.fused_linear_ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
 
@@ -69,11 +69,9 @@ QUICK = _named(
     + [Case("frozen", "bfloat16", *QUICK_SHAPE, 50)]
     + [Case("frozen", "float32", *QUICK_SHAPE[:2], v, 0) for v in QUICK_VOCABULARIES]
 )
-CASES = (
-    _named([Case(kind, dtype, *shape, mask) for shape in SHAPES for kind, dtype, mask in product(FLOOR, DTYPES, MASKS)])
-    | _named([Case("frozen", "float32", *SHAPES[0][:2], v, 0) for v in VOCABULARIES])
-    | QUICK
-)
+CASES = _named(
+    [Case(kind, dtype, *shape, mask) for shape in SHAPES for kind, dtype, mask in product(FLOOR, DTYPES, MASKS)]
+) | _named([Case("frozen", "float32", *SHAPES[0][:2], v, 0) for v in VOCABULARIES])
 
 
 class Inputs(NamedTuple):
@@ -162,6 +160,8 @@ def _torch_own() -> Callable:
 IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
     "fastalign torch": lambda: _fastalign("torch"),
     "fastalign cpu": lambda: _fastalign("cpu"),
+    "fastalign triton": lambda: _fastalign("triton"),
+    "fastalign cuda": lambda: _fastalign("cuda"),
     "eager": lambda: eager,
     "torch.compile": _compiled_eager,
     "torch linear_cross_entropy": _torch_own,
@@ -314,7 +314,7 @@ def _error(output: str, value: Tensor, exact: Tensor) -> float:
 
 def memory(case_name: str, implementation: str) -> int:
     """Peak extra bytes of one run, in this process, which must be a fresh one."""
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     warm = case if implementation in COMPILES else Case(case.kind, case.dtype, 16, case.h, 64, 0)
     candidate(implementation, case.kind, make_inputs(warm))()  # loads libraries, starts threads
     return peak_extra_memory(candidate(implementation, case.kind, make_inputs(case)))
@@ -322,21 +322,17 @@ def memory(case_name: str, implementation: str) -> int:
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
     inputs = make_inputs(case)
-    candidates = {}
-    for name in names(case.kind):
-        try:
-            seconds = _estimate(name, case, inputs)
-            if seconds > limit_s and PRODUCT not in name:  # without a floor a table says little
-                say(f"    skipped {name}: about {seconds:.0f} s a run, over the limit of {limit_s:.0f} s (--limit)")
-                continue
-            candidates[name] = candidate(name, case.kind, inputs)
-        except Missing as missing:
-            say(f"    skipped {name}: {missing}")
-        except Exception as error:  # a peer's fault must not end the others' run
-            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    few = case.n // FRACTION
+    small = Inputs(inputs.hidden[:few], inputs.weight, *(t[:few] for t in inputs[2:]))
+    candidates = able(
+        names(case.kind),
+        lambda name: candidate(name, case.kind, small),
+        lambda name: candidate(name, case.kind, inputs),
+        limit_s,
+    )
     say("    float64 reference", same_line=True)
     truth = Truth(case.kind, inputs)
     return measure(
@@ -345,17 +341,6 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
         {"n": case.n, "h": case.h, "v": case.v, "mask": case.mask},
         candidates,
         truth.check,
-        lambda name: memory_in_fresh_process("ops", case_name, name),
+        lambda name: memory_of("ops", case_name, name, lambda name: candidate(name, case.kind, inputs)),
         rounds,
     )
-
-
-def _estimate(name: str, case: Case, inputs: Inputs) -> float:
-    """Seconds of a whole run, from a second run on a fraction of the rows (the first loads and compiles)."""
-    say(f"    trying {name} on 1/{FRACTION} of the rows", same_line=True)
-    few = len(inputs.hidden) // FRACTION
-    run = candidate(name, case.kind, Inputs(inputs.hidden[:few], inputs.weight, *(t[:few] for t in inputs[2:])))
-    run()
-    start = time.perf_counter()
-    run()
-    return FRACTION * (time.perf_counter() - start)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+from bench import plots
 from bench.measure import FLOOR, ROOT, Measurement
 from bench.report import aligned, groups, seconds
 
@@ -20,16 +22,18 @@ TRAIN = (
     ("lora-float32-long", "LoRA float32, long prompts"),
     ("full-float32-dialogue", "all weights, dialogue"),
 )
-OURS = ("fastalign cpu", "fastalign")
+PLOT = "memory-frozen-float32-2048x576-mask0"
 
 
 def update(measurements: list[Measurement]) -> None:
-    """Rewrites what stands between the markers, atomically."""
+    """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        sys.exit(f"{README} must hold {BEGIN!r} and then {END!r}, once each; what is between them is written here")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    table = section(measurements)
     temporary = README.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n\n{section(measurements)}\n\n{END}{after}", encoding="utf-8")
+    temporary.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
     os.replace(temporary, README)
 
 
@@ -39,9 +43,11 @@ def section(measurements: list[Measurement]) -> str:
     op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", "TRL", "Liger", "torch", "bare products")]
     op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
     train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
-    train_rows += [_train_row(cases["train", case], name) for case, name in TRAIN if ("train", case) in cases]
+    train_rows += [row for case, name in TRAIN if (row := _train_row(cases.get(("train", case), []), name))]
     parts = [aligned(rows) for rows in (train_rows, op_rows) if len(rows) > 1]
-    used = [cases[key][0] for key in cases if key[1] in dict((*OPS, *TRAIN))]
+    used = [rows[0] for (_, case), rows in cases.items() if case in dict((*OPS, *TRAIN))]
+    if not used:
+        sys.exit("the results hold none of the cases of README's table: " + ", ".join(dict((*OPS, *TRAIN))))
     newest = max(used, key=lambda m: m.date)
     versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
     parts.append(
@@ -50,7 +56,8 @@ def section(measurements: list[Measurement]) -> str:
         "TRL's figure is the better of its two settings (activations kept, or recomputed).\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )
-    parts.append("![Memory against vocabulary](bench/results/memory-frozen-float32-2048x576-mask0.png)")
+    if PLOT in plots.all_of(measurements):
+        parts.append(f"![Memory against vocabulary](bench/results/{PLOT}.png)")
     return "\n\n".join(parts)
 
 
@@ -66,9 +73,12 @@ def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
     return name, cell("fastalign cpu"), cell("TRL"), cell("Liger"), cell("torch linear_cross_entropy"), cell(FLOOR)
 
 
-def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
-    (ours,) = (m for m in rows if m.implementation == "fastalign")
+def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...] | None:
+    """None unless both trainers were measured."""
+    ours = next((m for m in rows if m.implementation == "fastalign"), None)
     theirs = [m for m in rows if m.implementation.startswith("TRL")]
+    if ours is None or not theirs:
+        return None
 
     def cell(pairs: float, resident: int) -> str:
         return f"{pairs:.2f} ({resident / 2**30:.1f} GiB)"

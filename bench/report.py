@@ -19,6 +19,9 @@ TRAIN_HEADER = (
     "implementation", "pairs/s", "useful tokens/s", "of the GEMM rate", "a step", "its reference", "peak memory",
     "loss differs by",
 )  # fmt: skip
+GATHER_HEADER = (
+    "implementation", "time", "quartiles", "GB/s that must move", "of the copy rate", "extra memory", "max error",
+)  # fmt: skip
 SCALE_HEADER = ("", "time", "quartiles", "max error")
 
 
@@ -44,6 +47,8 @@ def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
         return [TRAIN_HEADER, *(_train_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
     if rows[0].suite == "scale":
         return [SCALE_HEADER, *(_scale_row(m) for m in rows)]
+    if rows[0].suite == "selective":
+        return [GATHER_HEADER, *(_gather_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
     floor = min((m.median_s for m in rows if FLOOR in m.implementation), default=None)
     return [HEADER, *(_row(m, floor) for m in sorted(rows, key=lambda m: m.median_s))]
 
@@ -61,15 +66,24 @@ def about(rows: list[Measurement]) -> str:
 
 
 def _row(m: Measurement, floor: float | None) -> tuple[str, ...]:
-    errors = ", ".join(f"{output} {error:.1e}" for output, error in m.errors.items())
-    return (
-        m.implementation,
-        seconds(m.median_s),
-        f"{seconds(m.q1_s)} - {seconds(m.q3_s)}",
-        "-" if floor is None else f"{m.median_s / floor:.2f}",
-        "-" if m.peak_extra_bytes is None else f"{m.peak_extra_bytes / 2**20:,.0f} MiB",
-        errors,
-    )
+    return *_times(m), "-" if floor is None else f"{m.median_s / floor:.2f}", _memory(m), _errors(m)
+
+
+def _gather_row(m: Measurement) -> tuple[str, ...]:
+    rate = m.sizes["bytes"] / m.median_s
+    return *_times(m), f"{rate / 1e9:,.1f}", f"{rate / m.sizes['copy_bytes_per_s']:.0%}", _memory(m), _errors(m)
+
+
+def _times(m: Measurement) -> tuple[str, ...]:
+    return m.implementation, seconds(m.median_s), f"{seconds(m.q1_s)} - {seconds(m.q3_s)}"
+
+
+def _memory(m: Measurement) -> str:
+    return "-" if m.peak_extra_bytes is None else f"{m.peak_extra_bytes / 2**20:,.0f} MiB"
+
+
+def _errors(m: Measurement) -> str:
+    return ", ".join(f"{output} {error:.1e}" for output, error in m.errors.items())
 
 
 def _train_row(m: Measurement) -> tuple[str, ...]:
@@ -88,8 +102,7 @@ def _train_row(m: Measurement) -> tuple[str, ...]:
 
 
 def _scale_row(m: Measurement) -> tuple[str, ...]:
-    errors = ", ".join(f"{output} {error:.1e}" for output, error in m.errors.items())
-    return m.implementation, seconds(m.median_s), f"{seconds(m.q1_s)} - {seconds(m.q3_s)}", errors
+    return *_times(m), _errors(m)
 
 
 def seconds(value: float) -> str:

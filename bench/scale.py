@@ -1,4 +1,4 @@
-"""Suite `scale`: how cost grows with N, V, T, the batch and the share of prompts, on 1 and 2 threads.
+"""Suite `scale`: how cost grows with N, V, T, the batch and the share of prompts, on 1 and 2 threads of a CPU.
 
 Each case is one curve. `n` and `v` are `linear_logprobs` with a frozen head, forward and backward; `t`, `batch` and
 `prompt` are forward and backward of a LoRA step on SmolLM2-135M-Instruct: one pair of longer and longer completions,
@@ -40,24 +40,32 @@ IMPLEMENTATIONS = ("fastalign",)
 
 @dataclass(frozen=True)
 class Case:
+    """`quick`: the first `QUICK_POINTS` of the curve alone."""
+
     axis: str
     threads: int
+    quick: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.axis}-{self.threads}-thread{'s' if self.threads > 1 else ''}"
+        threads = f"{self.threads}-thread{'s' if self.threads > 1 else ''}"
+        return f"{self.axis}-{threads}{'-quick' if self.quick else ''}"
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        return POINTS[self.axis][: QUICK_POINTS if self.quick else None]
 
 
 CASES = {case.name: case for case in (Case(*parts) for parts in product(POINTS, THREADS))}
-QUICK = {name: CASES[name] for name in ("n-1-thread", "v-1-thread")}
+QUICK = {case.name: case for case in (Case("n", 1, quick=True), Case("v", 1, quick=True))}
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """One record per point, all points interleaved, each checked first; `limit_s` goes unused: all are short."""
     del limit_s
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     torch.set_num_threads(case.threads)
-    points = POINTS[case.axis]
+    points = case.points
     make = _op if case.axis in ("n", "v") else _step
     runs, checked = {}, {}
     for point in points:

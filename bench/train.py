@@ -252,12 +252,13 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
                 continue
             say(f"    round {number + 1}: {name}", same_line=True)
             try:
-                runs.setdefault(name, []).append(in_fresh_process(case_name, name))
+                done = in_fresh_process(case_name, name)
             except Missing as reason:
                 missing.add(name)
                 say(f"    skipped {name}: {reason}")
                 continue
-            if statistics.median(runs[name][-1].step_s[1:]) > limit_s:
+            runs.setdefault(name, []).append(done)
+            if statistics.median(done.step_s[1:]) > limit_s:
                 missing.add(name)
                 say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
     # CPUs may multiply bfloat16 more slowly than float32: they are held to what they do best.
@@ -273,7 +274,8 @@ def _apart(name: str, runs: dict[str, list[Run]]) -> float:
     if not theirs:
         raise SystemExit(f"there is nothing to compare the losses of {name} with; {', '.join(IMPLEMENTATIONS)} exist")
     ours = runs[name][0].losses
-    return max(abs(a - b) for n in theirs for a, b in zip(ours, runs[n][0].losses, strict=True))
+    apart = [abs(a - b) for n in theirs for a, b in zip(ours, runs[n][0].losses, strict=True)]
+    return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
 def _measurement(
@@ -301,7 +303,8 @@ def _measurement(
     }
     return Measurement(
         "train", case_name, sizes, name, median, q1, q3, len(seconds), max(r.extra_bytes for r in done),
-        {"loss": apart}, f"{case.steps} losses against the other trainer's", load=round(load_before, 2), **environment(),
+        {"loss": apart}, f"{case.steps} losses against the other trainer's", load=round(load_before, 2),
+        **environment(),
     )  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def test_occupancy(numbers, share):
 SASS = {
     "--dump-resource-usage": "Resource usage:\n Function k:\n  REG:20 STACK:0 SHARED:8 LOCAL:0 CONSTANT[0]:9",
     "--dump-sass": """Function : k
-        LDG.E.128.CONSTANT R4, [R2] ; LDG.E R1, [R2] ; LDG.E.64 R1, [R2] ; STG.E.128 [R2], R4 ; LDL R3, [R1] ;
+        LDG.E.128.CONSTANT R4, [R2] ; LDG.E R1, [R2] ; LDG.E.64 R1, [R2] ; STG.E.128 [R2], R4 ;
+        LDG.E.ENL2.256 R8, R4, [R2] ; LDL R3, [R1] ;
         LDGSTS.E.BYPASS.128 [R1], [R2] ; HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ; STL.64 [R1], R2 ;""",
 }
 
@@ -78,7 +79,7 @@ def test_what_is_read_from_sass(monkeypatch):
     monkeypatch.setattr(gpu_check, "_disassemble", lambda what, path: SASS[what])
     ((name, numbers),) = gpu_check.read_cubin("k.cubin")
     assert name == "k"
-    assert numbers == {"registers": 20, "shared": 8, "spilled": 2, "loads": 2, "stores": 1, "products": 1}
+    assert numbers == {"registers": 20, "shared": 8, "spilled": 2, "loads": 4, "stores": 1, "products": 1}
 
 
 def test_what_is_read_from_amdgcn():

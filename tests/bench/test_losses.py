@@ -8,6 +8,7 @@ import torch
 from bench import losses
 from bench.measure import Missing, WrongResult
 from fastalign import reference
+from fastalign.errors import BackendError
 from fastalign.ops import native
 
 
@@ -37,17 +38,18 @@ def test_right_implementations_pass(loss, kind, dtype):
     case, inputs = tiny(loss, kind, dtype)
     truth, passed = losses.Truth(case, inputs), []
     for name in losses.names(case):
-        if name in losses.COMPILES or (name == "fastalign cpu" and native.why_not(inputs.hidden)):
+        if name in losses.COMPILES:
             continue
         if name == "TRL" and dtype == "bfloat16" and loss in ("orpo", "simpo"):
             continue  # its sums over a completion are bfloat16 too, which the suite may refuse
         try:
             outputs = losses.candidate(name, case, inputs)()
-        except Missing:
+        except (Missing, BackendError):
             continue
         truth.check(name, outputs)
         passed.append(name)
     assert {"fastalign torch", "eager"} <= set(passed)
+    assert "fastalign cpu" in passed or native.why_not(inputs.hidden)
 
 
 WRONG = {
@@ -79,7 +81,7 @@ def test_half_of_the_tokens_are_prompt():
 def test_a_loss_that_a_peer_lacks_is_said(capsys, monkeypatch):
     case = losses.Case("ipo", "frozen", "float32", 4, 8, 16, 200)
     monkeypatch.setitem(losses.CASES, case.name, case)
-    monkeypatch.setattr(losses, "memory_in_fresh_process", lambda *names: None)
+    monkeypatch.setattr(losses, "memory_of", lambda *names: None)
     only = {name: losses.IMPLEMENTATIONS[name] for name in ("eager", "Liger")}
     monkeypatch.setattr(losses, "IMPLEMENTATIONS", only)
     records = losses.run(case.name, rounds=2, limit_s=60)

@@ -1,47 +1,71 @@
-"""Tables and plots from JSON alone."""
+"""Tables, and all that is made of a folder of results, from JSON alone."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import pytest
 
 from bench import report
-from bench.measure import Measurement, load, save
-
-FASTEST = Measurement(
-    suite="ops", case="frozen-float32-4x2x8-mask0", sizes={"n": 4, "h": 2, "v": 8}, implementation="2 matrix products",
-    median_s=0.1, q1_s=0.1, q3_s=0.1, runs=3, peak_extra_bytes=5 << 20, errors={"products": 1e-7}, checked="all rows",
-    device="A CPU", threads=2, load=0.0, versions={"torch": "2.13"}, commit="abc", date="2026-01-01T00:00:00Z",
-)  # fmt: skip
-SLOWER = replace(
-    FASTEST, implementation="eager", median_s=2.5, q1_s=2.0, q3_s=3.0, errors={"logprobs": 2e-6}, peak_extra_bytes=None
-)
+from bench.measure import load, save
 
 
-def wider(m: Measurement) -> Measurement:
-    return replace(m, case=m.case.replace("x8", "x16"), sizes=m.sizes | {"v": 16})
+@pytest.fixture
+def floor(record):
+    return record(implementation="2 matrix products", median_s=0.1, errors={"products": 1e-7})
 
 
-def test_a_table_is_made_from_json(tmp_path):
-    save([SLOWER, FASTEST, wider(SLOWER)], tmp_path / "ops.json")
+def cells(text: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_a_table_is_made_from_json(record, floor, tmp_path):
+    slow = record(median_s=2.5, q1_s=2.0, q3_s=3.0, errors={"logprobs": 2e-6}, peak_extra_bytes=None)
+    other = record(case="frozen-float32-4x2x16-mask0")
+    save([slow, floor, other], tmp_path / "ops.json")
     text = report.tables(load(tmp_path / "ops.json"))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = cells(text)
     assert rows[0] == list(report.HEADER)
     assert rows[2] == ["2 matrix products", "100 ms", "100 ms - 100 ms", "1.00", "5 MiB", "products 1.0e-07"]
     assert rows[3] == ["eager", "2.50 s", "2.00 s - 3.00 s", "25.00", "-", "logprobs 2.0e-06"]
-    assert rows[6][:4] == ["eager", "2.50 s", "2.00 s - 3.00 s", "-"], "another case's floor is not this one's"
+    assert rows[6][3] == "-", "another case's floor is not this one's"
     assert "checked: all rows. A CPU, 2 threads, load 0.0 before. torch 2.13; commit abc, 2026-01-01" in text
     assert text.count("### ops: ") == 2
 
 
-def test_columns_line_up():
-    lines = [line for line in report.tables([FASTEST, SLOWER]).splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1
+def test_training_is_counted_in_pairs_and_tokens(trained):
+    theirs = trained(implementation="TRL", median_s=8.0, sizes={"reference_us": 0})
+    rows = cells(report.tables([theirs, trained()]))
+    assert rows[0] == list(report.TRAIN_HEADER)
+    assert rows[2] == ["fastalign", "2.000", "500", "50%", "2.00 s", "500 ms of it", "3.00 GiB", "1.0e-05"]
+    assert rows[3] == ["TRL", "0.500", "125", "12%", "8.00 s", "within", "3.00 GiB", "1.0e-05"]
 
 
-def test_memory_is_drawn_where_there_are_two_vocabularies(tmp_path):
-    assert report.memory_plots([FASTEST]) == {}
-    other = replace(FASTEST, case="forward-float32-4x2x8-mask0")
-    written = report.write([FASTEST, wider(FASTEST), other], tmp_path, "ops")
-    assert [path.name for path in written] == ["ops.md", "ops-memory-frozen-float32-4x2-mask0.png"]
-    assert written[1].read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+def test_a_curve_keeps_its_order_and_tells_its_power(curve):
+    text = report.tables(curve(points=(4, 1, 2)))
+    rows = cells(text)
+    assert rows[0] == list(report.SCALE_HEADER)
+    assert [row[0] for row in rows[2:]] == ["n = 4", "n = 1", "n = 2"]
+    assert rows[2][1:] == ["800 ms", "800 ms - 800 ms", "logprobs 1.0e-06"]
+    assert "Time grows with the power 1.50." in text and "1 thread," in text
+
+
+def test_a_gather_is_held_against_the_copy(record):
+    sizes = {"n": 4, "bytes": 3 * 10**9, "copy_bytes_per_s": 20 * 10**9}
+    rows = cells(report.tables([record(suite="selective", case="backward", sizes=sizes)]))
+    assert rows[0] == list(report.GATHER_HEADER)
+    assert rows[2] == ["eager", "200 ms", "200 ms - 200 ms", "15.0", "75%", "5 MiB", "logprobs 1.0e-06"]
+
+
+def test_columns_line_up(record, floor, trained, curve):
+    for measured in ([floor, record()], [trained()], curve()):
+        lines = [line for line in report.tables(measured).splitlines() if line.startswith("|")]
+        assert len({len(line) for line in lines}) == 1
+
+
+def test_everything_is_written_beside_the_results_and_nothing_else(record, curve, tmp_path):
+    wide = record(case="frozen-float32-4x2x16-mask0", sizes={"n": 4, "h": 2, "v": 16, "mask": 0})
+    written = report.everything([record(), wide, *curve()], tmp_path)
+    assert [path.name for path in written] == ["memory-frozen-float32-4x2-mask0.png", "curves.png", "report.html"]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    page = written[-1].read_text(encoding="utf-8")
+    assert page.count("<table>") == 3 and page.count("data:image/png;base64,") == 2
+    assert "scale: n-1-thread" in page and "ops: frozen-float32-4x2x16-mask0" in page

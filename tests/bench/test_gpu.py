@@ -1,0 +1,144 @@
+"""The run on a GPU, without one: its plan, its budget, what it says here, and the checks of its kernels."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import gpu
+from bench.gpu import Step
+from bench.measure import save
+from fastalign import ops as ops_package
+
+PLAN = gpu.plan()
+OPS = Path(ops_package.__file__).parent
+
+
+def test_the_plan_fits_into_ten_minutes():
+    assert sum(step.seconds for step in PLAN) + gpu.REPORT_S <= gpu.SECONDS <= 600
+    assert gpu.fitting(PLAN, gpu.SECONDS) == (PLAN, [])
+
+
+def test_kernels_are_checked_before_anything_is_timed():
+    assert PLAN[0].command == "gpu-kernels"
+    assert {step.command for step in PLAN[1:]} == {"machine", "ops", "selective", "losses", "train"}
+
+
+def test_what_is_measured():
+    planned = {(step.command, case) for step in PLAN for case in step.cases}
+    ops = {case for suite, case in planned if suite == "ops"}
+    sizes = ("2048x576x49152", "2048x2048x49152", "1024x4096x128256")
+    assert ops == {f"{k}-bfloat16-{s}-mask{m}" for k in ("frozen", "forward") for s in sizes for m in (0, 50)}
+    assert {case for suite, case in planned if suite == "train"} == {"lora-bfloat16-dialogue"}
+    assert {case.split("-")[0] for suite, case in planned if suite == "losses"} == {"dpo"}
+    assert {case for suite, case in planned if suite == "machine"} == {"copy", "product-float32", "product-bfloat16"}
+    assert len([case for suite, case in planned if suite == "selective"]) == 4
+
+
+def test_every_step_is_a_command_that_the_bench_takes(tmp_path):
+    for step in PLAN:
+        arguments = bench.parser().parse_args(step.arguments(tmp_path))
+        if step.cases:
+            suite = bench.SUITES[step.command]
+            assert bench.chosen(suite, arguments.case, False) == [c for c in suite.CASES if c in step.cases]
+            assert arguments.out == tmp_path
+            assert set(arguments.only or []) <= set(suite.IMPLEMENTATIONS)
+    compared = bench.parser().parse_args(PLAN[2].arguments(tmp_path)).only
+    assert {"fastalign triton", "fastalign cuda", "fastalign torch", "eager"} <= set(compared)
+
+
+def test_with_less_time_the_last_steps_that_do_not_fit_are_left():
+    steps = [Step("a", 50), Step("b", 100), Step("c", 20)]
+    assert gpu.fitting(steps, 170 + gpu.REPORT_S) == (steps, [])
+    assert gpu.fitting(steps, 169 + gpu.REPORT_S) == (steps[:2], steps[2:])
+    assert gpu.fitting(steps, 80 + gpu.REPORT_S) == ([steps[0], steps[2]], [steps[1]])
+    assert gpu.fitting(steps, gpu.REPORT_S) == ([], steps)
+
+
+def test_time_that_a_step_leaves_goes_to_the_next_and_what_it_overdraws_too(monkeypatch):
+    now, took, limits = [100.0], iter([10.0, 130.0, 0.0]), []
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def run(step, limit_s):
+        limits.append(limit_s)
+        now[0] += next(took)
+        return "cut off" if step.command == "b" else None
+
+    assert gpu.follow([Step("a", 50), Step("b", 100), Step("c", 20)], run) == ["b: cut off"]
+    assert limits == [50.0, 140.0, 30.0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path, capsys):
+    assert gpu.main(tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("There is no GPU here") and said.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_a_process_that_is_ended_with_its_children(tmp_path, monkeypatch):
+    package = tmp_path / "bench"
+    package.mkdir()
+    (package / "__init__.py").touch()  # else a package of that name further down the path would win
+    (package / "__main__.py").write_text(
+        "import subprocess, sys, time\n"
+        "if sys.argv[1] == 'fail': sys.exit(3)\n"
+        "if sys.argv[1] == 'hang': subprocess.run([sys.executable, '-c', "
+        '\'import time; time.sleep(2); open("alive", "w")\'])\n'
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.run_step(["work"], 30) is None
+    assert gpu.run_step(["fail"], 30) == "ended with 3"
+    start = time.monotonic()
+    assert gpu.run_step(["hang"], 1) == "cut off after 1 s"
+    assert time.monotonic() - start < 30 and not (tmp_path / "alive").exists()
+
+
+def test_cases_without_a_record_of_this_run_are_named(record, tmp_path):
+    steps = [Step("gpu-kernels", 1), Step("ops", 1, ("a", "b", "c"))]
+    started = "2026-01-02T00:00:00Z"
+    save([record(case="a", date="2026-01-02T00:00:05Z"), record(case="b")], tmp_path / "ops.json")
+    assert gpu.missing(steps, tmp_path, started) == [("ops", "b"), ("ops", "c")]
+
+
+def test_the_checks_pass_what_is_right(capsys):
+    assert gpu.check_kernels(("torch",), n=40, v=101) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("of its budget" in line for line in lines)
+    ops = {line.split()[0] for line in lines}
+    # every op that has a backend for GPUs
+    modules = [importlib.import_module(f"fastalign.ops.{path.stem}") for path in OPS.glob("*.py")]
+    on_gpu = {m.__name__.split(".")[-1] for m in modules if "triton" in getattr(m, "BACKENDS", ())}
+    assert {op.replace("ewc_penalty_", "ewc").replace("ewc_penalty", "ewc") for op in ops} == on_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_checks_name_a_kernel_that_cannot_run(capsys):
+    assert gpu.check_kernels(("triton",), n=40, v=101) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("CANNOT RUN" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y + 0.1, lambda y: y * 1.05, lambda y: y * float("nan")])
+def test_a_comparison_sees_what_is_wrong(wrong):
+    def op(x, backend):
+        y = x.square().sum(1)
+        return wrong(y) if backend == "wrong" else y
+
+    x = torch.linspace(-1, 1, 60).view(4, 15)
+    assert gpu.compare(op, [x], "right") <= 1
+    assert not gpu.compare(op, [x], "wrong") <= 1
+
+
+def test_a_comparison_sees_a_wrong_gradient():
+    def op(x, backend):
+        y = x.square().sum(1)
+        return y.detach() + (1.05 * (y - y.detach())) if backend == "wrong" else y
+
+    x = torch.linspace(-1, 1, 60).view(4, 15)
+    assert not gpu.compare(op, [x], "wrong") <= 1

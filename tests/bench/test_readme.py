@@ -1,0 +1,80 @@
+"""README's table: between its markers, from the records alone."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bench import readme
+
+OP = "frozen-float32-2048x576x49152-mask0"
+SIZES = {"n": 2048, "h": 576, "v": 49152, "mask": 0}
+
+
+@pytest.fixture
+def measured(record, trained):
+    named = {"fastalign cpu": 1.25, "TRL chunked_logprob": 5.0, "2 matrix products": 1.11}
+    ops = [record(case=OP, sizes=SIZES, implementation=name, median_s=s) for name, s in named.items()]
+    steps = [
+        trained(median_s=2.0),
+        trained(implementation="TRL", median_s=16.0, sizes={"resident_bytes": 6 << 30}),
+        trained(implementation="TRL, no checkpointing", median_s=13.0, sizes={"resident_bytes": 9 << 30}),
+    ]
+    return ops + steps
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text(f"before 1.23\n{readme.BEGIN}\nold 4.56\n{readme.END}\nafter 7.89\n", encoding="utf-8")
+    monkeypatch.setattr(readme, "README", path)
+    return path
+
+
+def test_what_is_between_the_markers_is_replaced(measured, file):
+    readme.update(measured)
+    text = file.read_text(encoding="utf-8")
+    assert text == f"before 1.23\n{readme.BEGIN}\n\n{readme.section(measured)}\n\n{readme.END}\nafter 7.89\n"
+    assert [path.name for path in file.parent.iterdir()] == ["README.md"]
+    readme.update(measured)
+    assert file.read_text(encoding="utf-8") == text, "twice is the same as once"
+
+
+def test_figures_are_those_of_the_records(measured):
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in readme.section(measured).splitlines()]
+    # 4 pairs in 2 s; in 13 s, the better of two, with the smaller memory of the two
+    assert rows[2] == ["LoRA float32, dialogue", "2.00 (3.0 GiB)", "0.31 (6.0 GiB)", "6.5x"]
+    op = next(row for row in rows if row[0] == "log-probs and gradient, frozen head")
+    assert op[1:] == ["1.25 s (5 MiB)", "5.00 s (5 MiB)", "-", "-", "1.11 s (5 MiB)"]
+
+
+def test_a_case_that_was_not_measured_is_left_out(measured, trained):
+    ops_alone = readme.section(measured[:3])
+    assert "pairs/s" not in ops_alone and "log-probs and gradient" in ops_alone
+    text = readme.section([*measured[3:], trained(case="lora-float32-long")])  # with nobody beside it
+    assert "linear_logprobs" not in text and "long prompts" not in text and "dialogue" in text
+    assert "![" not in text, "there is no plot of one vocabulary"
+
+
+def test_the_plot_is_shown_where_it_is_made(measured, record):
+    wide = record(case=OP.replace("49152", "65536"), sizes=SIZES | {"v": 65536})
+    assert f"(bench/results/{readme.PLOT}.png)" in readme.section([*measured, wide])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}", f"{readme.BEGIN} {readme.BEGIN} {readme.END}"],
+)
+def test_without_its_markers_it_refuses(text, measured, file):
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=re.escape("README.md must hold")):
+        readme.update(measured)
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_without_any_case_of_it_it_refuses(record, file):
+    text = file.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="none of the cases"):
+        readme.update([record()])
+    assert file.read_text(encoding="utf-8") == text

@@ -1,0 +1,129 @@
+"""The train suite: its rows have the lengths they should, and loss curves that differ stop it."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from bench import __main__ as bench
+from bench import machine, train
+from bench.measure import Missing
+
+LIKE_OURS = [0.693, 0.65, 0.6]
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer that knows some words with a space before them, and others that are no such words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["?", "Ġred", "Ġblue", "Ġa", "green", "Ġa1", "Ġ12", "Ġ-", "ĠÃ©"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+
+
+@pytest.mark.parametrize("profile", train.PROFILES)
+@pytest.mark.parametrize("part", [0, 1])
+def test_lengths_have_the_mean_and_the_bounds_of_their_profile(profile, part):
+    least, mean, most = train.PROFILES[profile][part]
+    for count in (20, 40, 200):
+        drawn = train.lengths(random.Random(0), count, least, mean, most)
+        assert statistics.mean(drawn) == pytest.approx(mean, abs=0.5)  # of whole numbers
+        assert least <= min(drawn) and max(drawn) <= most
+        assert max(drawn) > 1.7 * mean and min(drawn) < mean / 1.7, "they vary"
+        assert drawn != sorted(drawn) and sorted(drawn) == sorted(
+            train.lengths(random.Random(1), count, least, mean, most)
+        )
+
+
+@pytest.mark.parametrize("profile", train.PROFILES)
+def test_rows_have_as_many_tokens_as_were_drawn(profile, words):
+    rows = train.rows(profile, words, 20)
+    assert rows == train.rows(profile, words, 20)
+    draw = random.Random(profile)
+    prompts = train.lengths(draw, 20, *train.PROFILES[profile][0])
+    completions = train.lengths(draw, 40, *train.PROFILES[profile][1])
+    assert counts(rows, words, "prompt") == prompts
+    assert counts(rows, words, "chosen") == completions[::2] and counts(rows, words, "rejected") == completions[1::2]
+    assert {w for row in rows for w in row["prompt"].split()} == {"red", "blue", "a"}, "each is one token"
+    # a completion ends with a token that is not in the text
+    assert train._useful_tokens(rows, words) == (sum(prompts + completions) + 40, sum(completions) + 40)
+
+
+def counts(rows, tokenizer, side):
+    return [len(tokenizer(row[side])["input_ids"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_words_of_the_real_tokenizer_are_one_token_each():
+    from fastalign.models import load_tokenizer
+
+    tokenizer = load_tokenizer(train.MODEL)
+    for row in train.rows("dialogue", tokenizer, 20):
+        for text in row.values():
+            assert len(tokenizer(text)["input_ids"]) == len(text.split())
+
+
+def finished(losses, seconds=1.0):
+    steps = [9 * seconds, *[seconds] * (len(losses) - 1)]  # the first one warms up
+    return train.Run(steps, losses, 0.6, 300, 90, 10**6, 3 << 30, 1 << 30)
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """A function that runs the suite's quick case into a folder; processes end at once with what is given."""
+    monkeypatch.setattr(machine, "SIZE", 80)
+
+    def run(results):
+        def in_fresh_process(case, name):
+            if isinstance(results.get(name), train.Run):
+                return results[name]
+            raise Missing("it is not here")
+
+        monkeypatch.setattr(train, "in_fresh_process", in_fresh_process)
+        arguments = ["train", "--case", CASE, "--out", str(tmp_path)]
+        bench.run_suite("train", bench.parser().parse_args(arguments))
+        return bench.load(tmp_path / "train.json")
+
+    return run
+
+
+CASE = "lora-float32-dialogue"
+
+
+def test_a_record_of_each_trainer(suite):
+    steps = train.CASES[CASE].steps
+    records = suite({"fastalign": finished(LIKE_OURS), "TRL": finished([0.69301, *LIKE_OURS[1:]], 4.0)})
+    ours, theirs = records
+    assert (ours.implementation, theirs.implementation) == ("fastalign", "TRL")
+    assert ours.median_s == pytest.approx(1.0 + 0.6 / steps), "a step, and its share of the reference"
+    assert theirs.median_s == pytest.approx(4.0 + 0.6 / steps)
+    assert ours.errors["loss"] == theirs.errors["loss"] == pytest.approx(1e-5)
+    assert ours.sizes["tokens"] == 300 // steps and ours.sizes["resident_bytes"] == 3 << 30
+    assert ours.peak_extra_bytes == 1 << 30
+
+
+@pytest.mark.parametrize("wrong", [[0.693, 0.65, 0.6002], [0.693, 0.65, float("nan")]])
+def test_loss_curves_that_differ_stop_it_and_nothing_is_written(wrong, suite, tmp_path):
+    with pytest.raises(SystemExit, match="the loss curves differ"):
+        suite({"fastalign": finished(LIKE_OURS), "TRL": finished(wrong)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_trainer_alone_is_no_comparison(suite, tmp_path):
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        suite({"fastalign": finished(LIKE_OURS)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_settings_of_trl_are_not_compared_with_each_other(suite):
+    """A fault of ours must not pass because the two agree."""
+    with pytest.raises(SystemExit, match="the loss curves differ"):
+        suite({
+            "fastalign": finished([0.7, 0.65, 0.6]), "TRL": finished(LIKE_OURS),
+            "TRL, no checkpointing": finished(LIKE_OURS),
+        })  # fmt: skip
