@@ -1,5 +1,5 @@
 """The exact per-sequence diagonal of a linear layer's Fisher information, without per-sequence gradients: the public
-function, and its plain torch driver; C++ in csrc/cpu/fisher.h, CUDA in csrc/cuda/accumulate_fisher.cu.
+function, and its plain torch driver; C++ in csrc/cpu/fisher.h, for GPUs kernels/ and csrc/cuda/accumulate_fisher.cu.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, native_cuda
+from fastalign.ops import native, native_cuda, native_triton
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Of the tile of F, and of the product beside it: both stay in a core's cache.
 _TILE_BYTES = 1 << 18
 
@@ -31,8 +32,8 @@ def accumulate_fisher_(
     fisher: (out, in) float32, float64 for float64 inputs, rows contiguous. grad_output: (T, out), input: (T, in),
     floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
     part. The result does not depend on the number of threads.
-    backend: "cpu" (C++), "cuda" (tensor cores: 16-bit inputs as they are, float32 as two TF32 halves), "torch" (any
-    device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError names a wrong shape, dtype or
+    backend: "cpu" (C++), "triton" or "cuda" (tensor cores; float32 in three TF32 products, on AMD as it is), "torch"
+    (any device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError names a wrong shape, dtype or
     offset; BackendError a backend that cannot run here. Returns fisher.
     """
     _check(fisher, grad_output, input, cu_seqlens)
@@ -43,10 +44,11 @@ def accumulate_fisher_(
         grad_output, input = grad_output.to(common), input.to(common)
     if backend == "reference":
         return fisher.copy_(reference.accumulate_fisher(fisher, grad_output, input, cu_seqlens))
-    why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
-    if backend == "cuda":
-        why = native_cuda.why_not(fisher, grad_output, input, cu_seqlens)
-    if backend in ("cpu", "cuda") and why:
+    if backend in _GPU:
+        why = _GPU[backend].why_not(fisher, grad_output, input, cu_seqlens)
+    else:
+        why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
+    if backend in ("cpu", *_GPU) and why:
         raise BackendError(f"backend={backend!r} cannot run accumulate_fisher_ here: {why}")
     lengths = cu_seqlens.diff()
     if cu_seqlens.numel() == 1 or not fisher.numel():
@@ -54,7 +56,9 @@ def accumulate_fisher_(
     with torch.autocast(fisher.device.type, enabled=False):  # it would round the products to 16 bits
         if int(lengths.max()) <= 1:
             return _one_token_each(fisher, grad_output, input, cu_seqlens)
-        run = _torch if backend == "torch" or why else native_cuda.accumulate_fisher if backend == "cuda" else _native
+        run = _torch if backend == "torch" or why else _native
+        if backend in _GPU:
+            run = _GPU[backend].accumulate_fisher
         run(fisher, grad_output, input, cu_seqlens)
     return fisher
 

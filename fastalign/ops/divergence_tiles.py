@@ -35,12 +35,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.tiles import Head, _accumulate, _mm, _operand
+from fastalign.ops.tiles import Head, _accumulate, _in_place, _mm, _operand
 
 # Far below any logit, yet finite: the difference of two entries that both sides rule out is 0 and not NaN.
 START = -1e30
 # A divergence this large comes from entries that one side rules out (-inf), which are held as START.
-_RULED_OUT = 1e9
+RULED_OUT = 1e9
 _ROW_MULTIPLE = 16  # as in tiles.py
 
 
@@ -59,6 +59,14 @@ class Side(NamedTuple):
 class Divergence(NamedTuple):
     name: str  # one of reference.DIVERGENCES
     beta: float  # of the jsd
+
+
+class Epilogue(NamedTuple):
+    """What a GPU backend does to tiles between products: kernels/linear_divergence.py says of each what it is."""
+
+    normalise: Callable[..., None]  # (z, bias, head, top, total)
+    terms: Callable[..., None]  # (a, b, stats, kind, beta, head, values, moments)
+    gradient: Callable[..., None]  # (a, b, moments, scale, coefficients, out)
 
 
 class Forward(NamedTuple):
@@ -80,9 +88,11 @@ def default_budget(device: torch.device) -> int:
 
 
 def block_rows(rows: int, vocab: int, element: int, budget: int, device: torch.device) -> int:
-    """Rows whose logits, of both sides, fit the budget: a multiple of 16, and 16 at least."""
-    fit = min(budget // (2 * vocab * element), tile_shape(device)[0], rows)
-    return max(fit - fit % _ROW_MULTIPLE, _ROW_MULTIPLE)
+    """Rows whose logits, of both sides, fit the budget: a multiple of 16, 16 at least, and alike in all blocks."""
+    fit = min(budget // (2 * vocab * element), tile_shape(device)[0])
+    fit = max(fit - fit % _ROW_MULTIPLE, _ROW_MULTIPLE)
+    even = -(-rows // max(-(-rows // fit), 1))
+    return max(even + -even % _ROW_MULTIPLE, _ROW_MULTIPLE)
 
 
 def vocabulary_tiles(vocab: int, device: torch.device) -> list[tuple[int, int]]:
@@ -90,7 +100,7 @@ def vocabulary_tiles(vocab: int, device: torch.device) -> list[tuple[int, int]]:
     return [(start, min(start + step, vocab)) for start in range(0, vocab, step)]
 
 
-# What one tile of log s and log t (R, T) adds to the value and to K. Both end up as what `_gradient` needs: s - t, or
+# What one tile of log s and log t (R, T) adds to the value and to K. Both end up as what `gradient` needs: s - t, or
 # s and s times the log-ratio. x, y: scratch.
 
 
@@ -134,14 +144,18 @@ def _jsd(a: Tensor, b: Tensor, x: Tensor, y: Tensor, beta: float) -> tuple[Tenso
 _TERMS: dict[str, Callable] = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _gradient(a: Tensor, b: Tensor, moment: Tensor, kind: Divergence, head: Head) -> Tensor:
+def gradient(a: Tensor, b: Tensor, moment: Tensor, kind: Divergence, head: Head) -> Tensor:
     """c slope of one tile, from what its terms left in a and b."""
     c = a if kind.name == "forward_kl" else b.addcmul_(a, moment.unsqueeze(1), value=-1)
-    scale = (1 - kind.beta if kind.name == "jsd" else 1.0) * (head.factor if head.softcap is None else 1.0)
+    scale = gradient_scale(kind, head)
     return c.mul_(scale) if scale != 1.0 else c
 
 
-def _terms(a, b, stats, kind: Divergence, head: Head, scratch) -> tuple[Tensor, Tensor | None]:
+def gradient_scale(kind: Divergence, head: Head) -> float:
+    return (1 - kind.beta if kind.name == "jsd" else 1.0) * (head.factor if head.softcap is None else 1.0)
+
+
+def terms(a, b, stats, kind: Divergence, head: Head, scratch) -> tuple[Tensor, Tensor | None]:
     """From one tile of logits to its value and its part of K; with a soft cap, a and b take in its slope."""
     slope = None
     if head.softcap is not None:
@@ -164,11 +178,7 @@ def slope_of(z: Tensor, head: Head) -> Tensor:
 
 def project(side: Side, v0: int, v1: int, out: Tensor) -> Tensor:
     """Logits of one tile, into `out` (R, T); entries that the bias rules out are finite."""
-    w = _operand(side.weight[v0:v1])  # (T, H)
-    if w.dtype == out.dtype:
-        torch.mm(side.hidden, w.t(), out=out)
-    else:
-        out.copy_(_mm(side.hidden, w.t()))
+    multiply(side, v0, v1, out)
     if side.bias is not None:
         out.add_(side.bias[v0:v1]).clamp_(min=START)
     head = side.head
@@ -177,7 +187,16 @@ def project(side: Side, v0: int, v1: int, out: Tensor) -> Tensor:
     return out.mul_(head.factor) if head.factor != 1.0 else out
 
 
-class _LogSumExp:
+def multiply(side: Side, v0: int, v1: int, out: Tensor) -> Tensor:
+    w = _operand(side.weight[v0:v1])  # (T, H)
+    if w.dtype == out.dtype:
+        return torch.mm(side.hidden, w.t(), out=out)
+    if out.dtype == torch.float32:
+        return torch.mm(side.hidden, w.t(), out_dtype=out.dtype, out=out)
+    return out.copy_(_mm(side.hidden, w.t()))
+
+
+class LogSumExp:
     """A running logsumexp per row."""
 
     def __init__(self, rows: int, like: Tensor):
@@ -214,6 +233,7 @@ def forward(
     coefficients: Tensor | None = None,
     needs: tuple[bool, bool] = (False, False),
     budget: int,
+    epilogue: Epilogue | None = None,
 ) -> Forward:
     """Divergences, with `grads` their gradients in the student's hidden states, and with `coefficients` (N,) those of
     `sum(coefficients * values)` in its weight and bias, as far as `needs` asks for each.
@@ -231,10 +251,13 @@ def forward(
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         sides = student.block(block), teacher.block(block)
-        values[block] = _measure(*sides, kind, held, stats[block])
+        values[block] = _measure(*sides, kind, held, stats[block], epilogue)
         for v0, v1 in vocabulary_tiles(vocab, like.device) if grads or any(needs) else ():
             a, b = held.tile(sides[0].hidden.shape[0], v0, v1)
-            c = _gradient(a, b, stats[block, 4], kind, student.head)
+            if epilogue is None:
+                c = gradient(a, b, stats[block, 4], kind, student.head)
+            else:
+                c = _form(epilogue, (a, b), stats[block], kind, student, None)
             if grads:
                 _accumulate(grad_hidden[block], c, _operand(student.weight[v0:v1]))
             if any(needs):
@@ -247,24 +270,33 @@ def _accumulator(student: Side, teacher: Side) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _measure(student: Side, teacher: Side, kind: Divergence, held: _Held, stats: Tensor) -> Tensor:
-    """Values (R,) of one block of rows; fills in stats (R, 5), and leaves in `held` what `_gradient` needs."""
+def _measure(
+    student: Side, teacher: Side, kind: Divergence, held: _Held, stats: Tensor, epilogue: Epilogue | None
+) -> Tensor:
+    """Values (R,) of one block of rows; fills in stats (R, 5), and leaves in `held` what `gradient` needs."""
     rows, vocab = student.hidden.shape[0], student.weight.shape[0]
-    sums = _LogSumExp(rows, stats), _LogSumExp(rows, stats)
+    sums = LogSumExp(rows, stats), LogSumExp(rows, stats)
     tiles = vocabulary_tiles(vocab, stats.device)
     for v0, v1 in tiles:
         for side, z, total in zip((student, teacher), held.tile(rows, v0, v1), sums, strict=True):
-            total.absorb(project(side, v0, v1, z), held.scratch(rows, v1 - v0)[0])
+            if epilogue is None:
+                total.absorb(project(side, v0, v1, z), held.scratch(rows, v1 - v0)[0])
+            else:
+                bias = None if side.bias is None else side.bias[v0:v1]
+                epilogue.normalise(multiply(side, v0, v1, z), bias, side.head, total.top, total.total)
     for i, total in enumerate(sums):
         stats[:, 2 * i], stats[:, 2 * i + 1] = total.top, total.total.log()
     values, moments = stats.new_zeros(rows), stats.new_zeros(rows)
     for v0, v1 in tiles:
-        value, moment = _terms(*held.tile(rows, v0, v1), stats, kind, student.head, held.scratch(rows, v1 - v0))
+        if epilogue is not None:
+            epilogue.terms(*held.tile(rows, v0, v1), stats, *kind, student.head, values, moments)
+            continue
+        value, moment = terms(*held.tile(rows, v0, v1), stats, kind, student.head, held.scratch(rows, v1 - v0))
         values += value
         if moment is not None:
             moments += moment
     stats[:, 4] = moments
-    return values.masked_fill_(values > _RULED_OUT, float("inf"))
+    return values.masked_fill_(values > RULED_OUT, float("inf"))
 
 
 def spread(c: Tensor, hidden: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, entries: slice) -> None:
@@ -283,6 +315,7 @@ def backward(
     stats: Tensor,
     *,
     needs: tuple[bool, bool],
+    epilogue: Epilogue | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `sum(coefficients * values)` in the student's weight (V, H) and bias (V,), from fresh logits.
 
@@ -300,12 +333,34 @@ def backward(
             block = slice(start, min(start + step, n))
             sides, rows = (student.block(block), teacher.block(block)), min(step, n - start)
             a, b = held.tile(rows, 0, v1 - v0)
-            project(sides[0], v0, v1, a), project(sides[1], v0, v1, b)
-            _terms(a, b, stats[block], kind, student.head, held.scratch(rows, v1 - v0))
-            c = _gradient(a, b, stats[block, 4], kind, student.head).mul_(coefficients[block].unsqueeze(1))
+            if epilogue is None:
+                project(sides[0], v0, v1, a), project(sides[1], v0, v1, b)
+                terms(a, b, stats[block], kind, student.head, held.scratch(rows, v1 - v0))
+                c = gradient(a, b, stats[block, 4], kind, student.head).mul_(coefficients[block].unsqueeze(1))
+            else:
+                _measure_again(epilogue, sides, (v0, v1), (a, b), stats[block], kind)
+                c = _form(epilogue, (a, b), stats[block], kind, student, coefficients[block].contiguous())
             spread(c, sides[0].hidden, dw, db, slice(None))
         if needs[0]:
             d_weight[v0:v1] = dw
         if needs[1]:
             d_bias[v0:v1] = db
     return d_weight, d_bias
+
+
+def _form(epilogue: Epilogue, tile, stats, kind: Divergence, student: Side, coefficients) -> Tensor:
+    """c slope of one tile by a GPU's epilogue, in the dtype of the product that follows."""
+    a, b = tile
+    c = _in_place(a, student.hidden.dtype)
+    second = None if kind.name == "forward_kl" else b
+    epilogue.gradient(a, second, stats[:, 4].contiguous(), gradient_scale(kind, student.head), coefficients, c)
+    return c
+
+
+def _measure_again(epilogue: Epilogue, sides, entries, tile, stats, kind: Divergence) -> None:
+    """What `_measure` leaves of one tile, from fresh products; what it adds up on the way is known already."""
+    unused = torch.empty(2, stats.shape[0], device=stats.device)
+    for side, z in zip(sides, tile, strict=True):
+        bias = None if side.bias is None else side.bias[slice(*entries)]
+        epilogue.normalise(multiply(side, *entries, z), bias, side.head, *unused)
+    epilogue.terms(*tile, stats, *kind, sides[0].head, *unused)

@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native
+from fastalign.ops import native, native_cuda, native_triton
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Of one block of the plain torch version: three of them stay in a core's cache.
 _BLOCK = 1 << 16
 # Of one tile of the merged LoRA weight.
@@ -43,8 +44,8 @@ def ewc_penalty(
     parameter's dtype, reads the tensors once more and keeps nothing but them.
 
     To skip autograd and read everything once, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in one pass),
-    "torch" (any device) or "auto". InputError names lists or shapes that do not fit, BackendError a backend that cannot
-    run.
+    "triton" or "cuda" (the same on a GPU), "torch" (any device) or "auto". InputError names lists or shapes that do not
+    fit, BackendError a backend that cannot run.
     """
     backend = _checked(parameters, anchors, fishers, strength, backend)
     return _Penalty.apply(strength, backend, list(anchors), fishers and list(fishers), *parameters)
@@ -94,6 +95,10 @@ class _Penalty(torch.autograd.Function):
 def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:
     """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    if backend in _GPU:
+        return (_GPU[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh) * (strength / 2)).to(
+            dtype
+        )
     if backend == "cpu":
         return torch.tensor(_run_native(parameters, anchors, fishers, strength, grads, fresh), dtype=dtype)
     sums = []
@@ -195,10 +200,15 @@ class _LoraPenalty(torch.autograd.Function):
         return grad_a * grad, grad_b * grad, None, None, None
 
 
-def _why_not(parameters, anchors, fishers, grads) -> str | None:
-    """Why the C++ kernel cannot take these tensors, or None."""
+def _why_not(backend, parameters, anchors, fishers, grads) -> str | None:
+    """Why the kernel of this backend cannot take these tensors, or None."""
     tensors = [*parameters, *anchors, *(fishers or ()), *grads]
-    why = native.why_not(*tensors) or native.why_no_kernel("ewc_penalty")
+    if backend in _GPU:
+        why = _GPU[backend].why_not(*tensors)
+        if why is None and any(f.dtype != torch.float32 for f in fishers or ()):
+            why = "a Fisher diagonal is not float32"
+    else:
+        why = native.why_not(*tensors) or native.why_no_kernel("ewc_penalty")
     if why:
         return why
     if not all(t.is_contiguous() for t in tensors):
@@ -238,7 +248,9 @@ def _checked(parameters, anchors, fishers, strength, backend, grads=()) -> str:
         raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
-    why = _why_not(parameters, anchors, fishers, grads)
-    if backend == "cpu" and why:
-        raise BackendError(f"backend='cpu' cannot run ewc_penalty here: {why}")
+    why = _why_not(backend, parameters, anchors, fishers, grads)
+    if backend != "auto":
+        if why:
+            raise BackendError(f"backend={backend!r} cannot run ewc_penalty here: {why}")
+        return backend
     return "torch" if why else "cpu"

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops import native
+from fastalign.ops import native, native_cuda, native_triton
 from fastalign.ops.tiles import pad_rows
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+_GPU = {"triton": native_triton, "cuda": native_cuda}
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _SIDES = (
@@ -97,6 +98,7 @@ def _linear_divergence(
         coefficients=None if coefficients is None else _gather(coefficients, rows).to(reference.compute_dtype(hidden)),
         needs=(needs[0] and coefficients is not None, needs[1] and coefficients is not None),
         budget=memory_budget,
+        epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
     )
     empty = out.values.new_empty(0)
     return (
@@ -142,6 +144,7 @@ def _linear_divergence_backward(
         tiles.Divergence(divergence, jsd_beta),
         _padded_stats(_gather(stats, rows), kept.shape[0]),
         needs=tuple(needs),
+        epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
     )
     return (
         _fill_up(d_weight, weight) if needs[0] else empty,
@@ -171,7 +174,7 @@ def _without_autocast(kernel: Callable) -> Callable:
 
     @wraps(kernel)
     def run(first: Tensor, *args, **options):
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
             return kernel(first, *args, **options)
 
     return run
@@ -281,8 +284,9 @@ def linear_divergence(
         then summed, the coefficients of the gradient are known in advance, and a trainable head's is formed in the
         forward pass. Any other use of the result is right as well, and forms it again.
     memory_budget: bytes of logits held at a time (default: 128 MiB on the CPU, 1 GiB elsewhere), of 16 rows at least.
-    backend: "torch" (the tiled driver), "cpu" (C++, for a frozen student head and one dtype on both sides), "reference"
-        (materialises the logits), or "auto" (picks by device: "cpu" on the CPU where it can and is faster).
+    backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on a
+        GPU), "cpu" (C++, for a frozen student head and one dtype on both sides), "reference" (materialises the logits),
+        or "auto" (picks by device: "cpu" on the CPU where it can and is faster, else "torch").
 
     Returns (...) float32, or float64 for float64 inputs; infinity for a KL whose second distribution rules out what the
     first allows (bias -inf). Cost, with U = 2 N V H of the student and T of the teacher: U + T without gradients,
@@ -334,6 +338,10 @@ def linear_divergence(
 def _resolve(backend: str, trainable: bool, hidden: Tensor, *others: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
     if backend == "torch":
+        return backend
+    if backend in _GPU:
+        if why := _GPU[backend].why_not(hidden, *others):
+            raise BackendError(f"backend={backend!r} cannot run linear_divergence here: {why}")
         return backend
     why = native.why_not(hidden, *others) or native.why_no_kernel("divergence")
     teacher_dtypes = {t.dtype for t in (others[0], others[2], others[3])}

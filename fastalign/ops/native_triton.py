@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fastalign.ops import divergence_tiles
 from fastalign.ops.epilogue import Epilogue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,13 @@ def epilogue() -> Epilogue:
     return Epilogue(kernels.absorb, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
 
 
+def divergence_epilogue() -> divergence_tiles.Epilogue:
+    """The same of `linear_divergence`."""
+    from fastalign.kernels import linear_divergence as kernels
+
+    return divergence_tiles.Epilogue(kernels.normalise, kernels.terms, kernels.gradient)
+
+
 def selective_logprobs(*args) -> tuple[Tensor, Tensor]:
     from fastalign.kernels import selective_logprobs as kernels
 
@@ -64,3 +72,24 @@ def preference_loss_backward(grad_losses, grad_sums, coefficients, *args) -> Ten
 
     with torch.cuda.device_of(coefficients):
         return kernels.preference_loss_backward(grad_losses, grad_sums, coefficients, *args)
+
+
+def accumulate_fisher(fisher: Tensor, *args) -> None:
+    from fastalign.kernels import accumulate_fisher as kernels
+
+    with torch.cuda.device_of(fisher):
+        kernels.accumulate_fisher(fisher, *args)
+
+
+def ewc_penalty(parameters, *args) -> Tensor:
+    from fastalign.kernels import ewc as kernels
+
+    with torch.cuda.device_of(parameters[0]):
+        return kernels.ewc_penalty(list(parameters), *args)
+
+
+def add_squares_(fishers, grads) -> None:
+    from fastalign.kernels import ewc as kernels
+
+    with torch.cuda.device_of(fishers[0]):
+        kernels.add_squares_(fishers, grads)

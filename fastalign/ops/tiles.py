@@ -67,13 +67,15 @@ class Forward(NamedTuple):
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, a share of the cache on a GPU."""
     if device.type == "cuda":
-        return _device_tile_shape(device.index if device.index is not None else torch.cuda.current_device())
+        return _device_tile_shape(device)
     return (512, 4096) if device.type == "cpu" else (2048, 8192)
 
 
 @lru_cache
-def _device_tile_shape(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
+def _device_tile_shape(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():  # a graph traced for a GPU on a machine without one
+        return 2048, 4096
+    properties = torch.cuda.get_device_properties(device)
     return gpu_tile_shape(properties.L2_cache_size, properties.multi_processor_count)
 
 

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastalign import linear_logprobs, selective_logprobs
+from fastalign.errors import BackendError
 
 FOLDER = Path(__file__).parent / "interpreted"
 
@@ -19,3 +23,13 @@ def test_interpreted(file):
         capture_output=True, text=True, timeout=600, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused_with_the_way_to_have_it():
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 2, 3])
+    for run in (
+        lambda: linear_logprobs(hidden, weight, targets, backend="triton"),
+        lambda: selective_logprobs(hidden, targets, backend="triton"),
+    ):
+        with pytest.raises(BackendError, match=r"lies on cpu.*run on cuda; TRITON_INTERPRET=1"):
+            run()

@@ -184,8 +184,8 @@ def test_bad_input_is_named():
         ewc_penalty([], [], [])
     with pytest.raises(InputError, match="both must be floating"):
         ewc_penalty([torch.zeros(2)], [torch.zeros(2, dtype=torch.int64)], None)
-    with pytest.raises(BackendError, match="backend is 'cuda'; ewc_penalty has"):
-        ewc_penalty(parameters, anchors, fishers, backend="cuda")
+    with pytest.raises(BackendError, match="backend is 'tpu'; ewc_penalty has"):
+        ewc_penalty(parameters, anchors, fishers, backend="tpu")
     a, b, information = adapter(torch.float32)
     with pytest.raises(InputError, match=r"fisher is \(23, 37\); .* must be \(37, 23\)"):
         lora_ewc_penalty(a, b, 1.0, information.T)

@@ -184,7 +184,7 @@ def shared_tests():
     spec = importlib.util.spec_from_file_location("torch_tests", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.N = 21
+    module.N = 11
     module.fast = lambda *args, **options: linear_logprobs(*args, backend="triton", **options)
     return module
 
@@ -199,25 +199,28 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("budget", shared.BUDGETS)
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("option", ["plain", "all"])
+@pytest.mark.parametrize(("option", "dtype"), [("plain", torch.float32), ("all", torch.bfloat16)], ids=str)
 def test_op_within_the_error_budget(option, dtype, entropy, budget):
     shared.test_error_budget(option, entropy, dtype, budget)
 
 
-@pytest.mark.parametrize("budget", ["frozen", "partly cached"])
-def test_op_at_its_edges(budget):
-    shared.test_logits_up_to_60(True, torch.float32, budget)
-    shared.test_masked_vocabulary_entries(None, False, budget)
-    shared.test_masked_vocabulary_entries(4.0, True, budget)
-    shared.test_masked_target(budget)
-    shared.test_confident_rows_keep_their_relative_accuracy(torch.float32, budget)
-    shared.test_confident_rows_keep_their_relative_accuracy(torch.bfloat16, budget)
+def test_op_with_several_blocks_of_rows():
+    check = shared.check_against_float64
+    check(shared.problem(n=21, ignored=0.1), frozen=False, memory_budget=16 * shared.ROW_BYTES)
+
+
+def test_op_at_its_edges():
+    shared.test_logits_up_to_60(True, torch.float32, "frozen")
+    shared.test_masked_vocabulary_entries(None, False, "partly cached")
+    shared.test_masked_vocabulary_entries(4.0, True, "frozen")
+    shared.test_masked_target("recomputed")
+    shared.test_confident_rows_keep_their_relative_accuracy(torch.bfloat16, "frozen")
+    shared.test_confident_rows_keep_their_relative_accuracy(torch.float32, "partly cached")
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_while_a_graph_is_captured_ignored_rows_stay_and_count_nothing(trainable, monkeypatch):
-    hidden, weight, targets, bias = shared.problem(ignored=0.3, bias=True)
+    hidden, weight, targets, bias = shared.problem(n=21, ignored=0.3, bias=True)
     hidden[targets == -100] = math.nan
     bias[0] = 200.0
     options = {"frozen": not trainable, "memory_budget": 16 * shared.ROW_BYTES}
@@ -231,7 +234,7 @@ def test_while_a_graph_is_captured_ignored_rows_stay_and_count_nothing(trainable
 
 
 def test_strided_inputs():
-    hidden, weight, targets, bias = shared.problem(bias=True)
+    hidden, weight, targets, bias = shared.problem(n=11, bias=True)
     expected = shared.evaluate(shared.fast, hidden, weight, targets, bias)
     strided = [torch.stack([t, t], -1)[..., 0] for t in (hidden, weight, targets, bias)]
     assert not any(t.is_contiguous() for t in strided)

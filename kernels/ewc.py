@@ -1,0 +1,169 @@
+"""Elastic weight consolidation in Triton: many tensors in one launch, each element read once.
+
+A table of addresses lies on the GPU; one program takes one block of one tensor. Sums are written one a block and added
+up afterwards, in an order that only the shapes decide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _held(row, column, inside, strength, THETA: tl.constexpr, ANCHOR: tl.constexpr, FISHER: tl.constexpr,
+          GRAD: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """F (theta - theta0)^2 of some elements of a tensor; and its gradient is written."""
+    theta = tl.load(_at(tl.load(row), THETA, ALIGNED) + column, mask=inside, other=0.0).to(tl.float32)
+    anchor = tl.load(_at(tl.load(row + 1), ANCHOR, ALIGNED) + column, mask=inside, other=0.0).to(tl.float32)
+    distance = theta - anchor
+    weighted = distance
+    if FISHER:
+        weighted *= tl.load(_at(tl.load(row + 2), tl.float32, ALIGNED) + column, mask=inside, other=0.0)
+    if GRAD:
+        grad = _at(tl.load(row + 3), THETA, ALIGNED) + column
+        added = strength * weighted
+        if tl.load(row + 5) == 0:
+            added += tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad, added.to(THETA), mask=inside)
+    return weighted * distance
+
+
+@triton.jit
+def _penalty(
+    tensors_ptr, blocks_ptr, sums_ptr, strength,
+    THETA: tl.constexpr, ANCHOR: tl.constexpr, FISHER: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums[b] = sum F (theta - theta0)^2 of block b, and grad = or += strength F (theta - theta0).
+
+    tensors: (n, 6) addresses of theta, theta0, F and the gradient, elements, and 1 where the gradient is fresh.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = tensors_ptr + 6 * tl.load(blocks_ptr + 2 * program)
+    start = tl.load(blocks_ptr + 2 * program + 1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    size = tl.load(row + 4)
+    # A mask that is known to change at whole blocks only leaves loads wide; the last block of a tensor needs another.
+    if start + BLOCK <= size:
+        parts = _held(row, column, column < start + BLOCK, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
+    else:
+        parts = _held(row, column, column < size, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
+    tl.store(sums_ptr + program, tl.sum(parts.to(tl.float64), 0))
+
+
+@triton.jit
+def _square(row, column, inside, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
+    fisher = _at(tl.load(row), tl.float32, ALIGNED) + column
+    g = tl.load(_at(tl.load(row + 1), GRAD, ALIGNED) + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(fisher, tl.load(fisher, mask=inside, other=0.0) + g * g, mask=inside)
+
+
+@triton.jit
+def _squares(tensors_ptr, blocks_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """F += g^2 of one block; tensors: (n, 3) addresses of F and g, and elements."""
+    program = tl.program_id(0).to(tl.int64)
+    row = tensors_ptr + 3 * tl.load(blocks_ptr + 2 * program)
+    start = tl.load(blocks_ptr + 2 * program + 1) * BLOCK
+    column = start + tl.arange(0, BLOCK)
+    size = tl.load(row + 2)
+    if start + BLOCK <= size:
+        _square(row, column, column < start + BLOCK, GRAD, ALIGNED)
+    else:
+        _square(row, column, column < size, GRAD, ALIGNED)
+
+
+def _tables(rows: list[list[int]], sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table of tensors, and (tensor, block of it) of each program."""
+    blocks = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, BLOCK))]
+    tables = torch.tensor(rows), torch.tensor(blocks, dtype=torch.int64).view(-1, 2)
+    if device.type == "cuda":  # pinned, so that nothing waits
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tables)
+    return tables
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return all(_address(t) % 16 == 0 for t in tensors)
+
+
+def ewc_penalty(
+    parameters: list[Tensor],
+    anchors: list[Tensor],
+    fishers: list[Tensor] | None,
+    strength: float,
+    grads: list[Tensor] | None = None,
+    fresh: list[bool] | None = None,
+) -> Tensor:
+    """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient, `strength F (theta -
+    theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32."""
+    device, sums = parameters[0].device, []
+    kinds = {(p.dtype, a.dtype) for p, a in zip(parameters, anchors, strict=True)}
+    for theta, anchor in sorted(kinds, key=str):  # tensors of the same dtypes go together
+        chosen = [i for i, p in enumerate(parameters) if (p.dtype, anchors[i].dtype) == (theta, anchor)]
+        rows = [
+            (parameters[i], anchors[i], fishers and fishers[i], grads and grads[i]) for i in chosen
+        ]  # fmt: skip
+        sizes = [parameters[i].numel() for i in chosen]
+        table = [
+            [*map(_address, row), size, bool(fresh and fresh[i])]
+            for i, row, size in zip(chosen, rows, sizes, strict=True)
+        ]
+        tensors, blocks = _tables(table, sizes, device)
+        partial = torch.zeros(len(blocks), dtype=torch.float64, device=device)
+        sums.append(partial)
+        if len(blocks):
+            _penalty[(len(blocks),)](
+                tensors, blocks, partial, strength, THETA=_TYPES[theta], ANCHOR=_TYPES[anchor],
+                FISHER=fishers is not None, GRAD=grads is not None, ALIGNED=all(_aligned(*row) for row in rows),
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+    return torch.cat(sums).sum()
+
+
+def add_squares_(fishers: list[Tensor], grads: list[Tensor]) -> None:
+    """`F_i += g_i^2` over all tensors. All contiguous, on one device, fishers float32."""
+    for dtype in sorted({g.dtype for g in grads}, key=str):
+        pairs = [(f, g) for f, g in zip(fishers, grads, strict=True) if g.dtype == dtype]
+        sizes = [f.numel() for f, _ in pairs]
+        table = [[f.data_ptr(), g.data_ptr(), size] for (f, g), size in zip(pairs, sizes, strict=True)]
+        tensors, blocks = _tables(table, sizes, fishers[0].device)
+        if len(blocks):
+            _squares[(len(blocks),)](
+                tensors, blocks, GRAD=_TYPES[dtype], ALIGNED=all(_aligned(*pair) for pair in pairs), BLOCK=BLOCK,
+                num_warps=WARPS,
+            )  # fmt: skip
+
+
+# What `make gpu-check` compiles, and what it may take.
+CHECKS = [
+    {
+        "kernel": _penalty,
+        "signature": f"*i64:16, *i64:16, *fp64:16, fp32, tl.bfloat16, tl.bfloat16, True, True, True, {BLOCK}",
+        "warps": WARPS,
+        "budget": {"registers": 72, "shared": 128, "loads": 10, "stores": 2},
+    },
+    {
+        "kernel": _squares,
+        "signature": f"*i64:16, *i64:16, tl.bfloat16, True, {BLOCK}",
+        "warps": WARPS,
+        "budget": {"registers": 64, "shared": 0, "loads": 6, "stores": 4},
+    },
+]

@@ -1,0 +1,195 @@
+"""The epilogue of `linear_divergence` in Triton: what fastalign/ops/divergence_tiles.py does to tiles of logits.
+
+One program a row, which lies in its registers. `normalise` turns products into logits and folds them into the softmax's
+normaliser; `terms` reads student and teacher together, adds up the divergence, and leaves what the gradient is made of;
+`gradient` forms that in the dtype of the last product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+START = tl.constexpr(-1e30)
+TINY, EPS = tl.constexpr(1.1754943508222875e-38), tl.constexpr(1.1920928955078125e-07)
+FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+@triton.jit
+def _tanh(x):
+    """tanh x, and x - tanh x with its digits where that is small: the series has converged there."""
+    square = x * x
+    near = tl.abs(x) < 0.25
+    series = x * square * (1 / 3 + square * (-2 / 15 + square * (17 / 315 - square * (62 / 2835))))
+    e = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - e) / (1 + e)
+    far = tl.where(x < 0, -quotient, quotient)
+    return tl.where(near, x - series, far), tl.where(near, series, x - far)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x > -1, within a few ulp: what 1 + x rounds away is put back in proportion."""
+    rounded = 1 + x
+    lost = rounded == 1
+    return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
+
+
+@triton.jit
+def _normalise(
+    z_ptr, stride, bias_ptr, factor, inner, outer, top_ptr, total_ptr, columns, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    at = z_ptr + row * stride + column
+    u = tl.load(at, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        u = tl.maximum(u + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32), START)
+    z = u * factor if outer is None else _tanh(u * inner)[0] * outer
+    tl.store(at, z, mask=inside)
+    before, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
+    z = tl.where(inside, z, float("-inf"))
+    top = tl.maximum(before, tl.max(z, 0))
+    here = tl.sum(tl.exp(z - top), 0)
+    tl.store(total_ptr + row, total * tl.exp(before - top) + here)
+    tl.store(top_ptr + row, top)
+
+
+@triton.jit
+def _terms(
+    a_ptr, b_ptr, stride, stats_ptr, stats_stride, values_ptr, moments_ptr, beta, factor, outer, columns,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """stats: (R, 5) the maximum and the log-sum of the student, then of the teacher."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    at = row * stride + column
+    z = tl.load(a_ptr + at, mask=inside, other=0.0)
+    of_row = stats_ptr + row * stats_stride
+    log_s = (z - tl.load(of_row)) - tl.load(of_row + 1)
+    log_t = (tl.load(b_ptr + at, mask=inside, other=0.0) - tl.load(of_row + 2)) - tl.load(of_row + 3)
+    value, moment = tl.load(values_ptr + row), tl.load(moments_ptr + row)
+    s, t = tl.exp(log_s), tl.exp(log_t)
+    d = (log_t - log_s) * 0.5
+    tanh, rest = _tanh(d)
+    near = tl.abs(d) < 0.25
+    if KIND == FORWARD_KL:
+        part = (s + t) * tl.where(near, d * tanh + rest, d * (1 + tanh) - tanh)
+        left, right = -(s + t) * tanh, s
+    elif KIND == REVERSE_KL:
+        part = (s + t) * tl.where(near, d * tanh - rest, tanh - d * (1 - tanh))
+        left, right = s, s * (-2 * d)
+    else:
+        difference = (s + t) * tanh
+        x = difference / tl.maximum(s + beta * difference, TINY)
+        right = s * _log1p(tl.maximum(-beta * x, EPS - 1))
+        part = beta * t * _log1p(tl.maximum((1 - beta) * x, EPS - 1)) + (1 - beta) * right
+        left = s
+    tl.store(values_ptr + row, value + tl.sum(tl.where(inside, part, 0.0), 0))
+    if KIND != FORWARD_KL:
+        tl.store(moments_ptr + row, moment + tl.sum(tl.where(inside, right, 0.0), 0))
+    if outer is not None:
+        capped = tl.maximum(z / outer, -1)  # an entry that is ruled out has slope 0
+        slope = factor * (1 - capped * capped)
+        left *= slope
+        right *= slope
+    tl.store(a_ptr + at, left, mask=inside)
+    if KIND != FORWARD_KL:
+        tl.store(b_ptr + at, right, mask=inside)
+
+
+@triton.jit
+def _gradient(
+    a_ptr, b_ptr, stride, moments_ptr, scale, coefficients_ptr, out_ptr, out_stride, columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    c = tl.load(a_ptr + row * stride + column, mask=inside, other=0.0)
+    if b_ptr is not None:
+        b = tl.load(b_ptr + row * stride + column, mask=inside, other=0.0)
+        c = b - tl.load(moments_ptr + row) * c
+    c *= scale
+    if coefficients_ptr is not None:
+        c *= tl.load(coefficients_ptr + row)
+    # Threads run at different times, and out may lie in the memory of a that another has yet to read.
+    tl.debug_barrier()
+    tl.store(out_ptr + row * out_stride + column, c.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _shape(columns: int) -> dict[str, int]:
+    block = max(16, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def _outer(head) -> float | None:
+    return None if head.softcap is None else head.softcap / head.temperature
+
+
+def normalise(z: Tensor, bias: Tensor | None, head, top: Tensor, total: Tensor) -> None:
+    """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
+    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at START and 0."""
+    rows, columns = z.shape
+    inner = None if head.softcap is None else head.logit_scale / head.softcap
+    if rows:
+        _normalise[(rows,)](
+            z, z.stride(0), bias, head.factor, inner, _outer(head), top, total, columns, **_shape(columns)
+        )
+
+
+def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head, values: Tensor, moments: Tensor) -> None:
+    """Logits of student and teacher, a and b (R, T), are added to values and moments (R,), the divergence and K.
+
+    Left in place, times dz/du of a soft cap: forward_kl `s - t` in a; reverse_kl, jsd s in a, and s times its log-ratio
+    to t or m in b. stats (R, 4 or more): the maximum and the log-sum of the student, then of the teacher.
+    """
+    rows, columns = a.shape
+    if rows:
+        _terms[(rows,)](
+            a, b, a.stride(0), stats, stats.stride(0), values, moments, beta, head.factor, _outer(head), columns,
+            KIND=KINDS[kind], **_shape(columns),
+        )  # fmt: skip
+
+
+def gradient(
+    a: Tensor, b: Tensor | None, moments: Tensor, scale: float, coefficients: Tensor | None, out: Tensor
+) -> None:
+    """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given; into out (R, T), which
+    may be a's own memory, row by row, in out's dtype."""
+    rows, columns = a.shape
+    if rows:
+        _gradient[(rows,)](
+            a, b, a.stride(0), moments, scale, coefficients, out, out.stride(0), columns, **_shape(columns)
+        )
+
+
+# What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and what it may take.
+CHECKS = [
+    {
+        "kernel": _normalise,
+        "signature": "*fp32:16, i32:16, None, fp32, None, None, *fp32:16, *fp32:16, i32:16, 4096",
+        "warps": 8,
+        "budget": {"registers": 48, "shared": 64, "loads": 4, "stores": 4},
+    },
+    *(
+        {
+            "kernel": _terms,
+            "variant": f" {kind}",
+            "signature": "*fp32:16, *fp32:16, i32:16, *fp32:16, i32, *fp32:16, *fp32:16, fp32, fp32, fp32, i32:16, "
+            f"{number}, 4096",
+            "warps": 8,
+            "budget": {"registers": 128, "shared": 64, "loads": 8, "stores": 4 if number == 0 else 8},
+        }
+        for kind, number in KINDS.items()
+    ),
+    {
+        "kernel": _gradient,
+        "signature": "*fp32:16, *fp32:16, i32:16, *fp32:16, fp32, *fp32:16, *bf16:16, i32:16, i32:16, 4096",
+        "warps": 8,
+        "budget": {"registers": 64, "shared": 0, "loads": 8, "stores": 2},
+    },
+]
