@@ -189,9 +189,9 @@ def row_of(result: dict[str, Any]) -> list[str]:
 
 def report(folder: Path) -> None:
     """tax.json, tax.md and tax.png from the runs that are done."""
-    order = [run.name for run in RUNS]
-    paths = sorted((folder / "runs").glob("*.json"), key=lambda path: order.index(path.stem))
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "runs").glob("*.json")]
+    methods = list(dict.fromkeys(run.method for run in RUNS))
+    results.sort(key=lambda result: (methods.index(result["method"]), -result["tax"]["kl_mean"]))
     rows = [HEADINGS, *(row_of(result) for result in results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = [
@@ -211,21 +211,38 @@ def plot(results: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    def value(result: dict, key: str) -> float:
+        return {"accuracy": 100 * result["accuracy"], "margin": result["margin"], "kl": result["tax"]["kl_mean"],
+                "perplexity": result["tax"]["tuned_perplexity"]}[key]  # fmt: skip
+
+    labels = {
+        "accuracy": "held-out pairs preferred rightly, %", "margin": "held-out reward margin",
+        "kl": "tax: KL(start || tuned) on held-out text, nats a token", "perplexity": "perplexity of held-out text",
+    }  # fmt: skip
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    shown = (("accuracy", 100, "held-out pairs preferred rightly, %"), ("margin", 1, "held-out reward margin"))
-    for axes, (key, factor, label) in zip(figure.subplots(1, 2), shown, strict=True):
+    panels = (("kl", "accuracy"), ("kl", "margin"), ("perplexity", "margin"))
+    for axes, (x, y) in zip(figure.subplots(1, 3), panels, strict=True):
         for number, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-            points = sorted((r["tax"]["kl_mean"], factor * r[key]) for r in results if r["method"] == method)
+            points = [(value(r, x), value(r, y)) for r in results if r["method"] == method]
             style = {"color": "#59616c", "linestyle": "--"} if method == "plain" else {"color": f"C{number - 1}"}
             axes.plot(*zip(*points, strict=True), marker="os^Dv<"[number], markersize=5, label=method, **style)
-        axes.set_xlabel("tax: KL(start || tuned) on held-out text, nats a token")
-        axes.set_ylabel(label)
-        axes.set_xscale("log")
+        axes.set_xlabel(labels[x])
+        axes.set_ylabel(labels[y])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        if x == "kl":
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+            lowest, highest = (pick(value(r, x) for r in results) for pick in (min, max))
+            axes.set_xlim(lowest / 1.25, highest * 1.25)
+        else:
+            axes.axvline(results[0]["tax"]["base_perplexity"], color="#59616c", linewidth=0.8, linestyle=":")
+        if y == "accuracy":
+            axes.set_ylim(45, 103)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
