@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from transformers import TrainerCallback
 
 from bench import machine
 from bench.measure import (
@@ -117,16 +116,19 @@ def lengths(draw: random.Random, count: int, least: int, mean: int, most: int) -
 # The runs, each in a process of its own
 
 
-class _Clock(TrainerCallback):
-    def __init__(self):
-        self.seconds: list[float] = []
+def _clock(seconds: list[float]):
+    """A callback that appends the seconds of each step."""
+    from transformers import TrainerCallback  # takes seconds, and each process that weighs an op imports this module
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
+        def on_step_end(self, args, state, control, **kwargs):
+            synchronize()
+            seconds.append(time.perf_counter() - self.start)
+
+    return Clock()
 
 
 def _options(case: Case, folder: str, checkpointing: bool) -> dict:
@@ -184,21 +186,21 @@ def train(case_name: str, implementation: str) -> Run:
     tokenizer = load_tokenizer(MODEL)
     model = load_model(MODEL, dtype=case.dtype if case.tuning == "lora" else "float32")
     data = rows(case.profile, tokenizer, PAIRS * case.steps)
-    clock, losses = _Clock(), []
+    step_s, losses = [], []
     with tempfile.TemporaryDirectory() as folder:
         resident = peak_resident(reset=True)
         if implementation == "fastalign":
             trainer = _fastalign(case, model, tokenizer, data, folder)
         else:
             trainer = _trl(case, model, tokenizer, data, folder, checkpointing="no checkpointing" not in implementation)
-        trainer.add_callback(clock)
+        trainer.add_callback(_clock(step_s))
         step = trainer.training_step
         trainer.training_step = lambda *args, **kwargs: _kept(losses, step(*args, **kwargs))
         trainer.train()
     tokens, scored = _useful_tokens(data, tokenizer)
     peak = peak_resident()
     flop = _flop(model, tokens, scored, case.tuning) // case.steps
-    return Run(clock.seconds, losses, trainer.reference_s, tokens, scored, flop, peak, peak - resident)
+    return Run(step_s, losses, trainer.reference_s, tokens, scored, flop, peak, peak - resident)
 
 
 def _flop(model, tokens: int, scored: int, tuning: str) -> int:

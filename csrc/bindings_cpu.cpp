@@ -113,7 +113,7 @@ double ewc_penalty(const Kernels& k, int dtype, int anchor_dtype, double strengt
 
 void bind_problems(py::module_& m) {
     using H = HeadProblem;
-    py::class_<H>(m, "HeadProblem")
+    py::class_<H>(m, "HeadProblem", py::module_local())
         .def_property("dtype", nullptr, [](H& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
         .def_property("hidden", nullptr, address(&H::hidden))
         .def_readwrite("hidden_stride", &H::hidden_stride)
@@ -132,7 +132,7 @@ void bind_problems(py::module_& m) {
         .def_property("shifts", nullptr, address(&H::shifts))
         .def_readwrite("cache_rows", &H::cache_rows);
     using D = DivergenceProblem;
-    py::class_<D>(m, "DivergenceProblem")
+    py::class_<D>(m, "DivergenceProblem", py::module_local())
         .def(py::init([] { return D{}; }))
         .def_property("dtype", nullptr, [](D& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
         .def_property_readonly("student", [](D& p) { return &p.student; }, py::return_value_policy::reference_internal)
@@ -144,7 +144,7 @@ void bind_problems(py::module_& m) {
         .def_property("grad_hidden", nullptr, address(&D::grad_hidden))
         .def_property("stats", nullptr, address(&D::stats));
     using F = ForwardProblem;
-    py::class_<F, H>(m, "ForwardProblem")
+    py::class_<F, H>(m, "ForwardProblem", py::module_local())
         .def(py::init([] { return F{}; }))
         .def_property("logprobs", nullptr, address(&F::logprobs))
         .def_property("entropy", nullptr, address(&F::entropy))
@@ -152,7 +152,7 @@ void bind_problems(py::module_& m) {
         .def_property("grad_entropy", nullptr, address(&F::grad_entropy))
         .def_property("stats", nullptr, address(&F::stats));
     using B = BackwardProblem;
-    py::class_<B, H>(m, "BackwardProblem")
+    py::class_<B, H>(m, "BackwardProblem", py::module_local())
         .def(py::init([] { return B{}; }))
         .def_property("grad_logprobs", nullptr, address(&B::grad_logprobs))
         .def_property("grad_entropy", nullptr, address(&B::grad_entropy))
@@ -164,7 +164,7 @@ void bind_problems(py::module_& m) {
 
 void bind_selective(py::module_& m) {
     using S = SelectiveProblem;
-    py::class_<S>(m, "SelectiveProblem")
+    py::class_<S>(m, "SelectiveProblem", py::module_local())
         .def(py::init([] { return S{}; }))
         .def_property("dtype", nullptr, [](S& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
         .def_property("logits", nullptr, address(&S::logits))
@@ -184,7 +184,7 @@ void bind_selective(py::module_& m) {
 }
 
 void bind_kernels(py::module_& m) {
-    py::class_<Kernels>(m, "Kernels")
+    py::class_<Kernels>(m, "Kernels", py::module_local())
         .def_readonly("name", &Kernels::name)
         .def_readonly("vector_bytes", &Kernels::vector_bytes)
         .def_readonly("panel_f32", &Kernels::panel_f32)

@@ -45,7 +45,7 @@ void def_launch(py::module_& m, const char* name, int (*launcher)(Problem, Where
 
 void bind_selective_logprobs(py::module_& m) {
     using P = Gather;
-    py::class_<P>(m, "Gather")
+    py::class_<P>(m, "Gather", py::module_local())
         .def(py::init([] { return P{}; }))
         .def_property("dtype", nullptr, dtype(&P::dtype))
         .def_property("logits", nullptr, address(&P::logits))
@@ -65,7 +65,7 @@ void bind_selective_logprobs(py::module_& m) {
 
 void bind_tiles(py::module_& m) {
     using T = Tile;
-    py::class_<T>(m, "Tile")
+    py::class_<T>(m, "Tile", py::module_local())
         .def_property("from_dtype", nullptr, dtype(&T::from))
         .def_property("to_dtype", nullptr, dtype(&T::to))
         .def_property("u", nullptr, address(&T::u))
@@ -77,7 +77,7 @@ void bind_tiles(py::module_& m) {
         .def_property("bias", nullptr, address(&T::bias))
         .def_property("head", nullptr, &set_head<T>);
     using A = Absorb;
-    py::class_<A, T>(m, "Absorb")
+    py::class_<A, T>(m, "Absorb", py::module_local())
         .def(py::init([] { return A{}; }))
         .def_property("shift", nullptr, address(&A::shift))
         .def_property("others", nullptr, address(&A::others))
@@ -95,7 +95,7 @@ void bind_tiles(py::module_& m) {
         .def_property("best", nullptr, address(&A::best))
         .def_property("best_index", nullptr, address(&A::best_index));
     using G = Gradient;
-    py::class_<G, T>(m, "Gradient")
+    py::class_<G, T>(m, "Gradient", py::module_local())
         .def(py::init([] { return G{}; }))
         .def_property("shift", nullptr, address(&G::shift))
         .def_property("mean", nullptr, address(&G::mean))
@@ -111,7 +111,7 @@ void bind_tiles(py::module_& m) {
 
 void bind_preference_loss(py::module_& m) {
     using P = Preference;
-    py::class_<P>(m, "Preference")
+    py::class_<P>(m, "Preference", py::module_local())
         .def(py::init([] { return P{}; }))
         .def_property("logprobs", nullptr, address(&P::logprobs))
         .def_property("offsets", nullptr, address(&P::offsets))
@@ -142,7 +142,7 @@ void bind_preference_loss(py::module_& m) {
 
 void bind_fisher(py::module_& m) {
     using F = Fisher;
-    py::class_<F>(m, "Fisher")
+    py::class_<F>(m, "Fisher", py::module_local())
         .def(py::init([] { return F{}; }))
         .def_property("dtype", nullptr, dtype(&F::dtype))
         .def_property("fisher", nullptr, address(&F::fisher))
@@ -178,7 +178,7 @@ void bind_ewc(py::module_& m) {
         std::vector<HeldTensor> tensors;
         double* sums;
     };
-    py::class_<Held>(m, "Held")
+    py::class_<Held>(m, "Held", py::module_local())
         .def(py::init([] { return Held{}; }))
         .def_property("theta_dtype", nullptr, dtype(&Held::theta))
         .def_property("anchor_dtype", nullptr, dtype(&Held::anchor))
@@ -196,7 +196,7 @@ void bind_ewc(py::module_& m) {
 
 void bind_divergence(py::module_& m) {
     using D = Divergence;
-    py::class_<D>(m, "Divergence")
+    py::class_<D>(m, "Divergence", py::module_local())
         .def(py::init([] { return D{}; }))
         .def_property("kind", nullptr, [](D& p, int kind) { p.kind = static_cast<DivergenceKind>(kind); })
         .def_readwrite("beta", &D::beta)

@@ -79,17 +79,17 @@ def _absorb(
     others = tl.load(others_ptr + row)
     tl.store(others_ptr + row, shrink * others + tl.sum(e, 0))
     tl.store(shift_ptr + row, shift)
-    slope = 1.0
-    if outer is not None:
-        slope = _slope(z, factor, outer)
     if ENTROPY:
-        ze = tl.maximum(z - shift, START) * e
         zothers = tl.load(zothers_ptr + row)
-        tl.store(zothers_ptr + row, shrink * (zothers + moved * others) + tl.sum(ze, 0))
-        if ze_ptr is not None:
-            tl.store(ze_ptr + row * ze_stride + column, (ze * slope).to(ze_ptr.dtype.element_ty), mask=inside)
+        here = tl.sum(tl.maximum(z - shift, START) * e, 0)
+        tl.store(zothers_ptr + row, shrink * (zothers + moved * others) + here)
+    if outer is not None:
+        e *= _slope(z, factor, outer)
     if e_ptr is not None:
-        tl.store(e_ptr + row * e_stride + column, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
+        tl.store(e_ptr + row * e_stride + column, e.to(e_ptr.dtype.element_ty), mask=inside)
+    if ze_ptr is not None:  # formed again, for registers are scarcer than arithmetic
+        ze = tl.maximum(z - shift, START) * e
+        tl.store(ze_ptr + row * ze_stride + column, ze.to(ze_ptr.dtype.element_ty), mask=inside)
     if a_ptr is not None:  # noqa: SIM102 - known when compiled, the other is not
         if (old > START) & (shift > old):
             for start in range(0, width, WIDTH):

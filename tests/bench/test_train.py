@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 
 import pytest
 
 from bench import __main__ as bench
 from bench import machine, train
-from bench.measure import Missing
+from bench.measure import ROOT, Missing
 
 LIKE_OURS = [0.693, 0.65, 0.6]
 
@@ -20,7 +22,7 @@ def words():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = ["?", "Ġred", "Ġblue", "Ġa", "green", "Ġa1", "Ġ12", "Ġ-", "ĠÃ©"]
+    known = ["?", "Ġred", "Ġblue", "Ġa", "green", "Ġa1", "Ġ12", "Ġ-", "ĠÃª"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
@@ -120,10 +122,19 @@ def test_one_trainer_alone_is_no_comparison(suite, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_settings_of_trl_are_not_compared_with_each_other(suite):
+def test_two_settings_of_trl_alone_are_no_comparison(suite):
     """A fault of ours must not pass because the two agree."""
-    with pytest.raises(SystemExit, match="the loss curves differ"):
-        suite({
-            "fastalign": finished([0.7, 0.65, 0.6]), "TRL": finished(LIKE_OURS),
-            "TRL, no checkpointing": finished(LIKE_OURS),
-        })  # fmt: skip
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        suite({"TRL": finished(LIKE_OURS), "TRL, no checkpointing": finished(LIKE_OURS)})
+
+
+def test_the_clock_takes_each_step_of_a_trainer(make_trainer, tiny_llama, pairs):
+    seconds = []
+    make_trainer(tiny_llama(), pairs, max_steps=2, callbacks=[train._clock(seconds)]).train()
+    assert len(seconds) == 2 and all(s > 0 for s in seconds)
+
+
+def test_what_weighs_an_op_is_loaded_without_transformers():
+    """It takes seconds, in each of the processes that memory is measured in."""
+    code = "import sys, bench.__main__; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

