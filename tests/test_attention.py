@@ -45,7 +45,18 @@ CONFIGS = {
     ),
 }
 FALLBACKS = {
-    "gptj": (tf.GPTJConfig(**GPT2, rotary_dim=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0), "packed"),
+    "gpt_neo": (
+        tf.GPTNeoConfig(
+            **TOKENS,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            window_size=WINDOW,
+            max_position_embeddings=128,
+            attention_types=[[["global", "local"], 1]],
+        ),
+        "packed",
+    ),
     "bloom": (tf.BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4), "padded"),
     "mamba": (tf.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4), "padded"),
     "lfm2": (tf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]), "padded"),
