@@ -28,6 +28,7 @@ from fastalign.fused import (
 from fastalign.ops import (
     linear_divergence,
     linear_logprobs,
+    logits_divergence,
     preference_loss,
     segment_sum,
     selective_logprobs,
@@ -96,6 +97,7 @@ __all__ = [
     "fused_linear_sppo",
     "linear_divergence",
     "linear_logprobs",
+    "logits_divergence",
     "preference_loss",
     "segment_sum",
     "selective_logprobs",

@@ -259,6 +259,80 @@ void check_preference() {
     expect(back[2] == losses[0] * 0.25 - 2, "plain", 1, "gradient of losses and sums", back[2]);
 }
 
+struct Diverged {
+    Bytes values, grad, stats;
+};
+
+// A teacher with the student's tensors, but another scale and no cap; groups of the fewest rows, or of all.
+Diverged run_divergence(const Kernels& kernels, const Data& data, DType dtype, Divergence kind, int threads, bool all) {
+    const std::size_t acc = dtype == DType::f64 ? 8 : 4;
+    const Bytes hidden = encode(data.hidden, dtype), weight = encode(data.weight, dtype);
+    Diverged r{Bytes(kTokens * acc), Bytes(kTokens * kWidth * acc), Bytes(kTokens * 5 * acc)};
+    DivergenceProblem p{};
+    for (HeadProblem* side : {&p.student, &p.teacher}) {
+        side->hidden = hidden.data(), side->hidden_stride = kWidth;
+        side->weight = weight.data(), side->weight_stride = kWidth;
+        side->rows = data.rows.data(), side->scored = static_cast<std::int64_t>(data.rows.size());
+        side->vocab = kVocab, side->width = kWidth, side->temperature = 0.75;
+    }
+    p.student.logit_scale = 1.5, p.student.softcap = 20, p.teacher.logit_scale = 1.25;
+    p.dtype = dtype, p.kind = kind, p.beta = 0.25, p.budget = all ? 64 << 20 : 0;
+    p.values = r.values.data(), p.grad_hidden = r.grad.data(), p.stats = r.stats.data();
+    kernels.divergence(p, Pool{threads, nullptr});
+    return r;
+}
+
+using Wide = long double;  // plain sums lose digits of a small divergence, and doubles are checked too
+
+void naive_divergence(const Data& data, Divergence kind, std::vector<double>& values, std::vector<double>& grad) {
+    std::vector<Wide> a(kVocab), b(kVocab), slope(kVocab);
+    for (const std::int64_t i : data.rows) {
+        Wide sum_a = 0, sum_b = 0, moment = 0;
+        for (std::int64_t v = 0; v < kVocab; ++v) {
+            Wide u = 0;
+            for (std::int64_t k = 0; k < kWidth; ++k)
+                u += Wide(data.hidden[i * kWidth + k]) * data.weight[v * kWidth + k];
+            const Wide tanh = std::tanh(u * 1.5 / 20);
+            a[v] = 20 * tanh / 0.75, slope[v] = (1 - tanh * tanh) * 1.5 / 0.75, b[v] = u * 1.25 / 0.75;
+            sum_a += std::exp(a[v]), sum_b += std::exp(b[v]);
+        }
+        for (const bool again : {false, true})
+            for (std::int64_t v = 0; v < kVocab; ++v) {
+                const Wide s = std::exp(a[v]) / sum_a, t = std::exp(b[v]) / sum_b, m = 0.25 * t + 0.75 * s;
+                const Wide ratio = std::log(kind == Divergence::jsd ? s / m : s / t);
+                Wide c = kind == Divergence::forward_kl ? s - t : s * (ratio - moment);
+                if (kind == Divergence::jsd) c *= 0.75;
+                for (std::int64_t k = 0; again && k < kWidth; ++k)
+                    grad[i * kWidth + k] += c * slope[v] * data.weight[v * kWidth + k];
+                if (again) continue;
+                moment += s * ratio;
+                values[i] += kind == Divergence::forward_kl   ? -t * ratio
+                             : kind == Divergence::reverse_kl ? s * ratio
+                                                              : 0.25 * t * std::log(t / m) + 0.75 * s * ratio;
+            }
+    }
+}
+
+void check_divergence(const Kernels& kernels, const Data& data, DType dtype) {
+    const bool wide = dtype == DType::f64;
+    const double eps = wide ? 2.2e-16 : 1.2e-7;
+    const double rounded = dtype == DType::bf16 ? 8e-3 : dtype == DType::f16 ? 1e-3 : 0;
+    for (const Divergence kind : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::jsd}) {
+        std::vector<double> values(kTokens), grad(kTokens * kWidth);
+        naive_divergence(data, kind, values, grad);
+        const Diverged first = run_divergence(kernels, data, dtype, kind, 1, true);
+        double error = relative_error(decode(first.values, wide), values);
+        expect(error < 100 * eps, kernels.name, static_cast<int>(dtype), "divergences", error);
+        error = relative_error(decode(first.grad, wide), grad);
+        expect(error < 100 * eps + rounded, kernels.name, static_cast<int>(dtype), "gradient of a divergence", error);
+        for (const int threads : {2, 8}) {
+            const Diverged other = run_divergence(kernels, data, dtype, kind, threads, threads == 8);
+            const bool same = other.values == first.values && other.grad == first.grad && other.stats == first.stats;
+            expect(same, kernels.name, static_cast<int>(dtype), "threads or budget change a divergence", threads);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -266,10 +340,16 @@ int main() {
     const Data data;
     const Truth truth = naive(data);
     for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
-        for (const Kernels* kernels : {&plain::kernels, &emulated::kernels}) check(*kernels, data, truth, dtype);
+        for (const Kernels* kernels : {&plain::kernels, &emulated::kernels}) {
+            check(*kernels, data, truth, dtype);
+            check_divergence(*kernels, data, dtype);
+        }
         for (const Kernels* kernels : available_kernels()) check_selective(*kernels, data, dtype);
     }
-    for (const Kernels* kernels : available_kernels()) check(*kernels, data, truth, DType::f32);
+    for (const Kernels* kernels : available_kernels()) {
+        check(*kernels, data, truth, DType::f32);
+        check_divergence(*kernels, data, DType::f32);
+    }
     check_preference();
     std::printf(failures ? "%d failures\n" : "all good\n", failures);
     return failures != 0;

@@ -23,7 +23,8 @@ class DivergencePass {
     const DivergenceProblem& p_;
     const Head<T> head_, teacher_head_;
     const std::int64_t padded_width_, chunk_, chunks_, tiles_;
-    std::int64_t block_rows_, blocks_, first_ = 0;  // of a group, and its first row
+    std::int64_t group_rows_, block_rows_, blocks_;  // rows of a group, and of its blocks but the last, and their number
+    std::int64_t first_ = 0;                         // row of the group at work
     T *held_[2], *values_, *stats_;                 // stats_ (kDivergenceStats, rows of a group)
 
     struct Scratch {
@@ -39,7 +40,7 @@ class DivergencePass {
         return s;
     }
     void carve_group(Carver& c) {
-        for (T*& side : held_) side = c.take<T>(blocks_ * block_rows_ * tiles_ * S::tile);
+        for (T*& side : held_) side = c.take<T>(group_rows_ * tiles_ * S::tile);
         values_ = c.take<T>(blocks_ * block_rows_);
         stats_ = c.take<T>(kDivergenceStats * blocks_ * block_rows_);
     }
@@ -54,9 +55,12 @@ public:
     void run(Pool pool) {
         const std::int64_t held = p_.budget / (2 * tiles_ * S::tile * static_cast<std::int64_t>(sizeof(T)));
         const std::int64_t needed = ceil_div(p_.student.scored, S::panel);
-        const std::int64_t panels = held < S::panel ? 1 : smaller(held / S::panel, needed);
+        const std::int64_t most = held < S::panel ? 1 : smaller(held / S::panel, needed);  // panels of a group
+        const std::int64_t panels = ceil_div(needed, ceil_div(needed, most));              // alike in all groups
+        group_rows_ = panels * S::panel;
         blocks_ = ceil_div(panels, kMostRows / S::panel);
-        block_rows_ = panels / blocks_ * S::panel;  // not rounded up: the budget holds
+        block_rows_ = ceil_div(panels, blocks_) * S::panel;
+        blocks_ = ceil_div(group_rows_, block_rows_);
         pool.workers = static_cast<int>(smaller(pool.workers, chunks_ * blocks_));
         Carver size(nullptr), group_size(nullptr);
         carve(size);
@@ -64,7 +68,7 @@ public:
         Workspace workspace(pool.workers * size.used() + group_size.used());
         Carver group(workspace.data() + pool.workers * size.used());
         carve_group(group);
-        for (first_ = 0; first_ < p_.student.scored; first_ += blocks_ * block_rows_) {
+        for (first_ = 0; first_ < p_.student.scored; first_ += group_rows_) {
             sweep(pool, workspace.data(), size.used(), &DivergencePass::project, &DivergencePass::merge_logsumexp);
             sweep(pool, workspace.data(), size.used(), &DivergencePass::measure, &DivergencePass::merge_terms);
             if (p_.grad_hidden)
@@ -77,7 +81,7 @@ private:
 
     // Runs `scan` for every chunk and block of the group, and `merge` after it in the order of the vocabulary.
     void sweep(const Pool& pool, char* data, std::size_t size, Step scan, Step merge) {
-        const std::int64_t blocks = smaller(blocks_, ceil_div(p_.student.scored - first_, block_rows_));
+        const std::int64_t blocks = ceil_div(smaller(group_rows_, p_.student.scored - first_), block_rows_);
         OrderedItems items(chunks_ * blocks, blocks);
         pool.run([&](int worker) {
             Carver own(data + worker * size);
@@ -94,12 +98,12 @@ private:
     }
 
     RowBlock<In> rows(const HeadProblem& side, std::int64_t index) const {
-        const std::int64_t first = first_ + index * block_rows_;
-        return {side, first, smaller(block_rows_, side.scored - first)};
+        const std::int64_t first = first_ + index * block_rows_, end = smaller(first_ + group_rows_, side.scored);
+        return {side, first, smaller(block_rows_, end - first)};
     }
     std::int64_t panels(std::int64_t index) const { return ceil_div(rows(p_.student, index).count, S::panel); }
     T* held(int side, std::int64_t index, std::int64_t v) const {
-        return held_[side] + (index * tiles_ + v / S::tile) * block_rows_ * S::tile;
+        return held_[side] + (index * block_rows_ * tiles_ + v / S::tile * panels(index) * S::panel) * S::tile;
     }
     T* stat(int which, std::int64_t index) const { return stats_ + (which * blocks_ + index) * block_rows_; }
     void clear(T* at, T value) const {

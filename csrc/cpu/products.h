@@ -22,7 +22,8 @@ struct Shape {
     // of a register tile, down; with `vectors` it fills the registers: 16, or 32 of AVX-512
     static constexpr int height = FASTALIGN_VECTOR_BYTES == 64 ? 8 : panel % 4 == 0 ? 4 : 3;
     static constexpr std::int64_t tile = 256;   // vocabulary entries of one tile
-    static constexpr std::int64_t depth = 256;  // contracted at a time: a panel of that depth fits L1
+    // contracted at a time: a panel of that depth fits L1, and the logits' rounding errors are those of short sums
+    static constexpr std::int64_t depth = 128;
     static_assert(panel % height == 0);
 };
 
@@ -37,13 +38,14 @@ struct Left {
     std::int64_t row, step, run, jump;
 };
 
-// c (height, panel) = or += left (height, depth) times right (depth, panel).
+// c (height, panel) = or += left (height, depth) times right (depth, panel). The product is summed up apart and then
+// added: the rounding of a long sum grows with the terms that were added one by one.
 template <typename T, int height>
 void micro_kernel(const Left<T> left, const T* right, std::int64_t depth, T* c, std::int64_t c_row, bool fresh) {
     constexpr int vectors = Shape<T>::vectors, L = lanes<T>;
     Vec<T> sum[height][vectors];
     for (int i = 0; i < height; ++i)
-        for (int j = 0; j < vectors; ++j) sum[i][j] = fresh ? Vec<T>{} : load(c + i * c_row + j * L);
+        for (int j = 0; j < vectors; ++j) sum[i][j] = Vec<T>{};
     const T* a = left.at;
     std::int64_t until_jump = left.run;
     for (std::int64_t k = 0; k < depth; ++k, right += vectors * L) {
@@ -56,7 +58,8 @@ void micro_kernel(const Left<T> left, const T* right, std::int64_t depth, T* c, 
         if (--until_jump == 0) a += left.jump, until_jump = left.run;
     }
     for (int i = 0; i < height; ++i)
-        for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * L, sum[i][j]);
+        for (int j = 0; j < vectors; ++j)
+            store(c + i * c_row + j * L, fresh ? sum[i][j] : load(c + i * c_row + j * L) + sum[i][j]);
 }
 
 // The same for a last, lower strip of `rows` < Shape::height.

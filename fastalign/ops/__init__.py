@@ -2,6 +2,7 @@
 
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.logits_divergence import logits_divergence
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
@@ -10,6 +11,7 @@ from fastalign.ops.sparse_divergence import sparse_divergence
 __all__ = [
     "linear_divergence",
     "linear_logprobs",
+    "logits_divergence",
     "preference_loss",
     "segment_sum",
     "selective_logprobs",
