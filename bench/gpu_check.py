@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import importlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -225,27 +227,40 @@ def _number(name: str) -> int:
     return math.prod(_number(factor.strip()) for factor in values[name].split("*"))
 
 
+def compiled(path: Path, target: str) -> Path:
+    """The cubin of a .cu file, from build/ where nothing that it could include has changed, nor the compiler."""
+    command = "nvcc", "-std=c++17", "-O3", f"-arch={target}", f"-I{ROOT / 'csrc'}", "-cubin", path
+    digest = hashlib.sha256(repr(command).encode() + _run("nvcc", "--version").encode())
+    for source in (path, *sorted(SOURCES.glob("*.h"))):
+        digest.update(source.read_bytes())
+    cubin = ROOT / "build" / "gpu_check" / f"{path.stem}-{target}-{digest.hexdigest()[:16]}.cubin"
+    if not cubin.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        new = cubin.with_suffix(f".{os.getpid()}")
+        _run(*command, "-o", new)
+        new.replace(cubin)
+    return cubin
+
+
 def build_cuda(path: Path, target: str) -> Iterator[Built]:
     budgets = cuda_budgets(path.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        _run("nvcc", "-std=c++17", "-O3", f"-arch={target}", f"-I{ROOT / 'csrc'}", "-cubin", "-o", cubin, path)
-        for function, numbers in read_cubin(cubin) if budgets else ():
-            name = _run("c++filt", function).strip()
-            kernel = max((k for k in budgets if re.search(rf"\b{k}\b", name)), key=len)
-            arguments = re.search(rf"{kernel}(<.*?>)?\(", name).group(1) or ""
-            budget, threads = budgets[kernel]
-            if numbers["shared"] and target != "sm_80":
-                numbers["shared"] -= 1024  # of the system, which counts it in from 9.0 on
-            yield Built(f"cuda {path.stem}.{kernel}{arguments}", target, _number(threads), budget=budget, **numbers)
+    for function, numbers in read_cubin(compiled(path, target)) if budgets else ():
+        name = _run("c++filt", function).strip()
+        kernel = max((k for k in budgets if re.search(rf"\b{k}\b", name)), key=len)
+        arguments = re.search(rf"{kernel}(<.*?>)?\(", name).group(1) or ""
+        budget, threads = budgets[kernel]
+        if numbers["shared"] and target != "sm_80":
+            numbers["shared"] -= 1024  # of the system, which counts it in from 9.0 on
+        yield Built(f"cuda {path.stem}.{kernel}{arguments}", target, _number(threads), budget=budget, **numbers)
 
 
-def build(targets: tuple[str, ...]) -> Iterator[Built]:
+def build(targets: tuple[str, ...], only: str = "") -> Iterator[Built]:
+    """Every kernel whose name, `triton FILE.KERNEL` or `cuda FILE`, holds `only`, for every target."""
     for name, check in triton_checks():
-        for target in targets:
+        for target in targets if only in name else ():
             yield build_triton(name, check, target)
     for path in sorted(SOURCES.glob("*.cu")):
-        for target in (t for t in targets if t in CUDA):
+        for target in (t for t in targets if t in CUDA and only in f"cuda {path.stem}"):
             yield from build_cuda(path, target)
 
 
@@ -263,15 +278,20 @@ def row(built: Built) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--only", default="", metavar="NAME", help="what holds it: `triton FILE.KERNEL`, `cuda FILE`")
+    options = parser.parse_args(arguments)
     widths = (64, 6, 7, 9, 10, 7, 10, 6, 9, 2)
     print("  ".join(word.ljust(width) for word, width in zip(HEADER, widths, strict=True)))
-    faulty = 0
-    for built in build(tuple(parser.parse_args(arguments).target)):
+    count = faulty = 0
+    for built in build(tuple(options.target), options.only):
+        count += 1
         print("  ".join(word.ljust(width) for word, width in zip(row(built), widths, strict=True)), flush=True)
         faulty += bool(built.faults())
     if faulty:
         print(f"{faulty} outside of their budgets; registers and shared memory are shown as used/allowed")
-    return int(faulty > 0)
+    if not count:
+        print(f"no kernel's name holds {options.only!r}")
+    return int(faulty > 0 or not count)
 
 
 if __name__ == "__main__":

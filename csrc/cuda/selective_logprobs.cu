@@ -72,11 +72,11 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
     const float others = p.stats[2 * row];
     const float miss = scored ? p.grad[row] * p.factor / (1.0f + __expf(p.stats[2 * row + 1])) : 0.0f;
     const int vocab = static_cast<int>(p.vocab), thread = threadIdx.x;
-    auto gradient = [&](float logit, int i) {
-        const float g = i == target ? miss : -miss * __expf(logit * p.factor - others);
-        return scored ? g : 0.0f;  // 0 * NaN is NaN, and a row without a target may hold it
+    auto other = [&](float logit) { return -miss * __expf(logit * p.factor - others); };
+    // A row without a target is not read: it may hold NaN, and 0 * NaN is NaN.
+    auto one = [&](int i) {
+        out[i] = from_float<T>(i == target ? miss : scored ? other(to_float(logits[i])) : 0.0f);
     };
-    auto one = [&](int i) { out[i] = from_float<T>(gradient(to_float(logits[i]), i)); };
     const bool alike = reinterpret_cast<std::uintptr_t>(logits) % 16 == reinterpret_cast<std::uintptr_t>(out) % 16;
     const int head = alike ? unaligned_head(logits, vocab) : vocab;
     const int packs = (vocab - head) / kPack<T>, tail = head + packs * kPack<T>;
@@ -85,11 +85,15 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
 #pragma unroll 2
     for (int pack = thread; pack < packs; pack += blockDim.x) {
         const int first = head + pack * kPack<T>;
-        float z[kPack<T>];
-        load_pack(logits + first, z);
+        float z[kPack<T>] = {};
+        if (scored) {
+            load_pack(logits + first, z);
 #pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) z[i] = gradient(z[i], first + i);
+            for (int i = 0; i < kPack<T>; ++i) z[i] = other(z[i]);
+        }
         store_pack(out + first, z);
+        // Afterwards: if the value at the target might not be needed, a compiler splits the load.
+        if (target >= first && target < first + kPack<T>) out[target] = from_float<T>(miss);
     }
 }
 

@@ -44,11 +44,16 @@ def built(**numbers):
 )
 def test_each_fault_is_named_and_fails_the_run(numbers, fault, monkeypatch, capsys):
     assert built(**numbers).faults() == [fault]
-    monkeypatch.setattr(gpu_check, "build", lambda targets: [built(), built(**numbers)])
+    monkeypatch.setattr(gpu_check, "build", lambda *_: [built(), built(**numbers)])
     assert gpu_check.main([]) == 1
     assert fault in capsys.readouterr().out
-    monkeypatch.setattr(gpu_check, "build", lambda targets: [built()])
+    monkeypatch.setattr(gpu_check, "build", lambda *_: [built()])
     assert gpu_check.main([]) == 0
+
+
+def test_a_name_that_no_kernel_has_fails(capsys):
+    assert gpu_check.main(["--only", "cuda nothing"]) == 1
+    assert "no kernel's name holds 'cuda nothing'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
