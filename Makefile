@@ -77,6 +77,6 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.build
-	$(STEP) "What fastalign is measured beside: TRL, Liger"
+	$(STEP) "What fastalign is measured beside: TRL, Liger, Cut Cross Entropy"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[bench]"
 	@touch $@

@@ -126,6 +126,13 @@ def liger_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return module._ChunkedSelectiveLogProbFunction.apply(hidden, weight, targets.clamp(min=0), None, 1.0, LIGER_CHUNK)
 
 
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Its kernels on CUDA, on a CPU its path through torch.compile; scored rows only."""
+    impl = "cce" if hidden.is_cuda else "torch_compile"
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return -loss(hidden, weight, targets, reduction="none", impl=impl)
+
+
 def _compiled_eager() -> Callable:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -167,8 +174,9 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
     "torch linear_cross_entropy": _torch_own,
     "TRL chunked_logprob": lambda: _peer("trl.kernels.chunked_logprob", trl_chunked),
     "Liger chunked logprob": lambda: _peer("liger_kernel.chunked_loss.fused_linear_ppo", liger_chunked),
+    "Cut Cross Entropy": lambda: _peer("cut_cross_entropy", cut_cross_entropy),
 }
-COMPILES = {"torch.compile"}  # the first run of a shape compiles it; that is not its memory
+COMPILES = {"torch.compile", "Cut Cross Entropy"}  # the first run of a shape compiles it; that is not its memory
 
 
 def products_name(count: int) -> str:

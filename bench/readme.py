@@ -40,7 +40,8 @@ def update(measurements: list[Measurement]) -> None:
 def section(measurements: list[Measurement]) -> str:
     """The tables, what they were measured on, and the plot."""
     cases = groups(measurements)
-    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", "TRL", "Liger", "torch", "bare products")]
+    peers = "TRL", "Liger", "Cut Cross Entropy", "torch"
+    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", *peers, "bare products")]
     op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
     train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
     train_rows += [row for case, name in TRAIN if (row := _train_row(cases.get(("train", case), []), name))]
@@ -53,7 +54,7 @@ def section(measurements: list[Measurement]) -> str:
     parts.append(
         f"SmolLM2-135M's shapes and weights; {newest.device}, {newest.threads} threads;\n"
         f"{versions}; {newest.date[:10]}. "
-        "TRL's figure is the better of its two settings (activations kept, or recomputed).\n"
+        "TRL's figure is the better of its two settings (activations kept, or recomputed), where both were run.\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )
     if PLOT in plots.all_of(measurements):
@@ -70,7 +71,8 @@ def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
         memory = "" if best.peak_extra_bytes is None else f" ({best.peak_extra_bytes / 2**20:,.0f} MiB)"
         return seconds(best.median_s) + memory
 
-    return name, cell("fastalign cpu"), cell("TRL"), cell("Liger"), cell("torch linear_cross_entropy"), cell(FLOOR)
+    peers = "TRL", "Liger", "Cut Cross Entropy", "torch linear_cross_entropy"
+    return name, cell("fastalign cpu"), *map(cell, peers), cell(FLOOR)
 
 
 def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...] | None:
