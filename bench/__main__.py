@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, losses, machine, model, ops, readme, report, scale, selective, train
+from bench import divergences, gpu, losses, machine, model, ops, readme, report, scale, selective, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
-    "machine": machine, "ops": ops, "selective": selective, "losses": losses, "train": train, "scale": scale,
+    "machine": machine, "ops": ops, "selective": selective, "divergences": divergences, "losses": losses,
+    "train": train, "scale": scale,
 }  # fmt: skip
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from bench.measure import FLOOR as PRODUCT
 from bench.measure import (
+    FRACTION,
     Checked,
     Measurement,
-    Missing,
     Outputs,
     WrongResult,
+    able,
     measure,
-    memory_in_fresh_process,
+    memory_of,
     peak_extra_memory,
     say,
 )
@@ -34,6 +35,7 @@ from fastalign import linear_divergence, reference
 
 SHAPE, QUICK_SHAPE = (2048, 576, 49152), (256, 64, 4096)  # N, H, V; the teacher has the same H
 MASKS = (0, 50)  # % of the rows that are prompt, not scored
+VOCABULARIES = (12288, 24576)  # beside that of SHAPE: extra memory against V
 PRODUCTS = 3
 FLOOR = f"{PRODUCTS} {PRODUCT}s"
 CHECKED_ROWS = 64  # of d_hidden; the loss is checked over all rows
@@ -62,7 +64,10 @@ def _named(cases: list[Case]) -> dict[str, Case]:
 
 
 QUICK = _named([Case(kind, *QUICK_SHAPE, 50) for kind in reference.DIVERGENCES])
-CASES = _named([Case(kind, *SHAPE, mask) for kind, mask in product(reference.DIVERGENCES, MASKS)]) | QUICK
+CASES = _named(
+    [Case(kind, *SHAPE, mask) for kind, mask in product(reference.DIVERGENCES, MASKS)]
+    + [Case("forward_kl", *SHAPE[:2], v, 0) for v in VOCABULARIES]
+)
 
 
 class Inputs(NamedTuple):
@@ -223,24 +228,24 @@ class Truth:
 
 def memory(case_name: str, implementation: str) -> int:
     """Peak extra bytes of one run, in this process, which must be a fresh one."""
-    case = CASES[case_name]
+    case = (CASES | QUICK)[case_name]
     candidate(implementation, case.kind, make_inputs(Case(case.kind, 16, case.h, 64, 0)))()  # loads, starts threads
     return peak_extra_memory(candidate(implementation, case.kind, make_inputs(case)))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case; those that are missing are named."""
-    case = CASES[case_name]
-    inputs, candidates = make_inputs(case), {}
-    few = make_inputs(Case(case.kind, 16, case.h, 64, case.mask))
-    for name in (FLOOR, *IMPLEMENTATIONS):
-        try:
-            candidate(name, case.kind, few)()
-            candidates[name] = candidate(name, case.kind, inputs)
-        except Missing as missing:
-            say(f"    skipped {name}: {missing}")
-        except Exception as error:  # a peer's fault must not end the others' run
-            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
+    case = (CASES | QUICK)[case_name]
+    inputs, few = make_inputs(case), case.n // FRACTION
+    small = inputs._replace(
+        hidden=inputs.hidden[:few], teacher_hidden=inputs.teacher_hidden[:few], mask=inputs.mask[:few]
+    )
+    candidates = able(
+        [FLOOR, *IMPLEMENTATIONS],
+        lambda name: candidate(name, case.kind, small),
+        lambda name: candidate(name, case.kind, inputs),
+        limit_s,
+    )
     say("    float64 reference", same_line=True)
     truth = Truth(case.kind, inputs)
     return measure(
@@ -249,6 +254,6 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
         {"n": case.n, "h": case.h, "v": case.v, "mask": case.mask},
         candidates,
         truth.check,
-        lambda name: memory_in_fresh_process("divergences", case_name, name),
+        lambda name: memory_of("divergences", case_name, name, lambda name: candidate(name, case.kind, inputs)),
         rounds,
     )

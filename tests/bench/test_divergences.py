@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import divergences
+from bench.__main__ import chosen
 from bench.measure import Missing, WrongResult
 from fastalign import reference
 from fastalign.errors import BackendError
@@ -60,3 +61,22 @@ def test_wrong_results_are_refused(wrong):
     right = divergences.candidate("eager", "jsd", inputs)()
     with pytest.raises(WrongResult):
         divergences.Truth("jsd", inputs).check("eager", WRONG[wrong](right))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_its_cases_are_found_by_name(quick):
+    cases = chosen(divergences, ["*-mask50"], quick)
+    assert [case.split("-")[0] for case in cases] == list(KINDS)
+    assert all(("256x64x4096" in case) == quick for case in cases)
+
+
+def test_a_quick_run_checks_times_and_weighs(monkeypatch):
+    case = divergences.Case("jsd", 32, 16, 50, 50)
+    monkeypatch.setitem(divergences.QUICK, case.name, case)
+    monkeypatch.setattr(divergences, "IMPLEMENTATIONS", {"eager": divergences.IMPLEMENTATIONS["eager"]})
+    weighed = []
+    monkeypatch.setattr(divergences, "memory_of", lambda suite, case, name, make: weighed.append(name))
+    floor, ours = divergences.run(case.name, rounds=2, limit_s=60)
+    assert [floor.implementation, ours.implementation] == weighed == ["3 matrix products", "eager"]
+    assert ours.suite == "divergences" and ours.runs == 2 and ours.sizes == {"n": 32, "h": 16, "v": 50, "mask": 50}
+    assert divergences.memory(case.name, "eager") > 0
