@@ -35,3 +35,8 @@ def test_a_wrong_product_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch, "mm", lambda a, b: a @ b + 1)
     assert machine.run("product-float32", rounds=2, limit_s=1) == []
     assert "REFUSED torch: product is off by 1" in capsys.readouterr().err
+
+
+def test_what_takes_too_long_is_left_out(capsys):
+    assert machine.run("product-float32", rounds=2, limit_s=0) == []
+    assert "skipped torch: about" in capsys.readouterr().err
