@@ -7,6 +7,7 @@ the rows were used for one epoch only; TRL computes them within each step. Both 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -166,9 +167,11 @@ def _trl(case: Case, model, tokenizer, data, folder: str, checkpointing: bool):
 
     options = _options(case, folder, checkpointing) | {"bf16": case.dtype == "bfloat16"}  # its default, weights apart
     config = DPOConfig(**options, use_cpu=not torch.cuda.is_available())
+    # Without an adapter to switch off it would load the reference by the model's name, which a GGUF file has none of.
+    reference = copy.deepcopy(model) if case.tuning == "full" else None
     trainer = DPOTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-        peft_config=_lora(case),
+        model=model, ref_model=reference, args=config, train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer, peft_config=_lora(case),
     )  # fmt: skip
     trainer.reference_s = 0.0
     return trainer
