@@ -32,11 +32,13 @@ def accumulate_fisher_(
     fisher: (out, in) float32, float64 for float64 inputs, rows contiguous. grad_output: (T, out), input: (T, in),
     floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
     part. The result does not depend on the number of threads.
-    backend: "cpu" (C++), "triton" or "cuda" (tensor cores; float32 in three TF32 products, on AMD as it is), "torch"
-    (any device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError names a wrong shape, dtype or
-    offset; BackendError a backend that cannot run here. Returns fisher.
+    backend: "cpu" (C++), "triton" or "cuda" (tensor cores; float32 in three TF32 products, on AMD as it is; nothing
+    waits for the GPU), "torch" (any device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError
+    names a wrong shape, dtype or offset; BackendError a backend that cannot run here. Returns fisher.
     """
     _check(fisher, grad_output, input, cu_seqlens)
+    looks = backend not in _GPU or cu_seqlens.device.type == "cpu"  # at values, for which a GPU would have to be waited
+    _check_offsets(cu_seqlens, input.shape[0], looks=looks)
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; accumulate_fisher_ has {', '.join(BACKENDS)}")
     if grad_output.dtype != input.dtype:
@@ -50,11 +52,10 @@ def accumulate_fisher_(
         why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
     if backend in ("cpu", *_GPU) and why:
         raise BackendError(f"backend={backend!r} cannot run accumulate_fisher_ here: {why}")
-    lengths = cu_seqlens.diff()
     if cu_seqlens.numel() == 1 or not fisher.numel():
         return fisher
     with torch.autocast(fisher.device.type, enabled=False):  # it would round the products to 16 bits
-        if int(lengths.max()) <= 1:
+        if looks and int(cu_seqlens.diff().max()) <= 1:
             return _one_token_each(fisher, grad_output, input, cu_seqlens)
         run = _torch if backend == "torch" or why else _native
         if backend in _GPU:
@@ -112,5 +113,12 @@ def _check(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tenso
         raise InputError("fisher, grad_output and input lie on different devices; move them to one")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or cu_seqlens.numel() == 0:
         raise InputError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (S + 1,) int64")
-    if int(cu_seqlens[0]) < 0 or int(cu_seqlens[-1]) > input.shape[0] or bool((cu_seqlens.diff() < 0).any()):
-        raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise within [0, T={input.shape[0]}]")
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: int, *, looks: bool) -> None:
+    """An InputError where values may be looked at, else the device's own assertion, which nothing waits for."""
+    fits = (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= tokens) & (cu_seqlens.diff() >= 0).all()
+    if not looks:
+        torch._assert_async(fits, f"accumulate_fisher_: cu_seqlens does not rise within [0, T={tokens}]")
+    elif not fits:
+        raise InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise within [0, T={tokens}]")

@@ -18,7 +18,7 @@ from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
 from fastalign.ops import native, native_cuda, native_triton
-from fastalign.ops.tiles import pad_rows
+from fastalign.ops.linear_logprobs import _capturing, _gather, _scatter
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 _GPU = {"triton": native_triton, "cuda": native_cuda}
@@ -43,32 +43,34 @@ def _head(logit_scale: float, softcap: float | None, temperature: float) -> tupl
     return float(logit_scale), float(softcap or 0.0), float(temperature)
 
 
-def _side(hidden, weight, bias, head, rows, vocab) -> tiles.Side:
+class _Scored(NamedTuple):
+    """The rows that count: unmasked, and of a weight other than 0."""
+
+    rows: Tensor | None  # their numbers, None for all
+    ignored: Tensor | None = None  # (N,) rows that stay, as zeros, although they do not count
+
+
+def _scored(mask: Tensor | None, coefficients: Tensor | None) -> _Scored:
+    if coefficients is not None:
+        mask = coefficients != 0 if mask is None else mask & (coefficients != 0)
+    if mask is not None and _capturing(mask.device):
+        return _Scored(None, ~mask)
+    return _Scored(_kept(mask))
+
+
+def _kept(mask: Tensor | None) -> Tensor | None:
+    """The numbers of the unmasked rows, None for all of them."""
+    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+
+
+def _side(hidden, weight, bias, head, scored, vocab) -> tiles.Side:
     scale, softcap, temperature = head
     bias = None if bias is None else bias[:vocab]
-    return tiles.Side(_gather(hidden, rows), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature))
-
-
-def _gather(t: Tensor, rows: Tensor | None) -> Tensor:
-    return pad_rows(t if rows is None else t[rows])
-
-
-def _scatter(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
-    """The inverse of `_gather`: rows that were dropped are 0."""
-    if rows is None:
-        return values if values.shape[0] == n else values[:n].clone()
-    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values[: rows.shape[0]])
+    return tiles.Side(_gather(hidden, scored), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature))
 
 
 def _shared_vocab(weight: Tensor, teacher_weight: Tensor) -> int:
     return min(weight.shape[0], teacher_weight.shape[0])
-
-
-def _kept(mask: Tensor | None, coefficients: Tensor | None) -> Tensor | None:
-    """The rows that count (None for all of them): unmasked, and of a weight other than 0."""
-    if coefficients is not None:
-        mask = coefficients != 0 if mask is None else mask & (coefficients != 0)
-    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
 
 
 def _fill_up(grad: Tensor, like: Tensor) -> Tensor:
@@ -82,29 +84,30 @@ def _linear_divergence(
     hidden, weight, bias, head, teacher_hidden, teacher_weight, teacher_bias, teacher_head,
     mask, coefficients, divergence, jsd_beta, grads, needs, memory_budget, *, backend="torch",
 ):  # fmt: skip
-    n, vocab, rows = hidden.shape[0], _shared_vocab(weight, teacher_weight), _kept(mask, coefficients)
+    n, vocab, scored = hidden.shape[0], _shared_vocab(weight, teacher_weight), _scored(mask, coefficients)
     if backend == "cpu":
         student = (hidden, weight[:vocab], None if bias is None else bias[:vocab], head)
         teacher = (teacher_hidden, teacher_weight[:vocab], None if teacher_bias is None else teacher_bias[:vocab])
         found = native.linear_divergence(
-            student, (*teacher, teacher_head), rows, divergence, jsd_beta, grads, memory_budget
+            student, (*teacher, teacher_head), scored.rows, divergence, jsd_beta, grads, memory_budget
         )  # fmt: skip
         return *found, weight.new_empty(0), hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
+    own = None if coefficients is None else _gather(coefficients, scored).to(reference.compute_dtype(hidden))
     out = tiles.forward(
-        _side(hidden, weight, bias, head, rows, vocab),
-        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, rows, vocab),
+        _side(hidden, weight, bias, head, scored, vocab),
+        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, scored, vocab),
         tiles.Divergence(divergence, jsd_beta),
         grads=grads,
-        coefficients=None if coefficients is None else _gather(coefficients, rows).to(reference.compute_dtype(hidden)),
-        needs=(needs[0] and coefficients is not None, needs[1] and coefficients is not None),
+        coefficients=own,
+        needs=(needs[0] and own is not None, needs[1] and own is not None),
         budget=memory_budget,
         epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
     )
     empty = out.values.new_empty(0)
     return (
-        _scatter(out.values, rows, n),
-        _scatter(out.grad_hidden, rows, n) if grads else empty,
-        _scatter(out.stats, rows, n),
+        _scatter(out.values, scored, n),
+        _scatter(out.grad_hidden, scored, n) if grads else empty,
+        _scatter(out.stats, scored._replace(ignored=None), n),
         empty.to(weight.dtype, copy=True) if out.d_weight is None else _fill_up(out.d_weight, weight),
         empty.clone() if out.d_bias is None else _fill_up(out.d_bias, bias),
     )
@@ -131,18 +134,19 @@ def _linear_divergence_backward(
     mask, coefficients, stats, formed_weight, formed_bias, divergence, jsd_beta, needs, *, backend="torch",
 ):  # fmt: skip
     """The weight's and bias's gradients: those formed with the coefficients, where `grad` is the same for all rows."""
-    empty, rows = hidden.new_empty(0), _kept(mask, coefficients)
-    kept = grad if rows is None else grad[rows]
-    if coefficients is not None and (kept.numel() == 0 or bool((kept == kept[0]).all())):
+    empty, scored = hidden.new_empty(0), _scored(mask, coefficients)
+    kept = grad if scored.rows is None else grad[scored.rows]
+    looks = coefficients is not None and not _capturing(grad.device)
+    if looks and (kept.numel() == 0 or bool((kept == kept[0]).all())):
         factor = kept[0] if kept.numel() else 0.0
         return formed_weight * factor if needs[0] else empty, formed_bias * factor if needs[1] else empty.clone()
     vocab = _shared_vocab(weight, teacher_weight)
     d_weight, d_bias = tiles.backward(
-        _gather(grad if coefficients is None else grad * coefficients, rows),
-        _side(hidden, weight, bias, head, rows, vocab),
-        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, rows, vocab),
+        _gather(grad if coefficients is None else grad * coefficients, scored),
+        _side(hidden, weight, bias, head, scored, vocab),
+        _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, scored, vocab),
         tiles.Divergence(divergence, jsd_beta),
-        _padded_stats(_gather(stats, rows), kept.shape[0]),
+        _padded_stats(_gather(stats, scored._replace(ignored=None)), kept.shape[0]),
         needs=tuple(needs),
         epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
     )
@@ -292,7 +296,8 @@ def linear_divergence(
     first allows (bias -inf). Cost, with U = 2 N V H of the student and T of the teacher: U + T without gradients,
     2U + T forward and backward with a frozen student head, whichever the divergence; 3U + T with a trainable one and
     token_weights, 4U + 2T without. Extra memory is O(rows x H) + the budget, whatever V is. InputError names a wrong
-    shape, dtype, device or option; BackendError an unknown backend.
+    shape, dtype, device or option; BackendError an unknown backend. While a CUDA graph is captured nothing is dropped,
+    ignored rows are computed as zeros, and a trainable head's gradient is formed in the backward pass.
     """
     _check_options(divergence, temperature, jsd_beta, memory_budget, backend)
     _check_side("", hidden, weight, bias, softcap)

@@ -23,14 +23,16 @@ def why_not(*tensors: Tensor | None) -> str | None:
         return "triton is not installed; it comes with torch for CUDA, or pip install triton"
     from fastalign.kernels.linear_logprobs import DEVICE as device
 
-    for t in tensors:
-        if t is None:
-            continue
+    given = [t for t in tensors if t is not None]
+    for t in given:
         if t.device.type != device:
             how = "" if device == "cpu" else "; TRITON_INTERPRET=1 in the environment interprets them on the CPU"
             return f"a tensor lies on {t.device}, and the kernels run on {device}{how}"
         if t.is_floating_point() and t.dtype not in DTYPES:
             return f"a tensor is {t.dtype}; it takes float32, bfloat16 and float16"
+    devices = {t.device for t in given}
+    if len(devices) > 1:
+        return f"tensors lie on {sorted(map(str, devices))}; move them to one device"
     return None
 
 

@@ -259,7 +259,9 @@ def preference_loss(
     _check(options["beta"], options.get("label_smoothing", 0.0), logprobs=logprobs)
     backend = _pick(backend, logprobs)
     if labels is not None:
-        kl = torch.as_tensor(kl, dtype=logprobs.dtype, device=logprobs.device).detach().reshape(1)
+        if not isinstance(kl, Tensor):
+            kl = logprobs.new_full((1,), kl)  # filled on the device: a copy from the host would wait for it
+        kl = kl.detach().to(logprobs).reshape(1)
     if ref_sums is not None:
         ref_sums = ref_sums.detach()
     if backend == "reference":

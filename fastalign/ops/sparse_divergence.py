@@ -116,7 +116,7 @@ def _check_indices(indices: Tensor, vocab: int) -> None:
 
 
 def _linear_topk_logprobs(hidden, weight, bias, indices, mask, head, grads):
-    n, rows = hidden.shape[0], _kept(mask, None)
+    n, rows = hidden.shape[0], _kept(mask)
     _check_indices(indices if rows is None else indices[rows], weight.shape[0])
     kept_hidden, kept_indices = (pad_rows(t if rows is None else t[rows]) for t in (hidden, indices))
     like = hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
@@ -148,7 +148,7 @@ def _linear_topk_logprobs_fake(hidden, weight, bias, indices, mask, head, grads)
 def _linear_topk_logprobs_backward(
     grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, head, needs
 ):  # fmt: skip
-    n, rows = hidden.shape[0], _kept(mask, None)
+    n, rows = hidden.shape[0], _kept(mask)
     head = tiles.Head(head[0], head[1] or None, head[2])
     kept = (grad, logprobs, picked, stats, indices, hidden)
     grad, logprobs, picked, stats, kept_indices, kept_hidden = (t if rows is None else t[rows] for t in kept)
