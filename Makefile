@@ -77,6 +77,8 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.build
-	$(STEP) "What fastalign is measured beside: TRL, Liger, Cut Cross Entropy"
+	$(STEP) "What fastalign is measured beside: TRL, Liger, Cut Cross Entropy, BackPACK"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[bench]"
+	@# Without what it asks for: torchvision, and so another torch.
+	$(QUIET) $(PIP) install -q --no-deps backpack-for-pytorch==1.7.1 unfoldNd einops
 	@touch $@

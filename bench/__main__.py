@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bench import divergences, gpu, losses, machine, model, ops, readme, report, scale, selective, train
+from bench import divergences, fisher, gpu, losses, machine, model, ops, readme, report, scale, selective, train
 from bench.measure import load, save, say
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
     "machine": machine, "ops": ops, "selective": selective, "divergences": divergences, "losses": losses,
-    "train": train, "scale": scale,
+    "train": train, "scale": scale, "fisher": fisher,
 }  # fmt: skip
 
 

@@ -29,7 +29,9 @@ from torch import Tensor
 from fastalign.errors import BackendError
 
 Outputs = dict[str, Tensor]
-PACKAGES = ("fastalign", "torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "fastalign", "torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "backpack-for-pytorch",
+)  # fmt: skip
 FLOOR = "matrix product"  # in the name of what no implementation can be faster than
 ROOT = Path(__file__).parent.parent
 

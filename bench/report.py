@@ -47,7 +47,7 @@ def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
         return [TRAIN_HEADER, *(_train_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
     if rows[0].suite == "scale":
         return [SCALE_HEADER, *(_scale_row(m) for m in rows)]
-    if rows[0].suite == "selective":
+    if "copy_bytes_per_s" in rows[0].sizes:
         return [GATHER_HEADER, *(_gather_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
     floor = min((m.median_s for m in rows if FLOOR in m.implementation), default=None)
     return [HEADER, *(_row(m, floor) for m in sorted(rows, key=lambda m: m.median_s))]

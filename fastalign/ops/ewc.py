@@ -40,15 +40,17 @@ def ewc_penalty(
 
     parameters (theta), anchors (theta0), fishers (F >= 0): as many tensors of pairwise the same shape; parameters and
     anchors float32, bfloat16, float16 or float64, fishers float32; fishers None: F = 1 (L2-SP). Returns a float32
-    scalar (float64 if a parameter is), summed in float64. Its backward, `strength * F (theta - theta0)` in each
-    parameter's dtype, reads the tensors once more and keeps nothing but them.
+    scalar (float64 if a parameter is), summed in float64. Where a gradient is wanted, the same pass forms it,
+    `strength * F (theta - theta0)` in each parameter's dtype, for backward to hand over; it reads the tensors once more
+    only where the penalty is scaled on its way into the loss, or backward comes twice.
 
-    To skip autograd and read everything once, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in one pass),
-    "triton" or "cuda" (the same on a GPU), "torch" (any device) or "auto". InputError names lists or shapes that do not
-    fit, BackendError a backend that cannot run.
+    To skip autograd and add to the gradients that are there, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in
+    one pass), "triton" or "cuda" (the same on a GPU), "torch" (any device) or "auto". InputError names lists or shapes
+    that do not fit, BackendError a backend that cannot run.
     """
     backend = _checked(parameters, anchors, fishers, strength, backend)
-    return _Penalty.apply(strength, backend, list(anchors), fishers and list(fishers), *parameters)
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    return _Penalty.apply(wanted, strength, backend, list(anchors), fishers and list(fishers), *parameters)
 
 
 @torch.no_grad()
@@ -77,19 +79,26 @@ def ewc_penalty_(
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, strength, backend, anchors, fishers, *parameters):
+    def forward(ctx, wanted, strength, backend, anchors, fishers, *parameters):
         ctx.save_for_backward(*parameters)  # anchors and fishers are constants of the training run
         ctx.options = strength, backend, anchors, fishers
-        return _run(backend, parameters, anchors, fishers, strength)
+        ctx.grads = _like(parameters) if wanted else None
+        return _run(backend, parameters, anchors, fishers, strength, ctx.grads, [True] * len(parameters))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         strength, backend, anchors, fishers = ctx.options
-        parameters = ctx.saved_tensors
-        grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
-        _run(backend, parameters, anchors, fishers, strength * float(grad), grads, [True] * len(grads))
-        return None, None, None, None, *grads
+        parameters, scale = ctx.saved_tensors, float(grad)
+        grads, ctx.grads = ctx.grads, None  # given away: backward may come again
+        if grads is None or scale != 1.0:  # formed again rather than scaled, which would round 16 bits twice
+            grads = grads or _like(parameters)
+            _run(backend, parameters, anchors, fishers, strength * scale, grads, [True] * len(grads))
+        return None, None, None, None, None, *grads
+
+
+def _like(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
 
 
 def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:

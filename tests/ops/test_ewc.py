@@ -93,6 +93,23 @@ def test_as_a_term_of_a_loss(backend):
     assert torch.autograd.gradcheck(lambda *p: ewc_penalty(p, small[1], ones, 0.7, backend=backend), small[0])
 
 
+def test_the_tensors_are_read_once_where_they_can_be(monkeypatch):
+    """And a second backward over the same graph gives the same again, whatever became of the first one's tensors."""
+    parameters, anchors, fishers = tensors(torch.float64)
+    runs, run = [], ewc._run
+    monkeypatch.setattr(ewc, "_run", lambda *args: runs.append(args) or run(*args))
+    total = ewc_penalty(parameters, anchors, fishers, 0.5, backend="torch")
+    _, expected = exact(parameters, anchors, fishers, 0.5)
+    total.backward(retain_graph=True)
+    assert len(runs) == 1
+    total.backward()
+    for parameter, grad in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * grad, rtol=1e-14, atol=0)
+    with torch.no_grad():
+        ewc_penalty(parameters, anchors, fishers, 0.5, backend="torch")
+    assert runs[-1][5] is None, "a gradient that nobody wants"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_at_the_anchor_nothing_pulls(backend):
     parameters, _, fishers = tensors()
