@@ -40,7 +40,9 @@ from fastalign.ops.accumulate_fisher import accumulate_fisher_
 MODEL = "smollm2-135m-instruct"
 BODY_BLOCKS, BODY_VOCAB = 4, 4096
 FLOOR = f"bare {PRODUCT}s"
-BUDGET = 1e-4  # relative to the largest entry of each tensor; fastalign is to keep 1e-5, peers get ten times it
+# Relative to the largest entry of each tensor: ten times the 1e-5 that fastalign is to keep. In the whole model float32
+# itself is off by more, in an ordinary gradient too: large activations meet large cancellations.
+BUDGET = {"layers": 1e-4, "body": 1e-4, "ewc": 1e-4, "model": 1e-3}
 LOOP, ORDINARY = "loop over sequences", "ordinary backward"
 
 
@@ -57,7 +59,7 @@ class Case:
         return f"{self.kind}-{self.sequences}x{self.length}" if self.length else self.kind
 
 
-CASES = {c.name: c for c in (*(Case(kind, 32, 64) for kind in ("layers", "body", "model")), Case("ewc", BLOCKS))}
+CASES = {c.name: c for c in (Case("layers", 32, 64), Case("body", 32, 64), Case("model", 16, 64), Case("ewc", BLOCKS))}
 QUICK = {c.name: c for c in (Case("layers", 8, 16), Case("body", 4, 16))}
 
 # One block's linear layers
@@ -312,8 +314,8 @@ class Truth:
             if output in self.before:  # a run adds to it
                 found, self.before[output] = found - self.before[output], found.clone()
             error = float((found.double() - exact).abs().max() / exact.abs().max())
-            if not error <= BUDGET:  # also where it is nan
-                raise WrongResult(f"{output} is off by {error:.2g}, more than {BUDGET:.2g}")
+            if not error <= BUDGET[self.kind]:  # also where it is nan
+                raise WrongResult(f"{output} is off by {error:.2g}, more than {BUDGET[self.kind]:.2g}")
             sort = _sort(output)
             errors[sort] = max(error, errors.get(sort, 0.0))
         return Checked(errors, f"{len(self.before)} gradients" if self.before else "everything")
