@@ -178,7 +178,8 @@ def backpack(model: nn.Module, ids: Tensor) -> Outputs:
         from backpack import extend
         from backpack.extensions import BatchGrad
     except ImportError as error:
-        raise Missing(f"{error}; pip install 'fastalign[bench]'") from error
+        how = "pip install --no-deps backpack-for-pytorch unfoldNd einops"  # with them it would bring another torch
+        raise Missing(f"{error}; {how}") from error
     if not hasattr(model, "backpack_twin"):  # `extend` cannot be undone; kept out of the model's modules
         vars(model)["backpack_twin"] = copy.deepcopy(model)
         for module in model.backpack_twin.modules():
