@@ -33,6 +33,7 @@ from fastalign.ops import (
     segment_sum,
     selective_logprobs,
     sparse_divergence,
+    sparse_logits_divergence,
 )
 
 __version__ = "0.1.0"
@@ -102,4 +103,5 @@ __all__ = [
     "segment_sum",
     "selective_logprobs",
     "sparse_divergence",
+    "sparse_logits_divergence",
 ]

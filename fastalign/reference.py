@@ -207,10 +207,27 @@ def sparse_divergence(
     hidden (..., H), weight (V, H), teacher_indices and teacher_logprobs (..., k) -> (...); 0 where the mask is False.
     """
     z = linear_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    out = sparse_logits_divergence(
+        z, teacher_indices, teacher_logprobs, divergence=divergence, jsd_beta=jsd_beta, tail=tail
+    )
+    return out if mask is None else out.masked_fill(~mask, 0.0)
+
+
+def sparse_logits_divergence(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    tail: str = "lump",
+) -> Tensor:
+    """The same from the student's logits (..., V)."""
+    z = student_logits.to(compute_dtype(student_logits)) / temperature
     log_p = torch.log_softmax(z, dim=-1)
     s, t = log_p.gather(-1, teacher_indices), teacher_logprobs.to(z.dtype)
-    if tail == "lump" and t.shape[-1] < weight.shape[0]:
+    if tail == "lump" and t.shape[-1] < z.shape[-1]:
         others = log_p.scatter(-1, teacher_indices, -torch.inf).logsumexp(-1, keepdim=True)
         s, t = torch.cat([s, others], -1), with_tail(t)
-    out = divergence_of_logprobs(s, t, divergence, jsd_beta)
-    return out if mask is None else out.masked_fill(~mask, 0.0)
+    return divergence_of_logprobs(s, t, divergence, jsd_beta)

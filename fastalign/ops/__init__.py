@@ -7,6 +7,7 @@ from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
 from fastalign.ops.sparse_divergence import sparse_divergence
+from fastalign.ops.sparse_logits_divergence import sparse_logits_divergence
 
 __all__ = [
     "linear_divergence",
@@ -16,4 +17,5 @@ __all__ = [
     "segment_sum",
     "selective_logprobs",
     "sparse_divergence",
+    "sparse_logits_divergence",
 ]

@@ -122,6 +122,7 @@ def logits_divergence(
     teacher_logits: Tensor,
     *,
     mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
@@ -134,7 +135,8 @@ def logits_divergence(
     `m = jsd_beta t + (1 - jsd_beta) s`, of the softmax at `temperature`. Differentiable (once) in the student's logits.
 
     student_logits, teacher_logits: (..., V) floating. Of vocabularies that differ in length, cut the longer one.
-    mask: (...) bool; rows where it is False are not looked at, return 0 and get zero gradient.
+    mask: (...) bool. Rows where it is False are not looked at, return 0 and get zero gradient.
+    token_weights: (...) floating constants that multiply the divergences; rows of weight 0 are not looked at either.
     inplace_backward: the backward pass overwrites the student's logits with their gradient, instead of allocating a
         second tensor of that size: for logits that nothing else reads afterwards. Autograd raises where another
         backward pass needs them. It has no effect under torch.compile, or on logits that are not contiguous.
@@ -143,30 +145,40 @@ def logits_divergence(
     names a wrong shape, dtype, device or option; BackendError an unknown backend.
     """
     _check_options(divergence, temperature, jsd_beta, None, "auto")
-    for name, t in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not t.is_floating_point() or t.dim() == 0:
-            raise InputError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be (..., V) of a floating dtype")
-    if student_logits.shape != teacher_logits.shape:
-        raise InputError(
-            f"student_logits is {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}; they "
-            "must be alike, cut the longer vocabulary"
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != student_logits.shape[:-1]):
-        raise InputError(
-            f"mask is {tuple(mask.shape)} {mask.dtype}; it must be bool and {tuple(student_logits.shape[:-1])}"
-        )
-    _check_devices(student_logits, teacher_logits, mask)
+    _check_logits(student_logits, teacher_logits, mask, token_weights)
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; logits_divergence has {', '.join(BACKENDS)}")
+    weights = None if token_weights is None else token_weights.detach()
+    if weights is not None:
+        mask = weights != 0 if mask is None else mask & (weights != 0)
     if backend == "reference":
-        out = reference.logits_divergence(
+        values = reference.logits_divergence(
             student_logits, teacher_logits.detach(), divergence=divergence, temperature=temperature, jsd_beta=jsd_beta
         )
-        return out if mask is None else out.masked_fill(~mask, 0.0)
+        values = values if mask is None else values.masked_fill(~mask, 0.0)
+        return values if weights is None else values * weights.to(values.dtype)
     in_place = inplace_backward and not torch.compiler.is_compiling() and student_logits.is_contiguous()
     vocab = student_logits.shape[-1]
     values = _LogitsDivergence.apply(
         student_logits.reshape(-1, vocab), teacher_logits.detach().reshape(-1, vocab),
         None if mask is None else mask.reshape(-1), divergence, float(temperature), float(jsd_beta), in_place,
     )  # fmt: skip
-    return values.view(student_logits.shape[:-1])
+    values = values.view(student_logits.shape[:-1])
+    return values if weights is None else values * weights.to(values.dtype)
+
+
+def _check_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
+    for name, t in (("student_logits", student), ("teacher_logits", teacher)):
+        if not t.is_floating_point() or t.dim() == 0:
+            raise InputError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be (..., V) of a floating dtype")
+    if student.shape != teacher.shape:
+        raise InputError(
+            f"student_logits is {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; they "
+            "must be alike, cut the longer vocabulary"
+        )
+    for name, t, wanted in (("mask", mask, "bool"), ("token_weights", token_weights, "floating")):
+        right = t is None or (t.dtype == torch.bool if wanted == "bool" else t.is_floating_point())
+        if not right or (t is not None and t.shape != student.shape[:-1]):
+            shape = tuple(student.shape[:-1])
+            raise InputError(f"{name} is {tuple(t.shape)} {t.dtype}; it must be {wanted} and {shape}")
+    _check_devices(student, teacher, mask, token_weights)

@@ -14,7 +14,6 @@ A trainable head forms the logits again, and takes two more.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +107,8 @@ def _check_indices(indices: Tensor, vocab: int) -> None:
     bad = indices[(indices < 0) | (indices >= vocab)]
     if bad.numel():
         raise InputError(
-            f"teacher_indices holds {bad[0].item()}, but weight has {vocab} rows; give token ids in [0, {vocab})"
+            f"teacher_indices holds {bad[0].item()}, but the vocabulary has {vocab} entries; give token ids in "
+            f"[0, {vocab})"
         )
     if bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
         raise InputError("teacher_indices holds an entry twice in one row; give distinct token ids")
@@ -255,17 +255,25 @@ class _TopkLogprobs(torch.autograd.Function):
         return *(g if need else None for g, need in zip(found, ctx.needs, strict=True)), None, None, None, None
 
 
-class _Buckets(NamedTuple):
-    """Log-probabilities over the same buckets (S, k + 1), or (S, k) without a tail, in float64."""
+def divergence_of_buckets(
+    logprobs: Tensor, teacher: Tensor, divergence: str, jsd_beta: float, *, with_tail: bool,
+    mask: Tensor | None, token_weights: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Per token (N,), from the student's log-probabilities (N, k + 1), the tail last, and the teacher's (N, k)."""
+    s = logprobs.double() if with_tail else logprobs[:, :-1].double()
+    t = reference.with_tail(teacher.double()) if with_tail else teacher.double()
+    if mask is not None:
+        s, t = (b.masked_fill(~mask.unsqueeze(1), 0.0) for b in (s, t))
+    values = reference.divergence_of_logprobs(s, t, divergence, jsd_beta).to(logprobs.dtype)
+    return values if token_weights is None else values * token_weights.detach().to(values.dtype)
 
-    student: Tensor
-    teacher: Tensor
 
-
-def _buckets(logprobs: Tensor, teacher: Tensor, with_tail: bool) -> _Buckets:
-    if not with_tail:
-        return _Buckets(logprobs[:, :-1].double(), teacher.double())
-    return _Buckets(logprobs.double(), reference.with_tail(teacher.double()))
+def rows_that_count(mask: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
+    """(N,) bool: unmasked, and of a weight other than 0; None for all."""
+    if token_weights is None:
+        return None if mask is None else mask.reshape(-1)
+    counts = token_weights.reshape(-1) != 0
+    return counts if mask is None else mask.reshape(-1) & counts
 
 
 def sparse_divergence(
@@ -303,13 +311,13 @@ def sparse_divergence(
     """
     _check_options(divergence, temperature, jsd_beta, None, "auto")
     _check_side("", hidden, weight, bias, softcap)
-    _check_teacher(hidden, weight.shape[0], teacher_indices, teacher_logprobs, mask, token_weights)
+    shape, k = hidden.shape[:-1], teacher_indices.shape[-1]
+    _check_teacher(shape, weight.shape[0], teacher_indices, teacher_logprobs, mask, token_weights)
     _check_devices(hidden, weight, bias, teacher_indices, teacher_logprobs, mask, token_weights)
     if tail not in ("lump", "drop"):
         raise InputError(f"tail is {tail!r}; it must be lump or drop")
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; sparse_divergence has {', '.join(BACKENDS)}")
-    shape, k = hidden.shape[:-1], teacher_indices.shape[-1]
     with_tail = tail == "lump" and k < weight.shape[0]
     if backend == "reference":
         values = reference.sparse_divergence(
@@ -318,27 +326,22 @@ def sparse_divergence(
         )  # fmt: skip
         return values if token_weights is None else values * token_weights.to(values.dtype)
     common = torch.promote_types(hidden.dtype, weight.dtype)
-    flat_mask = None if mask is None else mask.reshape(-1)
-    if token_weights is not None:
-        counts = token_weights.reshape(-1) != 0
-        flat_mask = counts if flat_mask is None else flat_mask & counts
+    kept = rows_that_count(mask, token_weights)
     needs_grad = torch.is_grad_enabled()
     needs = tuple(needs_grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     logprobs = _TopkLogprobs.apply(
         hidden.to(common).reshape(-1, hidden.shape[-1]), weight.to(common), bias, teacher_indices.reshape(-1, k),
-        flat_mask, _head(logit_scale, softcap, temperature), needs,
+        kept, _head(logit_scale, softcap, temperature), needs,
     )  # fmt: skip
-    buckets = _buckets(logprobs, teacher_logprobs.detach().reshape(-1, k), with_tail)
-    if flat_mask is not None:
-        buckets = _Buckets(*(b.masked_fill(~flat_mask.unsqueeze(1), 0.0) for b in buckets))
-    values = reference.divergence_of_logprobs(*buckets, divergence, jsd_beta).to(logprobs.dtype)
-    if token_weights is not None:
-        values = values * token_weights.detach().reshape(-1).to(values.dtype)
+    values = divergence_of_buckets(
+        logprobs, teacher_logprobs.detach().reshape(-1, k), divergence, jsd_beta, with_tail=with_tail, mask=kept,
+        token_weights=None if token_weights is None else token_weights.reshape(-1),
+    )  # fmt: skip
     return values.view(shape)
 
 
-def _check_teacher(hidden, vocab: int, indices: Tensor, logprobs: Tensor, mask, token_weights):
-    expected = tuple(hidden.shape[:-1])
+def _check_teacher(shape: torch.Size, vocab: int, indices: Tensor, logprobs: Tensor, mask, token_weights):
+    expected = tuple(shape)
     if indices.dtype != torch.int64:
         raise InputError(f"teacher_indices is {indices.dtype}; it must be int64, call teacher_indices.long()")
     if not logprobs.is_floating_point():
@@ -350,6 +353,6 @@ def _check_teacher(hidden, vocab: int, indices: Tensor, logprobs: Tensor, mask, 
         )
     for name, t in (("mask", mask), ("token_weights", token_weights)):
         if t is not None and tuple(t.shape) != expected:
-            raise InputError(f"{name} is {tuple(t.shape)}; it must be hidden's shape without the last, {expected}")
+            raise InputError(f"{name} is {tuple(t.shape)}; it must be {expected}, one per token")
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"mask is {mask.dtype}; it must be bool, write mask != 0")

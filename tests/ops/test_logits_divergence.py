@@ -92,6 +92,18 @@ def test_masked_rows_and_entries(kind):
     assert grad[mask].isfinite().all() and not grad[:, 5].any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_token_weights_multiply_and_rows_of_weight_0_are_not_looked_at(backend):
+    student, teacher = problem()
+    weights, mask = torch.linspace(-1, 2, N), torch.arange(N) % 3 != 1
+    weights[3] = 0.0
+    plain = evaluate(lambda *t: logits_divergence(*t, mask=mask, backend=backend) * weights, student, teacher)
+    if backend == "torch":
+        student[3] = math.nan
+    options = {"mask": mask, "token_weights": weights.double(), "backend": backend}
+    assert all(map(torch.equal, evaluate(lambda *t: logits_divergence(*t, **options), student, teacher), plain))
+
+
 def test_a_kl_is_infinite_where_the_second_distribution_rules_out_what_the_first_allows():
     student, teacher = problem()
     student[:, 5] = -math.inf
@@ -156,6 +168,13 @@ WRONG = {
     "logits are integer": ((torch.ones(N, V).long(), torch.ones(N, V)), {}, "student_logits is torch.int64"),
     "vocabularies differ": ((torch.ones(N, V), torch.ones(N, V + 1)), {}, "(37, 53)", "(37, 54)", "cut the longer"),
     "mask is long": ((torch.ones(N, V),) * 2, {"mask": torch.ones(N).long()}, "torch.int64", "bool"),
+    "mask is short": ((torch.ones(N, V),) * 2, {"mask": torch.ones(3).bool()}, "(3,)", "(37,)"),
+    "weights are integer": (
+        (torch.ones(N, V),) * 2,
+        {"token_weights": torch.ones(N).long()},
+        "torch.int64",
+        "floating",
+    ),
     "divergence is unknown": ((torch.ones(N, V),) * 2, {"divergence": "tv"}, "'tv'", "forward_kl"),
 }
 
