@@ -1,8 +1,9 @@
 """What the tiled driver must do and move, and the times that follow on GPUs that are not at hand: predictions.
 
-The statement is exact: tests/bench/test_model.py counts the driver's own calls, FLOP and bytes and holds them to it. A
-step's time is the largest of its FLOP at the rate of a good matrix product, its operands at the rate of the memory and
-its tiles at that of the second-level cache; steps follow one another. Nothing here was measured by this project.
+The statement is exact: tests/bench/test_model.py counts the driver's own calls, FLOP and bytes and holds them to it,
+tests/cuda/test_launches.py the launches of every op. A step's time is the largest of its FLOP at the rate of a good
+matrix product, its operands at the rate of the memory and its tiles at that of the second-level cache; steps follow one
+another. Nothing here was measured by this project.
 """
 
 from __future__ import annotations
@@ -47,6 +48,42 @@ def linear_logprobs(
         return {"logits": product, "absorb": absorb}, kept | ends
     again = {"logits": product, "softmax_gradient": Step(calls, 0, 0, logits + probabilities)}
     return {"logits": product, "absorb": absorb}, again | ends
+
+
+def linear_divergence(
+    n: int, h: int, g: int, v: int, tile: tuple[int, int], kind: str, element: int = 2
+) -> dict[str, Step]:
+    """Steps of the forward pass, frozen student head: N rows, student width H, teacher width G. `tile`: the rows of a
+    block, whose logits of both sides are held, and the vocabulary entries of a tile; such tiles outgrow the cache."""
+    rows, columns = -(-n // tile[0]), -(-v // tile[1])
+    calls, logits, sides = rows * columns, 4 * n * v, 1 if kind == "forward_kl" else 2
+
+    def product(width: int) -> Step:
+        return Step(calls, 2 * n * v * width, (n * columns + v * rows) * width * element + logits)
+
+    return {
+        "student": product(h), "teacher": product(g),
+        "normalise": Step(2 * calls, 0, 4 * logits),
+        "terms": Step(calls, 0, (2 + sides) * logits),
+        "gradient": Step(calls, 0, sides * logits + element * n * v),
+        "fold": Step(calls, 2 * n * v * h, element * n * v + v * h * element * rows + 2 * 4 * n * h * columns),
+    }  # fmt: skip
+
+
+def selective_logprobs(n: int, v: int, element: int = 2) -> tuple[Step, Step]:
+    """(forward, backward): the logits are read once, and once more with their gradient written."""
+    return Step(1, 0, n * v * element), Step(1, 0, 2 * n * v * element)
+
+
+def preference_loss(tokens: int) -> tuple[Step, Step]:
+    """(forward, backward): log-probs in and coefficients out, coefficients in and gradients out."""
+    return Step(1, 0, 2 * 4 * tokens), Step(1, 0, 2 * 4 * tokens)
+
+
+def accumulate_fisher(tokens: int, out: int, width: int, tile: tuple[int, int] = (128, 64), element: int = 2) -> Step:
+    """F is read and written once; each operand is read once for each tile of F beside it."""
+    operands = tokens * (out * -(-width // tile[1]) + width * -(-out // tile[0])) * element
+    return Step(1, 2 * tokens * out * width, operands + 2 * 4 * out * width)
 
 
 class Device(NamedTuple):

@@ -58,7 +58,8 @@ void bind_selective_logprobs(py::module_& m) {
         .def_property("logprobs", nullptr, address(&P::logprobs))
         .def_property("stats", nullptr, address(&P::stats))
         .def_property("grad", nullptr, address(&P::grad))
-        .def_property("grad_logits", nullptr, address(&P::grad_logits));
+        .def_property("grad_logits", nullptr, address(&P::grad_logits))
+        .def_readwrite("grad_stride", &P::grad_stride);
     def_launch(m, "selective_logprobs", &selective_logprobs);
     def_launch(m, "selective_logprobs_backward", &selective_logprobs_backward);
 }

@@ -60,18 +60,18 @@ def _normalise(
 
 @triton.jit
 def _terms(
-    a_ptr, b_ptr, stride, stats_ptr, stats_stride, values_ptr, moments_ptr, beta, factor, outer, columns,
+    a_ptr, a_stride, b_ptr, b_stride, stats_ptr, stats_stride, values_ptr, moments_ptr, beta, factor, outer, columns,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """stats: (R, 5) the maximum and the log-sum of the student, then of the teacher."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    at = row * stride + column
-    z = tl.load(a_ptr + at, mask=inside, other=0.0)
+    a_ptr, b_ptr = a_ptr + row * a_stride + column, b_ptr + row * b_stride + column
+    z = tl.load(a_ptr, mask=inside, other=0.0)
     of_row = stats_ptr + row * stats_stride
     log_s = (z - tl.load(of_row)) - tl.load(of_row + 1)
-    log_t = (tl.load(b_ptr + at, mask=inside, other=0.0) - tl.load(of_row + 2)) - tl.load(of_row + 3)
+    log_t = (tl.load(b_ptr, mask=inside, other=0.0) - tl.load(of_row + 2)) - tl.load(of_row + 3)
     value, moment = tl.load(values_ptr + row), tl.load(moments_ptr + row)
     s, t = tl.exp(log_s), tl.exp(log_t)
     d = (log_t - log_s) * 0.5
@@ -97,21 +97,22 @@ def _terms(
         slope = factor * (1 - capped * capped)
         left *= slope
         right *= slope
-    tl.store(a_ptr + at, left, mask=inside)
+    tl.store(a_ptr, left, mask=inside)
     if KIND != FORWARD_KL:
-        tl.store(b_ptr + at, right, mask=inside)
+        tl.store(b_ptr, right, mask=inside)
 
 
 @triton.jit
 def _gradient(
-    a_ptr, b_ptr, stride, moments_ptr, scale, coefficients_ptr, out_ptr, out_stride, columns, BLOCK: tl.constexpr
-):
+    a_ptr, a_stride, b_ptr, b_stride, moments_ptr, scale, coefficients_ptr, out_ptr, out_stride, columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    c = tl.load(a_ptr + row * stride + column, mask=inside, other=0.0)
+    c = tl.load(a_ptr + row * a_stride + column, mask=inside, other=0.0)
     if b_ptr is not None:
-        b = tl.load(b_ptr + row * stride + column, mask=inside, other=0.0)
+        b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0)
         c = b - tl.load(moments_ptr + row) * c
     c *= scale
     if coefficients_ptr is not None:
@@ -150,8 +151,8 @@ def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head, val
     rows, columns = a.shape
     if rows:
         _terms[(rows,)](
-            a, b, a.stride(0), stats, stats.stride(0), values, moments, beta, head.factor, _outer(head), columns,
-            KIND=KINDS[kind], **_shape(columns),
+            a, a.stride(0), b, b.stride(0), stats, stats.stride(0), values, moments, beta, head.factor, _outer(head),
+            columns, KIND=KINDS[kind], **_shape(columns),
         )  # fmt: skip
 
 
@@ -163,8 +164,9 @@ def gradient(
     rows, columns = a.shape
     if rows:
         _gradient[(rows,)](
-            a, b, a.stride(0), moments, scale, coefficients, out, out.stride(0), columns, **_shape(columns)
-        )
+            a, a.stride(0), b, 0 if b is None else b.stride(0), moments, scale, coefficients, out, out.stride(0),
+            columns, **_shape(columns),
+        )  # fmt: skip
 
 
 # What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and what it may take.
@@ -179,8 +181,8 @@ CHECKS = [
         {
             "kernel": _terms,
             "variant": f" {kind}",
-            "signature": "*fp32:16, *fp32:16, i32:16, *fp32:16, i32, *fp32:16, *fp32:16, fp32, fp32, fp32, i32:16, "
-            f"{number}, 4096",
+            "signature": "*fp32:16, i32:16, *fp32:16, i32:16, *fp32:16, i32, *fp32:16, *fp32:16, fp32, fp32, fp32, "
+            f"i32:16, {number}, 4096",
             "warps": 8,
             "budget": {"registers": 128, "shared": 64, "loads": 8, "stores": 4 if number == 0 else 8},
         }
@@ -188,7 +190,7 @@ CHECKS = [
     ),
     {
         "kernel": _gradient,
-        "signature": "*fp32:16, *fp32:16, i32:16, *fp32:16, fp32, *fp32:16, *bf16:16, i32:16, i32:16, 4096",
+        "signature": "*fp32:16, i32:16, *fp32:16, i32:16, *fp32:16, fp32, *fp32:16, *bf16:16, i32:16, i32:16, 4096",
         "warps": 8,
         "budget": {"registers": 64, "shared": 0, "loads": 8, "stores": 2},
     },

@@ -32,6 +32,7 @@ struct Gather {
     float* stats;                 // (rows, 2) logsumexp of all but the target, and the target's logit minus that
     const float* grad;            // (rows,) backward: of the log-probabilities
     void* grad_logits;            // (rows, vocab), as logits; may be logits itself
+    std::int64_t grad_stride;     // elements between its rows
 };
 int selective_logprobs(const Gather& problem, Where where);
 int selective_logprobs_backward(const Gather& problem, Where where);

@@ -67,7 +67,7 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
     const std::int64_t row = blockIdx.x, target = p.targets[row];
     const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
-    T* out = static_cast<T*>(p.grad_logits) + row * p.stride;
+    T* out = static_cast<T*>(p.grad_logits) + row * p.grad_stride;
     const bool scored = target != p.ignore_index && target >= 0 && target < p.vocab;
     const float others = p.stats[2 * row];
     const float miss = scored ? p.grad[row] * p.factor / (1.0f + __expf(p.stats[2 * row + 1])) : 0.0f;

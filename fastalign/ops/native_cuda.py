@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
+from fastalign.ops import divergence_tiles
 from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums
 from fastalign.reference import DIVERGENCES
 
@@ -128,11 +129,6 @@ def epilogue() -> Epilogue:
     return Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=True)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """As the kernels take a matrix: its rows anywhere, each without gaps."""
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
-
-
 def selective_logprobs(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """`z_y - logsumexp(z)` with `z = logits / temperature`: logits (N, V), targets (N,) -> logprobs (N,), stats (N, 2).
 
@@ -165,14 +161,12 @@ def selective_logprobs_backward(
     0 for rows whose target is `ignore_index` or outside the vocabulary.
     """
     rows = _rows(logits)
-    out = rows if in_place or rows is not logits else torch.empty_strided(
-        rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device
-    )  # fmt: skip
+    out = rows if in_place or rows is not logits else torch.empty_like(rows, memory_format=torch.contiguous_format)
     targets, grad = targets.contiguous(), grad.to(torch.float32).contiguous()
     _launch(
         "selective_logprobs_backward", module.Gather(), logits, dtype=DTYPES[rows.dtype], logits=rows,
         stride=rows.stride(0), targets=targets, rows=rows.shape[0], vocab=rows.shape[1], ignore_index=ignore_index,
-        factor=1 / temperature, stats=stats, grad=grad, grad_logits=out,
+        factor=1 / temperature, stats=stats, grad=grad, grad_logits=out, grad_stride=out.stride(0),
     )  # fmt: skip
     if in_place and out is not logits:
         return logits.copy_(out)
@@ -262,6 +256,11 @@ def add_squares_(fishers: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         kinds[grad.dtype].append((grad.data_ptr(), 0, fisher.data_ptr(), 0, fisher.numel(), False))
     for dtype, rows in kinds.items():
         _launch("add_squares", module.Held(), fishers[0], theta_dtype=DTYPES[dtype], tensors=rows)
+
+
+def divergence_epilogue() -> divergence_tiles.Epilogue:
+    """What the tiled driver of `linear_divergence` runs between its products."""
+    return divergence_tiles.Epilogue(divergence_normalise, divergence_terms, divergence_gradient)
 
 
 def _held(a: Tensor, b: Tensor | None) -> dict:

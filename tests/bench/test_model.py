@@ -7,8 +7,8 @@ import torch
 
 from bench import model
 from fastalign import linear_logprobs
-from fastalign.ops import tiles
-from fastalign.ops.epilogue import TORCH
+from fastalign.ops import divergence_tiles, tiles
+from fastalign.ops.epilogue import TORCH, Head
 
 N, H, V, TILE = 48, 8, 72, (32, 32)
 
@@ -75,6 +75,45 @@ def test_the_driver_does_what_is_stated(mode, counted):
     linear_logprobs(hidden, weight, torch.arange(N), memory_budget=budget, backend="torch").sum().backward()
     forward, backward = model.linear_logprobs(N, H, V, TILE, mode, element=4)
     assert counted == ([forward, backward] if backward else [forward])
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_driver_of_divergences_does_what_is_stated(kind, monkeypatch):
+    """Its products and tiles are counted; what an epilogue leaves in them does not matter here."""
+    steps, teacher_width = {}, 5
+
+    def count(name, flop=0, operands=0):
+        old = steps.get(name, model.Step(0))
+        steps[name] = model.Step(old.calls + 1, old.flop + flop, old.operands + operands)
+
+    def multiply(side, v0, v1, out):
+        w = side.weight[v0:v1]
+        name = "student" if w.shape[1] == H else "teacher"
+        count(name, 2 * side.hidden.shape[0] * w.shape[0] * w.shape[1], size(side.hidden, w, out))
+        return out
+
+    def accumulate(acc, a, b):
+        count("fold", 2 * a.shape[0] * a.shape[1] * b.shape[1], size(a, b) + 2 * size(acc))
+
+    def terms(a, b, *_):
+        count("terms", 0, size(a, b) + size(a, None if kind == "forward_kl" else b))
+
+    epilogue = divergence_tiles.Epilogue(
+        lambda z, *_: count("normalise", 0, 2 * size(z)), terms,
+        lambda a, b, moments, scale, coefficients, out: count("gradient", 0, size(a, b, out)),
+    )  # fmt: skip
+    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(divergence_tiles, "multiply", multiply)
+    monkeypatch.setattr(divergence_tiles, "_accumulate", accumulate)
+    student, teacher = (
+        divergence_tiles.Side(torch.zeros(N, width), torch.zeros(V, width), None, Head())
+        for width in (H, teacher_width)
+    )
+    divergence_tiles.forward(
+        student, teacher, divergence_tiles.Divergence(kind, 0.5), grads=True, budget=1 << 30, epilogue=epilogue
+    )
+    rows = divergence_tiles.block_rows(N, V, 4, 1 << 30, torch.device("cpu"))
+    assert steps == model.linear_divergence(N, H, teacher_width, V, (rows, TILE[1]), kind, element=4)
 
 
 def test_flop_of_each_mode_in_products():

@@ -18,7 +18,7 @@ void check(int vocab, std::size_t shift) {
     p.rows = kRows, p.vocab = vocab, p.ignore_index = -100, p.factor = 0.7f;
     p.logprobs = logprobs.data(), p.stats = stats.data(), p.grad = grad.data();
     expect(selective_logprobs(p, {}));
-    p.grad_logits = out.data();
+    p.grad_logits = out.data(), p.grad_stride = kStride;
     expect(selective_logprobs_backward(p, {}));
     p.grad_logits = logits.data();
     expect(selective_logprobs_backward(p, {}));

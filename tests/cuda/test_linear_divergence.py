@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
+from fastalign import linear_divergence
 from fastalign.ops import divergence_tiles as tiles
 from fastalign.ops.epilogue import START, Head
 
@@ -96,3 +100,31 @@ def test_what_one_side_rules_out_is_beyond_any_divergence(cuda):
     values, moments = torch.zeros(2, ROWS)
     cuda.divergence_terms(a, b, stats, "forward_kl", 0.0, Head(), values, moments)
     assert values[2] > tiles.RULED_OUT and values[1] < tiles.RULED_OUT
+
+
+# The whole op: the tests of backend "torch", with its budgets, on backend "cuda".
+
+
+def shared_tests():
+    path = Path(__file__).parents[1] / "ops" / "test_linear_divergence.py"
+    spec = importlib.util.spec_from_file_location("torch_tests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # The functions there name backend "torch".
+    module.linear_divergence = lambda *args, **options: linear_divergence(*args, **options | {"backend": "cuda"})
+    return module
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("frozen", torch.float32), ("trainable", torch.bfloat16), ("weighted", torch.float32)],
+    ids=str,
+)
+def test_op_within_the_error_budget(cuda, mode, dtype, kind, monkeypatch):
+    monkeypatch.setattr(tiles, "tile_shape", lambda device: (16, 32))
+    shared = shared_tests()
+    option = {"forward_kl": "plain", "reverse_kl": "scaled", "jsd": "capped"}[kind]
+    shared.check_against_float64(
+        shared.problem(dtype, n=21, bias=True), mode, divergence=kind, **shared.OPTIONS[option]
+    )

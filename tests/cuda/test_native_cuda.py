@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fastalign import linear_logprobs, reference, selective_logprobs
+from fastalign import linear_divergence, linear_logprobs, preference_loss, reference, selective_logprobs
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import native_cuda
+from fastalign.ops.accumulate_fisher import accumulate_fisher_
 
 N, V, H = 19, 601, 24
 
@@ -128,3 +131,51 @@ def test_a_device_that_is_not_there(emulated):
     problem.rows = problem.vocab = 1
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         emulated.selective_logprobs(problem, 7, 0)
+
+
+def apart(t):
+    """The same values with another between any two."""
+    return torch.stack([t, torch.full_like(t, -7 if t.dtype == torch.int64 else math.nan)], -1)[..., 0]
+
+
+def gradients(function, *inputs):
+    """What the function gives, and the gradients of its sum in what is floating."""
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    out = function(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    return [out.detach(), *(g for g in torch.autograd.grad(out.sum(), wanted, allow_unused=True) if g is not None)]
+
+
+LAYOUTS = {
+    "linear_logprobs": (lambda h, w, y: linear_logprobs(h, w, y, backend="cuda"), head_problem),
+    "selective_logprobs": (
+        lambda z, y: selective_logprobs(z, y, backend="cuda"), lambda: (head_problem()[1], torch.arange(V) % H),
+    ),
+    "linear_divergence": (
+        lambda h, w, g, x: linear_divergence(h, w, g, x, divergence="jsd", backend="cuda"),
+        lambda: (*head_problem()[:2], head_problem()[0] * 0.5, head_problem()[1]),
+    ),
+    "preference_loss": (
+        lambda lp, offsets, ref: preference_loss(lp, offsets, ref, backend="cuda").losses,
+        lambda: (-torch.rand(9), torch.tensor([0, 2, 5, 8, 9]), -torch.rand(4)),
+    ),
+    "accumulate_fisher_": (
+        lambda g, x, offsets: accumulate_fisher_(torch.zeros(5, 7), g, x, offsets, backend="cuda"),
+        lambda: (torch.rand(9, 5), torch.rand(9, 7), torch.tensor([0, 4, 9])),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", LAYOUTS)
+def test_tensors_that_are_not_contiguous_are_read_as_what_they_are(cuda, op):
+    function, problem = LAYOUTS[op]
+    inputs = problem()
+    run = function if op == "accumulate_fisher_" else lambda *inputs: gradients(function, *inputs)
+    torch.testing.assert_close(run(*map(apart, inputs)), run(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_logits_that_share_their_memory(cuda):
+    """Rows of an expanded tensor lie in one place; those of its gradient do not."""
+    logits, targets = torch.randn(37).expand(5, 37), torch.arange(5)
+    got = gradients(lambda z, y: selective_logprobs(z, y, backend="cuda"), logits, targets)
+    torch.testing.assert_close(got, gradients(reference.selective_logprobs, logits, targets), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every Triton kernel in Triton's own interpreter, on the CPU: the tests of interpreted/, in processes of their own."""
+"""Every Triton kernel in Triton's own interpreter, on the CPU: the tests of interpreted/, in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fastalign.errors import BackendError
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_interpreted(file):
+def test_interpreted():
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER],
         capture_output=True, text=True, timeout=600, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
