@@ -52,7 +52,7 @@ def emulated(objects, tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     bindings = [
         f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden",
-        '-DFASTALIGN_CUDA_COMPILER="g++"', '-DFASTALIGN_CUDA_DEVICE="cpu"',
+        '-DFASTALIGN_CUDA_COMPILER="g++"', '-DFASTALIGN_CUDA_DEVICE="cpu"', "-O0",
     ]  # fmt: skip
     jobs = [(CSRC / "bindings_cuda.cpp", bindings)] + [(path, []) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     with ThreadPoolExecutor(2) as pool:
@@ -88,9 +88,9 @@ def sanitized(objects, tmp_path_factory):
             csrc = tmp_path_factory.mktemp("faulty") / "csrc"
             shutil.copytree(CSRC / "cuda", csrc / "cuda")
             plant(csrc / "cuda", op, *fault)
-        flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g", *["-w"] * bool(fault)]
+        flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g1", *["-w"] * bool(fault)]
         if sanitizer == "address":
-            flags.append("-fsanitize-sections=cuda_shared")
+            flags += ["-fsanitize-sections=cuda_shared", "-O0"]  # optimising would take longer than it saves
         built = compiled(objects, f"{op}-{sanitizer}", HERE / f"check_{op}.cpp", csrc, *flags)
         program = tmp_path_factory.mktemp("check") / op
         linked = run("g++", "-pthread", *flags, built, "-o", program)

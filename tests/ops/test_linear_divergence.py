@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -375,3 +376,30 @@ def test_errors_say_what_was_found_and_what_to_do(name):
 def test_unknown_backend_lists_the_known():
     with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch, cpu"):
         linear_divergence(**problem(), backend="tpu")
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["masked", "weighted"])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_while_a_graph_is_captured_ignored_rows_stay_and_count_nothing(trainable, weighted, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, teacher, teacher_weight = (torch.randn(n, 8, generator=generator) for n in (21, 40, 21, 40))
+    mask, weights = torch.arange(21) % 3 > 0, torch.rand(21, generator=generator)
+    weights[4] = 0.0
+    hidden[~mask] = math.nan
+
+    def evaluate():
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)
+        out = linear_divergence(
+            *leaves, teacher, teacher_weight, mask=mask, token_weights=weights if weighted else None, backend="torch"
+        )
+        out.sum().backward()
+        return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+    expected = evaluate()
+    module = importlib.import_module("fastalign.ops.linear_divergence")
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what would wait for the GPU
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    got = evaluate()
+    monkeypatch.undo()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
