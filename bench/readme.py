@@ -57,6 +57,10 @@ def section(measurements: list[Measurement]) -> str:
         "TRL's figure is the better of its two settings (activations kept, or recomputed), where both were run.\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )
+    if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
+        parts[-1] += (
+            "\nThis CPU has no bfloat16 instructions: TRL's products take minutes there, fastalign widens to float32."
+        )
     if PLOT in plots.all_of(measurements):
         parts.append(f"![Memory against vocabulary](bench/results/{PLOT}.png)")
     return "\n\n".join(parts)
