@@ -19,10 +19,11 @@ def all_of(measurements: list[Measurement]) -> dict[str, bytes]:
     curves = _curves(measurements)
     if curves:
         plots["curves"] = scale(curves)
-    points = _roofline_points(measurements)
     machine = {m.case: m for m in measurements if m.suite == "machine"}
-    if points and "copy" in machine:
-        plots["roofline"] = roofline(points, machine)
+    if "copy" in machine:
+        points = _roofline_points([m for m in measurements if m.threads == machine["copy"].threads])
+        if points:
+            plots["roofline"] = roofline(points, machine)
     return plots
 
 

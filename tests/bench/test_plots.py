@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from bench import plots
@@ -57,7 +59,9 @@ def test_the_roofline_needs_the_machine(record, machine, drawn):
     assert plots.all_of(rows) == {}
     assert plots.all_of(machine) == {}
     assert plots.all_of([*rows, machine[1]]) == {}, "without a copy there is no roof"
-    made = plots.all_of([*rows, *machine])
+    other = [dataclasses.replace(row, threads=row.threads + 1) for row in rows]
+    assert plots.all_of([*other, *machine]) == {}, "another number of threads has another roof"
+    made = plots.all_of([*rows, *other, *machine])
     assert list(made) == ["roofline"] and made["roofline"].startswith(b"\x89PNG\r\n")
     (axes,) = drawn[0].axes
     assert [c.get_label() for c in axes.collections] == ["eager"], "the floor is the roof, no point below it"
