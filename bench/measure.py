@@ -109,6 +109,11 @@ def load(path: Path) -> list[Measurement]:
     return [Measurement(**record) for record in records]
 
 
+def quartiles(seconds: list[float]) -> list[float]:
+    """The first, the median and the third; of one run, that one."""
+    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+
+
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run, `rounds` times A B C A B C ..., so that a change of the machine's load hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -148,7 +153,7 @@ def measure(
     measurements = []
     for name, result in checked.items():
         say(f"    memory of {name}", same_line=True)
-        q1, median, q3 = statistics.quantiles(seconds[name], n=4, method="inclusive")
+        q1, median, q3 = quartiles(seconds[name])
         measurements.append(
             Measurement(
                 suite,

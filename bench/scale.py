@@ -8,7 +8,6 @@ more and more pairs, and one pair of constant length of which more and more is p
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import ops
-from bench.measure import Checked, Measurement, WrongResult, environment, interleaved, say
+from bench.measure import Checked, Measurement, WrongResult, environment, interleaved, quartiles, say
 from bench.train import LORA, MODEL
 from fastalign.packing import PackedBatch, pack
 
@@ -76,7 +75,7 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     about = environment()
     measured = []
     for point in points:
-        q1, median, q3 = statistics.quantiles(seconds[str(point)], n=4, method="inclusive")
+        q1, median, q3 = quartiles(seconds[str(point)])
         done = checked[point]
         measured.append(Measurement(
             "scale", case_name, {case.axis: point}, f"{case.axis} = {point}", median, q1, q3, rounds, None,

@@ -29,6 +29,7 @@ from bench.measure import (
     Missing,
     environment,
     peak_resident,
+    quartiles,
     say,
     synchronize,
 )
@@ -302,7 +303,7 @@ def _measurement(
         )
     # Steps differ in their tokens, so a run counts by its mean.
     seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / case.steps for r in done]
-    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+    q1, median, q3 = quartiles(seconds)
     sizes = {
         "pairs": PAIRS,
         "tokens": done[0].tokens // case.steps,
