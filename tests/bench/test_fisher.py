@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -30,11 +32,12 @@ def test_the_truth_is_the_definition_in_float64():
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
 def test_every_implementation_is_right(case):
-    pytest.importorskip("backpack")
     of = fisher.setup(case)
     truth = fisher.Truth(case, of)
+    absent = "BackPACK BatchGrad" if find_spec("backpack") is None else None  # a peer, which only the bench installs
+    functions = {name: function for name, function in fisher.functions(case).items() if name != absent}
     for _ in range(2):  # EWC adds to what is there
-        for name, function in fisher.functions(case).items():
+        for name, function in functions.items():
             errors = truth.check(name, function(*of)).errors
             sort = {fisher.FLOOR: "product", fisher.ORDINARY: "gradient"}.get(name, "fisher")
             assert errors.keys() == ({"penalty", "gradient"} if case.kind == "ewc" else {sort})
