@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,6 +60,7 @@ class Measurement:
     peak_extra_bytes: peak memory of one run in a fresh process, less what was there before it; None: not measured.
     sizes: the case's numbers, such as {"n": 2048, "h": 576, "v": 49152}.
     load: the machine's 1-minute load average when timing began, beside `threads` of our own.
+    skipped: implementation -> why this case has no record of it; the same in all records of a case.
     """
 
     suite: str
@@ -79,6 +80,7 @@ class Measurement:
     versions: dict[str, str]
     commit: str
     date: str
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.errors or not all(math.isfinite(error) for error in self.errors.values()) or not self.checked:
@@ -100,12 +102,13 @@ def save(measurements: list[Measurement], path: Path) -> None:
 
 
 def load(path: Path) -> list[Measurement]:
-    """The records of one JSON file; ValueError names a field that is missing or unknown."""
-    names = {field.name for field in fields(Measurement)}
+    """The records of one JSON file; ValueError names a field that is missing (those with a default may) or unknown."""
+    required = {f.name: f.default is f.default_factory is MISSING for f in fields(Measurement)}
     records = json.loads(path.read_text(encoding="utf-8"))
     for record in records:
-        if record.keys() != names:
-            raise ValueError(f"{path} does not hold measurements: fields {sorted(record.keys() ^ names)} differ")
+        wrong = [name for name in record.keys() ^ required.keys() if required.get(name, True)]
+        if wrong:
+            raise ValueError(f"{path} does not hold measurements: fields {sorted(wrong)} differ")
     return [Measurement(**record) for record in records]
 
 
@@ -131,21 +134,26 @@ def measure(
     suite: str,
     case: str,
     sizes: dict[str, int],
-    candidates: Mapping[str, Callable[[], Outputs]],
+    candidates: Mapping[str, Callable[[], Outputs] | str],
     check: Callable[[str, Outputs], Checked],
     memory: Callable[[str], int | None],
     rounds: int,
 ) -> list[Measurement]:
     """Runs, checks, times (interleaved) and weighs every candidate; the wrong ones are named and left out.
 
+    A candidate that is a text cannot run here: why. What has no record, the others' records name with the reason.
     check(name, outputs) returns what it compared or raises WrongResult. memory(name) is the peak in bytes.
     """
-    checked = {}
+    checked, skipped = {}, {}
     for name, run in candidates.items():
+        if isinstance(run, str):
+            skipped[name] = run
+            continue
         say(f"    checking {name}", same_line=True)
         try:
             checked[name] = check(name, run())
         except WrongResult as wrong:
+            skipped[name] = f"wrong: {wrong}"
             say(f"    REFUSED {name}: {wrong}")
     load_before = os.getloadavg()[0]
     seconds = interleaved({name: candidates[name] for name in checked}, rounds)
@@ -168,6 +176,7 @@ def measure(
                 result.errors,
                 result.scope,
                 load=round(load_before, 2),
+                skipped=skipped,
                 **about,
             )
         )
@@ -285,24 +294,25 @@ def able(
     small: Callable[[str], Callable[[], Outputs]],
     whole: Callable[[str], Callable[[], Outputs]],
     limit_s: float,
-) -> dict[str, Callable[[], Outputs]]:
-    """The candidates that can run here within `limit_s`; the others are named. Floors may take as long as they want.
+) -> dict[str, Callable[[], Outputs] | str]:
+    """The candidates that can run here within `limit_s`; of the others, why not. Floors may take as long as they want.
 
     small(name) is the candidate on 1/FRACTION of the rows, which is tried first; whole(name) the one to measure.
     """
-    candidates = {}
+    candidates: dict[str, Callable[[], Outputs] | str] = {}
     for name in names:
         say(f"    trying {name} on 1/{FRACTION} of the rows", same_line=True)
         try:
             seconds = estimate(small(name))
-            if seconds > limit_s and FLOOR not in name:  # without a floor a table says little
-                say(f"    skipped {name}: about {seconds:.0f} s a run, over the limit of {limit_s:.0f} s (--limit)")
-                continue
-            candidates[name] = whole(name)
+            too_slow = seconds > limit_s and FLOOR not in name  # without a floor a table says little
+            slow = f"about {seconds:.0f} s a run, over the limit of {limit_s:.0f} s (--limit)"
+            candidates[name] = slow if too_slow else whole(name)
         except (Missing, BackendError) as reason:
-            say(f"    skipped {name}: {reason}")
+            candidates[name] = str(reason)
         except Exception as error:  # a peer's fault must not end the others' run
-            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            candidates[name] = f"it raised {type(error).__name__}: {' '.join(str(error).splitlines()[:1])[:200]}"
+        if isinstance(candidates[name], str):
+            say(f"    skipped {name}: {candidates[name]}")
     return candidates
 
 

@@ -16,6 +16,9 @@ OPS = (
     ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
     ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
 )
+PEERS = {  # column -> what names it among the implementations
+    "TRL": "TRL", "Liger": "Liger", "Cut Cross Entropy": "Cut Cross Entropy", "torch": "torch linear_cross_entropy",
+}  # fmt: skip
 TRAIN = (
     ("lora-float32-dialogue", "LoRA float32, dialogue"),
     ("lora-bfloat16-dialogue", "LoRA bfloat16, dialogue"),
@@ -40,8 +43,7 @@ def update(measurements: list[Measurement]) -> None:
 def section(measurements: list[Measurement]) -> str:
     """The tables, what they were measured on, and the plot."""
     cases = groups(measurements)
-    peers = "TRL", "Liger", "Cut Cross Entropy", "torch"
-    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", *peers, "bare products")]
+    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", *PEERS, "bare products")]
     op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
     train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
     train_rows += [row for case, name in TRAIN if (row := _train_row(cases.get(("train", case), []), name))]
@@ -61,9 +63,24 @@ def section(measurements: list[Measurement]) -> str:
         parts[-1] += (
             "\nThis CPU has no bfloat16 instructions: TRL's products take minutes there, fastalign widens to float32."
         )
+    if any("-" in row for row in op_rows):
+        parts[-1] += "\n-: not measured." + "".join(
+            _skipped(cases["ops", case][0], name) for case, name in OPS if ("ops", case) in cases
+        )
     if PLOT in plots.all_of(measurements):
         parts.append(f"![Memory against vocabulary](bench/results/{PLOT}.png)")
     return "\n\n".join(parts)
+
+
+def _skipped(first: Measurement, row: str) -> str:
+    """Why some cells of a row are empty, where its records say so."""
+    reasons = [
+        f"{column}: {reason.rstrip('.')}"
+        for column, word in PEERS.items()
+        for name, reason in first.skipped.items()
+        if word in name
+    ]
+    return f" {row[0].upper()}{row[1:]}: {'; '.join(reasons)}." if reasons else ""
 
 
 def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
@@ -75,8 +92,7 @@ def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
         memory = "" if best.peak_extra_bytes is None else f" ({best.peak_extra_bytes / 2**20:,.0f} MiB)"
         return seconds(best.median_s) + memory
 
-    peers = "TRL", "Liger", "Cut Cross Entropy", "torch linear_cross_entropy"
-    return name, cell("fastalign cpu"), *map(cell, peers), cell(FLOOR)
+    return name, cell("fastalign cpu"), *map(cell, PEERS.values()), cell(FLOOR)
 
 
 def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...] | None:

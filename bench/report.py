@@ -54,14 +54,15 @@ def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
 
 
 def about(rows: list[Measurement]) -> str:
-    """How these were measured, on what, when."""
+    """How these were measured, on what, when; what was not, and why."""
     first = rows[0]
+    skipped = "".join(f" Not measured: {name}: {reason.rstrip('.')}." for name, reason in first.skipped.items())
     versions = ", ".join(f"{name} {number}" for name, number in first.versions.items())
     fit = f" Time grows with the power {plots.slope_of(rows):.2f}." if first.suite == "scale" else ""
     return (
         f"Median of {first.runs} interleaved runs; checked: {first.checked}.{fit} {first.device}, {first.threads} "
         f"thread{'s' if first.threads > 1 else ''}, load {first.load} before. {versions}; commit {first.commit}, "
-        f"{first.date}."
+        f"{first.date}.{skipped}"
     )
 
 

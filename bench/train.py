@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import torch
@@ -252,25 +252,30 @@ def in_fresh_process(case: str, implementation: str) -> Run:
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Alternates the implementations, compares their loss curves, and reports the medians; `limit_s` is of one step."""
     runs: dict[str, list[Run]] = {}
-    missing: set[str] = set()
+    skipped: dict[str, str] = {}
+    slow: set[str] = set()
     load_before, rate = os.getloadavg()[0], _gemm_rate(case_name, limit_s)
     for number in range(max(1, rounds // 3)):
         for name in IMPLEMENTATIONS:
-            if name in missing:
+            if name in skipped or name in slow:
                 continue
             say(f"    round {number + 1}: {name}", same_line=True)
             try:
                 done = in_fresh_process(case_name, name)
             except Missing as reason:
-                missing.add(name)
+                skipped[name] = str(reason)
                 say(f"    skipped {name}: {reason}")
                 continue
             runs.setdefault(name, []).append(done)
             if statistics.median(done.step_s[1:]) > limit_s:
-                missing.add(name)
+                slow.add(name)
                 say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
     rate = max(rate, _gemm_rate(case_name, limit_s))
-    return [_measurement(case_name, name, done, _apart(name, runs), load_before, rate) for name, done in runs.items()]
+    records = [
+        _measurement(case_name, name, done, _apart(name, runs), load_before, rate) for name, done in runs.items()
+    ]
+    skipped = {name: reason for name, reason in skipped.items() if name not in runs}
+    return [replace(record, skipped=skipped) for record in records]
 
 
 def _gemm_rate(case_name: str, limit_s: float) -> int:

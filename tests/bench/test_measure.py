@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from bench.measure import (
+    FLOOR,
     Checked,
     Measurement,
+    Missing,
     WrongResult,
+    able,
     interleaved,
     load,
     measure,
@@ -57,6 +60,17 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         load(path)
 
 
+def test_records_of_before_a_field_was_added_are_read(tmp_path):
+    path = tmp_path / "x.json"
+    old = asdict(ONE)
+    del old["skipped"]
+    path.write_text(json.dumps([old]))
+    assert load(path) == [ONE]
+    path.write_text(json.dumps([old | {"colour": "red"}]))
+    with pytest.raises(ValueError, match="colour"):
+        load(path)
+
+
 @pytest.mark.parametrize("errors", [{}, {"logprobs": float("nan")}])
 def test_no_record_without_a_check(errors):
     with pytest.raises(ValueError, match="check it before"):
@@ -88,11 +102,36 @@ def test_every_run_is_checked_first_and_a_wrong_one_never_timed(capsys):
     def candidate(name):
         return lambda: ran.append(name) or {"logprobs": torch.zeros(1)}
 
-    candidates = {name: candidate(name) for name in ("right", "wrong")}
+    candidates = {name: candidate(name) for name in ("right", "wrong")} | {"absent": "it is not here"}
     (record,) = measure("ops", "case", {"v": 8}, candidates, check, lambda name: 7, rounds=2)
     assert ran == ["right", "check right", "wrong", "check wrong", "right", "right"]
     assert (record.implementation, record.runs, record.peak_extra_bytes) == ("right", 2, 7)
+    assert record.skipped == {"absent": "it is not here", "wrong": "wrong: logprobs is off by 1"}
     assert "REFUSED wrong: logprobs is off by 1" in capsys.readouterr().err
+
+
+def test_what_cannot_run_is_told_from_what_can(capsys):
+    def small(name):
+        if name == "absent":
+            raise Missing("it is not here")
+        return torch.zeros(1).add if name == "faulty" else dict
+
+    able_ones = able(["fine", "absent", "faulty"], small, lambda name: dict, limit_s=60)
+    assert able_ones["fine"] is dict and able_ones["absent"] == "it is not here"
+    assert able_ones["faulty"].startswith("it raised TypeError: ")
+    too_slow = able(["slow", FLOOR], lambda name: dict, lambda name: dict, limit_s=0)
+    assert too_slow["slow"].endswith("over the limit of 0 s (--limit)") and too_slow[FLOOR] is dict
+    said = capsys.readouterr().err
+    assert [line.split(":")[0].split()[:2] for line in said.splitlines()] == [
+        ["skipped", n] for n in ("absent", "faulty", "slow")
+    ]
+
+
+def test_an_error_without_a_word_does_not_end_the_run():
+    def silent():
+        raise AssertionError
+
+    assert able(["silent"], lambda name: silent, lambda name: silent, 60) == {"silent": "it raised AssertionError: "}
 
 
 def test_peak_memory_sees_what_is_freed_again():

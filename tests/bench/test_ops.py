@@ -95,6 +95,7 @@ def test_a_wrong_implementation_leaves_no_record(monkeypatch, capsys):
     records = ops.run(case.name, rounds=2, limit_s=60)
     assert [record.implementation for record in records] == ["1 matrix product", "fastalign torch"]
     said = capsys.readouterr().err
+    assert set(records[0].skipped) == {"broken", "absent"} and records[0].skipped == records[1].skipped
     assert "REFUSED broken" in said and "skipped absent: it is not here" in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_figures_are_those_of_the_records(measured):
     assert rows[2] == ["LoRA float32, dialogue", "2.00 (3.0 GiB)", "0.31 (6.0 GiB)", "6.5x"]
     op = next(row for row in rows if row[0] == "log-probs and gradient, frozen head")
     assert op[1:] == ["1.25 s (5 MiB)", "5.00 s (5 MiB)", "-", "-", "-", "1.11 s (5 MiB)"]
+
+
+def test_an_empty_cell_is_explained(measured):
+    assert "-: not measured." in readme.section(measured).splitlines(), "by whom, these records do not say"
+    reasons = {"torch linear_cross_entropy": "about 25 s a run.", "fastalign cuda": "no GPU"}
+    text = readme.section([replace(m, skipped=reasons) if m.case == OP else m for m in measured])
+    assert "-: not measured. Log-probs and gradient, frozen head: torch: about 25 s a run." in text.splitlines()
+    assert "no GPU" not in text, "it has no column"
+    others = [replace(measured[0], implementation=f"{name} x") for name in readme.PEERS.values()]
+    assert "not measured" not in readme.section([*measured, *others])
 
 
 def test_a_case_that_was_not_measured_is_left_out(measured, trained):

@@ -31,6 +31,12 @@ def test_a_table_is_made_from_json(record, floor, tmp_path):
     assert text.count("### ops: ") == 2
 
 
+def test_what_was_not_measured_is_named_below_the_table(record):
+    text = report.tables([record(skipped={"Liger": "No module named 'liger_kernel'", "slow": "about 30 s a run."})])
+    end = " Not measured: Liger: No module named 'liger_kernel'. Not measured: slow: about 30 s a run.\n"
+    assert text.endswith("2026-01-01T00:00:00Z." + end)
+
+
 def test_training_is_counted_in_pairs_and_tokens(trained):
     theirs = trained(implementation="TRL", median_s=8.0, sizes={"reference_us": 0})
     rows = cells(report.tables([theirs, trained()]))
