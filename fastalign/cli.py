@@ -258,6 +258,15 @@ def _fisher(args: argparse.Namespace) -> None:
     print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} windows written to {args.out}")
 
 
+_X86_KERNELS = ("amx", "avx512", "avx2")
+
+
+def _brgemm(found: Mapping[str, Any]) -> str:
+    if found["isa"] == "amx":
+        return "bf16 BRGEMM in use"
+    return f"bf16 BRGEMM {'there, but not used by these' if found['brgemm_bf16'] else 'not in this torch or machine'}"
+
+
 def _info(args: argparse.Namespace) -> None:
     import platform
 
@@ -280,9 +289,12 @@ def _info(args: argparse.Namespace) -> None:
     found = native.describe()
     if found["built"]:
         lines["native module"] = f"built with {found['compiler']}, for {', '.join(found['kernels_compiled'])}"
+        left_out = [isa for isa in _X86_KERNELS if isa not in found["kernels_compiled"]]
+        if left_out and found["kernels_compiled"] and platform.machine() in ("x86_64", "AMD64"):
+            lines["native module"] += f"; without {', '.join(left_out)}, whose flags this compiler does not take"
         lines["cpu kernels"] = found["unavailable"] or (
-            f"{found['isa']}, {found['vector_bits']}-bit vectors, threads of {found['thread_pool']}, "
-            f"bf16 BRGEMM {'in use' if found['brgemm_bf16'] else 'not on this machine'}"
+            f"{found['isa']}, {found['vector_bits']}-bit vectors, {found['threads']} threads of "
+            f"{'torch' if found['thread_pool'] == 'torch' else 'their own'}, {_brgemm(found)}"
         )
     lines["cuda kernels"] = native_cuda.describe()
     for label, value in lines.items():

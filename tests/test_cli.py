@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 
 from fastalign import __version__, cli
 from fastalign.config import PreferenceConfig
+from fastalign.ops import native
 from fastalign.run import RunOptions
 
 
@@ -89,6 +93,31 @@ def test_info_says_what_is_in_use(capsys):
     text = capsys.readouterr().out
     for word in (__version__, "torch", "transformers", "native module"):
         assert word in text
+    found = native.describe()
+    kernels = next(line for line in text.splitlines() if line.startswith("cpu kernels"))
+    assert kernels.split()[2] == f"{found['isa']}," and f"{torch.get_num_threads()} threads of torch" in kernels
+    assert f"{found['vector_bits']}-bit vectors" in kernels
+    assert ("BRGEMM in use" in kernels) == (found["isa"] == "amx")
+    assert "without" not in text, "this compiler takes the flags of every instruction set"
+
+
+def test_info_of_kernels_that_were_not_chosen(capsys, monkeypatch):
+    monkeypatch.setattr(native, "_brgemm", True)  # as on a machine with AMX
+    native.select("plain")
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        native.select(None)
+    assert re.search(r"^cpu kernels +plain, .* BRGEMM there, but not used", capsys.readouterr().out, re.M)
+
+
+def test_info_names_the_kernels_that_were_not_compiled(capsys, monkeypatch):
+    found = native.describe() | {"kernels_compiled": ["avx2", "plain"]}
+    monkeypatch.setattr(native, "describe", lambda: found)
+    for machine, said in (("x86_64", "avx2, plain; without amx, avx512,"), ("aarch64", "avx2, plain\n")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert cli.main(["info"]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_data_check_prints_the_preflight_report(capsys, rows, model_dir):
