@@ -48,7 +48,7 @@ class WrongResult(Exception):
 class Checked:
     """An implementation's result was within its error budget: the errors found, and which part was compared."""
 
-    errors: dict[str, float]  # output -> max error against float64
+    errors: dict[str, float]  # output -> max error, against float64 unless `scope` says against what
     scope: str  # what was compared, e.g. "64 of 2048 rows"
 
 
@@ -56,11 +56,14 @@ class Checked:
 class Measurement:
     """One implementation on one case. Seconds are of interleaved runs (A B A B ...) with the others of that case.
 
-    errors: output -> max error against float64 (log-probs: nats; gradients: relative to the largest entry).
+    errors: output -> max error (log-probs: nats; gradients: relative to the largest entry) against float64; against
+        what else, `checked` says: in `train` it is the loss, against the other trainer's, in `scale`'s whole steps the
+        log-probs, against the model's own float32 logits.
     peak_extra_bytes: peak memory of one run in a fresh process, less what was there before it; None: not measured.
     sizes: the case's numbers, such as {"n": 2048, "h": 576, "v": 49152}.
     load: the machine's 1-minute load average when timing began, beside `threads` of our own.
     skipped: implementation -> why this case has no record of it; the same in all records of a case.
+    losses: in `train`, of each step of the first run.
     """
 
     suite: str
@@ -81,6 +84,7 @@ class Measurement:
     commit: str
     date: str
     skipped: dict[str, str] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.errors or not all(math.isfinite(error) for error in self.errors.values()) or not self.checked:

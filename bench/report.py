@@ -62,8 +62,14 @@ def about(rows: list[Measurement]) -> str:
     return (
         f"Median of {first.runs} interleaved runs; checked: {first.checked}.{fit} {first.device}, {first.threads} "
         f"thread{'s' if first.threads > 1 else ''}, load {first.load} before. {versions}; commit {first.commit}, "
-        f"{first.date}.{skipped}"
+        f"{first.date}.{skipped}{_curves(rows)}"
     )
+
+
+def _curves(rows: list[Measurement]) -> str:
+    """The losses of training, step by step, where they are recorded."""
+    curves = [f"{m.implementation} {' '.join(f'{loss:.5f}' for loss in m.losses)}" for m in rows if m.losses]
+    return f" Losses: {'; '.join(curves)}." if curves else ""
 
 
 def _row(m: Measurement, floor: float | None) -> tuple[str, ...]:

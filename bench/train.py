@@ -321,7 +321,7 @@ def _measurement(
     return Measurement(
         "train", case_name, sizes, name, median, q1, q3, len(seconds), max(r.extra_bytes for r in done),
         {"loss": apart}, f"{case.steps} losses against the other trainer's", load=round(load_before, 2),
-        **environment(),
+        losses=done[0].losses, **environment(),
     )  # fmt: skip
 
 

@@ -42,6 +42,9 @@ def test_training_is_counted_in_pairs_and_tokens(trained):
     rows = cells(report.tables([theirs, trained()]))
     assert rows[0] == list(report.TRAIN_HEADER)
     assert rows[2] == ["fastalign", "2.000", "500", "50%", "2.00 s", "500 ms of it", "3.00 GiB", "1.0e-05"]
+    assert "Losses" not in report.tables([trained()]), "records of before they were kept have none"
+    curves = report.tables([trained(losses=[0.69315, 0.5]), trained(implementation="TRL", losses=[0.693149, 0.50001])])
+    assert " Losses: fastalign 0.69315 0.50000; TRL 0.69315 0.50001.\n" in curves
     assert rows[3] == ["TRL", "0.500", "125", "12%", "8.00 s", "within", "3.00 GiB", "1.0e-05"]
 
 

@@ -107,6 +107,7 @@ def test_a_record_of_each_trainer(suite):
     assert ours.errors["loss"] == theirs.errors["loss"] == pytest.approx(1e-5)
     assert ours.sizes["tokens"] == 300 // steps and ours.sizes["resident_bytes"] == 3 << 30
     assert ours.peak_extra_bytes == 1 << 30
+    assert (ours.losses, theirs.losses) == (LIKE_OURS, [0.69301, *LIKE_OURS[1:]]), "read back from the file"
     assert ours.skipped == theirs.skipped == {"TRL, no checkpointing": "it is not here"}
 
 
