@@ -101,10 +101,12 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
 
 def make_report(folder: Path) -> None:
     """Everything that is made from the JSON files of a folder; README's table from those of bench/results alone."""
-    measurements = [m for path in sorted(folder.glob("*.json")) for m in load(path)]
+    suites = {path.stem: load(path) for path in sorted(folder.glob("*.json"))}
+    measurements = [m for records in suites.values() for m in records]
     if not measurements:
         sys.exit(f"there are no results (*.json) in {folder}; run a suite first")
-    print("written:", *report.everything(measurements, folder))
+    pages = {f"{name}.md": report.tables(records).encode() for name, records in suites.items()}
+    print("written:", *report.write(pages, folder), *report.everything(measurements, folder))
     if folder.resolve() == RESULTS:
         readme.update(measurements)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench import __main__ as bench
 from bench import report
 from bench.measure import load, save
 
@@ -78,3 +79,21 @@ def test_everything_is_written_beside_the_results_and_nothing_else(record, curve
     page = written[-1].read_text(encoding="utf-8")
     assert page.count("<table>") == 3 and page.count("data:image/png;base64,") == 2
     assert "scale: n-1-thread" in page and "ops: frozen-float32-4x2x16-mask0" in page
+
+
+def test_a_report_has_the_tables_of_every_suite(record, curve, tmp_path, capsys):
+    save([record()], tmp_path / "ops.json")
+    save(curve(), tmp_path / "scale.json")
+    (tmp_path / "ops.md").write_text("of an earlier run")
+    bench.make_report(tmp_path)
+    assert (tmp_path / "ops.md").read_text() == report.tables([record()])
+    assert (tmp_path / "scale.md").read_text() == report.tables(curve())
+    written = {"ops.json", "scale.json", "ops.md", "scale.md", "curves.png", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    assert "ops.md" in capsys.readouterr().out
+
+
+def test_without_results_there_is_no_report(tmp_path):
+    with pytest.raises(SystemExit, match="there are no results"):
+        bench.make_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
