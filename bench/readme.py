@@ -54,9 +54,10 @@ def section(measurements: list[Measurement]) -> str:
     newest = max(used, key=lambda m: m.date)
     versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
     parts.append(
-        f"SmolLM2-135M's shapes and weights; {newest.device}, {newest.threads} threads;\n"
-        f"{versions}; {newest.date[:10]}. "
-        "TRL's figure is the better of its two settings (activations kept, or recomputed), where both were run.\n"
+        f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
+        f"{newest.threads} threads;\n{versions}; {newest.date[:10]}.\n"
+        "Of TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better one:\n"
+        "the pairs/s of the faster, the memory of the leaner.\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )
     if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
