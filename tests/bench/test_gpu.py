@@ -40,6 +40,24 @@ def test_what_is_measured():
     assert len([case for suite, case in planned if suite == "selective"]) == 4
 
 
+def test_help_says_what_is_left_out(capsys):
+    with pytest.raises(SystemExit):
+        bench.parser().parse_args(["gpu", "--help"])
+    text = capsys.readouterr().out
+    left_out = text[text.index("Left out are") : text.index("measures those")]
+    planned = {(step.command, case) for step in PLAN for case in step.cases}
+    said = {
+        "float32": ("ops", "-float32-"), "trainable heads": ("ops", "trainable-"), "80 % prompt": ("ops", "-mask80"),
+        "long prompts": ("train", "-long"), "tuning of all weights": ("train", "full-"),
+        "divergences": ("divergences", ""), "Fisher": ("fisher", ""),
+    }  # fmt: skip
+    for words, (suite, part) in said.items():
+        assert words in left_out
+        assert any(part in case for case in bench.SUITES[suite].CASES), "there is something to leave out"
+        assert not any(command == suite and part in case for command, case in planned), f"{words}: it is planned"
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_every_step_is_a_command_that_the_bench_takes(tmp_path):
     for step in PLAN:
         arguments = bench.parser().parse_args(step.arguments(tmp_path))
