@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import sys
 from pathlib import Path
 
@@ -115,7 +116,14 @@ def make_report(folder: Path) -> None:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    try:
+        dispatch(parser().parse_args())
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `--list | head`; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def dispatch(arguments: argparse.Namespace) -> None:
     if arguments.list:
         return list_cases()
     if arguments.command is None:

@@ -1,0 +1,41 @@
+"""The bench's command line: the list of what there is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench import __main__ as bench
+
+
+def test_the_list_names_every_suite_case_and_implementation(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--list"])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name, suite in bench.SUITES.items():
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        block = lines[start + 1 :]
+        end = next(i for i, line in enumerate(block) if line.startswith("  implementations: "))
+        assert block[end] == "  implementations: " + ", ".join(suite.IMPLEMENTATIONS)
+        listed = [line.split() for line in block[:end]]
+        assert {words[0] for words in listed} == {*suite.CASES, *suite.QUICK}
+        assert {words[0] for words in listed if words[1:] == ["(quick)"]} == set(suite.QUICK)
+
+
+def test_a_reader_that_stops_reading_is_no_error(monkeypatch):
+    """`python -m bench --list | head`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr("sys.argv", ["bench", "--list"])
+    with os.fdopen(write_end, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        bench.main()
+
+
+def test_without_a_command_it_shows_its_help(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench"])
+    bench.main()
+    assert "python -m bench" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.parser().parse_args(["nothing"])
