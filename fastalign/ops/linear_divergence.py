@@ -379,7 +379,7 @@ def _check_options(divergence, temperature, jsd_beta, memory_budget, backend):
         raise InputError(f"temperature is {temperature}; it must be above 0")
     if divergence == "jsd" and not 0 < jsd_beta < 1:
         raise InputError(
-            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand reverse_kl and forward_kl"
+            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand forward_kl and reverse_kl"
         )
     if memory_budget is not None and memory_budget < 0:
         raise InputError(f"memory_budget is {memory_budget}; it must be a number of bytes, or 0 for as few as possible")

@@ -359,7 +359,7 @@ WRONG = {
     "unknown divergence": ({"divergence": "tv"}, "'tv'", "forward_kl, reverse_kl, jsd"),
     "temperature is 0": ({"temperature": 0.0}, "temperature is 0.0", "above 0"),
     "softcap is 0": ({"teacher_softcap": 0.0}, "teacher_softcap is 0.0", "above 0", "None"),
-    "jsd_beta is 1": ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta is 1.0", "between 0 and 1", "forward_kl"),
+    "jsd_beta is 1": ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta is 1.0", "stand forward_kl and reverse_kl"),
     "budget is -1": ({"memory_budget": -1}, "memory_budget is -1", "bytes", "0"),
     "devices differ": ({"teacher_weight": torch.ones(U, G, device="meta")}, "cpu", "meta", "one device"),
 }
@@ -371,6 +371,14 @@ def test_errors_say_what_was_found_and_what_to_do(name):
     with pytest.raises(InputError) as error:
         linear_divergence(**problem(bias=True) | arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(("towards", "end"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_jsd_over_the_smaller_share_nears_the_kl_that_its_error_names(towards, end):
+    inputs, small = problem(torch.float64), 1e-6
+    found = linear_divergence(**inputs, divergence="jsd", jsd_beta=abs(towards - small)) / small
+    expected = linear_divergence(**inputs, divergence=end)
+    assert ((found - expected).abs() <= 1e-4 * expected).all()  # what is left is of the order of the share
 
 
 def test_unknown_backend_lists_the_known():
