@@ -57,6 +57,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
 
 
+def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a local folder of a model or an adapter; None where the folder, or a tokenizer in it, is not."""
+    folder = Path(folder).expanduser()
+    packed = any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    return load_tokenizer(folder) if packed or any(folder.glob("tokenizer*")) else None
+
+
 def default_dtype(for_adapter: bool) -> torch.dtype:
     """bfloat16 for frozen weights where the machine multiplies it natively, else float32.
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import DataError, ModelError
-from fastalign.models import load_model, load_tokenizer
+from fastalign.models import load_model, load_tokenizer, tokenizer_beside
 from fastalign.packing import PackedBatch
 from fastalign.scoring import Head, Scores, causal_lm, lay_out, output_head, prepare, token_divergence
 from fastalign.teachers import check_vocabulary
@@ -248,12 +248,19 @@ def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Ask, Ask, str, 
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"The adapter folder {tuned} holds no adapter_model.safetensors (nothing pickled is read).")
-    if any(folder.glob("tokenizer*")):
-        check_vocabulary(tokenizer, load_tokenizer_of(folder), ("base", "tuned model"))
+    own = tokenizer_beside(folder) if folder.is_dir() else load_tokenizer(tuned)
+    if own is not None:
+        check_vocabulary(tokenizer, own, ("base", "tuned model"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(base, dtype=dtype).to(device)
     if not adapter:
         other = load_model(folder if folder.is_dir() else tuned, dtype=dtype).to(device)
+        sizes = [m.get_input_embeddings().weight.shape[0] for m in (model, other)]
+        if own is None and sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{tuned} holds no tokenizer, and its vocabulary has {sizes[1]:,} entries where that of {base} has "
+                f"{sizes[0]:,}: put its tokenizer there, so that they can be compared."
+            )
         layouts = [prepare(m.eval()) for m in (model, other)]
         return asks(model), asks(other), max(layouts, key=("shared", "packed", "padded").index), model
     try:
@@ -262,13 +269,3 @@ def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Ask, Ask, str, 
         raise ModelError(f"The adapter {tuned} does not fit {base}: {' '.join(str(error).split())[:300]}") from error
     layout = prepare(model.eval())
     return asks(model, model.disable_adapter), asks(model), layout, model
-
-
-def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder that may hold no model."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the libraries have no common one for damaged or missing files
-        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
