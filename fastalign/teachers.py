@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign.config import one_of
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.losses.distillation import distillation
-from fastalign.models import load_model, load_tokenizer
+from fastalign.models import load_model, load_tokenizer, tokenizer_beside
 from fastalign.objectives import Metrics
 from fastalign.ops.sparse_divergence import sparse_divergence
 from fastalign.reference import DIVERGENCES, linear_logits
@@ -142,6 +142,9 @@ class Teacher:
                 )
         else:
             check_vocabulary(tokenizer, load_tokenizer(source))
+            folder = causal_lm(source).name_or_path  # what it was loaded from; "" for a model made in memory
+            if folder and (known_tokenizer := tokenizer_beside(folder)) is not None:
+                check_vocabulary(tokenizer, known_tokenizer)
             source = load_model(source)
         return cls(source.to(trainer.args.device), tokenizer)
 

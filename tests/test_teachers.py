@@ -13,6 +13,7 @@ from torch import nn
 from fastalign.data import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.losses.distillation import distillation
+from fastalign.models import load_model
 from fastalign.reference import logits_divergence
 from fastalign.teachers import Distillation, Teacher, TopK, check_vocabulary, store_topk
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
@@ -163,6 +164,8 @@ def test_teachers_with_another_tokenizer_are_refused(make_trainer, tokenizer, ti
     numbered = {token: number if number < 3 else 261 - number for token, number in tokenizer.get_vocab().items()}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbered, merges=[]))
     with pytest.raises(ModelError, match="256 of 259 tokens differ"):
+    with pytest.raises(ModelError, match="different tokenizers: 1 of 259 tokens differ"):  # loaded, and large enough
+        make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[Distillation(load_model(folder))])
         check_vocabulary(tokenizer, tf.PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
