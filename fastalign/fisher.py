@@ -70,6 +70,8 @@ def fisher_diagonal(
         raise ConfigError(
             f"estimator is {estimator!r} and per is {per!r}; they must be one of {ESTIMATORS} and of {PER}"
         )
+    if estimator == "batch" and per == "token":
+        raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
     rows = _tokenized(data, tokenizer, max_length)
     layout = prepare(model)
     fisher = Fisher(estimator=estimator, per=per)

@@ -284,4 +284,6 @@ def test_bad_input_is_named(tiny_llama, tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
     with pytest.raises(ModelError, match=r"is shared by several layers"):
+    with pytest.raises(ConfigError, match="per is 'token', but estimator='batch' squares whole batches"):
+        fisher_diagonal(model, ROWS, estimator="batch", per="token")
         fisher_diagonal(model, ROWS)
