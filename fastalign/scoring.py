@@ -45,7 +45,9 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def first(self, count: int) -> Head:
-        """The layer of the first `count` entries of the vocabulary."""
+        """The layer of the first `count` entries of the vocabulary, or of all where there are fewer."""
+        if count >= self.weight.shape[0]:
+            return self  # a slice would cost its gradient a copy
         return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
 
     def options(self) -> dict:

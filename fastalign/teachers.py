@@ -35,9 +35,10 @@ class Distillation:
     """`a L + (1 - a) tau^2 D`: the objective L mixed with the divergence from a teacher at temperature tau.
 
     teacher: "start", the weights that training starts from; a model, or what `load_model` takes; or a .safetensors file
-        of top-k log-probs (`store_topk`). It must have the student's vocabulary.
-    weight: a, from 0 (the teacher alone) to below 1. D is the mean over the completions' tokens, over the whole
-        vocabulary; of a stored teacher over its k entries and the rest as one.
+        of top-k log-probs (`store_topk`). It must have the student's vocabulary, which is checked by its tokenizer; a
+        model that was loaded from no local folder has none, and must have no fewer entries.
+    weight: a, from 0 (the teacher alone) to below 1. D is the mean over the completions' tokens, over all the
+        tokenizer's entries (not what pads the matrix); of a stored teacher over its k entries and the rest as one.
     divergence: forward_kl `KL(teacher || student)` (Hinton et al. 2015, arXiv:1503.02531), reverse_kl
         `KL(student || teacher)`, or jsd with `jsd_beta`, the teacher's share (Agarwal et al. 2024, arXiv:2306.13649).
     top_k: compute the teacher's k largest log-probs of every training token once, keep them in `cache_dir` (default
@@ -59,12 +60,13 @@ class Distillation:
             raise ConfigError(f"weight of Distillation is {self.weight}; it must be 0 or more, and below 1")
 
     def start(self, trainer) -> Term:
-        ask = self._source(trainer)
+        ask, vocabulary = self._source(trainer), len(trainer.processing_class)
         options = {"divergence": self.divergence, "jsd_beta": self.jsd_beta, "temperature": self.temperature}
 
         def term(step: Step) -> tuple[Tensor, Metrics]:
             hidden = step.completions(step.scores.hidden)
-            head = output_head(causal_lm(step.model))
+            # Entries behind the tokenizer's pad the matrix. A live teacher's are cut to as many, a stored one's were.
+            head = output_head(causal_lm(step.model)).first(vocabulary)
             loss = ask(step, hidden, head, options)
             # of the model's own samples only the teacher's opinion counts
             align = torch.zeros_like(step.loss) if step.batch.sampled else step.loss
@@ -140,11 +142,11 @@ class Teacher:
                     f"The teacher knows {known:,} tokens and the student's tokenizer has {len(tokenizer):,}: they have "
                     "different tokenizers. Distil from a teacher with the student's."
                 )
-        else:
-            check_vocabulary(tokenizer, load_tokenizer(source))
             folder = causal_lm(source).name_or_path  # what it was loaded from; "" for a model made in memory
             if folder and (known_tokenizer := tokenizer_beside(folder)) is not None:
                 check_vocabulary(tokenizer, known_tokenizer)
+        else:
+            check_vocabulary(tokenizer, load_tokenizer(source))
             source = load_model(source)
         return cls(source.to(trainer.args.device), tokenizer)
 
