@@ -231,7 +231,7 @@ def plain_name(name: str) -> str:
 
 def _check_names(fishers: Mapping[str, Tensor], model: nn.Module, trained: Mapping[str, tuple]) -> None:
     known = {plain_name(name) for name, _ in model.named_parameters()}
-    again = "compute it again, for this model (fastalign fisher)"
+    again = "compute it again, for this model without adapters (fastalign fisher)"
     if gone := [name for name in fishers if name not in known]:
         raise ModelError(
             f"The Fisher information holds {len(gone)} parameters that the model does not have ({gone[0]}, ...): "

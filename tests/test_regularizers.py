@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fastalign.data import tokenize
@@ -258,3 +258,11 @@ def test_bad_input_is_one_sentence_before_training(make_trainer, text_rows, regu
     with pytest.raises(error) as raised:
         make_trainer(model, text_rows, SFTTrainer, regularizers=[regularizer(random_fisher(model))])
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_information_of_an_adapters_factors_is_told_what_is_wanted(make_trainer, text_rows):
+    """EWC holds the weight they merge to."""
+    adapted = get_peft_model(gpt2(), LoraConfig(**LORA))
+    fisher = {name: torch.ones_like(p) for name, p in adapted.named_parameters() if p.requires_grad}
+    with pytest.raises(ModelError, match=r"lacks 4 of the 4 .*c_attn\.weight.*for this model without adapters"):
+        make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[EWC(fisher, 1.0)], peft_config=LoraConfig(**LORA))
