@@ -101,6 +101,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     fisher.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
     fisher.add_argument("--length", type=int, default=512, help="most tokens of a window (default: %(default)s)")
     fisher.add_argument("--estimator", default="empirical", help="empirical, sampled or batch (default: %(default)s)")
+    fisher.add_argument("--per", default="sequence", help="sequence or token (default: %(default)s)")
+    fisher.add_argument("--seed", type=int, default=0, help="of what is sampled (default: %(default)s)")
     fisher.add_argument(
         "--bits", type=int, default=32, help="of each value in the file: 32 or 8 (default: %(default)s)"
     )
@@ -253,9 +255,10 @@ def _fisher(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model)
     rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
     model = load_model(args.model, for_adapter=False).to("cuda" if torch.cuda.is_available() else "cpu")
-    fisher = fisher_diagonal(model, rows, estimator=args.estimator)
+    fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed)
     fisher.save(args.out, bits=args.bits)
-    print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} windows written to {args.out}")
+    squared = "batches" if args.estimator == "batch" else "tokens" if args.per == "token" else "windows"
+    print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} {squared} written to {args.out}")
 
 
 _X86_KERNELS = ("amx", "avx512", "avx2")

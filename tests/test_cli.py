@@ -13,8 +13,11 @@ from peft import PeftModel
 
 from fastalign import __version__, cli
 from fastalign.config import PreferenceConfig
+from fastalign.fisher import Fisher, fisher_diagonal
+from fastalign.models import load_model, load_tokenizer
 from fastalign.ops import native
 from fastalign.run import RunOptions
+from fastalign.texts import text_windows
 
 
 def write_rows(path, rows):
@@ -147,6 +150,25 @@ def test_data_check_of_chat_rows_without_template_says_so(refused, tmp_path, tok
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a"},
                                                               {"role": "assistant", "content": "b"}]}])  # fmt: skip
     assert "chat template" in refused("data", "check", path, "--model", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "squared"),
+    [
+        ([], {}, "windows"),
+        (["--per", "token"], {"per": "token"}, "tokens"),
+        (["--estimator", "sampled", "--seed", "3"], {"estimator": "sampled", "seed": 3}, "windows"),
+        (["--estimator", "batch"], {"estimator": "batch"}, "batches"),
+    ],
+)
+def test_fisher_is_told_what_fisher_diagonal_takes(capsys, tmp_path, model_dir, options, expected, squared):
+    rows, out = write_rows(tmp_path / "rows.jsonl", [{"text": "Some text."}, {"text": "More."}]), tmp_path / "fisher"
+    assert cli.main(["fisher", str(model_dir), "--text", str(rows), "--out", str(out), *options]) == 0
+    tokenizer = load_tokenizer(model_dir)
+    made = fisher_diagonal(load_model(model_dir), text_windows(str(rows), tokenizer), **expected)
+    found = Fisher.load(out)
+    assert found.per == made.per and all(torch.equal(found[name], values) for name, values in made.items())
+    assert f"from {made.samples} {squared} written" in capsys.readouterr().out
 
 
 # Bad input: one sentence, before anything is loaded or trained
