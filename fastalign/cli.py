@@ -181,9 +181,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     regularizers = regularizers if isinstance(regularizers, list) else []
     for mapping in [options, *(r for r in regularizers if isinstance(r, dict))]:
         for key in ("train", "eval", "model", "teacher", "fisher", "text"):
-            if isinstance(mapping.get(key), str) and mapping[key].startswith(("./", "../")):
-                mapping[key] = str((path.parent / mapping[key]).resolve())
+            if isinstance(mapping.get(key), list):
+                mapping[key] = [_from_folder(value, path.parent) for value in mapping[key]]
+            elif key in mapping:
+                mapping[key] = _from_folder(mapping[key], path.parent)
     return dict(options)
+
+
+def _from_folder(value: Any, folder: Path) -> Any:
+    relative = isinstance(value, str) and value.startswith(("./", "../"))
+    return str((folder / value).resolve()) if relative else value
 
 
 def _train_method(args: argparse.Namespace) -> None:

@@ -133,8 +133,8 @@ def files(tmp_path, model_dir, tiny_llama, tokenizer, text_rows):
     return tmp_path
 
 
-def logged(folder):
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+def logged(folder, run="run"):
+    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_distill_command(files):
@@ -169,7 +169,15 @@ def test_fisher_of_a_text_holds_an_adapter_in_place(files, model_dir):
     assert cli.main(command) == 0
     regularizers = f"regularizers=[{{name: ewc, fisher: {fisher}, strength: 1e3}}]"
     assert cli.main(["sft", "--config", str(files / "run.yaml"), regularizers]) == 0
-    assert [line["ewc"] > 0 for line in logged(files) if "ewc" in line] == [False, True]
+    penalties = [line["ewc"] for line in logged(files) if "ewc" in line]
+    assert penalties[0] == 0 < penalties[1]
+    # of several files beside the configuration, 1.25 F in all
+    recipe = yaml.safe_load((files / "run.yaml").read_text()) | {"method": "sft", "output_dir": str(files / "online")}
+    several = ["./fisher.safetensors", "./fisher.safetensors"]
+    recipe["regularizers"] = [{"name": "ewc", "fisher": several, "decay": 0.25, "strength": 800}]
+    (files / "online.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["train", str(files / "online.yaml")]) == 0
+    assert [line["ewc"] for line in logged(files, "online") if "ewc" in line] == pytest.approx(penalties, rel=1e-4)
 
 
 @pytest.mark.parametrize(
