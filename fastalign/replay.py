@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,10 @@ class Replay:
     """Rows of ordinary text join the alignment rows; each adds `weight` times its mean NLL, as one row of the batch.
 
     text: rows or a file of them, with text, messages, or prompt and completion, or a .txt file; see `text_windows`.
-    share: of replayed rows among all rows that are trained on, say 0.1 to 0.2; a function from the epoch to it; or
-        "curriculum", which is `0.3 exp(-epoch / 10) + 0.1`. Rows are not drawn by chance: in any stretch of training
-        their number is within one of the exact proportion.
+    share: of replayed rows among all rows that are trained on, say 0.1 to 0.2; a function from the epoch to it; a
+        mapping of start, end and decay for `(start - end) exp(-epoch / decay) + end`; or "curriculum", which is
+        `0.3 exp(-epoch / 10) + 0.1`. Rows are not drawn by chance: in any stretch of training their number is within
+        one of the exact proportion.
     max_length: tokens of a row at most; longer texts are cut into several.
 
     Rows come in an order drawn anew for each pass over the text from the trainer's seed, and a resumed run goes on
@@ -41,7 +42,7 @@ class Replay:
     """
 
     text: str | list[dict]
-    share: float | str | Callable[[float], float] = "curriculum"
+    share: float | str | Mapping[str, float] | Callable[[float], float] = "curriculum"
     weight: float = 1.0
     max_length: int = 256
 
@@ -60,6 +61,8 @@ class Replay:
     def _schedule(self) -> Callable[[float], int]:
         """The share at an epoch, in millionths."""
         share = curriculum if self.share == "curriculum" else self.share
+        if isinstance(share, Mapping):
+            share = _decaying(share)
         if isinstance(share, (str, bool)):
             raise ConfigError(f"share of Replay is {share!r}; give a number between 0 and 1, or 'curriculum'")
 
@@ -70,7 +73,17 @@ class Replay:
             return round(value * _WHOLE)
 
         millionths(0.0)
+        if isinstance(self.share, Mapping):
+            millionths(math.inf)  # a function of somebody's may not take it
         return millionths
+
+
+def _decaying(share: Mapping[str, float]) -> Callable[[float], float]:
+    if share.keys() != {"start", "end", "decay"}:
+        raise ConfigError(f"share of Replay is {dict(share)}; as a mapping it needs start, end and decay (in epochs)")
+    check_positive("Replay's share", **share)
+    start, end, decay = share["start"], share["end"], share["decay"]
+    return lambda epoch: (start - end) * math.exp(-epoch / decay) + end
 
 
 class _Replayed:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastalign.errors import ConfigError, DataError
 from fastalign.replay import Replay, curriculum
+from fastalign.run import build_regularizers
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
 
 EXACT = 1e-9
@@ -76,6 +77,11 @@ def test_every_row_of_the_text_comes_once_a_pass_in_an_order_by_seed(make_traine
     assert [str(r["completion_ids"]) for r in other.draw(11)] != passes[0]
 
 
+    same = Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 10})._schedule()
+    assert all(same(epoch) == schedule(epoch) for epoch in (0.0, 0.5, 3.0, 40.0))
+    options = {"name": "replay", "text": "a.txt", "share": {"start": 0.5, "end": 0.2, "decay": 1}}
+    (built,) = build_regularizers([options])
+    assert built._schedule()(1.0) == round((0.3 / math.e + 0.2) * 1e6)  # as a configuration file has it
 def test_step_is_that_of_plain_torch(make_trainer, text_rows, tokenizer):
     """Two replayed rows beside four alignment rows, each as heavy as one of these."""
     model, plain = gpt2(), gpt2()
@@ -161,3 +167,6 @@ def test_bad_input_is_one_sentence_before_training(make_trainer, text_rows, regu
     with pytest.raises(error) as raised:
         make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[regularizer])
     assert said in str(raised.value) and "\n" not in str(raised.value)
+        (Replay(TEXT, {"start": 0.4}), ConfigError, "it needs start, end and decay"),
+        (Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 0}), ConfigError, "decay of Replay's share is 0"),
+        (Replay(TEXT, {"start": 0.4, "end": 1.5, "decay": 2}), ConfigError, "share of Replay is 1.5 at epoch inf"),
