@@ -43,7 +43,7 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def show_tax(found: Mapping[str, Any]) -> None:
-    """Print the table, and the tokens that changed most."""
+    """Print the table, the KL by position, and the tokens that changed most."""
     console = Console(highlight=False)
     headings, rows = table(found)
     shown = Table(title=f"Tax of {found['tuned']} over {found['base']}", title_justify="left", title_style="bold")
@@ -53,6 +53,13 @@ def show_tax(found: Mapping[str, Any]) -> None:
         shown.add_row(*row)
     console.print()
     console.print(shown)
+    positions = Table(title="KL by position", title_justify="left", title_style="bold")
+    for heading in ("tokens before it", "tokens", "nats a token"):
+        positions.add_column(heading, justify="right")
+    for part in found["by_position"]:
+        span = str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}"
+        positions.add_row(span, format_number(part["tokens"]), format_number(part["kl_mean"]))
+    console.print(positions)
     changed = Table(title="Most changed tokens", title_justify="left", title_style="bold")
     for heading in ("KL", "log-prob before", "after", "text"):
         changed.add_column(heading, justify="left" if heading == "text" else "right")

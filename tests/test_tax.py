@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fastalign import cli
+from fastalign.report import format_number
 from fastalign.tax import Tokens, by_position, histogram, tax
 
 TEXT = "The quick brown fox jumps over the lazy dog. <script>alert(1)</script> Pack my box with five dozen jugs. " * 4
@@ -97,6 +98,12 @@ def test_a_model_has_no_tax_over_itself(folder, model_dir):
     assert found["total"]["kl_sum"] == found["total"]["perplexity_change"] == found["total"]["entropy_change"] == 0.0
 
 
+def test_a_folder_without_a_tokenizer_is_measured_by_the_bases(folder, model_dir, tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    found = tax(str(model_dir), str(tmp_path / "bare"), [str(folder / "talk.jsonl")], length=64)
+    assert found["total"]["kl_sum"] == 0.0
+
+
 def tokens(kl, positions) -> Tokens:
     n = len(kl)
     zeros = np.zeros(n)
@@ -122,8 +129,10 @@ def test_command_prints_and_writes(folder, model_dir, capsys):
     text = capsys.readouterr().out
     for word in ("KL(base || tuned)", "Perplexity, change", "Entropy", "Most changed tokens", "nats"):
         assert word in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if " to 63 " in line]
     found = json.loads((out / "tax.json").read_text())
     assert found["total"]["tokens"] == 126  # two windows, each without its first token
+    assert rows == [["32 to 63", "64", format_number(found["by_position"][-1]["kl_mean"])]]
     page = (out / "tax.html").read_text()
     assert page.count("<svg") == 2 and "http://" not in page and "https://" not in page and "<script" not in page
     assert "By position" in page
@@ -137,6 +146,8 @@ def test_command_prints_and_writes(folder, model_dir, capsys):
         ("tuned", "prose.txt", ["--length", "1"], "length is 1"),
         ("tuned", "prose.txt", ["--length", "300"], "256 positions"),
         ("other", "prose.txt", [], "different tokenizers"),
+        ("smollm2-135m-instruct", "prose.txt", [], "different tokenizers"),  # no folder, but a tokenizer all the same
+        ("larger", "prose.txt", [], "vocabulary has 260 entries where that of"),  # without a tokenizer
         ("pickled", "prose.txt", [], "nothing pickled is read"),
     ],
 )
@@ -149,9 +160,10 @@ def test_bad_input_is_one_sentence(
     other.add_tokens(["<new>"])
     tiny_llama(vocab_size=260).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
+    tiny_llama(vocab_size=260).save_pretrained(tmp_path / "larger")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_text("{}")
-    path = folder / tuned if tuned in ("tuned", "nowhere") else tmp_path / tuned
-    assert cli.main(["tax", str(model_dir), str(path), "--text", str(folder / text), *options]) == 2
+    path = {"tuned": folder / tuned, "nowhere": folder / tuned, "smollm2-135m-instruct": tuned}.get(tuned)
+    assert cli.main(["tax", str(model_dir), str(path or tmp_path / tuned), "--text", str(folder / text), *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert said in lines[-1] and lines[-1].startswith("fastalign: ")
