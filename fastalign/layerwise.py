@@ -47,11 +47,7 @@ class LayerWise:
             for parameter, level in levels:
                 parameter.requires_grad_(level < stages[-1])
         levels = [(parameter, level) for parameter, level in levels if parameter.requires_grad]
-        if not any(level < stages[0] for _, level in levels):
-            raise ModelError(
-                f"The first stage unfreezes nothing: none of the top {stages[0]} of {len(layers)} layers is trainable. "
-                "Let stages begin lower, or put adapters there."
-            )
+        _check_stages(stages, {level for _, level in levels}, len(layers))
         trainer.rates.update({id(p): self.decay ** max(level, 0) for p, level in levels})
         freezer = _Freezer(levels, stages, begins, len(layers), base)
         trainer.add_callback(freezer)
@@ -104,6 +100,22 @@ def _levels(model: nn.Module, layers: nn.ModuleList) -> list[tuple[nn.Parameter,
     return levels
 
 
+def _reach(stage: int, count: int) -> int:
+    """Levels below this one are trained: with all layers, what is below them too."""
+    return count + 1 if stage == count else stage
+
+
+def _check_stages(stages: list[int], trainable: set[int], count: int) -> None:
+    """ModelError for a stage that adds no trainable level."""
+    for number, (before, stage) in enumerate(pairwise([0, *stages]), 1):
+        above = _reach(before, count) if before else -1
+        if not any(above <= level < _reach(stage, count) for level in trainable):
+            raise ModelError(
+                f"Stage {number} of {len(stages)} unfreezes nothing: none of layers {before + 1} to {stage} of "
+                f"{count}, counted from the top, is trainable. Choose other stages, or put adapters there."
+            )
+
+
 class _Freezer(TrainerCallback):
     """Freezes and unfreezes at the beginning of each step; gives everything back at the end."""
 
@@ -120,9 +132,8 @@ class _Freezer(TrainerCallback):
         done = state.global_step / max(1, state.max_steps)
         stage = sum(begin <= done for begin in self.begins) - 1
         self.trained = self.stages[stage]
-        lowest = self.count + 1 if self.trained == self.count else self.trained  # with all layers, what is below them
         for parameter, level in self.levels:
-            parameter.requires_grad_(level < lowest)
+            parameter.requires_grad_(level < _reach(self.trained, self.count))
 
     def on_train_end(self, args, state, control, **kwargs):
         for parameter, _ in self.levels:
