@@ -134,7 +134,8 @@ def logits_divergence(
     As `linear_divergence`, for who has logits already: "forward_kl" `KL(t || s)`, "reverse_kl" `KL(s || t)`, "jsd" with
     `m = jsd_beta t + (1 - jsd_beta) s`, of the softmax at `temperature`. Differentiable (once) in the student's logits.
 
-    student_logits, teacher_logits: (..., V) floating. Of vocabularies that differ in length, cut the longer one.
+    student_logits, teacher_logits: (..., V) and (..., U) floating; the first min(V, U) entries count, so that
+        vocabularies may differ by padding. Neither is copied for it; only longer student logits' gradient is.
     mask: (...) bool. Rows where it is False are not looked at, return 0 and get zero gradient.
     token_weights: (...) floating constants that multiply the divergences; rows of weight 0 are not looked at either.
     inplace_backward: the backward pass overwrites the student's logits with their gradient, instead of allocating a
@@ -146,6 +147,7 @@ def logits_divergence(
     """
     _check_options(divergence, temperature, jsd_beta, None, "auto")
     _check_logits(student_logits, teacher_logits, mask, token_weights)
+    student_logits, teacher_logits = _cut_alike(student_logits, teacher_logits)
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; logits_divergence has {', '.join(BACKENDS)}")
     weights = None if token_weights is None else token_weights.detach()
@@ -167,14 +169,20 @@ def logits_divergence(
     return values if weights is None else values * weights.to(values.dtype)
 
 
+def _cut_alike(*logits: Tensor) -> list[Tensor]:
+    """Their first entries, as many as both have; what is not cut stays what it is, for a gradient in its place."""
+    vocab = min(t.shape[-1] for t in logits)
+    return [t if t.shape[-1] == vocab else t[..., :vocab] for t in logits]
+
+
 def _check_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
     for name, t in (("student_logits", student), ("teacher_logits", teacher)):
         if not t.is_floating_point() or t.dim() == 0:
             raise InputError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be (..., V) of a floating dtype")
-    if student.shape != teacher.shape:
+    if student.shape[:-1] != teacher.shape[:-1]:
         raise InputError(
-            f"student_logits is {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; they "
-            "must be alike, cut the longer vocabulary"
+            f"student_logits is {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; they must hold the "
+            "same tokens: (..., V) and (..., U)"
         )
     for name, t, wanted in (("mask", mask, "bool"), ("token_weights", token_weights, "floating")):
         right = t is None or (t.dtype == torch.bool if wanted == "bool" else t.is_floating_point())
