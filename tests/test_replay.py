@@ -58,10 +58,30 @@ def test_proportion_is_exact_over_any_window(make_trainer, text_rows, share):
     assert abs(sum(found) - whole) <= 1 + len(found) * 1e-6
 
 
+def test_proportion_is_exact_while_the_share_changes(make_trainer, text_rows):
+    """Against the sum of the shares at each row of the stream, in integers."""
+    (term,) = make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[Replay(TEXT)]).terms
+    found, due = [], []
+    for step in range(300):
+        share = term.schedule(step / 10)  # 40 % to 11 %
+        for count in term.spread(7, share):
+            found += [1] * count + [0]
+            due += [share] * (count + 1)
+    counts, sums = (torch.tensor([0, *values]).cumsum(0) for values in (found, due))
+    for window in (1, 2, 7, 10, 33, 100, 1000, len(found)):
+        drawn, wanted = (total[window:] - total[:-window] for total in (counts, sums))
+        assert (drawn * 1_000_000 - wanted).abs().max() < 1_000_000
+
+
 def test_default_is_the_curriculum():
     assert curriculum(0) == pytest.approx(0.4) and curriculum(10) == pytest.approx(0.3 / math.e + 0.1)
     schedule = Replay(TEXT)._schedule()
     assert schedule(0.0) == 400_000 and schedule(1e9) == 100_000
+    same = Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 10})._schedule()
+    assert all(same(epoch) == schedule(epoch) for epoch in (0.0, 0.5, 3.0, 40.0))
+    options = {"name": "replay", "text": "a.txt", "share": {"start": 0.5, "end": 0.2, "decay": 1}}
+    (built,) = build_regularizers([options])
+    assert built._schedule()(1.0) == round((0.3 / math.e + 0.2) * 1e6)  # as a configuration file has it
     assert Replay(TEXT, lambda epoch: 0.2 if epoch < 1 else 0.1)._schedule()(1.5) == 100_000
 
 
@@ -77,11 +97,6 @@ def test_every_row_of_the_text_comes_once_a_pass_in_an_order_by_seed(make_traine
     assert [str(r["completion_ids"]) for r in other.draw(11)] != passes[0]
 
 
-    same = Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 10})._schedule()
-    assert all(same(epoch) == schedule(epoch) for epoch in (0.0, 0.5, 3.0, 40.0))
-    options = {"name": "replay", "text": "a.txt", "share": {"start": 0.5, "end": 0.2, "decay": 1}}
-    (built,) = build_regularizers([options])
-    assert built._schedule()(1.0) == round((0.3 / math.e + 0.2) * 1e6)  # as a configuration file has it
 def test_step_is_that_of_plain_torch(make_trainer, text_rows, tokenizer):
     """Two replayed rows beside four alignment rows, each as heavy as one of these."""
     model, plain = gpt2(), gpt2()
@@ -123,18 +138,36 @@ def test_update_does_not_depend_on_gradient_accumulation(make_trainer, text_rows
         assert max((result[n] - results[0][n]).abs().max().item() for n in result) < EXACT
 
 
+def test_a_run_follows_the_curriculum(make_trainer, text_rows):
+    """Four steps an epoch; the remainder in millionths tells one share from another."""
+    trainer = make_trainer(
+        gpt2(), text_rows, SFTTrainer, regularizers=[Replay(TEXT)], max_steps=12, per_device_train_batch_size=2
+    )
+    trainer.train()
+    drawn = remainder = 0
+    for step in range(12):
+        share = round(curriculum(step / 4) * 1_000_000)
+        for _ in range(2):
+            remainder += share
+            while remainder >= 1_000_000:
+                drawn, remainder = drawn + 1, remainder + share - 1_000_000
+    assert trainer.terms[0].state["replay"].tolist() == [drawn, remainder]
+    assert drawn > 10
+
+
 class _StopAt(tf.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= 2
 
 
-def test_resumed_run_goes_on_where_it_was(make_trainer, text_rows, tmp_path):
+@pytest.mark.parametrize("share", [0.3, "curriculum"])
+def test_resumed_run_goes_on_where_it_was(make_trainer, text_rows, tmp_path, share):
     results = []
     for stops in ((None,), (_StopAt(), None)):
         for stop in stops:
             model = gpt2()
             trainer = make_trainer(
-                model, text_rows, SFTTrainer, regularizers=[Replay(TEXT, 0.3)],
+                model, text_rows, SFTTrainer, regularizers=[Replay(TEXT, share)],
                 output_dir=str(tmp_path / f"{len(stops)}"), max_steps=4, save_strategy="steps",
                 save_steps=2, per_device_train_batch_size=3,
                 callbacks=[stop] if stop else None,
@@ -155,6 +188,9 @@ def test_resumed_run_goes_on_where_it_was(make_trainer, text_rows, tmp_path):
         (Replay(TEXT, 0.0), ConfigError, "share of Replay is 0.0 at epoch 0; it must be between 0 and 1"),
         (Replay(TEXT, 1.0), ConfigError, "share of Replay is 1.0"),
         (Replay(TEXT, "linear"), ConfigError, "'curriculum'"),
+        (Replay(TEXT, {"start": 0.4}), ConfigError, "it needs start, end and decay"),
+        (Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 0}), ConfigError, "decay of Replay's share is 0"),
+        (Replay(TEXT, {"start": 0.4, "end": 1.5, "decay": 2}), ConfigError, "share of Replay is 1.5 at epoch inf"),
         (Replay(TEXT, weight=-1.0), ConfigError, "weight of Replay is -1.0"),
         (Replay(TEXT * 9, max_length=500), None, ""),
         (Replay([{"text": "x" * 400}], max_length=500), DataError, "128 positions"),
@@ -167,6 +203,3 @@ def test_bad_input_is_one_sentence_before_training(make_trainer, text_rows, regu
     with pytest.raises(error) as raised:
         make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[regularizer])
     assert said in str(raised.value) and "\n" not in str(raised.value)
-        (Replay(TEXT, {"start": 0.4}), ConfigError, "it needs start, end and decay"),
-        (Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 0}), ConfigError, "decay of Replay's share is 0"),
-        (Replay(TEXT, {"start": 0.4, "end": 1.5, "decay": 2}), ConfigError, "share of Replay is 1.5 at epoch inf"),
