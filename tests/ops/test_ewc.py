@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
@@ -182,6 +184,30 @@ def test_lora_is_the_penalty_on_the_merged_weight(dtype, fisher, monkeypatch):
     for grad, exact_grad in zip(grads, torch.autograd.grad(2 * expected, (a64, b64)), strict=True):
         assert grad.dtype == dtype
         assert (grad - exact_grad).abs().max() <= 8 * 6 * eps * exact_grad.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that any new tensor takes."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.bytes = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_the_merged_weight_is_never_whole(fisher, monkeypatch):
+    monkeypatch.setattr(ewc, "_TILE_BYTES", 10 * 23 * 4)
+    a, b, information = adapter(torch.float32, out=400)
+    with Largest(a, b, information) as largest:
+        lora_ewc_penalty(a, b, 0.25, information if fisher else None, 3.0).backward()
+    assert 0 < largest.bytes <= max(ewc._TILE_BYTES, b.nbytes) < information.nbytes / 7
 
 
 def test_lora_gradcheck():
