@@ -13,10 +13,10 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint bench gpu-check build sanitize clean
+.PHONY: help demo tax test lint bench gpu-check build sanitize aarch64 clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(VENV)/.demo  ## DPO of a real SmolLM2-135M-Instruct, with a table before and after
 	$(STEP) "fastalign train dpo-smollm2"
@@ -44,6 +44,15 @@ build: $(VENV)/.build  ## the package and its native module, editable in .venv
 sanitize:  ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@csrc/check/sanitize.sh
 
+CROSS  ?= aarch64-linux-gnu-g++
+
+aarch64:  ## the portable C++ kernels compiled for aarch64, by a cross compiler
+	@command -v $(CROSS) >/dev/null || { echo "!! failed: $(CROSS) is not there;" \
+		"on Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu; another one: make aarch64 CROSS=..." >&2; exit 1; }
+	@for source in kernels kernels_plain; do \
+		$(CROSS) -std=c++17 -O3 -ffp-contract=fast -Wall -Wextra -Werror -Icsrc -c -o /dev/null csrc/cpu/$$source.cpp \
+		&& echo "   csrc/cpu/$$source.cpp" || exit 1; done
+
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist fastalign/_cpu*.so fastalign/_cuda*.so
 
@@ -63,6 +72,7 @@ $(VENV)/.tools: $(VENV)/.torch
 $(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
 	$(STEP) "Build and install fastalign (editable) and what it needs"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e .
+	@$(BIN)/fastalign info | sed -n 's/^native module */   /p'  # pip shows no warning of a build that succeeds
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.build
