@@ -36,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     again = commands.add_parser("report", help="tables, plots and report.html from a folder of results; README's table")
     again.add_argument("folder", nargs="?", type=Path, default=RESULTS)
     raw = argparse.RawDescriptionHelpFormatter
-    on_gpu = commands.add_parser(
-        "gpu", help=gpu.__doc__.splitlines()[0], description=gpu.__doc__, formatter_class=raw
-    )
+    on_gpu = commands.add_parser("gpu", help=gpu.__doc__.splitlines()[0], description=gpu.__doc__, formatter_class=raw)
     on_gpu.add_argument("--out", type=Path, required=True, help="folder of the results, report.html among them")
     on_gpu.add_argument("--seconds", type=int, default=gpu.SECONDS, help=f"for all of it ({gpu.SECONDS})")
     predict = commands.add_parser("model", help=model.__doc__.splitlines()[0])

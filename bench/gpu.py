@@ -1,10 +1,10 @@
 """What a GPU is needed for, in ten minutes: each kernel against float64, then the suites' main cases, then report.html.
 
-All kernels are checked, but ten minutes are too short to time everything. Timed are, in bfloat16: log-probs, forward and
-with a frozen head, 0 and 50 % of the tokens prompt; the gather; DPO's loss; LoRA steps on dialogue. Left out are float32,
-trainable heads, 80 % prompt, memory against the vocabulary, what torch.compile has to compile first, the other losses,
-long prompts, tuning of all weights, divergences and Fisher information: `python -m bench SUITE` measures those, on the
-GPU too. `scale` is of CPU threads.
+All kernels are checked, but ten minutes are too short to time everything. Timed are, in bfloat16: log-probs, forward
+and with a frozen head, 0 and 50 % of the tokens prompt; the gather; DPO's loss; LoRA steps on dialogue. Left out are
+float32, trainable heads, 80 % prompt, memory against the vocabulary, what torch.compile has to compile first, the other
+losses, long prompts, tuning of all weights, divergences and Fisher information: `python -m bench SUITE` measures those,
+on the GPU too. `scale` is of CPU threads.
 
 Every step is a process of its own, so that a kernel that faults or hangs takes nothing else with it. A step may take
 the seconds planned for it and those that earlier steps left over, and is ended then; what it had measured is kept.
