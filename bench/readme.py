@@ -1,7 +1,8 @@
-"""README's table and plot of results, between two markers, from measurements alone."""
+"""README's tables and plot of results, between markers, from measurements alone; the tax recipe's from its own JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -10,7 +11,9 @@ from bench.measure import FLOOR, ROOT, Measurement
 from bench.report import aligned, groups, seconds
 
 BEGIN, END = "<!-- results: python -m bench report -->", "<!-- end of results -->"
+TAX_BEGIN, TAX_END = "<!-- tax: python -m bench report -->", "<!-- end of tax -->"
 README = ROOT / "README.md"
+TAX = ROOT / "fastalign" / "recipes" / "tax" / "results" / "tax.json"
 # (case of `ops`, what to call it)
 OPS = (
     ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
@@ -25,19 +28,48 @@ TRAIN = (
     ("lora-float32-long", "LoRA float32, long prompts"),
     ("full-float32-dialogue", "all weights, dialogue"),
 )
+# (suite, case, what to call it): beside the fastest of the others alone
+OTHERS = (
+    ("divergences", "forward_kl-float32-2048x576x49152-mask50", "forward KL to a teacher, and gradient, half prompt"),
+    ("divergences", "reverse_kl-float32-2048x576x49152-mask50", "reverse KL, the same"),
+    ("divergences", "jsd-float32-2048x576x49152-mask50", "JSD, the same"),
+    ("fisher", "body-32x64", "Fisher information of 4 layers, 32 sequences of 64 tokens"),
+    ("fisher", "ewc", "EWC's penalty and gradient, 135M weights"),
+)
+SHOWN = {case: name for *_, case, name in (*OPS, *TRAIN, *OTHERS)}
 PLOT = "memory-frozen-float32-2048x576-mask0"
 
 
 def update(measurements: list[Measurement]) -> None:
     """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
-    text = README.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        sys.exit(f"{README} must hold {BEGIN!r} and then {END!r}, once each; what is between them is written here")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    table = section(measurements)
+    text = between(README.read_text(encoding="utf-8"), BEGIN, END, section(measurements))
+    text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
     temporary = README.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, README)
+
+
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """The text with `new` between its two markers."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        sys.exit(f"{README} must hold {begin!r} and then {end!r}, once each; what is between them is written here")
+    return f"{text.split(begin)[0]}{begin}\n\n{new}\n\n{end}{text.split(end)[1]}"
+
+
+def tax_table(runs: list[dict]) -> str:
+    """The hardest plain run, and of each method the run whose margin is nearest to half of that one's."""
+    hard = max((run for run in runs if run["method"] == "plain"), key=lambda run: run["learning_rate"])
+    shown = [hard]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of_method = [run for run in runs if run["method"] == method and run is not hard]
+        shown += sorted(of_method, key=lambda run: abs(run["margin"] - hard["margin"] / 2))[:1]
+    rows = [("method (strength)", "held-out margin", "perplexity of other text", "KL from the start, nats a token")]
+    for run in shown:
+        tax = run["tax"]
+        perplexity = f"{tax['base_perplexity']:.1f} to {tax['tuned_perplexity']:.1f}"
+        name = f"{run['method']} ({run['strength']})"
+        rows.append((name, f"{run['margin']:.1f}", perplexity, f"{tax['kl_mean']:.3f}"))
+    return aligned(rows)
 
 
 def section(measurements: list[Measurement]) -> str:
@@ -47,30 +79,40 @@ def section(measurements: list[Measurement]) -> str:
     op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
     train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
     train_rows += [row for case, name in TRAIN if (row := _train_row(cases.get(("train", case), []), name))]
-    parts = [aligned(rows) for rows in (train_rows, op_rows) if len(rows) > 1]
-    used = [rows[0] for (_, case), rows in cases.items() if case in dict((*OPS, *TRAIN))]
+    other_rows = [("time (extra memory)", "fastalign", "the fastest of the others", "floor: bare products, or a copy")]
+    other_rows += [row for *key, name in OTHERS if (row := _other_row(cases.get(tuple(key), []), name))]
+    parts = [aligned(rows) for rows in (train_rows, op_rows, other_rows) if len(rows) > 1]
+    used = [rows[0] for (_, case), rows in cases.items() if case in SHOWN]
     if not used:
-        sys.exit("the results hold none of the cases of README's table: " + ", ".join(dict((*OPS, *TRAIN))))
-    newest = max(used, key=lambda m: m.date)
-    versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
-    parts.append(
-        f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
-        f"{newest.threads} threads;\n{versions}; {newest.date[:10]}.\n"
-        "Of TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better one:\n"
-        "the pairs/s of the faster, the memory of the leaner.\n"
-        "More, with errors against float64, in [bench/results](bench/results)."
-    )
-    if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
-        parts[-1] += (
-            "\nThis CPU has no bfloat16 instructions: TRL's products take minutes there, fastalign widens to float32."
-        )
-    if any("-" in row for row in op_rows):
+        sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
+    parts.append(_about(max(used, key=lambda m: m.date), train_rows))
+    if any("-" in row for row in (*op_rows, *other_rows)):
         parts[-1] += "\n-: not measured." + "".join(
             _skipped(cases["ops", case][0], name) for case, name in OPS if ("ops", case) in cases
         )
     if PLOT in plots.all_of(measurements):
         parts.append(f"![Memory against vocabulary](bench/results/{PLOT}.png)")
     return "\n\n".join(parts)
+
+
+def _about(newest: Measurement, train_rows: list[tuple[str, ...]]) -> str:
+    """Of what, on what and when, and what the figures of training are."""
+    versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
+    text = (
+        f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
+        f"{newest.threads} threads;\n{versions}; {newest.date[:10]}.\n"
+        "More, with errors against float64, in [bench/results](bench/results)."
+    )
+    if len(train_rows) > 1:
+        text += (
+            "\nOf TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better "
+            "one:\nthe pairs/s of the faster, the memory of the leaner."
+        )
+    if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
+        text += (
+            "\nThis CPU has no bfloat16 instructions: TRL's products take minutes there, fastalign widens to float32."
+        )
+    return text
 
 
 def _skipped(first: Measurement, row: str) -> str:
@@ -85,15 +127,31 @@ def _skipped(first: Measurement, row: str) -> str:
 
 
 def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
-    def cell(*wanted: str) -> str:
-        found = [m for m in rows for w in wanted if w in m.implementation]
-        if not found:
-            return "-"
-        best = min(found, key=lambda m: m.median_s)
-        memory = "" if best.peak_extra_bytes is None else f" ({best.peak_extra_bytes / 2**20:,.0f} MiB)"
-        return seconds(best.median_s) + memory
+    def cell(word: str) -> str:
+        found = [m for m in rows if word in m.implementation]
+        return _cell(min(found, key=lambda m: m.median_s)) if found else "-"
 
     return name, cell("fastalign cpu"), *map(cell, PEERS.values()), cell(FLOOR)
+
+
+def _cell(m: Measurement) -> str:
+    memory = "" if m.peak_extra_bytes is None else f" ({m.peak_extra_bytes / 2**20:,.0f} MiB)"
+    return seconds(m.median_s) + memory
+
+
+def _other_row(rows: list[Measurement], name: str) -> tuple[str, ...] | None:
+    """None without another implementation that returns what ours does: a floor returns something else."""
+    ours = min((m for m in rows if m.implementation.startswith("fastalign")), key=lambda m: m.median_s, default=None)
+    if ours is None:
+        return None
+    same = [m for m in rows if m.errors.keys() == ours.errors.keys() and not m.implementation.startswith("fastalign")]
+    if not same:
+        return None
+    best = min(same, key=lambda m: m.median_s)
+    floor = next((_cell(m) for m in rows if FLOOR in m.implementation), "-")
+    if "copy_bytes_per_s" in ours.sizes:
+        floor = seconds(ours.sizes["bytes"] / ours.sizes["copy_bytes_per_s"])
+    return name, _cell(ours), f"{best.implementation}: {_cell(best)}", floor
 
 
 def _train_row(rows: list[Measurement], name: str) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -28,7 +29,11 @@ def measured(record, trained):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     path = tmp_path / "README.md"
-    path.write_text(f"before 1.23\n{readme.BEGIN}\nold 4.56\n{readme.END}\nafter 7.89\n", encoding="utf-8")
+    path.write_text(
+        f"{readme.TAX_BEGIN}old 0.12{readme.TAX_END}\n"
+        f"before 1.23\n{readme.BEGIN}\nold 4.56\n{readme.END}\nafter 7.89\n",
+        encoding="utf-8",
+    )
     monkeypatch.setattr(readme, "README", path)
     return path
 
@@ -36,7 +41,10 @@ def file(tmp_path, monkeypatch):
 def test_what_is_between_the_markers_is_replaced(measured, file):
     readme.update(measured)
     text = file.read_text(encoding="utf-8")
-    assert text == f"before 1.23\n{readme.BEGIN}\n\n{readme.section(measured)}\n\n{readme.END}\nafter 7.89\n"
+    tax = readme.tax_table(json.loads(readme.TAX.read_text(encoding="utf-8"))["runs"])
+    assert text.startswith(f"{readme.TAX_BEGIN}\n\n{tax}\n\n{readme.TAX_END}\nbefore 1.23\n")
+    table = readme.section(measured)
+    assert text.endswith(f"\nbefore 1.23\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter 7.89\n")
     assert [path.name for path in file.parent.iterdir()] == ["README.md"]
     readme.update(measured)
     assert file.read_text(encoding="utf-8") == text, "twice is the same as once"
@@ -50,6 +58,62 @@ def test_figures_are_those_of_the_records(measured):
     assert rows[2] == ["LoRA float32, dialogue", "2.00 (3.0 GiB)", "0.31 (6.0 GiB)", "6.5x"]
     op = next(row for row in rows if row[0] == "log-probs and gradient, frozen head")
     assert op[1:] == ["1.25 s (5 MiB)", "5.00 s (5 MiB)", "-", "-", "-", "1.11 s (5 MiB)"]
+
+
+def test_divergences_fisher_and_ewc_stand_beside_the_fastest_other(record):
+    kl, errors = readme.OTHERS[0][1], {"loss": 1e-7, "d_hidden": 1e-6}
+    kls = {"fastalign cpu": 1.2, "fastalign torch": 1.5, "eager": 4.0, "Liger fused linear JSD": 5.0}
+    rows = [record(suite="divergences", case=kl, implementation=n, median_s=t, errors=errors) for n, t in kls.items()]
+    rows += [record(suite="divergences", case=kl, implementation="3 matrix products", errors={"products": 1e-7})]
+    fishers = {"fastalign": 1.4, "BackPACK BatchGrad": 2.1, "loop over sequences": 2.2}
+    rows += [
+        record(suite="fisher", case="body-32x64", implementation=n, median_s=t, errors={"fisher": 1e-6})
+        for n, t in fishers.items()
+    ]
+    # quicker, but not the same thing
+    rows += [record(suite="fisher", case="body-32x64", implementation="ordinary backward", errors={"gradient": 1e-6})]
+    copied = {"bytes": 3 * 10**9, "copy_bytes_per_s": 2 * 10**10}
+    rows += [
+        record(suite="fisher", case="ewc", implementation=n, median_s=t, sizes=copied, peak_extra_bytes=None)
+        for n, t in {"fastalign": 0.2, "torch": 0.4}.items()
+    ]
+    lines = [[c.strip() for c in line.strip("|").split("|")][1:] for line in readme.section(rows).splitlines()]
+    assert lines[2:5] == [
+        ["1.20 s (5 MiB)", "eager: 4.00 s (5 MiB)", "200 ms (5 MiB)"],
+        ["1.40 s (5 MiB)", "BackPACK BatchGrad: 2.10 s (5 MiB)", "-"],
+        ["200 ms", "torch: 400 ms", "150 ms"],
+    ]
+    alone = [m for m in rows if m.implementation.startswith("fastalign") and m.suite == "divergences"]
+    assert "forward KL" not in readme.section([*alone, *rows[-2:]]), "with nobody beside it"
+
+
+def tuned(method, strength, margin, learning_rate=0.1, after=20.0):
+    tax = {"base_perplexity": 17.0, "tuned_perplexity": after, "kl_mean": 0.25}
+    return {"method": method, "strength": strength, "margin": margin, "learning_rate": learning_rate, "tax": tax}
+
+
+def test_the_tax_of_each_method_is_that_of_the_run_nearest_to_half_the_margin():
+    runs = [
+        tuned("plain", "0.4", 9.0, 0.04), tuned("plain", "1", 20.0, 0.1, 29.04), tuned("plain", "0.2", 8.0, 0.02),
+        tuned("ewc", "1", 15.1), tuned("ewc", "10", 5.0),
+    ]  # fmt: skip
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in readme.tax_table(runs).splitlines()]
+    assert [row[:3] for row in rows[2:]] == [
+        ["plain (1)", "20.0", "17.0 to 29.0"],
+        ["plain (0.4)", "9.0", "17.0 to 20.0"],
+        ["ewc (10)", "5.0", "17.0 to 20.0"],
+    ]
+    assert rows[2][3] == "0.250"
+
+
+def test_the_tax_in_readme_is_that_of_the_records():
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    runs = json.loads(readme.TAX.read_text(encoding="utf-8"))["runs"]
+    assert readme.between(text, readme.TAX_BEGIN, readme.TAX_END, readme.tax_table(runs)) == text
+    for run in runs:  # what the prose says
+        assert f"{run['tax']['base_perplexity']:.1f}" == "17.1"
+        assert run["method"] != "replay" or run["tax"]["tuned_perplexity"] < 17.1
+    assert f"from 17.1 to {max(run['tax']['tuned_perplexity'] for run in runs):.1f} without" in text.replace("\n", " ")
 
 
 def test_an_empty_cell_is_explained(measured):
