@@ -121,6 +121,7 @@ void bind_problems(py::module_& m) {
         .def_readwrite("weight_stride", &H::weight_stride)
         .def_property("bias", nullptr, address(&H::bias))
         .def_property("targets", nullptr, address(&H::targets))
+        .def_readwrite("targets_per_token", &H::targets_per_token)
         .def_property("rows", nullptr, address(&H::rows))
         .def_readwrite("scored", &H::scored)
         .def_readwrite("vocab", &H::vocab)
@@ -150,7 +151,8 @@ void bind_problems(py::module_& m) {
         .def_property("entropy", nullptr, address(&F::entropy))
         .def_property("grad_logprobs", nullptr, address(&F::grad_logprobs))
         .def_property("grad_entropy", nullptr, address(&F::grad_entropy))
-        .def_property("stats", nullptr, address(&F::stats));
+        .def_property("stats", nullptr, address(&F::stats))
+        .def_property("picked", nullptr, address(&F::picked));
     using B = BackwardProblem;
     py::class_<B, H>(m, "BackwardProblem", py::module_local())
         .def(py::init([] { return B{}; }))
@@ -159,7 +161,8 @@ void bind_problems(py::module_& m) {
         .def_property("stats", nullptr, address(&B::stats))
         .def_property("d_hidden", nullptr, address(&B::d_hidden))
         .def_property("d_weight", nullptr, address(&B::d_weight))
-        .def_property("d_bias", nullptr, address(&B::d_bias));
+        .def_property("d_bias", nullptr, address(&B::d_bias))
+        .def_property("grad_targets", nullptr, address(&B::grad_targets));
 }
 
 void bind_selective(py::module_& m) {

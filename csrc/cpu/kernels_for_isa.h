@@ -7,7 +7,7 @@
 #include "ewc.h"
 #include "fisher.h"
 #include "linear_divergence.h"
-#include "linear_logprobs.h"
+#include "linear_logprobs_backward.h"
 #include "selective_logprobs.h"
 
 namespace fastalign {

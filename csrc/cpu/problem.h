@@ -18,7 +18,8 @@ struct HeadProblem {
     const void* weight;           // (vocab, width), unit column stride
     std::int64_t weight_stride;
     const void* bias;             // Acc (vocab,), or null
-    const std::int64_t* targets;  // (tokens,)
+    const std::int64_t* targets;  // (tokens, targets_per_token), rising in a row: entries that stay out of the sums
+    std::int64_t targets_per_token = 1;
     const std::int64_t* rows;     // (scored,) which tokens are scored, or null for all of them
     std::int64_t scored, vocab, width;
     double logit_scale, softcap, temperature;  // softcap 0: none
@@ -34,6 +35,9 @@ struct ForwardProblem : HeadProblem {
     void* grad_logprobs;  // Acc (tokens, width), or null: d logprob / d hidden
     void* grad_entropy;   // Acc (tokens, width), or null: d entropy / d hidden
     void* stats;          // Acc (tokens, 5): shift, others, target, slope, mean; as in fastalign/ops/tiles.py
+    // sparse_divergence instead: the targets' logits, Acc (tokens, targets_per_token), with stats Acc (tokens, 2) shift
+    // and others, and in grad_logprobs the mean of dz/du W over the others; no other result, and no cache. Else null.
+    void* picked;
 };
 
 struct BackwardProblem : HeadProblem {
@@ -43,6 +47,9 @@ struct BackwardProblem : HeadProblem {
     void* d_hidden;             // Acc (tokens, width), zeroed, or null
     void* d_weight;             // dtype (vocab, width) contiguous, or null
     void* d_bias;               // Acc (vocab,), or null
+    // sparse_divergence instead: the gradient in the targets' u, Acc (tokens, targets_per_token); grad_logprobs is that
+    // in the logarithm of the others' sum, and stats are its forward pass's. Else null.
+    const void* grad_targets;
 };
 
 // Rows of logits and their targets; row r begins at r / inner * outer_stride + r % inner * inner_stride.

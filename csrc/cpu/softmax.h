@@ -30,7 +30,7 @@ struct Head {
 // Running sums of the tokens of a block (arrays over its padded rows), relative to `shift`.
 template <typename T>
 struct Sums {
-    T *shift, *others, *zothers, *target_logit;
+    T *shift, *others, *zothers;
 };
 
 // Far below any logit, yet finite: (start - m) * 0 is 0 and not NaN on the first tile.
@@ -57,21 +57,14 @@ FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const He
     }
 }
 
-// Folds a panel of products u into the sums; leaves `exp(z - shift)` in place (times dz/du where that varies), with
-// the targets' entries 0, and in `zweighted` (if not null) the same times (z - shift). column[i]: where token i's
-// target lies in this tile, or -1. shrink, moved (panel): exp of, and the, move of the shift. True if any moved.
+// Folds a panel of logits into the sums; leaves `exp(z - shift)` in place (times dz/du where that varies), and in
+// `zweighted` (if not null) the same times (z - shift). largest: of each column. shrink, moved (panel): exp of, and
+// the, move of the shift. True if any moved.
 template <typename T>
-bool absorb(T* z, std::int64_t tile, const T* bias, const Head<T>& head, const std::int64_t* column,
-            const Sums<T>& sums, bool entropy, bool gradients, T* zweighted, T* shrink, T* moved) {
+bool absorb(T* z, std::int64_t tile, const T* largest, const Head<T>& head, const Sums<T>& sums, bool entropy,
+            bool gradients, T* zweighted, T* shrink, T* moved) {
     using S = Shape<T>;
     constexpr int L = lanes<T>;
-    T largest[S::panel];
-    to_logits(z, tile, bias, head, largest);
-    for (std::int64_t i = 0; i < S::panel; ++i) {
-        if (column[i] < 0) continue;
-        sums.target_logit[i] = z[column[i] * S::panel + i];
-        z[column[i] * S::panel + i] = -std::numeric_limits<T>::infinity();  // exp gives exactly 0
-    }
     bool any_moved = false;
     for (int j = 0; j < S::vectors; ++j) {
         const Vec<T> old = load(sums.shift + j * L), top = load(largest + j * L);

@@ -16,7 +16,6 @@ struct RowBlock {
     const HeadProblem& problem;
     std::int64_t first, count;  // in the order of the scored rows
     std::int64_t token(std::int64_t i) const { return problem.rows ? problem.rows[first + i] : first + i; }
-    std::int64_t target(std::int64_t i) const { return problem.targets[token(i)]; }
     const In* hidden(std::int64_t i) const {
         return static_cast<const In*>(problem.hidden) + token(i) * problem.hidden_stride;
     }
@@ -31,6 +30,29 @@ struct WeightTile {
         : at(static_cast<const In*>(p.weight) + begin * p.weight_stride), stride(p.weight_stride), begin(begin),
           size(size) {}
 };
+
+// The first of `count` rising numbers that is not below x; not the C++ library's, which has one name in all namespaces.
+inline std::int64_t lower_bound(const std::int64_t* rising, std::int64_t count, std::int64_t x) {
+    std::int64_t first = 0;
+    for (std::int64_t end = count; first < end;) {
+        const std::int64_t middle = (first + end) / 2;
+        if (rising[middle] < x) first = middle + 1;
+        else end = middle;
+    }
+    return first;
+}
+
+// Calls f(row, place among the token's targets, place in the tile) for each target of rows [first, last) in the tile.
+template <typename In, typename F>
+void each_target(const RowBlock<In>& block, std::int64_t first, std::int64_t last, const WeightTile<In>& weight,
+                 const F& f) {
+    const std::int64_t count = block.problem.targets_per_token, tile_end = weight.begin + weight.size;
+    for (std::int64_t i = first; i < smaller(last, block.count); ++i) {
+        const std::int64_t* targets = block.problem.targets + block.token(i) * count;
+        for (std::int64_t at = lower_bound(targets, count, weight.begin); at < count && targets[at] < tile_end; ++at)
+            f(i, at, targets[at] - weight.begin);
+    }
+}
 
 // Hidden states as vectors of tokens, (panels, width, panel): zeros in the last panel's empty columns.
 template <typename T, typename In>

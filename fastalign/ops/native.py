@@ -137,8 +137,8 @@ def why_not(*tensors: Tensor | None) -> str | None:
 
 
 def why_no_kernel(name: str) -> str | None:
-    """Why this kernel cannot run, or None."""
-    if unavailable or hasattr(_kernels, name):
+    """Why this kernel, or what needs this field of the log-probabilities' problem, cannot run, or None."""
+    if unavailable or hasattr(_kernels, name) or hasattr(module.ForwardProblem, name):
         return unavailable
     return "the native module is older than its sources, run `make build`"
 
@@ -180,9 +180,11 @@ def _head_problem(problem, hidden, weight, targets, rows, bias, logit_scale, sof
     problem.hidden, problem.hidden_stride = hidden.data_ptr(), hidden.stride(0)
     problem.weight, problem.weight_stride = weight.data_ptr(), weight.stride(0)
     problem.targets = targets.data_ptr()
+    if targets.dim() > 1:
+        problem.targets_per_token = targets.shape[1]
     problem.bias = 0 if bias is None else bias.data_ptr()
     problem.rows = 0 if rows is None else rows.data_ptr()
-    problem.scored = targets.numel() if rows is None else rows.numel()
+    problem.scored = len(targets) if rows is None else rows.numel()
     problem.vocab, problem.width = weight.shape
     problem.logit_scale, problem.softcap, problem.temperature = logit_scale, softcap or 0.0, temperature
     if cache.numel():
@@ -250,6 +252,46 @@ def linear_logprobs_backward(
         d_weight,
         None if d_bias is None else d_bias.to(bias.dtype),
     )
+
+
+def linear_topk_logprobs(hidden, weight, targets, rows, bias, head, grads) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op of `sparse_divergence.py`; targets (N, k): rising in a row.
+
+    Logits of the targets (N, k), d log tail / d hidden (N, H) or empty, and (N, 2): shift and sum of the tail.
+    """
+    acc, none = reference.compute_dtype(hidden), hidden.new_empty(0)
+    new = hidden.new_zeros if rows is not None else hidden.new_empty
+    picked, stats = new(targets.shape, dtype=acc), new(len(hidden), 2, dtype=acc)
+    expected = new(hidden.shape if grads else 0, dtype=acc)
+    problem = module.ForwardProblem()
+    alive = _head_problem(problem, hidden, weight, targets, rows, bias, *head, none, none)
+    problem.picked, problem.stats = picked.data_ptr(), stats.data_ptr()
+    problem.grad_logprobs = expected.data_ptr() if grads else 0
+    if problem.scored:
+        run("forward", problem)
+    del alive
+    return picked, expected, stats
+
+
+def linear_topk_logprobs_backward(
+    grad_targets, grad_tail, hidden, weight, targets, rows, bias, stats, head, needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in weight and bias, from those in the targets' `h W' + b` (N, k) and in the tail's logarithm (N,)."""
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[0] else None
+    d_bias = stats.new_empty(len(weight)) if needs[1] else None
+    problem, none = module.BackwardProblem(), hidden.new_empty(0)
+    kept = grad_targets.contiguous(), grad_tail.contiguous(), stats.contiguous()
+    alive = _head_problem(problem, hidden, weight, targets, rows, bias, *head, none, none)
+    problem.grad_targets, problem.grad_logprobs, problem.stats = (t.data_ptr() for t in kept)
+    problem.d_weight, problem.d_bias = _address(d_weight), _address(d_bias)
+    if problem.scored:
+        run("backward", problem)
+    else:
+        for t in (d_weight, d_bias):
+            if t is not None:
+                t.zero_()
+    del alive, kept
+    return d_weight, None if d_bias is None else d_bias.to(bias.dtype)
 
 
 def linear_divergence(student, teacher, rows, kind, jsd_beta, grads, budget) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,21 +23,22 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
+from fastalign.ops import native
 from fastalign.ops.linear_divergence import _check_devices, _check_options, _check_side, _head, _kept, _without_autocast
 from fastalign.ops.tiles import _accumulate, _operand, pad_rows
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpu")
 _GATHERED = 1 << 24  # bytes of gathered weight rows at a time
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define(
     "linear_topk_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, Tensor? mask, float[] head, "
-    "bool grads) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool grads, *, str backend='torch') -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_topk_logprobs_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor indices, "
-    "Tensor? mask, Tensor logprobs, Tensor expected, Tensor picked, Tensor stats, float[] head, bool[3] needs) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? mask, Tensor logprobs, Tensor expected, Tensor picked, Tensor stats, float[] head, bool[3] needs, *, "
+    "str backend='torch') -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -115,9 +116,15 @@ def _check_indices(indices: Tensor, vocab: int) -> None:
     return None
 
 
-def _linear_topk_logprobs(hidden, weight, bias, indices, mask, head, grads):
+def _linear_topk_logprobs(hidden, weight, bias, indices, mask, head, grads, *, backend="torch"):
     n, rows = hidden.shape[0], _kept(mask)
     _check_indices(indices if rows is None else indices[rows], weight.shape[0])
+    if backend == "cpu":
+        targets, order = indices.sort(-1)
+        rising, expected, stats = native.linear_topk_logprobs(hidden, weight, targets, rows, bias, head, grads)
+        picked = torch.empty_like(rising).scatter_(1, order, rising)
+        logprobs = _normalise(picked, *stats.unbind(1))
+        return logprobs if rows is None else logprobs.masked_fill_(~mask.unsqueeze(1), 0.0), expected, picked, stats
     kept_hidden, kept_indices = (pad_rows(t if rows is None else t[rows]) for t in (hidden, indices))
     like = hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
     side = tiles.Side(kept_hidden, weight, bias, tiles.Head(head[0], head[1] or None, head[2]))
@@ -134,7 +141,7 @@ def _linear_topk_logprobs(hidden, weight, bias, indices, mask, head, grads):
     )  # fmt: skip
 
 
-def _linear_topk_logprobs_fake(hidden, weight, bias, indices, mask, head, grads):
+def _linear_topk_logprobs_fake(hidden, weight, bias, indices, mask, head, grads, *, backend="torch"):
     n, k = indices.shape
     new = hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
     return (
@@ -146,10 +153,10 @@ def _linear_topk_logprobs_fake(hidden, weight, bias, indices, mask, head, grads)
 
 
 def _linear_topk_logprobs_backward(
-    grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, head, needs
+    grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, options, needs, *, backend="torch"
 ):  # fmt: skip
     n, rows = hidden.shape[0], _kept(mask)
-    head = tiles.Head(head[0], head[1] or None, head[2])
+    head = tiles.Head(options[0], options[1] or None, options[2])
     kept = (grad, logprobs, picked, stats, indices, hidden)
     grad, logprobs, picked, stats, kept_indices, kept_hidden = (t if rows is None else t[rows] for t in kept)
     coefficients = grad - logprobs.exp() * grad.sum(1, keepdim=True)  # (S, k + 1) d loss / d z, the tail's in all
@@ -162,7 +169,14 @@ def _linear_topk_logprobs_backward(
         found = _weighted_rows(own, weight, kept_indices).addcmul_(kept_expected, coefficients[:, -1:])
         d_hidden = found if rows is None else found.new_zeros(n, found.shape[1]).index_copy_(0, rows, found)
     d_weight, d_bias = empty.clone(), empty.clone()
-    if needs[1] or needs[2]:
+    if backend == "cpu" and any(needs[1:]):
+        targets, order = kept_indices.sort(-1)
+        grads = own.gather(1, order), coefficients[:, -1]
+        found = native.linear_topk_logprobs_backward(
+            *grads, kept_hidden, weight, targets, None, bias, stats, options, needs[1:]
+        )
+        d_weight, d_bias = (empty.clone() if d is None else d for d in found)
+    elif needs[1] or needs[2]:
         stats = pad_rows(stats)
         stats[len(own) :, 0] = -tiles.START  # padding's exponentials are 0
         side = tiles.Side(pad_rows(kept_hidden), weight, bias, head)
@@ -206,7 +220,7 @@ def _head_gradients(side: tiles.Side, indices, own, tail_coefficients, stats, ne
 
 
 def _linear_topk_logprobs_backward_fake(
-    grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, head, needs
+    grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, options, needs, *, backend="torch"
 ):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0),
@@ -240,9 +254,11 @@ class _TopkLogprobs(torch.autograd.Function):
     """(N, k + 1) log-probabilities of the student: the k entries, and the tail."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, indices, mask, head, needs):
-        logprobs, *rest = torch.ops.fastalign.linear_topk_logprobs(hidden, weight, bias, indices, mask, head, needs[0])
-        ctx.head, ctx.needs = head, needs
+    def forward(ctx, hidden, weight, bias, indices, mask, head, needs, backend):
+        logprobs, *rest = torch.ops.fastalign.linear_topk_logprobs(
+            hidden, weight, bias, indices, mask, head, needs[0], backend=backend
+        )
+        ctx.head, ctx.needs, ctx.backend = head, needs, backend
         ctx.save_for_backward(hidden, weight, bias, indices, mask, logprobs, *rest)
         return logprobs
 
@@ -250,9 +266,9 @@ class _TopkLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         found = torch.ops.fastalign.linear_topk_logprobs_backward(
-            grad.contiguous(), *ctx.saved_tensors, ctx.head, ctx.needs
+            grad.contiguous(), *ctx.saved_tensors, ctx.head, ctx.needs, backend=ctx.backend
         )
-        return *(g if need else None for g, need in zip(found, ctx.needs, strict=True)), None, None, None, None
+        return *(g if need else None for g, need in zip(found, ctx.needs, strict=True)), *[None] * 5
 
 
 def divergence_of_buckets(
@@ -303,7 +319,8 @@ def sparse_divergence(
     hidden: (..., H) floating. weight: (V, H). bias: (V,). teacher_indices: (..., k) int64 in [0, V), distinct in a row.
     teacher_logprobs: (..., k) floating, at the same temperature; -inf where a row has fewer entries.
     mask, token_weights, temperature, jsd_beta, logit_scale, softcap: as in `linear_divergence`.
-    backend: "torch" (tiled), "reference" (materialises the logits), or "auto".
+    backend: "torch" (tiled), "cpu" (C++), "reference" (materialises the logits), or "auto" (picks by device: "cpu" on
+        the CPU where it can and is faster, else "torch").
 
     Returns (...) float32, or float64 for float64 inputs. 2U FLOP forward and backward with a frozen head
     (U = 2 N V H), 4U with a trainable one; extra memory O(rows x (H + k)) + a tile. InputError names a wrong shape,
@@ -326,18 +343,31 @@ def sparse_divergence(
         )  # fmt: skip
         return values if token_weights is None else values * token_weights.to(values.dtype)
     common = torch.promote_types(hidden.dtype, weight.dtype)
+    backend = _resolve(backend, common, hidden, weight, bias)
     kept = rows_that_count(mask, token_weights)
     needs_grad = torch.is_grad_enabled()
     needs = tuple(needs_grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     logprobs = _TopkLogprobs.apply(
         hidden.to(common).reshape(-1, hidden.shape[-1]), weight.to(common), bias, teacher_indices.reshape(-1, k),
-        kept, _head(logit_scale, softcap, temperature), needs,
+        kept, _head(logit_scale, softcap, temperature), needs, backend,
     )  # fmt: skip
     values = divergence_of_buckets(
         logprobs, teacher_logprobs.detach().reshape(-1, k), divergence, jsd_beta, with_tail=with_tail, mask=kept,
         token_weights=None if token_weights is None else token_weights.reshape(-1),
     )  # fmt: skip
     return values.view(shape)
+
+
+def _resolve(backend: str, dtype: torch.dtype, *tensors: Tensor | None) -> str:
+    """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
+    if backend == "torch":
+        return backend
+    why = native.why_not(*tensors) or native.why_no_kernel("picked")
+    if backend == "cpu" or (native.refused and tensors[0].device.type == "cpu"):
+        if why:
+            raise BackendError(f"backend={backend!r} cannot run sparse_divergence here: {native.refused or why}")
+        return "cpu"
+    return "cpu" if why is None and native.is_fast(dtype) else "torch"
 
 
 def _check_teacher(shape: torch.Size, vocab: int, indices: Tensor, logprobs: Tensor, mask, token_weights):
