@@ -143,7 +143,10 @@ void bind_problems(py::module_& m) {
         .def_readwrite("budget", &D::budget)
         .def_property("values", nullptr, address(&D::values))
         .def_property("grad_hidden", nullptr, address(&D::grad_hidden))
-        .def_property("stats", nullptr, address(&D::stats));
+        .def_property("stats", nullptr, address(&D::stats))
+        .def_property("coefficients", nullptr, address(&D::coefficients))
+        .def_property("d_weight", nullptr, address(&D::d_weight))
+        .def_property("d_bias", nullptr, address(&D::d_bias));
     using F = ForwardProblem;
     py::class_<F, H>(m, "ForwardProblem", py::module_local())
         .def(py::init([] { return F{}; }))

@@ -161,5 +161,15 @@ void differentiate_divergence(Divergence kind, T* a, const T* b, std::int64_t ti
     }
 }
 
+// A panel of gradients times a number for each token.
+template <typename T>
+void scale_tokens(T* z, std::int64_t tile, const T* by) {
+    for (int j = 0; j < Shape<T>::vectors; ++j) {
+        const Vec<T> factor = load(by + j * lanes<T>);
+        T* at = z + j * lanes<T>;
+        for (std::int64_t t = 0; t < tile; ++t, at += Shape<T>::panel) store(at, load(at) * factor);
+    }
+}
+
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

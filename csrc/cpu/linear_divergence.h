@@ -1,14 +1,15 @@
 #pragma once
 
-// linear_divergence with a frozen student head. The mathematics, and why three products are enough for every
+// linear_divergence. The mathematics, and why three products are enough for every
 // divergence, are told at the head of fastalign/ops/divergence_tiles.py. Rows are taken through the vocabulary in groups
 // whose logits, of both sides, are held; each group in three sweeps over (vocabulary chunk, block of rows):
 //
 //     project   both products, into the held tiles; logsumexp of both sides
 //     measure   the terms of the divergence and of K, over the held tiles, which become what the gradient is made of
-//     fold      the gradient in the student's logits, times its weight
+//     fold      the gradient in the student's logits, times its weight; and times its rows, for a trainable head
 //
-// What a chunk adds to a row is computed apart and added in the order of the vocabulary, as in linear_logprobs.h.
+// What a chunk adds to a row is computed apart and added in the order of the vocabulary, as in linear_logprobs.h; what a
+// row adds to a trainable head's chunk, in the order of the rows: there one worker takes a whole chunk.
 
 #include "divergence_terms.h"
 #include "linear_logprobs.h"
@@ -22,6 +23,7 @@ class DivergencePass {
     enum { kStudentTop, kStudentLog, kTeacherTop, kTeacherLog, kMoment, kDivergenceStats };
     const DivergenceProblem& p_;
     const Head<T> head_, teacher_head_;
+    const bool trainable_, gradients_;
     const std::int64_t padded_width_, chunk_, chunks_, tiles_;
     std::int64_t group_rows_, block_rows_, blocks_;  // rows of a group, and of its blocks but the last, and their number
     std::int64_t first_ = 0;                         // row of the group at work
@@ -29,14 +31,16 @@ class DivergencePass {
 
     struct Scratch {
         Tiles<T, In> student, teacher;
-        T *a, *sums, *moments;
+        T *a, *sums, *moments, *coefficients;
     };
 
     Scratch carve(Carver& c) const {
-        Scratch s{Tiles<T, In>(c, block_rows_, p_.student.width, {true, p_.grad_hidden != nullptr, false}),
-                  Tiles<T, In>(c, block_rows_, p_.teacher.width, {true, false, false}), {}, {}, {}};
+        const TileProducts needs{true, p_.grad_hidden != nullptr, p_.d_weight != nullptr};
+        Scratch s{Tiles<T, In>(c, block_rows_, p_.student.width, needs),
+                  Tiles<T, In>(c, block_rows_, p_.teacher.width, {true, false, false}), {}, {}, {}, {}};
         s.a = c.take<T>(p_.grad_hidden ? block_rows_ * padded_width_ : 0);
         s.sums = c.take<T>(2 * block_rows_), s.moments = c.take<T>(2 * block_rows_);
+        s.coefficients = c.take<T>(block_rows_);
         return s;
     }
     void carve_group(Carver& c) {
@@ -49,6 +53,7 @@ public:
     explicit DivergencePass(const DivergenceProblem& p)
         : p_(p), head_(p.student.logit_scale, p.student.softcap, p.student.temperature),
           teacher_head_(p.teacher.logit_scale, p.teacher.softcap, p.teacher.temperature),
+          trainable_(p.d_weight || p.d_bias), gradients_(p.grad_hidden || trainable_),
           padded_width_(ceil_div(p.student.width, S::panel) * S::panel), chunk_(kChunkTiles * S::tile),
           chunks_(ceil_div(p.student.vocab, chunk_)), tiles_(ceil_div(p.student.vocab, S::tile)) {}
 
@@ -69,10 +74,12 @@ public:
         Carver group(workspace.data() + pool.workers * size.used());
         carve_group(group);
         for (first_ = 0; first_ < p_.student.scored; first_ += group_rows_) {
-            sweep(pool, workspace.data(), size.used(), &DivergencePass::project, &DivergencePass::merge_logsumexp);
-            sweep(pool, workspace.data(), size.used(), &DivergencePass::measure, &DivergencePass::merge_terms);
-            if (p_.grad_hidden)
-                sweep(pool, workspace.data(), size.used(), &DivergencePass::fold, &DivergencePass::merge_gradient);
+            const auto run_sweep = [&](Step scan, Step merge, bool whole_chunks) {
+                sweep(pool, workspace.data(), size.used(), scan, merge, whole_chunks);
+            };
+            run_sweep(&DivergencePass::project, &DivergencePass::merge_logsumexp, false);
+            run_sweep(&DivergencePass::measure, &DivergencePass::merge_terms, false);
+            if (gradients_) run_sweep(&DivergencePass::fold, &DivergencePass::merge_gradient, trainable_);
         }
     }
 
@@ -80,19 +87,21 @@ private:
     using Step = void (DivergencePass::*)(std::int64_t index, std::int64_t chunk, Scratch&);
 
     // Runs `scan` for every chunk and block of the group, and `merge` after it in the order of the vocabulary.
-    void sweep(const Pool& pool, char* data, std::size_t size, Step scan, Step merge) {
+    void sweep(const Pool& pool, char* data, std::size_t size, Step scan, Step merge, bool whole_chunks) {
         const std::int64_t blocks = ceil_div(smaller(group_rows_, p_.student.scored - first_), block_rows_);
-        OrderedItems items(chunks_ * blocks, blocks);
+        const std::int64_t together = whole_chunks ? blocks : 1;
+        OrderedItems items(chunks_ * blocks / together, blocks);
         pool.run([&](int worker) {
             Carver own(data + worker * size);
             Scratch scratch = carve(own);
-            for (std::int64_t item; items.next(item);) {
-                const std::int64_t chunk = item / blocks, index = item % blocks;
-                (this->*scan)(index, chunk, scratch);
-                items.wait(index, chunk);
-                (this->*merge)(index, chunk, scratch);
-                items.done(index, chunk);
-            }
+            for (std::int64_t item; items.next(item);)
+                for (std::int64_t step = item * together; step < (item + 1) * together; ++step) {
+                    const std::int64_t chunk = step / blocks, index = step % blocks;
+                    (this->*scan)(index, chunk, scratch);
+                    items.wait(index, chunk);
+                    (this->*merge)(index, chunk, scratch);
+                    items.done(index, chunk);
+                }
             scratch.student.release();
         });
     }
@@ -153,7 +162,7 @@ private:
                                               stat(kTeacherTop, index) + row, stat(kTeacherLog, index) + row,
                                               s.sums + row, s.moments + row};
                 add_terms(p_.kind, held(0, index, v) + at, held(1, index, v) + at, smaller(S::tile, end - v), panel,
-                          static_cast<T>(p_.beta), head_, p_.grad_hidden != nullptr);
+                          static_cast<T>(p_.beta), head_, gradients_);
             }
     }
 
@@ -177,17 +186,34 @@ private:
     void fold(std::int64_t index, std::int64_t chunk, Scratch& s) {
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.student.vocab);
         const T scale = (p_.kind == Divergence::jsd ? T(1 - p_.beta) : T(1)) * (head_.capped ? T(1) : head_.factor);
+        if (trainable_) take_coefficients(rows(p_.student, index), s);
         for (std::int64_t v = begin; v < end; v += S::tile) {
             const WeightTile<In> weight(p_.student, v, smaller(S::tile, end - v));
             T *a = held(0, index, v), *b = held(1, index, v);
             for (std::int64_t i = 0; i < panels(index); ++i)
                 differentiate_divergence(p_.kind, a + i * S::panel * S::tile, b + i * S::panel * S::tile, weight.size,
                                          stat(kMoment, index) + i * S::panel, scale);
-            s.student.fold(a, panels(index), weight, s.a, v == begin);
+            if (p_.grad_hidden) s.student.fold(a, panels(index), weight, s.a, v == begin);
+            if (trainable_) add_to_head(a, panels(index), weight, s);
         }
     }
 
+    void take_coefficients(const RowBlock<In>& block, Scratch& s) const {
+        for (std::int64_t i = 0; i < block_rows_; ++i)  // 0 for the empty rows of the last panel
+            s.coefficients[i] = i < block.count ? static_cast<const T*>(p_.coefficients)[block.token(i)] : T(0);
+        if (p_.d_weight) s.student.take_rows_for_outer(block);
+    }
+    void add_to_head(T* a, std::int64_t count, const WeightTile<In>& weight, Scratch& s) const {
+        for (std::int64_t i = 0; i < count; ++i)
+            scale_tokens(a + i * S::panel * S::tile, weight.size, s.coefficients + i * S::panel);
+        T* d_weight = at_row<T>(p_.d_weight, weight.begin, padded_width_);
+        T* d_bias = at_row<T>(p_.d_bias, weight.begin, lanes<T>);
+        if (d_weight) s.student.outer(a, count, weight.size, d_weight);
+        if (d_bias) add_bias(a, count, weight.size, d_bias);
+    }
+
     void merge_gradient(std::int64_t index, std::int64_t chunk, Scratch& s) {
+        if (!p_.grad_hidden) return;
         const RowBlock<In> block = rows(p_.student, index);
         for (std::int64_t i = 0; i < block.count; ++i) {
             T* to = at_row<T>(p_.grad_hidden, block.token(i), p_.student.width);

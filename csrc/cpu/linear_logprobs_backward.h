@@ -81,7 +81,7 @@ private:
                 gradient_tile(block, panels, weight, s);
                 if (p_.d_hidden) s.tiles.fold(s.z, panels, weight, s.a, v == begin);
                 if (p_.d_weight) s.tiles.outer(s.z, panels, weight.size, s.d_weight + (v - begin) * padded_width_);
-                if (p_.d_bias) add_bias(panels, weight.size, s.z, s.d_bias + (v - begin) * lanes<T>);
+                if (p_.d_bias) add_bias(s.z, panels, weight.size, s.d_bias + (v - begin) * lanes<T>);
             }
             if (!p_.d_hidden) continue;
             items.wait(b, chunk);
@@ -152,16 +152,6 @@ private:
             const T* from = s.a + i * padded_width_;
             for (std::int64_t k = 0; k < p_.width; ++k) to[k] += from[k];
         }
-    }
-
-    // Per lane, over all panels of all blocks in order; the lanes are added last. So the block's size does not matter.
-    void add_bias(std::int64_t panels, std::int64_t tile, const T* z, T* d_bias) const {
-        for (std::int64_t p = 0; p < panels; ++p)
-            for (std::int64_t t = 0; t < tile; ++t)
-                for (int j = 0; j < S::vectors; ++j) {
-                    T* sum = d_bias + t * lanes<T>;
-                    store(sum, load(sum) + load(z + (p * S::tile + t) * S::panel + j * lanes<T>));
-                }
     }
 
     void write_chunk(std::int64_t begin, std::int64_t size, const Scratch& s) const {

@@ -79,6 +79,10 @@ struct DivergenceProblem {
     void* values;        // Acc (tokens,)
     void* grad_hidden;   // Acc (tokens, width), or null: d value / d hidden
     void* stats;         // Acc (tokens, 5): as in fastalign/ops/divergence_tiles.py
+    // The gradient of sum(coefficients * values) in the student's weight and bias, added to what is there.
+    const void* coefficients;  // Acc (tokens,), or null without the next two
+    void* d_weight;            // Acc (vocab, width up to a multiple of the panel), or null
+    void* d_bias;              // Acc (vocab, lanes of a vector), to be summed, or null
 };
 
 // F += sum_s (G_s' X_s)^2, sequence s being the rows offsets[s] to offsets[s + 1].

@@ -130,6 +130,19 @@ public:
     void release() {}
 };
 
+// sums (tile, lanes) += a gradient tile (panels, tile, panel), over its tokens: the bias's gradient. Lane by lane, panels
+// in order; the lanes are added last. So the size of a block does not matter.
+template <typename T>
+void add_bias(const T* z, std::int64_t panels, std::int64_t tile, T* sums) {
+    using S = Shape<T>;
+    for (std::int64_t p = 0; p < panels; ++p)
+        for (std::int64_t t = 0; t < tile; ++t)
+            for (int j = 0; j < S::vectors; ++j) {
+                T* sum = sums + t * lanes<T>;
+                store(sum, load(sum) + load(z + (p * S::tile + t) * S::panel + j * lanes<T>));
+            }
+}
+
 // How many rows a block has: as many as let every worker's scratch fit the budget, and no more than there are. A
 // row's result does not depend on it.
 template <typename T>

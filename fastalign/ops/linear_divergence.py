@@ -86,12 +86,12 @@ def _linear_divergence(
 ):  # fmt: skip
     n, vocab, scored = hidden.shape[0], _shared_vocab(weight, teacher_weight), _scored(mask, coefficients)
     if backend == "cpu":
-        student = (hidden, weight[:vocab], None if bias is None else bias[:vocab], head)
-        teacher = (teacher_hidden, teacher_weight[:vocab], None if teacher_bias is None else teacher_bias[:vocab])
-        found = native.linear_divergence(
-            student, (*teacher, teacher_head), scored.rows, divergence, jsd_beta, grads, memory_budget
-        )  # fmt: skip
-        return *found, weight.new_empty(0), hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
+        formed = needs if coefficients is not None else (False, False)
+        sides = (hidden, weight, bias, head), (teacher_hidden, teacher_weight, teacher_bias, teacher_head)
+        *found, d_weight, d_bias = native.linear_divergence(
+            *_to_length(vocab, *sides), scored.rows, divergence, jsd_beta, grads, memory_budget, coefficients, formed
+        )
+        return *found, *_whole(d_weight, d_bias, weight, bias, found[0])
     own = None if coefficients is None else _gather(coefficients, scored).to(reference.compute_dtype(hidden))
     out = tiles.forward(
         _side(hidden, weight, bias, head, scored, vocab),
@@ -108,8 +108,20 @@ def _linear_divergence(
         _scatter(out.values, scored, n),
         _scatter(out.grad_hidden, scored, n) if grads else empty,
         _scatter(out.stats, scored._replace(ignored=None), n),
-        empty.to(weight.dtype, copy=True) if out.d_weight is None else _fill_up(out.d_weight, weight),
-        empty.clone() if out.d_bias is None else _fill_up(out.d_bias, bias),
+        *_whole(out.d_weight, out.d_bias, weight, bias, empty),
+    )
+
+
+def _to_length(vocab: int, *sides):
+    """Each side (hidden, weight, bias, head) with the vocabulary's first entries only."""
+    return [(h, w[:vocab], None if bias is None else bias[:vocab], head) for h, w, bias, head in sides]
+
+
+def _whole(d_weight, d_bias, weight, bias, values) -> tuple[Tensor, Tensor]:
+    """Gradients of the whole weight and bias from those of the entries that count; empty where there is none."""
+    return (
+        weight.new_empty(0) if d_weight is None else _fill_up(d_weight, weight),
+        values.new_empty(0) if d_bias is None else _fill_up(d_bias, bias),
     )
 
 
@@ -140,9 +152,16 @@ def _linear_divergence_backward(
     if looks and (kept.numel() == 0 or bool((kept == kept[0]).all())):
         factor = kept[0] if kept.numel() else 0.0
         return formed_weight * factor if needs[0] else empty, formed_bias * factor if needs[1] else empty.clone()
-    vocab = _shared_vocab(weight, teacher_weight)
+    vocab, coefficients = _shared_vocab(weight, teacher_weight), grad if coefficients is None else grad * coefficients
+    if backend == "cpu":
+        sides = (hidden, weight, bias, head), (teacher_hidden, teacher_weight, teacher_bias, teacher_head)
+        budget = tiles.default_budget(hidden.device)
+        *_, d_weight, d_bias = native.linear_divergence(
+            *_to_length(vocab, *sides), scored.rows, divergence, jsd_beta, False, budget, coefficients, needs
+        )
+        return _whole(d_weight, d_bias, weight, bias, empty)
     d_weight, d_bias = tiles.backward(
-        _gather(grad if coefficients is None else grad * coefficients, scored),
+        _gather(coefficients, scored),
         _side(hidden, weight, bias, head, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, scored, vocab),
         tiles.Divergence(divergence, jsd_beta),
@@ -150,10 +169,7 @@ def _linear_divergence_backward(
         needs=tuple(needs),
         epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
     )
-    return (
-        _fill_up(d_weight, weight) if needs[0] else empty,
-        _fill_up(d_bias, bias) if needs[1] else empty.clone(),
-    )
+    return _whole(d_weight, d_bias, weight, bias, empty)
 
 
 def _padded_stats(stats: Tensor, rows: int) -> Tensor:
@@ -289,7 +305,7 @@ def linear_divergence(
         forward pass. Any other use of the result is right as well, and forms it again.
     memory_budget: bytes of logits held at a time (default: 128 MiB on the CPU, 1 GiB elsewhere), of 16 rows at least.
     backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on a
-        GPU), "cpu" (C++, for a frozen student head and one dtype on both sides), "reference" (materialises the logits),
+        GPU), "cpu" (C++, for one dtype on both sides), "reference" (materialises the logits),
         or "auto" (picks by device: "cpu" on the CPU where it can and is faster, else "torch").
 
     Returns (...) float32, or float64 for float64 inputs; infinity for a KL whose second distribution rules out what the
@@ -314,8 +330,7 @@ def linear_divergence(
     hidden, weight, teacher_hidden, teacher_weight = _common_dtypes(hidden, weight, teacher_hidden, teacher_weight)
     acc = reference.compute_dtype(hidden)
     shape, needs_grad = hidden.shape[:-1], torch.is_grad_enabled()
-    trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    backend = _resolve(backend, trainable, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    backend = _resolve(backend, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     options = _Options(
         _head(logit_scale, softcap, temperature),
         _head(teacher_logit_scale, teacher_softcap, temperature),
@@ -340,7 +355,7 @@ def linear_divergence(
     return values.view(shape)
 
 
-def _resolve(backend: str, trainable: bool, hidden: Tensor, *others: Tensor | None) -> str:
+def _resolve(backend: str, hidden: Tensor, *others: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
     if backend == "torch":
         return backend
@@ -350,9 +365,7 @@ def _resolve(backend: str, trainable: bool, hidden: Tensor, *others: Tensor | No
         return backend
     why = native.why_not(hidden, *others) or native.why_no_kernel("divergence")
     teacher_dtypes = {t.dtype for t in (others[0], others[2], others[3])}
-    if why is None and trainable:
-        why = "it forms no gradient of a trainable head; freeze weight and bias, or take torch"
-    elif why is None and teacher_dtypes != {hidden.dtype}:
+    if why is None and teacher_dtypes != {hidden.dtype}:
         why = f"student and teacher are {hidden.dtype} and {others[2].dtype}; it takes one dtype"
     if backend == "cpu":
         if why:

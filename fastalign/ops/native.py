@@ -294,16 +294,24 @@ def linear_topk_logprobs_backward(
     return d_weight, None if d_bias is None else d_bias.to(bias.dtype)
 
 
-def linear_divergence(student, teacher, rows, kind, jsd_beta, grads, budget) -> tuple[Tensor, Tensor, Tensor]:
+def linear_divergence(
+    student, teacher, rows, kind, jsd_beta, grads, budget, coefficients=None, needs=(False, False)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The forward op of `linear_divergence.py`; student, teacher: (hidden, weight, bias, head), of the same vocabulary.
 
-    values (N,), grad_hidden (N, H) or empty, stats (N, 5).
+    values (N,), grad_hidden (N, H) or empty, stats (N, 5); and, as far as `needs` asks for each, the gradients of
+    `sum(coefficients * values)` in the student's weight and bias, in float32 or float64. coefficients: (N,).
     """
     hidden = student[0]
     (n, width), acc = hidden.shape, reference.compute_dtype(hidden)
     new = hidden.new_zeros if rows is not None else hidden.new_empty
     values, stats = new(n, dtype=acc), new(n, 5, dtype=acc)
     grad_hidden = new((n, width) if grads else 0, dtype=acc)
+    vocab, lanes = len(student[1]), _kernels.vector_bytes // values.element_size()
+    padded = -(-width // _panels[hidden.dtype]) * _panels[hidden.dtype]
+    d_weight = values.new_zeros(vocab, padded) if needs[0] else None
+    d_bias = values.new_zeros(vocab, lanes) if needs[1] else None
+    coefficients = coefficients.to(acc).contiguous() if any(needs) else None
     problem, none = module.DivergenceProblem(), hidden.new_empty(0)
     places = torch.empty(n, dtype=torch.int64)  # in the place of targets, of which only the number is read
     alive = [
@@ -314,10 +322,19 @@ def linear_divergence(student, teacher, rows, kind, jsd_beta, grads, budget) -> 
     problem.beta, problem.budget = jsd_beta, budget
     problem.values, problem.stats = values.data_ptr(), stats.data_ptr()
     problem.grad_hidden = grad_hidden.data_ptr() if grads else 0
+    if any(needs):
+        problem.coefficients = coefficients.data_ptr()
+        problem.d_weight, problem.d_bias = _address(d_weight), _address(d_bias)
     if problem.student.scored:
         run("divergence", problem)
     del alive
-    return values, grad_hidden, stats
+    return (
+        values,
+        grad_hidden,
+        stats,
+        None if d_weight is None else d_weight[:, :width].contiguous(),
+        None if d_bias is None else d_bias.sum(1),
+    )
 
 
 def _selective_problem(logits, targets, temperature, ignore_index, stats):

@@ -56,12 +56,22 @@ def problem(dtype=torch.float32, *, n=N, vocab=V, bias=False, spread=2.0, seed=0
     return out | ({"bias": normal(vocab), "teacher_bias": normal(vocab + U - V)} if bias else {})
 
 
-def evaluate(function, inputs, **options):
-    """Divergences, and the gradient of a fixed weighted sum of them in the student's hidden states."""
+def evaluate(function, inputs, leaves=("hidden",), **options):
+    """Divergences, and the gradients of a fixed weighted sum of them in the leaves."""
     inputs = {name: t.detach().clone() for name, t in inputs.items()}
-    out = function(**inputs | {"hidden": inputs["hidden"].requires_grad_()}, **options)
+    leaves = [inputs[name].requires_grad_() for name in leaves]
+    out = function(**inputs, **options)
     weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype)
-    return out.detach(), *torch.autograd.grad((weights * out).sum(), inputs["hidden"])
+    return out.detach(), *torch.autograd.grad((weights * out).sum(), leaves)
+
+
+def evaluate_sum(function, inputs, leaves=("hidden",), **options):
+    """The same where the weights are known in advance."""
+    weights = torch.linspace(-1, 2, len(inputs["hidden"]), dtype=torch.float64)
+    inputs = {name: t.detach().clone() for name, t in inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in leaves]
+    out = function(**inputs, token_weights=weights, **options)
+    return out.detach(), *torch.autograd.grad(out.sum(), leaves)
 
 
 def cpu(**arguments):
@@ -94,6 +104,49 @@ def test_values_and_gradients_against_float64(isa, head, kind, dtype):
     assert (values - exact).abs().max() <= 4 * error * exact.abs().max()
     rounding = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
     assert (grad - exact_grad).abs().max() <= (8 * error + rounding) * exact_grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("run", [evaluate_sum, evaluate], ids=["formed in forward", "formed in backward"])
+def test_the_gradient_of_a_trainable_head(isa, run, head, kind, dtype):
+    """Each entry is a sum over rows, of terms that are off as those of the gradient in hidden are."""
+    inputs, options = problem(dtype, bias=True), HEADS[head] | {"divergence": kind, "jsd_beta": 0.3}
+    inputs |= {name: t[:V] for name, t in inputs.items() if name.startswith("teacher") and len(t) == U}
+    inputs |= {name: torch.cat([inputs[name], torch.ones_like(inputs[name][:5])]) for name in ("weight", "bias")}
+    mask = torch.arange(N) % 3 != 1
+    leaves = ("hidden", "weight", "bias")
+    found = run(cpu, inputs, leaves, mask=mask, **options)[1:]
+    frozen = run(cpu, inputs, mask=mask, **options)[1]
+    exact = evaluate(reference.linear_divergence, doubled(inputs), leaves, mask=mask, **options)[1:]
+    finer = torch.finfo(torch.float64).eps / EPS if dtype == torch.float64 else 1.0
+    error = (logit_error(inputs) * max(1.0, 1 / options.get("temperature", 1.0)) + (V / 256 + N) * EPS) * finer
+    rounding = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
+    assert torch.equal(found[0], frozen)
+    for name, ours, truth in zip(leaves, found, exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - truth).abs().max() <= (8 * error + rounding) * truth.abs().max(), name
+        assert name == "hidden" or not ours[V:].any()
+
+
+@pytest.mark.parametrize("run", [evaluate_sum, evaluate], ids=["formed in forward", "formed in backward"])
+@pytest.mark.parametrize("leaves", [("weight",), ("bias",), ("hidden", "bias")], ids=" ".join)
+def test_each_gradient_alone_has_the_same_bits(isa, run, leaves):
+    inputs, every = problem(bias=True), ("hidden", "weight", "bias")
+    everything = dict(zip(every, run(cpu, inputs, every)[1:], strict=True))
+    for name, grad in zip(leaves, run(cpu, inputs, leaves)[1:], strict=True):
+        assert torch.equal(grad, everything[name])
+
+
+@pytest.mark.parametrize("run", [evaluate_sum, evaluate], ids=["formed in forward", "formed in backward"])
+def test_threads_do_not_change_a_bit_of_a_trainable_heads_gradient(isa, threads, run):
+    inputs, results = problem(n=230, vocab=5000, bias=True), []
+    for count in (1, 2, 8):
+        threads(count)
+        results.append(run(cpu, inputs, ("hidden", "weight", "bias"), memory_budget=100 * 5000 * 8))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,6 +233,33 @@ def test_gradcheck(isa, softcap, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, 3.0, 1.0], dtype=torch.float64)])
+def test_gradcheck_of_a_trainable_head(isa, weights, kind):
+    inputs = {name: t[:7, :4] for name, t in problem(torch.float64, vocab=11).items()}
+    leaves = [inputs["hidden"], inputs["weight"], torch.linspace(-1, 1, len(inputs["weight"]), dtype=torch.float64)]
+
+    def run(hidden, weight, bias):
+        sides = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
+        out = cpu(**sides, token_weights=weights, divergence=kind, softcap=3.0, jsd_beta=0.3)
+        return out if weights is None else out.sum()
+
+    torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in leaves])
+
+
+@pytest.mark.parametrize("formed", [False, True])
+def test_opcheck(isa, formed):
+    x, on_cpu = problem(bias=True), {"backend": "cpu"}
+    student = (x["hidden"], x["weight"], x["bias"], (1.3, 5.0, 0.7))
+    teacher = (x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"], (1.0, 0.0, 0.7))
+    rows = torch.arange(N) % 3 != 1, torch.ones(N) if formed else None
+    args = (*student, *teacher, *rows, "jsd", 0.3, True, [True, True], 0)
+    torch.library.opcheck(torch.ops.fastalign.linear_divergence.default, args, on_cpu)
+    *_, stats, weight, bias = torch.ops.fastalign.linear_divergence(*args, **on_cpu)
+    args = (torch.ones(N), *student, *teacher, *rows, stats, weight, bias, "jsd", 0.3, [True, True])
+    torch.library.opcheck(torch.ops.fastalign.linear_divergence_backward.default, args, on_cpu)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_batch_and_budget_do_not_change_a_row_by_a_bit(isa, threads, dtype, kind):
     inputs, results = problem(dtype, n=230, vocab=5000), []
@@ -240,11 +320,10 @@ def test_compiles_in_one_graph_to_the_same_bits():
 
 def test_what_it_cannot_run_is_refused_by_name_and_left_to_torch_by_auto():
     inputs = problem()
-    trainable = inputs | {"weight": inputs["weight"].clone().requires_grad_()}
     mixed = {name: t.bfloat16() if name.startswith("teacher") else t for name, t in inputs.items()}
-    for arguments, why in ((trainable, "trainable head.*torch"), (mixed, "float32 and torch.bfloat16")):
-        with pytest.raises(BackendError, match=why):
-            cpu(**arguments)
-        torch_values = linear_divergence(**arguments, backend="torch")
-        assert torch.equal(linear_divergence(**arguments), torch_values)
-    assert torch.equal(linear_divergence(**inputs), cpu(**inputs))
+    with pytest.raises(BackendError, match=r"float32 and torch.bfloat16"):
+        cpu(**mixed)
+    assert torch.equal(linear_divergence(**mixed), linear_divergence(**mixed, backend="torch"))
+    for trainable in (False, True):
+        inputs["weight"].requires_grad_(trainable)
+        assert torch.equal(linear_divergence(**inputs), cpu(**inputs))
