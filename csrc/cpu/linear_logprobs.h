@@ -65,8 +65,6 @@ public:
           chunks_(ceil_div(p.vocab, chunk_)), tiles_(ceil_div(p.vocab, S::tile)) {}
 
     void run(Pool pool) {
-        // Hundreds of megabytes that nobody has touched yet: faults page by page can cost as much as a product.
-        if (p_.cache) prefer_huge_pages(p_.cache, p_.cache_rows * p_.vocab * sizeof(In));
         const std::int64_t sheets = gradients_ ? 1 + entropy_ : 0;
         const std::int64_t row_bytes = sizeof(T) * (p_.width + sheets * padded_width_ + (1 + entropy_) * S::tile + 8);
         block_rows_ = rows_per_block<T>(p_.scored, pool.workers, row_bytes, kMostRows, kScratchBudget);

@@ -45,7 +45,6 @@ public:
     }
 
     void run(Pool pool) {
-        if (p_.d_weight) prefer_huge_pages(p_.d_weight, p_.vocab * p_.width * sizeof(In));
         pool.workers = static_cast<int>(smaller(pool.workers, chunks_));
         const std::int64_t sheets = recomputes() + (p_.d_hidden != nullptr) + (p_.d_weight != nullptr);
         const std::int64_t row_bytes = sizeof(T) * (sheets * padded_width_ + S::tile + 8);

@@ -205,7 +205,6 @@ def linear_logprobs(
     grad_entropy = new((n, width) if grads and entropy else 0, dtype=acc)
     cache = hidden.new_empty((cache_rows, vocab) if cache_rows else 0)
     shifts = hidden.new_empty((cache_rows, cache_shifts(vocab)) if cache_rows else 0, dtype=acc)
-    module.prefer_huge_pages(cache.data_ptr(), cache.nbytes)
     scored = cacheable_rows(n if rows is None else rows.numel(), hidden.dtype, 1, 1 << 62)
     cache[scored:], shifts[scored:] = 0, 0  # rows that turned out not to be scored
     problem = module.ForwardProblem()
