@@ -5,6 +5,7 @@
 // the same bits.
 
 #include <atomic>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -15,72 +16,111 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-typedef double TwiceDoubles __attribute__((vector_size(2 * FASTALIGN_VECTOR_BYTES)));  // a vector of floats, widened
+// Vectors of T, added up in double.
+template <typename T>
+struct WideSum {
+    static constexpr int parts = sizeof(double) / sizeof(T);
+    typedef T Part __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / parts)));
+    Vec<double> sums[parts] = {};
+
+    // Part by part: a conversion of the whole vector, to twice a register, is compiled to single values in memory.
+    void add(Vec<T> values) {
+        Part part[parts];
+        std::memcpy(part, &values, sizeof(values));
+        for (int i = 0; i < parts; ++i) sums[i] += __builtin_convertvector(part[i], Vec<double>);
+    }
+    double total() const {
+        double out = 0;
+        for (const auto& sum : sums)
+            for (int lane = 0; lane < lanes<double>; ++lane) out += sum[lane];
+        return out;
+    }
+};
 
 // theta and the gradient are In, theta0 is Anchor, F is T.
 template <typename T, typename In, typename Anchor>
 class EwcPass {
-    static constexpr std::int64_t chunk = 1 << 14, block = 512;
+    static constexpr std::int64_t chunk = 1 << 16, block = 512, step = lanes<T>;
+    typedef std::uint32_t Bits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
+    typedef std::uint16_t HalfBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / 2)));
     const EwcProblem& p_;
+    const T strength_;
     struct Item {
         std::int64_t tensor, begin;
     };
+    struct Streams {
+        const In* theta;
+        const Anchor* anchor;
+        const T* fisher;  // or null: 1 everywhere
+        In* grad;         // or null
+        bool fresh;
+    };
 
-    // Values as T: where they lie, or widened into `buffer`.
-    template <typename X>
-    static const T* as_wide(const X* at, std::int64_t n, T* buffer) {
-        if constexpr (sizeof(X) == sizeof(T)) {
-            return at;
-        } else {
-            widen_row(at, buffer, n);
-            return buffer;
-        }
+    static FASTALIGN_INLINE Vec<T> widened(const T* at) { return load(at); }
+    static FASTALIGN_INLINE Vec<T> widened(const f16* at) {
+        T wide[step];
+        widen_row(at, wide, step);
+        return load(wide);
+    }
+    static FASTALIGN_INLINE Vec<T> widened(const bf16* at) {  // as `widen`, of which the compiler makes no vectors here
+        HalfBits half;
+        std::memcpy(&half, at, sizeof(half));
+        return reinterpret_cast<Vec<T>>(__builtin_convertvector(half, Bits) << 16);
     }
 
-    // The sum of F (theta - theta0)^2 over `n` <= block entries; pull[i] = F (theta - theta0).
-    static double one_block(const T* theta, const T* anchor, const T* fisher, std::int64_t n, T* pull) {
-        using Doubles = std::conditional_t<sizeof(T) == sizeof(float), TwiceDoubles, Vec<double>>;
-        Doubles sum{};
-        std::int64_t i = 0;
-        for (; i + lanes<T> <= n; i += lanes<T>) {
-            const Vec<T> distance = load(theta + i) - load(anchor + i);
-            const Vec<T> weighted = fisher ? distance * load(fisher + i) : distance;
-            store(pull + i, weighted);
-            sum += __builtin_convertvector(weighted * distance, Doubles);
-        }
-        double total = 0;
-        for (int lane = 0; lane < lanes<T>; ++lane) total += sum[lane];
-        for (; i < n; ++i) {
-            const T distance = theta[i] - anchor[i];
-            pull[i] = fisher ? distance * fisher[i] : distance;
-            total += static_cast<double>(pull[i] * distance);
-        }
-        return total;
+    static FASTALIGN_INLINE void put(Vec<T> values, T* at) { store(at, values); }
+    static FASTALIGN_INLINE void put(Vec<T> values, f16* at) {
+        T wide[step];
+        store(wide, values);
+        narrow_row(wide, at, step);
+    }
+    static FASTALIGN_INLINE void put(Vec<T> values, bf16* at) {  // as `narrow`
+        const Bits bits = reinterpret_cast<Bits>(values), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        const HalfBits half = __builtin_convertvector((values == values ? rounded : bits | 0x400000u) >> 16, HalfBits);
+        std::memcpy(at, &half, sizeof(half));
     }
 
-    void give(const T* pull, std::int64_t n, In* grad, bool fresh) {
-        const T strength = static_cast<T>(p_.strength);
-        for (std::int64_t i = 0; i < n; ++i)
-            narrow(fresh ? strength * pull[i] : static_cast<T>(widen(grad[i])) + strength * pull[i], grad[i]);
+    // F (theta - theta0)^2 of a vector of entries; their gradient is given. All streams side by side: one after another,
+    // fewer lines of memory are on their way at a time.
+    FASTALIGN_INLINE Vec<T> one_step(const Streams& s, std::int64_t at) const {
+        const Vec<T> distance = widened(s.theta + at) - widened(s.anchor + at);
+        const Vec<T> weighted = s.fisher ? distance * load(s.fisher + at) : distance;
+        if (s.grad && s.fresh) put(weighted * strength_, s.grad + at);
+        else if (s.grad) put(widened(s.grad + at) + weighted * strength_, s.grad + at);
+        return weighted * distance;
     }
 
-    double one_chunk(const Item& item) {
+    // The same of fewer entries than a vector has: in copies with zeros behind them.
+    Vec<T> last_step(const Streams& s, std::int64_t at, std::int64_t n) const {
+        In theta[step] = {}, grad[step] = {};
+        Anchor anchor[step] = {};
+        T fisher[step] = {};
+        std::memcpy(theta, s.theta + at, n * sizeof(In));
+        std::memcpy(anchor, s.anchor + at, n * sizeof(Anchor));
+        if (s.fisher) std::memcpy(fisher, s.fisher + at, n * sizeof(T));
+        if (s.grad) std::memcpy(grad, s.grad + at, n * sizeof(In));
+        const Vec<T> terms = one_step({theta, anchor, s.fisher ? fisher : nullptr, s.grad ? grad : nullptr, s.fresh}, 0);
+        if (s.grad) std::memcpy(s.grad + at, grad, n * sizeof(In));
+        return terms;
+    }
+
+    double one_chunk(const Item& item) const {
         const EwcTensor& t = p_.tensors[item.tensor];
+        const Streams s{static_cast<const In*>(t.parameter), static_cast<const Anchor*>(t.anchor),
+                        static_cast<const T*>(t.fisher), static_cast<In*>(t.grad), t.fresh};
         const std::int64_t end = item.begin + chunk < t.size ? item.begin + chunk : t.size;
-        T theta[block], anchor[block], pull[block];
         double total = 0;
-        for (std::int64_t at = item.begin; at < end; at += block) {
-            const std::int64_t n = block < end - at ? block : end - at;
-            total += one_block(as_wide(static_cast<const In*>(t.parameter) + at, n, theta),
-                               as_wide(static_cast<const Anchor*>(t.anchor) + at, n, anchor),
-                               t.fisher ? static_cast<const T*>(t.fisher) + at : nullptr, n, pull);
-            if (t.grad) give(pull, n, static_cast<In*>(t.grad) + at, t.fresh);
+        for (std::int64_t at = item.begin; at < end;) {  // by blocks: long sums lose digits, in double too
+            WideSum<T> sum;
+            for (const std::int64_t stop = at + block < end ? at + block : end; at < stop; at += step)
+                sum.add(at + step <= stop ? one_step(s, at) : last_step(s, at, stop - at));
+            total += sum.total();
         }
         return total;
     }
 
 public:
-    explicit EwcPass(const EwcProblem& p) : p_(p) {}
+    explicit EwcPass(const EwcProblem& p) : p_(p), strength_(static_cast<T>(p.strength)) {}
 
     // The sum of F (theta - theta0)^2 over all tensors.
     double run(const Pool& pool) {
