@@ -155,12 +155,12 @@ def _once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:
 
 
 class _Adapter(NamedTuple):
-    """A LoRA layer: its factors, theirs at the start, and whether its weight is stored transposed."""
+    """A LoRA layer: its factors, theirs at the start (None: 0, as of a new one), whether its weight lies transposed."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
     start_a: Tensor
-    start_b: Tensor
+    start_b: Tensor | None
     scaling: float
     transposed: bool
 
@@ -204,7 +204,7 @@ def _adapter_penalty(adapter: _Adapter, fisher: Tensor | None, strength: float) 
     if fisher is not None and adapter.transposed:
         fisher = fisher.T
     a, b = adapter.a, adapter.b
-    if adapter.start_b.any():  # s (B A - B0 A0) is an adapter of twice the rank
+    if adapter.start_b is not None:  # s (B A - B0 A0) is an adapter of twice the rank
         a, b = torch.cat([a, adapter.start_a]), torch.cat([b, -adapter.start_b], dim=1)
     return lora_ewc_penalty(a, b, adapter.scaling, fisher, strength)
 
@@ -217,9 +217,10 @@ def _adapters(model: nn.Module, then: Mapping[int, Tensor]) -> tuple[dict[str, _
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             if id(a) not in then and id(b) not in then:
                 continue
-            starts = [then.get(id(p), p) for p in (a, b)]
+            start_a, start_b = (then.get(id(p), p) for p in (a, b))
+            start_b = start_b if start_b.any() else None  # looked at once: on a GPU it has to be waited for
             transposed = getattr(layer, "fan_in_fan_out", False)
-            found[plain_name(f"{name}.weight")] = _Adapter(a, b, *starts, layer.scaling[adapter], transposed)
+            found[plain_name(f"{name}.weight")] = _Adapter(a, b, start_a, start_b, layer.scaling[adapter], transposed)
             factors |= {id(a), id(b)}
     return found, factors
 

@@ -41,8 +41,9 @@ def ewc_penalty(
     parameters (theta), anchors (theta0), fishers (F >= 0): as many tensors of pairwise the same shape; parameters and
     anchors float32, bfloat16, float16 or float64, fishers float32; fishers None: F = 1 (L2-SP). Returns a float32
     scalar (float64 if a parameter is), summed in float64. Where a gradient is wanted, the same pass forms it,
-    `strength * F (theta - theta0)` in each parameter's dtype, for backward to hand over; it reads the tensors once more
-    only where the penalty is scaled on its way into the loss, or backward comes twice.
+    `strength * F (theta - theta0)` in each parameter's dtype, and backward hands it over, times the factor by which the
+    penalty enters the loss (16 bits are rounded once more by it, unless it is a power of two). So theta, theta0 and F
+    are read once, or once more for each further backward over the same graph, and nothing waits for a GPU.
 
     To skip autograd and add to the gradients that are there, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in
     one pass), "triton" or "cuda" (the same on a GPU), "torch" (any device) or "auto". InputError names lists or shapes
@@ -88,12 +89,14 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        strength, backend, anchors, fishers = ctx.options
-        parameters, scale = ctx.saved_tensors, float(grad)
         grads, ctx.grads = ctx.grads, None  # given away: backward may come again
-        if grads is None or scale != 1.0:  # formed again rather than scaled, which would round 16 bits twice
-            grads = grads or _like(parameters)
-            _run(backend, parameters, anchors, fishers, strength * scale, grads, [True] * len(grads))
+        if grads is None:
+            strength, backend, anchors, fishers = ctx.options
+            grads = _like(ctx.saved_tensors)
+            _run(backend, ctx.saved_tensors, anchors, fishers, strength, grads, [True] * len(grads))
+        scale = float(grad) if grad.device.type == "cpu" else grad  # the value on a GPU would have to be waited for
+        if isinstance(scale, Tensor) or scale != 1.0:
+            torch._foreach_mul_(grads, scale)
         return None, None, None, None, None, *grads
 
 
@@ -124,7 +127,10 @@ def _run_native(parameters, anchors, fishers, strength, grads, fresh) -> float:
         fisher = None if fishers is None else fishers[i].to(reference.compute_dtype(parameter))
         alive.append(fisher)
         addresses = [0 if t is None else t.data_ptr() for t in (parameter, anchor, fisher, grads and grads[i])]
-        kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, bool(fresh and fresh[i])))
+        new = bool(grads and fresh[i])
+        if new:  # its pages are not there yet: one by one they would take longer than what is written to them
+            native.module.prefer_huge_pages(addresses[-1], grads[i].nbytes)
+        kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, new))
     sums = [
         native.run("ewc_penalty", *map(native.dtype_code, kind), float(strength), tensors)
         for kind, tensors in kinds.items()

@@ -95,21 +95,54 @@ def test_as_a_term_of_a_loss(backend):
     assert torch.autograd.gradcheck(lambda *p: ewc_penalty(p, small[1], ones, 0.7, backend=backend), small[0])
 
 
-def test_the_tensors_are_read_once_where_they_can_be(monkeypatch):
-    """And a second backward over the same graph gives the same again, whatever became of the first one's tensors."""
+def test_the_tensors_are_read_once(monkeypatch):
+    """Also where the loss is scaled. A second backward over the same graph reads them again, and gives the same,
+    whatever became of the first one's tensors."""
     parameters, anchors, fishers = tensors(torch.float64)
     runs, run = [], ewc._run
     monkeypatch.setattr(ewc, "_run", lambda *args: runs.append(args) or run(*args))
-    total = ewc_penalty(parameters, anchors, fishers, 0.5, backend="torch")
-    _, expected = exact(parameters, anchors, fishers, 0.5)
-    total.backward(retain_graph=True)
+    loss = 3 * ewc_penalty(parameters, anchors, fishers, 0.5, backend="torch")
+    _, expected = exact(parameters, anchors, fishers, 1.5)
+    loss.backward(retain_graph=True)
     assert len(runs) == 1
-    total.backward()
+    loss.backward()
     for parameter, grad in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * grad, rtol=1e-14, atol=0)
     with torch.no_grad():
         ewc_penalty(parameters, anchors, fishers, 0.5, backend="torch")
     assert runs[-1][5] is None, "a gradient that nobody wants"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_scale_rounds_16_bits_once_more_unless_it_is_a_power_of_two(dtype, backend):
+    parameters, anchors, fishers = tensors(dtype)
+    third = torch.autograd.grad(ewc_penalty(parameters, anchors, fishers, 3.0, backend=backend) / 3, parameters)
+    tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+    for grad, expected in zip(third, exact(parameters, anchors, fishers, 1.0)[1], strict=True):
+        assert ((grad.double() - expected).abs() <= 1.01 * eps * expected.abs() + eps * tiny).all()
+    quarter = torch.autograd.grad(ewc_penalty(parameters, anchors, fishers, 4.0, backend=backend) / 4, parameters)
+    whole = torch.autograd.grad(ewc_penalty(parameters, anchors, fishers, 1.0, backend=backend), parameters)
+    for grad, expected in zip(quarter, whole, strict=True):
+        normal = expected.abs() > 8 * tiny
+        assert torch.equal(grad[normal], expected[normal])
+
+
+def test_nothing_waits_for_a_gpu():
+    """Tensors on "meta" have no values: whoever asks for one, be it the scale of the loss, raises an error."""
+    a, b, information = (t.detach().to("meta") for t in adapter(torch.float32))
+    scale = torch.empty((), device="meta")
+    parameters, anchors, fishers = ([t.detach().to("meta") for t in ts] for ts in tensors())
+    for leaves, penalty in (
+        (parameters, lambda: ewc_penalty(parameters, anchors, fishers, 0.5)),
+        ([a, b], lambda: lora_ewc_penalty(a, b, 0.25, information, 3.0)),
+    ):
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = scale * penalty()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert all(leaf.grad.device.type == "meta" and leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
