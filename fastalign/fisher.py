@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fastalign.data import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.fisher_bytes import ByteSums, add_products_, add_rows_
 from fastalign.fisher_file import Fisher
 from fastalign.fisher_head import VOCAB_TILE, HeadFisher, add_sums, logits_tile
-from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.packing import PackedBatch
 from fastalign.rows import load_rows
@@ -45,6 +45,7 @@ def fisher_diagonal(
     per: str = "sequence",
     tokens_per_batch: int = 2048,
     max_length: int | None = None,
+    bits: int = 32,
     seed: int = 0,
 ) -> Fisher:
     """Mean squared gradient of the negative log-likelihood, for every parameter that requires a gradient.
@@ -63,6 +64,9 @@ def fisher_diagonal(
         itself, without its effect through other positions (the "expand" setting of Eschenhagen et al. 2023,
         arXiv:2311.00636); the mean is over scored tokens.
     tokens_per_batch: packed at a time. Memory beside the accumulators is that of a backward pass over so many tokens.
+    bits: of an entry of the accumulators. 8: matrices take a quarter of the memory, and are rounded at random (with
+        `seed`) after each batch. Every entry stays right in the mean; its standard error is 3 % of it after the first
+        batch, and 18 % after many, whatever their number. Fewer, larger batches err less, and are rounded in less time.
 
     Returns float32 tensors (float64 for a float64 model) by parameter name, as `named_parameters` has them.
     """
@@ -72,10 +76,12 @@ def fisher_diagonal(
         )
     if estimator == "batch" and per == "token":
         raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
+    if bits not in (8, 32):
+        raise ConfigError(f"bits is {bits}; Fisher information is added up in 32 or 8")
     rows = _tokenized(data, tokenizer, max_length)
     layout = prepare(model)
     fisher = Fisher(estimator=estimator, per=per)
-    backward = _Pass(model, fisher, estimator, per, seed)
+    backward = _Pass(model, fisher, bits, seed)
     device = next(model.parameters()).device
     with _recording(model, backward):
         for examples in _batches(rows, 1 if layout == "padded" else tokens_per_batch):
@@ -83,8 +89,8 @@ def fisher_diagonal(
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
     if not fisher.samples:
         raise DataError("No token of the data is scored, so there is no gradient: give rows with completions.")
-    for values in fisher.values():
-        values.div_(fisher.samples)
+    for stored in fisher.stored.values():
+        stored.div_(fisher.samples)
     return fisher
 
 
@@ -119,21 +125,26 @@ def _batches(rows, tokens_per_batch: int) -> Iterator[list[dict]]:
 class _Pass:
     """Backward passes over packed batches, and what their hooks need to know of the batch at hand."""
 
-    def __init__(self, model: nn.Module, fisher: Fisher, estimator: str, per: str, seed: int):
-        self.model, self.fisher, self.estimator, self.per = model, fisher, estimator, per
+    def __init__(self, model: nn.Module, fisher: Fisher, bits: int, seed: int):
+        self.model, self.fisher = model, fisher
+        self.estimator, self.per, self.sums = fisher.estimator, fisher.per, fisher.stored
         self.base = causal_lm(model)
         names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         if not names:
             raise ModelError("No parameter of the model requires a gradient: set requires_grad on those to measure.")
+        device = next(model.parameters()).device
+        self.generator, rounding = (torch.Generator(device).manual_seed(seed + i) for i in range(2))
         for name, p in model.named_parameters():
             if p.requires_grad:
                 wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                fisher[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
-        self.head = HeadFisher(self.base.get_output_embeddings(), names, fisher)
+                if bits == 8 and p.dim() == 2:
+                    self.sums[name] = ByteSums.zeros(p, wide, rounding)
+                else:
+                    self.sums[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
+        self.head = HeadFisher(self.base.get_output_embeddings(), names, self.sums)
         self.layers = _layers(model, self.head.layer, names)
         tied = id(self.base.get_input_embeddings().weight) == id(self.head.weight)
         self.tied = self.base.get_input_embeddings() if tied else None
-        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         self.bounds, self.roles, self.calls, self.busy = None, None, Counter(), False
 
     def run(self, batch: PackedBatch) -> None:
@@ -203,7 +214,7 @@ class _Pass:
     @torch.no_grad()
     def _add(self, module: nn.Module, x: Tensor, grad: Tensor) -> None:
         names = self.layers[module]
-        fishers = {own: self.fisher[name] for own, name in names.items()}
+        fishers = {own: self.sums[name] for own, name in names.items()}
         tokens = int(self.bounds[-1])
         repeats = grad[..., 0].numel() // tokens  # heads of a norm over heads
         if grad.shape[0] * (grad.shape[1] if grad.dim() > 2 else 1) != tokens:
@@ -218,9 +229,9 @@ class _Pass:
         if isinstance(module, (nn.Linear, Conv1D)):
             x = x.reshape(-1, x.shape[-1])
             if "weight" in fishers and isinstance(module, Conv1D):
-                accumulate_fisher_(fishers["weight"], x, g, bounds)
+                add_products_(fishers["weight"], x, g, bounds)
             elif "weight" in fishers:
-                accumulate_fisher_(fishers["weight"], g, x, bounds)
+                add_products_(fishers["weight"], g, x, bounds)
             if "bias" in fishers:
                 add_sums(fishers["bias"], g, bounds)
             return
@@ -231,8 +242,9 @@ class _Pass:
         finally:
             self.busy = False
 
-    def _add_embedding(self, module: nn.Embedding, fisher: Tensor | None, ids: Tensor, grad: Tensor) -> None:
-        grad = grad.to(fisher.dtype) * getattr(module, "scalar_embed_scale", 1.0)
+    def _add_embedding(self, module: nn.Embedding, fisher: Tensor | ByteSums, ids: Tensor, grad: Tensor) -> None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.to(wide) * getattr(module, "scalar_embed_scale", 1.0)
         if module.padding_idx is not None:  # its row gets no gradient
             grad = grad.masked_fill((ids == module.padding_idx).unsqueeze(1), 0.0)
         sample = torch.repeat_interleave(self.bounds.diff())
@@ -241,7 +253,7 @@ class _Pass:
         if module is self.tied:
             self.roles = pairs // module.num_embeddings, pairs % module.num_embeddings, sums
         else:
-            fisher.index_add_(0, pairs % module.num_embeddings, sums.square_())
+            add_rows_(fisher, pairs % module.num_embeddings, sums.square_())
 
 
 def _elementwise_gradients(module: nn.Module, wanted, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -13,24 +13,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.fisher_bytes import ByteSums
 
-# 8 bits: code 0 is 0, codes 1 to 255 are 2^((code - 255) * STEP) times the largest value of the block.
-BLOCK = 256
-STEP = 24 / 254
-_LARGEST = ":largest"
+_SCALE = ":scale"
 
 
-class Fisher(dict):
+class Fisher(MutableMapping):
     """The diagonal of the Fisher information, a tensor by parameter name.
 
-    samples: how many squared gradients it is the mean of. estimator, per: as `fisher_diagonal` was asked.
+    samples: how many squared gradients it is the mean of. estimator, per: as `fisher_diagonal` was asked. What was
+    added up, or read from a file, in 8 bits is kept so in `stored`, and becomes a tensor when it is asked for.
     """
 
     def __init__(
         self, values: Mapping[str, Tensor] = (), *, samples: int = 0, estimator: str = "empirical", per="sequence"
     ):
-        super().__init__(values)
+        self.stored: dict[str, Tensor | ByteSums] = dict(values)
         self.samples, self.estimator, self.per = samples, estimator, per
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        return stored if isinstance(stored, Tensor) else stored.values()
+
+    def __setitem__(self, name: str, values: Tensor) -> None:
+        self.stored[name] = values
+
+    def __delitem__(self, name: str) -> None:
+        del self.stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
     def merged(self, newer: Mapping[str, Tensor], decay: float = 1.0) -> Fisher:
         """`decay * F + F_new`, for online EWC (Schwarz et al. 2018, arXiv:1805.06370); a new Fisher.
@@ -55,17 +70,19 @@ class Fisher(dict):
         return Fisher(out, samples=samples, estimator=self.estimator, per=self.per)
 
     def save(self, path: str | Path, *, bits: int = 32) -> None:
-        """Writes a safetensors file, atomically. With 8 bits it is a quarter of the size, and a value is off by at most
-        3.4 % of itself, or by 6e-8 of the largest of its block of 256 where it is smaller than that.
+        """Writes a safetensors file, atomically. With 8 bits it is a quarter of the size, and a matrix's value is off
+        by at most 3.4 % of itself, or by 6e-8 of the largest of its row where it is smaller than that. What is in 8
+        bits already is written as it is.
         """
         if bits not in (8, 32):
             raise ConfigError(f"bits is {bits}; Fisher information is kept in 32 or 8")
         tensors: dict[str, Tensor] = {}
-        for name, values in self.items():
-            if bits == 32:
-                tensors[name] = values.detach().cpu().contiguous()
-            else:
-                tensors[name], tensors[name + _LARGEST] = _to_codes(values.detach().cpu())
+        for name, stored in self.stored.items():
+            if bits == 32 or (isinstance(stored, Tensor) and stored.dim() != 2):
+                tensors[name] = self[name].detach().cpu().contiguous()
+                continue
+            eight = ByteSums.nearest(stored.detach().float()) if isinstance(stored, Tensor) else stored
+            tensors[name], tensors[name + _SCALE] = eight.codes.cpu().contiguous(), eight.scale.cpu().contiguous()
         about = {"samples": self.samples, "estimator": self.estimator, "per": self.per, "bits": bits}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,22 +105,6 @@ class Fisher(dict):
         except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable safetensors file ({error}): compute it again.") from error
         if about.pop("bits", 32) == 8:
-            names = [name for name in tensors if not name.endswith(_LARGEST)]
-            tensors = {name: _from_codes(tensors[name], tensors[name + _LARGEST]) for name in names}
+            scales = {name.removesuffix(_SCALE): tensors.pop(name) for name in list(tensors) if name.endswith(_SCALE)}
+            tensors |= {name: ByteSums(tensors[name], scale) for name, scale in scales.items()}
         return cls(tensors, **about)
-
-
-def _to_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 codes of values' shape, and the largest value of each block (n / BLOCK,) float32."""
-    flat = torch.nn.functional.pad(values.float().flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    largest = flat.amax(1) if flat.numel() else flat.new_zeros(0)
-    codes = (255 + torch.log2(flat / largest.unsqueeze(1)) / STEP).round()
-    codes = torch.nan_to_num(codes, nan=0.0, neginf=0.0).clamp_(0, 255).to(torch.uint8)
-    return codes.flatten()[: values.numel()].view(values.shape), largest
-
-
-def _from_codes(codes: Tensor, largest: Tensor) -> Tensor:
-    table = torch.exp2((torch.arange(256, dtype=torch.float32) - 255) * STEP)
-    table[0] = 0.0
-    flat = torch.nn.functional.pad(table[codes.flatten().int()], (0, -codes.numel() % BLOCK)).view(-1, BLOCK)
-    return (flat * largest.unsqueeze(1)).flatten()[: codes.numel()].view(codes.shape)

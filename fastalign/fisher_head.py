@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastalign.fisher_bytes import ByteSums, add_products_, add_rows_
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.scoring import Head
 
@@ -20,7 +21,7 @@ VOCAB_TILE = 512
 class HeadFisher:
     """The output layer's parameters with their accumulators (None: not trained), adapters on it included."""
 
-    def __init__(self, layer: nn.Module, names: Mapping[int, str], fisher: Mapping[str, Tensor]):
+    def __init__(self, layer: nn.Module, names: Mapping[int, str], fisher: Mapping[str, Tensor | ByteSums]):
         self.layer = layer
         if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole layer
             layer = layer.modules_to_save[layer.active_adapters[0]]
@@ -57,14 +58,14 @@ class HeadFisher:
                 add_sums(self.bias_fisher[tile], g, cu_seqlens)
             for i, (_, b, scaling, _, b_fisher) in enumerate(adapters):
                 if b_fisher is not None:
-                    accumulate_fisher_(b_fisher[tile], g, down[i], cu_seqlens)
+                    add_products_(b_fisher[tile], g, down[i], cu_seqlens)
                 back[i].addmm_(g.to(b.dtype), b[tile], alpha=scaling)
             if self.weight_fisher is not None:
                 pairs.leave_out(g, tile, cu_seqlens)
-                accumulate_fisher_(self.weight_fisher[tile], g, hidden, cu_seqlens)
+                add_products_(self.weight_fisher[tile], g, hidden, cu_seqlens)
         for part, g in zip(adapters, back, strict=True):
             if part[3] is not None:
-                accumulate_fisher_(part[3], g, hidden, cu_seqlens)
+                add_products_(part[3], g, hidden, cu_seqlens)
         if self.weight_fisher is not None and roles is not None:
             self._add_both_roles(hidden, targets, log_sum, head, cu_seqlens.tolist(), share, roles)
 
@@ -78,7 +79,7 @@ class HeadFisher:
                 h = hidden[part]
                 g = _gradient_tile(h, head, targets[part], log_sum[part], own).mul_(share)
                 row = row + g.T @ h.to(g.dtype)
-            self.weight_fisher.index_add_(0, own, row.square())
+            add_rows_(self.weight_fisher, own, row.square())
 
 
 class _Pairs:
