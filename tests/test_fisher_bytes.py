@@ -27,7 +27,7 @@ def errors(sums, exact):
 
 
 # Of sums of random squares. After many batches: sqrt((2^STEP - 1) / 2) = 0.184, for a sum in equal portions.
-@pytest.mark.parametrize(("batches", "stated"), [(1, 0.03), (30, 0.13), (300, 0.18), (1500, 0.18)])
+@pytest.mark.parametrize(("batches", "stated"), [(1, 0.03), (30, 0.1), (300, 0.18), (1500, 0.18)])
 def test_right_in_the_mean_and_off_by_what_is_stated(batches, stated):
     sums, generator = zeros(), torch.Generator().manual_seed(1)
     exact = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
