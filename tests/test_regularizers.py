@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fastalign.data import tokenize
+from fastalign.distillation import DistillationTrainer
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.layerwise import LayerWise
 from fastalign.reference import logits_divergence
@@ -189,8 +190,10 @@ def test_update_does_not_depend_on_gradient_accumulation(make_trainer, text_rows
         assert max((result[n] - results[0][n]).abs().max().item() for n in result) < EXACT
 
 
-def test_all_combine(make_trainer, text_rows, pairs):
+@pytest.mark.parametrize("kind", [PreferenceTrainer, DistillationTrainer])
+def test_all_combine(make_trainer, text_rows, pairs, kind):
     """Every regulariser at once; still the same for any cut into micro-batches."""
+    rows, options = (pairs, LIVE) if kind is PreferenceTrainer else (text_rows, {"teacher": "start", "weight": 0.7})
     text = [{"text": f"Line {i} of a text." + "." * i} for i in range(5)]
     results = []
     for size, accumulated in ((8, 1), (1, 8)):
@@ -200,8 +203,8 @@ def test_all_combine(make_trainer, text_rows, pairs):
             Replay(text, 0.3), LayerWise([1, 2], [0, 0.5], 0.7),
         ]  # fmt: skip
         trainer = make_trainer(
-            model, pairs, regularizers=everything, max_steps=4, per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulated, **LIVE,
+            model, rows, kind, regularizers=everything, max_steps=4, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated, **options,
         )  # fmt: skip
         trainer.train()
         results.append(dict(model.named_parameters()))
@@ -209,6 +212,26 @@ def test_all_combine(make_trainer, text_rows, pairs):
         assert names <= trainer.state.log_history[-2].keys()
     assert max((results[0][n] - results[1][n]).abs().max().item() for n in results[0]) < EXACT
     assert largest_difference(gpt2(), results[0]) > 1e-4
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "bco"])
+def test_penalties_are_added_once_beside_losses_of_labelled_rows(make_trainer, labelled, loss_type):
+    """Whose shift depends on the cut into micro-batches: the second step with them against that without, cut alike."""
+    fisher = random_fisher(gpt2())
+
+    def trained(steps, terms=()):
+        model = gpt2()
+        make_trainer(
+            model, [*labelled, *labelled[:2]], regularizers=terms, max_steps=steps, loss_type=loss_type,
+            gradient_accumulation_steps=2, **LIVE,
+        ).train()  # fmt: skip
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    start, first, plain = dict(gpt2().named_parameters()), trained(1), trained(2)
+    pulls = {name: 0.01 * (50 * fisher[name].double() + 1) * (first[name] - p.detach()) for name, p in start.items()}
+    assert max(pull.abs().max() for pull in pulls.values()) > 1e-5
+    held = trained(2, [EWC(fisher, 50.0), L2SP(1.0)])
+    assert max((plain[name] - pull - held[name]).abs().max() for name, pull in pulls.items()) < EXACT
 
 
 def test_online_fisher_forgets_the_older_ones():
