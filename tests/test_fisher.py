@@ -259,7 +259,8 @@ def test_files_of_8_bits(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_added_up_in_8_bits(kind, tiny_llama, tiny_gpt2, tmp_path):
-    """Matrices are; none of their entries is off by more than three roundings make it, and all together by little."""
+    """Matrices are; none of their entries is off by more than its roundings make it, and all together by little."""
+    roundings = len(SEQUENCES) if kind == "padded" else 3  # padded sequences are a batch each
     model = build(kind, tiny_llama, tiny_gpt2, torch.float32)
     exact, fisher = fisher_diagonal(model, ROWS), fisher_diagonal(model, ROWS, bits=8)
     assert fisher.keys() == exact.keys() and fisher.samples == exact.samples
@@ -271,7 +272,7 @@ def test_added_up_in_8_bits(kind, tiny_llama, tiny_gpt2, tmp_path):
         assert stored.codes.dtype == torch.uint8 and stored.scale.shape == (values.shape[0], 1)
         large = values > values.amax(1, keepdim=True) / 2**16
         off = fisher[name][large] / values[large] - 1
-        assert 0.001 < off.std() < 0.05 and off.abs().max() < 3 * 0.07, name
+        assert 0.001 < off.std() < 0.05 and off.abs().max() < roundings * 0.07, name
         torch.testing.assert_close(fisher[name].sum(), values.sum(), rtol=0.05, atol=0)
     again = fisher_diagonal(model, ROWS, bits=8)
     assert all(torch.equal(again[name], values) for name, values in fisher.items())
