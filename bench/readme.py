@@ -18,6 +18,7 @@ TAX = ROOT / "fastalign" / "recipes" / "tax" / "results" / "tax.json"
 OPS = (
     ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
     ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
+    ("frozen-bfloat16-2048x576x49152-mask50", "the same in bfloat16"),
 )
 PEERS = {  # column -> what names it among the implementations
     "TRL": "TRL", "Liger": "Liger", "Cut Cross Entropy": "Cut Cross Entropy", "torch": "torch linear_cross_entropy",
@@ -110,7 +111,7 @@ def _about(newest: Measurement, train_rows: list[tuple[str, ...]]) -> str:
         )
     if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
         text += (
-            "\nThis CPU has no bfloat16 instructions: TRL's products take minutes there, fastalign widens to float32."
+            "\nThis CPU has no bfloat16 instructions: torch's own products are slow there, fastalign widens to float32."
         )
     return text
 
