@@ -30,7 +30,8 @@ def test_a_reader_that_stops_reading_is_no_error(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--list"])
     with os.fdopen(write_end, "w") as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
-        bench.main()
+        assert bench.main() is None
+        assert os.fstat(stdout.fileno()).st_rdev == os.stat(os.devnull).st_rdev, "what is left has nowhere to go"
 
 
 def test_without_a_command_it_shows_its_help(capsys, monkeypatch):

@@ -35,20 +35,6 @@ def test_the_kernels_are_built():
     assert "plain" in ISAS
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.select(request.param)
-    yield request.param
-    native.select(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def problem(dtype=torch.float32, *, n=N, width=H, vocab=V, spread=3.0, bias=False, seed=0):
     """Random (hidden, weight, targets, bias), logits of standard deviation `spread`."""
     generator = torch.Generator().manual_seed(seed)

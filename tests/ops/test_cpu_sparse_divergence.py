@@ -30,20 +30,6 @@ def test_the_kernels_are_built():
     assert "plain" in ISAS and native.why_no_kernel("picked") is None
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.select(request.param)
-    yield request.param
-    native.select(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def problem(dtype=torch.float32, *, n=N, vocab=V, k=K, spread=2.0, seed=0) -> dict[str, torch.Tensor]:
     """Random student, logits of standard deviation `spread`, and the top k of a random teacher, not in order."""
     generator = torch.Generator().manual_seed(seed)

@@ -28,13 +28,6 @@ def backend(request):
     native.select(None)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_the_kernels_are_built():
     """Else most tests below would pass by doing nothing."""
     assert "plain" in ISAS
