@@ -151,11 +151,10 @@ class _Pass:
         """Add the squared gradients of a batch's samples: sequences, tokens, or the batch as a whole."""
         self.bounds = self._bounds(batch)
         self.calls.clear()
-        silent = replace(batch, targets=torch.full_like(batch.targets, -100))
-        hidden = self.model(packed=silent, keep_hidden=True).hidden  # (N, H); no logits: nothing is scored yet
+        hidden = self.model(packed=replace(batch, targets=None)).hidden  # (N, H); no logits: nothing is scored yet
         leaf, head = hidden.detach().requires_grad_(), output_head(self.base).detach()
         targets = self._sample(leaf.detach(), head) if self.estimator == "sampled" else batch.targets
-        logprobs = linear_logprobs(leaf, head.weight, targets, **head.options())
+        logprobs = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
         scored = batch.cu_seqlens.diff().gt(0).sum().item()
         share = 1.0
         if self.estimator == "batch":

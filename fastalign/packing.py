@@ -41,7 +41,7 @@ class PackedBatch:
         layout: the groups of the packed row, in order; None for padded rows.
         score_index: (S,) int64, positions in the flattened hidden states that predict the scored tokens. The last
             prompt token is there once per completion.
-        targets: (S,) int64, the scored tokens.
+        targets: (S,) int64, the scored tokens; None: nothing is scored, only hidden states are wanted.
         cu_seqlens: (C + 1,) int64, offsets into the S scored tokens, one span per completion: group by group, each
             group's completions in order.
         completion_lengths: (C,) int64, tokens of each completion, scored or not.
@@ -54,7 +54,7 @@ class PackedBatch:
     attention_mask: Tensor | None
     layout: tuple[Group, ...] | None
     score_index: Tensor
-    targets: Tensor
+    targets: Tensor | None
     cu_seqlens: Tensor
     completion_lengths: Tensor
 

@@ -42,16 +42,20 @@ def linear_logits(
 
 
 def selective_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int | None = -100
 ) -> Tensor:
     """`z_y - logsumexp(z)` with `z = logits / temperature`; 0 where the target is `ignore_index`.
 
     logits (..., V), targets (...) int64 -> (...) float32 (float64 for float64 logits).
     """
-    ignored = targets == ignore_index
+    ignored = _ignored(targets, ignore_index)
     logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
     picked = logprobs.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     return picked.masked_fill(ignored, 0.0)
+
+
+def _ignored(targets: Tensor, ignore_index: int | None) -> Tensor:
+    return torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
 
 
 def linear_logprobs(
@@ -63,7 +67,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Token log-probabilities `z_y - logsumexp(z)` of `z = linear_logits(...)`, and the entropy `-sum p log p` of p.
@@ -76,7 +80,7 @@ def linear_logprobs(
         return logprobs
     log_p = torch.log_softmax(z, dim=-1)
     p_log_p = log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)  # a masked entry (-inf) adds nothing
-    return logprobs, (-p_log_p.sum(-1)).masked_fill(targets == ignore_index, 0.0)
+    return logprobs, (-p_log_p.sum(-1)).masked_fill(_ignored(targets, ignore_index), 0.0)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

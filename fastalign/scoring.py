@@ -27,7 +27,7 @@ from fastalign.reference import linear_logits
 class Scores(NamedTuple):
     """What `model(packed=batch)` returns."""
 
-    logprobs: Tensor  # (S,) float32, of `batch.targets`
+    logprobs: Tensor | None  # (S,) float32, of `batch.targets`; None without those
     entropy: Tensor | None  # (S,) float32
     hidden: Tensor | None  # (S, H), what the output layer was given
 
@@ -93,10 +93,11 @@ def _forward(
     with packed_attention(packed.layout):
         hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
+    if packed.targets is None:
+        return Scores(None, None, hidden)
     head = output_head(self)
-    out = linear_logprobs(
-        hidden, head.weight, packed.targets, entropy=entropy, memory_budget=memory_budget, **head.options()
-    )
+    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()  # each of them has a target
+    out = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, hidden if keep_hidden else None)
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.kernels.selective_logprobs import _log1p
+
 # Where kernels decorated from here on will run.
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 START = tl.constexpr(-1e30)
@@ -102,6 +104,48 @@ def _absorb(
 
 
 @triton.jit
+def _finish(
+    weight_ptr, weight_stride, targets_ptr, factor, inner, outer,
+    shift_ptr, others_ptr, zothers_ptr, target_ptr, out_ptr, rows, a_ptr, a_stride, b_ptr, b_stride, width,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (5, R): log-probs, entropies, and of `Stats` target, slope and mean."""
+    row = tl.program_id(0).to(tl.int64)
+    shift, others, z_y = tl.load(shift_ptr + row), tl.load(others_ptr + row), tl.load(target_ptr + row)
+    shifted = z_y - shift
+    at_target = tl.exp(shifted)
+    total = others + at_target
+    near = -_log1p(others * tl.exp(tl.minimum(-shifted, 30)))
+    tl.store(out_ptr + row, tl.where(shifted > -30, near, shifted - tl.log(total)))
+    mean = total * 0
+    entropy = mean
+    if ENTROPY:
+        mean = (tl.load(zothers_ptr + row) + at_target * tl.maximum(shifted, START)) / total
+        entropy = tl.log(total) - mean
+    if outer is None:
+        slope = mean * 0 + factor
+        scale = factor / total
+    else:
+        slope = _slope(z_y, factor, outer)
+        scale = 1 / total
+    tl.store(out_ptr + rows + row, entropy)
+    tl.store(out_ptr + 2 * rows + row, at_target)
+    tl.store(out_ptr + 3 * rows + row, slope)
+    tl.store(out_ptr + 4 * rows + row, mean)
+    if a_ptr is not None:
+        target = tl.load(targets_ptr + row)
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            w_y = tl.load(weight_ptr + target * weight_stride + at, mask=at < width, other=0.0).to(tl.float32)
+            a = tl.load(a_ptr + row * a_stride + at, mask=at < width, other=0.0) * scale
+            if b_ptr is not None:
+                b = tl.load(b_ptr + row * b_stride + at, mask=at < width, other=0.0) * scale
+                of_target = at_target * slope * (tl.maximum(shifted, START) - mean) / total
+                tl.store(b_ptr + row * b_stride + at, mean * a - b - of_target * w_y, mask=at < width)
+            tl.store(a_ptr + row * a_stride + at, others / total * slope * w_y - a, mask=at < width)
+
+
+@triton.jit
 def _softmax_gradient(
     u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
     shift_ptr, mean_ptr, logprobs_ptr, entropy_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr,
@@ -181,6 +225,30 @@ def absorb(
         )  # fmt: skip
 
 
+def finish(
+    weight: Tensor,
+    targets: Tensor,
+    head,
+    sums,
+    *,
+    entropy: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> Tensor:
+    """The sums over the whole vocabulary become results, as fastalign/ops/epilogue.py says: (5, R), log-probs,
+    entropies, and target, slope and mean of the stats; a and b become gradients."""
+    rows, width = targets.shape[0], 0 if a is None else a.shape[1]
+    out = sums.shift.new_empty(5, rows)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    block = min(WIDTH.value, max(16, triton.next_power_of_2(width)))
+    if rows:
+        _finish[(rows,)](
+            weight, weight.stride(0), targets, *_head(head), *sums, out, rows, a, _stride(a), b, _stride(b), width,
+            ENTROPY=entropy, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
 def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head, c, du: Tensor) -> None:
     """The gradient in u of a tile, from its products, as fastalign/ops/epilogue.py says."""
     rows, columns = u.shape
@@ -219,6 +287,14 @@ CHECKS = [
         "4096",
         "warps": 8,
         "budget": {"registers": 96, "shared": 1024, "loads": 6, "stores": 4},
+    },
+    {
+        "kernel": _finish,
+        "variant": " frozen",
+        "signature": f"*bf16:16, i32:16, *i64:16, {_UNCAPPED}, {_SUMS}, *fp32:16, i32:16, *fp32:16, i32:16, "
+        "None, 0, i32:16, False, 1024",
+        "warps": 4,
+        "budget": {"registers": 40, "shared": 4096, "loads": 3, "stores": 2},
     },
     {
         "kernel": _softmax_gradient,

@@ -1,7 +1,7 @@
 """What happens to one tile of logits between its two matrix products: the interface, in plain PyTorch.
 
 `tiles.py` drives; an epilogue is the part that only moves memory. Triton (kernels/linear_logprobs.py) and CUDA
-(native_cuda.py) have the same three functions with the same arguments, and write only into the tensors they are
+(native_cuda.py) have the same functions with the same arguments, and write only into the tensors they are
 handed. The mathematics is told at the head of `tiles.py`.
 
 A tile `u` (R, T) holds products `h W'` of R tokens and T vocabulary entries, the first of which is entry `first` of
@@ -54,6 +54,16 @@ class Sums(NamedTuple):
     target: Tensor  # the target's logit
 
 
+class Stats(NamedTuple):
+    """Per row, after the whole vocabulary: enough to rebuild any probability from its logit. Shapes (N,)."""
+
+    shift: Tensor  # m, the maximum or a little below it
+    others: Tensor  # sum over the vocabulary without the target of exp(z - m)
+    target: Tensor  # exp(z_y - m)
+    slope: Tensor  # dz/du at the target
+    mean: Tensor  # E[z - m], 0 unless the entropy was asked for
+
+
 class Coefficients(NamedTuple):
     """What the gradient in u is made of, per token (R,): see `softmax_gradient`."""
 
@@ -68,13 +78,17 @@ class Coefficients(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """The three functions of one backend."""
+    """The four functions of one backend."""
 
     absorb: Callable[..., None]
+    finish: Callable[..., tuple[Tensor, Tensor, Stats]]
     softmax_gradient: Callable[..., None]
     kept_gradient: Callable[..., None]
     # Whether tiles are handed over in the inputs' dtype, as the second product takes them, or in that of the sums.
     low_precision: bool
+    # f(hidden, weight, targets, bias, head, entropy=...) -> Sums: the whole vocabulary of 16-bit inputs at once, where
+    # nothing but the sums is wanted; None: the driver does that too, tile by tile.
+    scan: Callable[..., Sums] | None = None
 
 
 def absorb(
@@ -141,6 +155,45 @@ def _deliver(value: Tensor, slope: Tensor | None, out: Tensor) -> None:
         out.copy_(value)
 
 
+def finish(
+    weight: Tensor,
+    targets: Tensor,
+    head: Head,
+    sums: Sums,
+    *,
+    entropy: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """(logprobs (R,), entropy (R,) or zeros, stats) from the sums over the whole vocabulary; weight (V, H).
+
+    a (R, H) and b (R, H), if given, become the gradients of log-probs and entropy in the hidden states, in place.
+    """
+    shifted, at_target = sums.target - sums.shift, (sums.target - sums.shift).exp()
+    total = sums.others + at_target
+    # log1p keeps the digits of a log-prob near 0; far below the maximum exp(m - z_y) would overflow.
+    logprobs = torch.where(shifted > -30, -torch.log1p(sums.others * (-shifted).clamp_(max=30).exp()),
+                           shifted - total.log())  # fmt: skip
+    mean, entropies = torch.zeros_like(total), torch.zeros_like(total)
+    if entropy:
+        mean = (sums.zothers + at_target * shifted.clamp(min=START)) / total
+        entropies = total.log() - mean
+    slope = head.slope(sums.target)
+    if a is not None:
+        w_y, factor = weight[targets].to(a.dtype), head.factor if head.softcap is None else 1.0  # (R, H)
+        if b is not None:
+            # d entropy = -sum_j p_j (z_j - E[z]) slope_j W_j, the target's term added back
+            target_term = at_target * slope * (shifted.clamp(min=START) - mean) / total
+            b.mul_(_column(-factor / total)).add_(a * _column(factor * mean / total))
+            b.sub_(w_y * _column(target_term))
+        a.mul_(_column(-factor / total)).add_(w_y.mul_(_column(sums.others / total * slope)))
+    return logprobs, entropies, Stats(sums.shift, sums.others, at_target, slope, mean)
+
+
+def _column(t: Tensor) -> Tensor:
+    return t.unsqueeze(1)
+
+
 def softmax_gradient(
     u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head: Head, c: Coefficients, du: Tensor
 ) -> None:
@@ -186,4 +239,4 @@ def _logits(u: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor 
     return t.mul_(head.softcap / head.temperature), slope
 
 
-TORCH = Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=False)
+TORCH = Epilogue(absorb, finish, softmax_gradient, kept_gradient, low_precision=False)

@@ -29,13 +29,13 @@ DEFAULT_MEMORY_BUDGET = 1 << 30
 _library = torch.library.Library("fastalign", "DEF")
 _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
-    "float temperature, int ignore_index, bool grads, bool entropy, int cache_rows, *, str backend='torch') "
+    "float temperature, int? ignore_index, bool grads, bool entropy, int cache_rows, *, str backend='torch') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
     "Tensor targets, Tensor? bias, Tensor stats, Tensor cache, Tensor shifts, float logit_scale, float? softcap, "
-    "float temperature, int ignore_index, bool[3] needs, *, str backend='torch') -> (Tensor, Tensor, Tensor)"
+    "float temperature, int? ignore_index, bool[3] needs, *, str backend='torch') -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -47,25 +47,36 @@ class _Scored(NamedTuple):
     ignored: Tensor | None  # (N,) rows that stay, as zeros, although they have none
 
 
-def _scored(targets: Tensor, ignore_index: int, vocab: int) -> _Scored:
-    """Sort out the rows without a target, and check targets against the vocabulary."""
-    kept = targets != ignore_index
-    if targets.device.type == "cpu":
-        bad = targets[kept & ((targets < 0) | (targets >= vocab))]
-        if bad.numel():
-            raise InputError(
-                f"targets holds {bad[0].item()}, but weight has {vocab} rows; give token ids in [0, {vocab}) or "
-                f"ignore_index={ignore_index}"
-            )
-    else:
-        inside = ((targets >= 0) & (targets < vocab)) | ~kept
-        torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
-    if _capturing(targets.device):
-        return _Scored(None, targets.masked_fill(~kept, 0), ~kept)
-    rows = kept.nonzero().squeeze(1)
-    if rows.numel() == targets.numel():
+def _scored(targets: Tensor, ignore_index: int | None, vocab: int) -> _Scored:
+    """Sort out the rows without a target, and check targets against the vocabulary.
+
+    On a GPU, where ignored rows are to be found, the host has to wait for their number.
+    """
+    if ignore_index is None:
+        _check_targets(targets, ignore_index, vocab)
         return _Scored(None, targets.contiguous(), None)
-    return _Scored(rows, targets[rows], None)
+    kept = targets != ignore_index
+    if _capturing(targets.device):
+        targets = targets.masked_fill(~kept, 0)
+        _check_targets(targets, ignore_index, vocab)
+        return _Scored(None, targets, ~kept)
+    rows = kept.nonzero().squeeze(1)
+    everything = rows.numel() == targets.numel()
+    targets = targets.contiguous() if everything else targets[rows]
+    _check_targets(targets, ignore_index, vocab)
+    return _Scored(None if everything else rows, targets, None)
+
+
+def _check_targets(targets: Tensor, ignore_index: int | None, vocab: int) -> None:
+    inside = targets.clamp(0, vocab - 1) == targets
+    if targets.device.type != "cpu":
+        torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
+    elif not inside.all():
+        bad = targets[~inside][0].item()
+        or_ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise InputError(
+            f"targets holds {bad}, but weight has {vocab} rows; give token ids in [0, {vocab}){or_ignored}"
+        )
 
 
 def _capturing(device: torch.device) -> bool:
@@ -234,7 +245,7 @@ class _Options(NamedTuple):
     logit_scale: float
     softcap: float | None
     temperature: float
-    ignore_index: int
+    ignore_index: int | None
     entropy: bool
     cache_rows: int
     frozen: bool
@@ -286,7 +297,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     entropy: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -298,13 +309,14 @@ def linear_logprobs(
     extra memory is O(rows x H) + a constant, whatever V is. Differentiable (once) in hidden, weight and bias.
 
     hidden: (..., H) floating. weight: (V, H). targets: (...) int64 in [0, V) or `ignore_index`; ignored rows are
-        dropped before any product, return 0 and get zero gradient. bias: (V,).
+        dropped before any product, return 0 and get zero gradient. None: every row has a target, and on a GPU the
+        host need not wait to learn how many. bias: (V,).
     memory_budget: bytes of probability tiles kept for the backward pass of a trainable head (default 1 GiB): 3U FLOP
         where they fit, 4U beyond, U = 2 N V H. A frozen head needs none of it, and 2U. The entropy's gradient
         through a trainable head always recomputes.
     backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on
         a GPU), "cpu" (C++, where it is built), "reference" (materialises the logits), or "auto" (picks by device:
-        "cpu" on the CPU where that is faster, else "torch").
+        "triton", or else "cuda", on a GPU, "cpu" on the CPU where that is faster, and "torch" where none can run).
 
     Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
     bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
@@ -358,6 +370,10 @@ def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         if why:
             raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {why}")
         return backend
+    if hidden.device.type == "cuda":
+        for name, kernels in _GPU.items():
+            if backend == "auto" and kernels.why_not(hidden, weight, bias) is None:
+                return name
     why = native.why_not(hidden, weight, bias)
     if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):
         if why:

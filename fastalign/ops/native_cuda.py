@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.errors import BackendError
 from fastalign.ops import divergence_tiles
-from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums
+from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums, finish
 from fastalign.reference import DIVERGENCES
 
 try:
@@ -126,7 +126,7 @@ def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, targ
 
 def epilogue() -> Epilogue:
     """What `tiles.forward` and `tiles.backward` of `linear_logprobs` run between their products."""
-    return Epilogue(absorb, softmax_gradient, kept_gradient, low_precision=True)
+    return Epilogue(absorb, finish, softmax_gradient, kept_gradient, low_precision=True)
 
 
 def selective_logprobs(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -31,21 +31,11 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.epilogue import START as _START
-from fastalign.ops.epilogue import TORCH, Coefficients, Epilogue, Head, Sums
+from fastalign.ops.epilogue import TORCH, Coefficients, Epilogue, Head, Stats, Sums
 
 # BLAS libraries take other code paths, with other rounding, for a handful of rows; whole multiples of this many
 # rows all give a row the same bits (measured with MKL from 8 rows on).
 _ROW_MULTIPLE = 16
-
-
-class Stats(NamedTuple):
-    """Per row, after the whole vocabulary: enough to rebuild any probability from its logit. Shapes (N,)."""
-
-    shift: Tensor  # m, the maximum or a little below it
-    others: Tensor  # sum over the vocabulary without the target of exp(z - m)
-    target: Tensor  # exp(z_y - m)
-    slope: Tensor  # dz/du at the target
-    mean: Tensor  # E[z - m], 0 unless the entropy was asked for
 
 
 class Cache(NamedTuple):
@@ -173,6 +163,10 @@ def forward(
     tiles of the first `cache_rows` rows. 1U = 2 N V H FLOP without `grads`, 2U with, 3U with the entropy's too.
     """
     n, vocab = hidden.shape[0], weight.shape[0]
+    if epilogue.scan is not None and not grads and not cache_rows and hidden.dtype.itemsize == 2:
+        sums = epilogue.scan(hidden, weight, targets, bias, head, entropy=entropy)
+        logprobs, entropies, stats = epilogue.finish(weight, targets, head, sums, entropy=entropy)
+        return Forward(logprobs, entropies, None, None, stats, None)
     kept = min(cache_rows, n)
     cache = None
     if cache_rows:
@@ -186,8 +180,9 @@ def forward(
         rows = slice(r0, r1)
         part = Cache(cache.tiles[rows], cache.shifts[rows]) if r0 < kept else None
         blocks.append(_scan_rows(hidden[rows], weight, targets[rows], bias, head, grads, entropy, part, epilogue))
-    columns = list(zip(*blocks, strict=True))
-    joined = [None if column[0] is None else torch.cat(column) for column in columns]
+    joined = blocks[0]
+    if len(blocks) > 1:
+        joined = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
     return Forward(*joined[:4], stats=Stats(*joined[4:]), cache=cache)
 
 
@@ -201,26 +196,30 @@ def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
     """Fold the whole vocabulary into the statistics of one block of rows (R, H); see the head of this file."""
     dtype, h = h.dtype, _operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    new = h.new_zeros(h.shape[0], dtype=acc_dtype)
-    sums = Sums(new + _START, new.clone(), new.clone(), new.clone())
+    sums = h.new_zeros(4, h.shape[0], dtype=acc_dtype)
+    sums[0] = _START
+    sums = Sums(*sums.unbind(0))
     a = torch.zeros_like(h, dtype=acc_dtype) if grads else None  # (R, H)
     b = torch.zeros_like(a) if grads and entropy else None  # (R, H)
-    tiles = vocabulary_tiles(weight.shape[0], h.device)
     width = min(weight.shape[0], tile_shape(h.device)[1])
-    buffer = h.new_empty(h.shape[0], width, dtype=acc_dtype)
     dtype = dtype if epilogue.low_precision else acc_dtype
+    buffer = h.new_empty(h.shape[0], width, dtype=acc_dtype)
     second = None if b is None else torch.empty_like(buffer, dtype=dtype)
+    u, low = buffer, _in_place(buffer, dtype)
 
-    for i, (v0, v1) in enumerate(tiles):
-        w = _operand(weight[v0:v1])  # (T, H)
-        u = _product(h, w.t(), buffer[:, : v1 - v0])  # (R, T)
+    for i, w in enumerate(weight.split(width)):
+        v0, v1 = i * width, i * width + w.shape[0]
+        if v1 - v0 < width:
+            u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
+        w = _operand(w)  # (T, H)
+        _product(h, w.t(), u)  # (R, T)
         e = ze = None
         if cache is not None:
             e = cache.tiles[:, v0:v1]
         elif b is not None:
-            e, ze = second[:, : v1 - v0], _in_place(u, dtype)
+            e, ze = second[:, : v1 - v0], low
         elif a is not None:
-            e = _in_place(u, dtype)
+            e = low
         epilogue.absorb(
             u, targets, v0, None if bias is None else bias[v0:v1], head, sums, entropy=entropy, e=e, ze=ze, a=a, b=b
         )
@@ -231,38 +230,8 @@ def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
         if cache is not None:
             cache.shifts[:, i] = sums.shift
 
-    if head.softcap is None and a is not None:
-        a *= head.factor
-        b = None if b is None else b.mul_(head.factor)
-    stats = Stats(sums.shift, sums.others, (sums.target - sums.shift).exp(), head.slope(sums.target), sums.zothers)
-    return _finish(weight, targets, stats, sums.target, a, b, entropy)
-
-
-def _finish(weight, targets, stats, z_y, a, b, entropy):
-    """From the folded sums of one block (zothers still in `stats.mean`) to its results."""
-    shifted, total = z_y - stats.shift, stats.others + stats.target
-    # log1p keeps the digits of a log-prob near 0; far below the maximum exp(m - z_y) would overflow.
-    logprobs = torch.where(shifted > -30, -torch.log1p(stats.others * (-shifted).clamp_(max=30).exp()),
-                           shifted - total.log())  # fmt: skip
-    mean = torch.zeros_like(total)
-    entropies = torch.zeros_like(total)
-    if entropy:
-        z_term = stats.target * shifted.clamp(min=_START)
-        mean = (stats.mean + z_term) / total
-        entropies = total.log() - mean
-    grad_logprobs = grad_entropy = None
-    if a is not None:
-        w_y = weight[targets].to(a.dtype)  # (R, H)
-        grad_logprobs = _row_scale(w_y, stats.others / total * stats.slope).sub_(_row_scale(a, 1 / total))
-        if b is not None:
-            # d entropy = -sum_j p_j (z_j - E[z]) slope_j W_j, the target's term added back
-            target_term = stats.target * stats.slope * (shifted.clamp(min=_START) - mean) / total
-            grad_entropy = _row_scale(a, mean / total) - _row_scale(b, 1 / total) - _row_scale(w_y, target_term)
-    return logprobs, entropies, grad_logprobs, grad_entropy, *stats._replace(mean=mean)
-
-
-def _row_scale(t: Tensor, scale: Tensor) -> Tensor:
-    return t * scale.unsqueeze(1)
+    logprobs, entropies, stats = epilogue.finish(weight, targets, head, sums, entropy=entropy, a=a, b=b)
+    return logprobs, entropies, a, b, *stats
 
 
 def backward(

@@ -234,6 +234,18 @@ def test_ignored_rows_hold_anything_and_change_nothing(ignored, entropy, budget)
         assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+def test_without_an_ignore_index_every_row_counts(backend):
+    hidden, weight, targets, _ = problem()
+    logprobs = linear_logprobs(hidden, weight, targets, ignore_index=None, entropy=True, backend=backend)
+    for ours, plain in zip(logprobs, reference.linear_logprobs(hidden, weight, targets, entropy=True), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    targets[3] = -100
+    if backend != "reference":
+        with pytest.raises(InputError, match=r"holds -100, .* give token ids in \[0, 53\)$"):
+            linear_logprobs(hidden, weight, targets, ignore_index=None, backend=backend)
+
+
 def test_another_ignore_index():
     hidden, weight, targets, _ = problem()
     targets[3:9] = 0
