@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,20 +26,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastalign import varlen
 from fastalign.errors import ModelError
 from fastalign.linear import multiplies
 from fastalign.packing import Group, PackedBatch, pack, pad
+from fastalign.varlen import Segment
 
 NAME = "fastalign"
 logger = logging.getLogger("fastalign")
-
-
-class Segment(NamedTuple):
-    """`length` queries that see the first `prefix` tokens of segment `head`, then themselves causally."""
-
-    length: int
-    prefix: int
-    head: int
 
 
 class PackedMask:
@@ -56,7 +49,7 @@ class PackedMask:
                 self.segments.append(Segment(stop - start, prompt[1] - prompt[0], head))
         self.length = sum(segment.length for segment in self.segments)
         self._masks: dict[torch.device, list[Tensor | None]] = {}
-        self._varlen: dict[torch.device, tuple] = {}
+        self._varlen: dict[torch.device, varlen.Varlen] = {}
 
     def masks(self, device: torch.device) -> list[Tensor | None]:
         """One boolean (queries, keys) mask per segment, True = visible; None where plain causal attention will do."""
@@ -64,20 +57,10 @@ class PackedMask:
             self._masks[device] = [_segment_mask(segment, self.window, device) for segment in self.segments]
         return self._masks[device]
 
-    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """(key_index (K,) int64, cu_seqlens_q, cu_seqlens_k int32, longest q, longest k) for varlen kernels."""
+    def varlen(self, device: torch.device) -> varlen.Varlen:
+        """The same for a kernel that takes segments of any length."""
         if device not in self._varlen:
-            starts = [0]
-            for segment in self.segments:
-                starts.append(starts[-1] + segment.length)
-            keys, q, k = [], starts, [0]
-            for segment, start in zip(self.segments, starts[:-1], strict=True):
-                head = starts[segment.head]
-                keys += [*range(head, head + segment.prefix), *range(start, start + segment.length)]
-                k.append(len(keys))
-            longest = max(s.length for s in self.segments), max(s.length + s.prefix for s in self.segments)
-            cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (q, k))
-            self._varlen[device] = (torch.tensor(keys, device=device), *cu_seqlens, *longest)
+            self._varlen[device] = varlen.lay_out(self.segments, device)
         return self._varlen[device]
 
 
@@ -172,9 +155,11 @@ def _attention_function(
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
-    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if half and query.shape[-1] == value.shape[-1] <= 256 and options.sinks is None and _flash_attention():
-        return _varlen_attention(query, key, value, packed, options)
+    if name := varlen.kernel(query, value, options.dropout, options.softcap, options.sinks):
+        return varlen.attend(
+            name, query, key, value, packed.varlen(query.device), window=packed.window, dropout=options.dropout,
+            scaling=options.scaling, softcap=options.softcap,
+        )  # fmt: skip
     attend = _sdpa if options.softcap is None and options.sinks is None else _explicit_attention
     if not query.is_cuda and not multiplies(dtype := query.dtype):
         query, key, value = query.float(), key.float(), value.float()
@@ -225,35 +210,6 @@ def _explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     probs = dropout_(probs[..., : key.shape[2]], options.dropout)
     return (probs @ value.unsqueeze(2)).flatten(1, 2)
-
-
-@cache
-def _flash_attention() -> Callable | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
-    """flash-attn's variable-length kernel; its causal mask is aligned to the last key, as a prefix needs it."""
-    key_index, cu_q, cu_k, max_q, max_k = packed.varlen(query.device)
-    output = _flash_attention()(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[key_index],
-        value[0].transpose(0, 1)[key_index],
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        dropout_p=options.dropout,
-        softmax_scale=options.scaling,
-        causal=True,
-        window_size=(-1, -1) if packed.window is None else (packed.window - 1, 0),
-        softcap=options.softcap or 0.0,
-    )
-    return output.unsqueeze(0)
 
 
 AttentionInterface.register(NAME, _attention_function)

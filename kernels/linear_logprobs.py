@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.selective_logprobs import _log1p
-
 # Where kernels decorated from here on will run.
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 START = tl.constexpr(-1e30)
@@ -30,6 +28,14 @@ def _tanh(x):
     e = tl.exp(-2 * tl.abs(x))
     quotient = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, within a few ulp: what 1 + x rounds away is put back in proportion."""
+    rounded = 1 + x
+    lost = rounded == 1
+    return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
 
 
 @triton.jit

@@ -12,11 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.kernels.linear_logprobs import START, _head, _logit
-
+START = tl.constexpr(-1e30)
 # 384 chunks of 1024 entries and 128 rows fill the multiprocessors three times over at 2048 x 49152.
 CHUNK = 1024
 SHAPE = {"ROWS": 128, "ENTRIES": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _tanh(x):
+    """Within a few ulp everywhere: the quotient cancels near 0, where the series has converged."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    e = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _logit(u, factor, inner, outer):
+    """inner = logit_scale / softcap and outer = softcap / temperature, or None without a cap."""
+    if outer is None:
+        return u * factor
+    else:
+        return _tanh(u * inner) * outer
 
 
 @triton.jit
@@ -91,6 +109,12 @@ def _merge(parts_ptr, chunks, sums_ptr, rows, CHUNKS: tl.constexpr, ROWS: tl.con
     tl.store(sums_ptr + rows + row, tl.sum(shrink * others, 0), mask=row < rows)
     tl.store(sums_ptr + 2 * rows + row, tl.sum(shrink * (zothers + moved * others), 0), mask=row < rows)
     tl.store(sums_ptr + 3 * rows + row, z_y, mask=row < rows)
+
+
+def _head(head) -> tuple[float, float | None, float | None]:
+    if head.softcap is None:
+        return head.factor, None, None
+    return head.factor, head.logit_scale / head.softcap, head.softcap / head.temperature
 
 
 def scan(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head, *, entropy: bool) -> Tensor:

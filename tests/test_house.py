@@ -23,7 +23,7 @@ LAYERS = [
     {"reference", "kernels"},
     {"losses"},
     {"ops"},
-    {"fused", "packing", "linear", "formats", "rows", "preflight", "charts", "runfolder", "fisher_bytes"},
+    {"fused", "packing", "linear", "varlen", "formats", "rows", "preflight", "charts", "runfolder", "fisher_bytes"},
     {"compat", "attention", "data", "models", "report", "config", "callbacks", "evaluation"},
     {"scoring", "objectives", "texts", "fisher_file"},
     {"memory", "reference_logprobs", "collate", "fisher_head"},

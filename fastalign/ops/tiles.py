@@ -197,7 +197,7 @@ def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
     dtype, h = h.dtype, _operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     sums = h.new_zeros(4, h.shape[0], dtype=acc_dtype)
-    sums[0] = _START
+    sums[0].fill_(_START)
     sums = Sums(*sums.unbind(0))
     a = torch.zeros_like(h, dtype=acc_dtype) if grads else None  # (R, H)
     b = torch.zeros_like(a) if grads and entropy else None  # (R, H)

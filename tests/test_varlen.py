@@ -1,0 +1,83 @@
+"""What the variable-length kernels are given: which key each one is, and the gradient of laying them out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastalign import varlen
+from fastalign.varlen import Segment
+
+# Two groups, of three completions and of one, then a completion without a prompt.
+SEGMENTS = [Segment(5, 0, 0), Segment(3, 2, 0), Segment(1, 2, 0), Segment(4, 0, 3), Segment(2, 3, 3), Segment(1, 0, 5)]
+
+
+def test_every_token_has_a_key_of_its_own_and_repeats_are_prefixes():
+    layout = varlen.lay_out(SEGMENTS, torch.device("cpu"))
+    tokens = sum(s.length for s in SEGMENTS)
+    assert torch.equal(layout.key_index[layout.own], torch.arange(tokens))
+    taken = torch.cat([layout.own, *(at for at, _ in layout.repeats)])
+    assert torch.equal(taken.sort().values, torch.arange(len(layout.key_index)))
+    for at, repeated in layout.repeats:
+        assert torch.equal(layout.key_index[at], repeated) and len(repeated.unique()) == len(repeated)
+    assert [repeated.tolist() for _, repeated in layout.repeats] == [[0, 1, 9, 10, 11], [0, 1]]
+    assert layout.cu_seqlens_q.tolist() == [0, 5, 8, 9, 13, 15, 16]
+    assert layout.cu_seqlens_k.tolist() == [0, 5, 10, 13, 17, 22, 23]
+    assert (layout.longest_q, layout.longest_k) == (5, 5)
+
+
+def test_the_gradient_of_keys_is_that_of_indexing():
+    layout = varlen.lay_out(SEGMENTS, torch.device("cpu"))
+    x = torch.randn(16, 2, 3, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(len(layout.key_index), 2, 3, dtype=torch.float64)
+    ours = varlen._Keys.apply(x, layout)
+    assert torch.equal(ours, x[layout.key_index])
+    (grad,) = torch.autograd.grad(ours, x, upstream)
+    (plain,) = torch.autograd.grad(x[layout.key_index], x, upstream)
+    torch.testing.assert_close(grad, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_no_kernel_for_what_it_cannot_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: None)
+    monkeypatch.setattr(varlen, "_torch_varlen", lambda: print)
+
+    def chosen(dtype=torch.bfloat16, width=64, value_width=None, dropout=0.0, softcap=None, sinks=None, device="cuda"):
+        query, value = (torch.empty(1, 4, 3, w, dtype=dtype, device=device) for w in (width, value_width or width))
+        return varlen.kernel(query, value, dropout, softcap, sinks)
+
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert chosen() == "torch"
+        assert (
+            chosen(dtype=torch.float32) is chosen(device="cpu") is chosen(width=320) is chosen(value_width=32) is None
+        )
+        assert chosen(sinks=torch.empty(4)) is None
+        for options in ({"dropout": 0.1}, {"softcap": 30.0}, {"width": 12}):
+            assert chosen(**options) is None
+        monkeypatch.setattr(varlen, "_flash_attn", lambda: print)
+        for options in ({}, {"dropout": 0.1}, {"softcap": 30.0}, {"width": 12}):
+            assert chosen(**options) == "flash-attn"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert chosen() is None
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("name", ["torch", "flash-attn"])
+def test_what_the_kernels_are_told(name, window, monkeypatch):
+    told = {}
+
+    def kernel(q, k, v, cu_q, cu_k, longest_q, longest_k, **options):
+        told.update(options, shapes=[tuple(t.shape) for t in (q, k, v)], sizes=(longest_q, longest_k))
+        return q
+
+    monkeypatch.setattr(varlen, "_torch_varlen", lambda: kernel)
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: kernel)
+    layout = varlen.lay_out(SEGMENTS, torch.device("cpu"))
+    query, key = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8)
+    out = varlen.attend(name, query, key, key, layout, window=window, dropout=0.0, scaling=0.5, softcap=None)
+    assert torch.equal(out, query.transpose(1, 2))
+    assert told["shapes"] == [(16, 4, 8), (23, 2, 8), (23, 2, 8)] and told["sizes"] == (5, 5)
+    causal = {"torch": (-1, 0), "flash-attn": (-1, -1)}[name]
+    assert told["window_size"] == (causal if window is None else (3, 0))
+    assert told["scale" if name == "torch" else "softmax_scale"] == 0.5
+    assert name == "torch" or told["causal"]
