@@ -16,6 +16,7 @@ __device__ __forceinline__ void rescale(const Absorb& p, std::int64_t row, float
     float* a = p.a + row * p.a_stride;
     float* b = p.b ? p.b + row * p.b_stride : nullptr;
     const int width = static_cast<int>(p.width), vectors = aligned(a) && aligned(b) ? width / 4 : 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
         float x[4];
         load_pack(a + 4 * i, x);
@@ -30,6 +31,7 @@ __device__ __forceinline__ void rescale(const Absorb& p, std::int64_t row, float
         for (int j = 0; j < 4; ++j) x[j] *= down;
         store_pack(a + 4 * i, x);
     }
+#pragma unroll 1
     for (int i = 4 * vectors + threadIdx.x; i < width; i += blockDim.x) {
         if (b) b[i] = down * (b[i] + moved * a[i]);
         a[i] *= down;
@@ -88,9 +90,45 @@ __global__ void __launch_bounds__(kTileThreads, 2) absorb_kernel(Absorb p) {
     if (p.a && shift != before && before > kStart) rescale(p, row, moved, down);
 }
 
+// The same without cap, bias, entropy and best, as most tiles are: half the registers do, and twice the warps hide the
+// memory's latency.
+// budget: 32 registers, 128 bytes shared, 4 wide loads, 4 wide stores
+template <typename U, typename E>
+__global__ void __launch_bounds__(kTileThreads, 4) plain_absorb_kernel(Absorb p) {
+    __shared__ float maxima[kTileThreads / 32], sums[kTileThreads / 32];
+    const std::int64_t row = blockIdx.x;
+    const int columns = static_cast<int>(p.columns);
+    float z[kItems], top = kNegativeInfinity, sum = 0.0f;
+    load_row(static_cast<const U*>(p.u) + row * p.u_stride, columns, z, kNegativeInfinity);
+    const float before = p.shift[row];
+    const int target = item_of(target_column(p, row));
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) z[i] *= p.head.factor;  // positive: what lies beyond the tile stays at -inf
+    if (target >= 0) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i)
+            if (i == target) top = z[i], z[i] = kNegativeInfinity;  // not one of the others
+        p.target[row] = top;
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
+    // Its barrier parts every read of this row from every write.
+    top = block_reduced(top, kNegativeInfinity, maxima, Max{});
+    const float shift = top > before + kLag ? top : before;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) z[i] = __expf(z[i] - shift), sum += z[i];
+    sum = block_reduced(sum, 0.0f, sums, Add{});
+    if (p.e) store_row(static_cast<E*>(p.e) + row * p.e_stride, columns, z);
+    const float moved = before - shift, down = __expf(moved);
+    if (threadIdx.x == 0) p.shift[row] = shift, p.others[row] = down * p.others[row] + sum;
+    if (p.a && shift != before && before > kStart) rescale(p, row, moved, down);
+}
+
 template <typename U, typename E>
 int run(const Absorb& p, Where where) {
-    return launch(where, absorb_kernel<U, E>, dim3(p.rows), tile_threads(p.columns), p);
+    const bool plain = p.head.outer == 0.0f && p.head.factor > 0.0f && !p.bias && !p.zothers && !p.ze && !p.best;
+    return launch(where, plain ? plain_absorb_kernel<U, E> : absorb_kernel<U, E>, dim3(p.rows),
+                  tile_threads(p.columns), p);
 }
 
 }  // namespace

@@ -23,24 +23,31 @@ __device__ __forceinline__ int column_of(int item) {
     return (item / kRun * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kRun + item % kRun;
 }
 
+// Which of this thread's items the column is, or -1.
+__device__ __forceinline__ int item_of(int column) {
+    const unsigned first = column - column_of(0), second = column - column_of(kRun);
+    return static_cast<int>(first < kRun ? first : second < kRun ? kRun + second : ~0u);
+}
+
+// Below, items are compared with what is left of the row, not columns with its end: 16 columns would take 16 registers.
 template <typename T>
 __device__ __forceinline__ void load_row(const T* row, int columns, float (&values)[kItems], float beyond) {
     const bool vectors = aligned(row);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-        const int first = column_of(run * kRun);
-        if (vectors && first + kRun <= columns) {
+        const int first = column_of(run * kRun), left = columns - first;
+        const T* at = row + first;
+        if (vectors && left >= kRun) {
 #pragma unroll
             for (int i = 0; i < kRun; i += kPack<T>) {
                 float pack[kPack<T>];
-                load_pack(row + first + i, pack);
+                load_pack(at + i, pack);
 #pragma unroll
                 for (int j = 0; j < kPack<T>; ++j) values[run * kRun + i + j] = pack[j];
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < kRun; ++i)
-                values[run * kRun + i] = first + i < columns ? to_float(row[first + i]) : beyond;
+            for (int i = 0; i < kRun; ++i) values[run * kRun + i] = i < left ? to_float(at[i]) : beyond;
         }
     }
 }
@@ -50,19 +57,20 @@ __device__ __forceinline__ void store_row(T* row, int columns, const float (&val
     const bool vectors = aligned(row);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-        const int first = column_of(run * kRun);
-        if (vectors && first + kRun <= columns) {
+        const int first = column_of(run * kRun), left = columns - first;
+        T* at = row + first;
+        if (vectors && left >= kRun) {
 #pragma unroll
             for (int i = 0; i < kRun; i += kPack<T>) {
                 float pack[kPack<T>];
 #pragma unroll
                 for (int j = 0; j < kPack<T>; ++j) pack[j] = values[run * kRun + i + j];
-                store_pack(row + first + i, pack);
+                store_pack(at + i, pack);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < kRun; ++i)
-                if (first + i < columns) row[first + i] = from_float<T>(values[run * kRun + i]);
+                if (i < left) at[i] = from_float<T>(values[run * kRun + i]);
         }
     }
 }

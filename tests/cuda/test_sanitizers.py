@@ -50,17 +50,21 @@ MORE_FAULTS = {
         "unaligned_head(logits, vocab)", "misaligned address",
     ),
     "a tile is read past its last column": Fault(
-        "online_softmax", "address", "first + i < columns ? to_float", "first + i <= columns ? to_float", OVERFLOW
+        "online_softmax", "address", "i < left ? to_float", "i <= left ? to_float", OVERFLOW
     ),
     "a tile is written past its last column": Fault(
-        "softmax_gradient", "address", "if (first + i < columns) row", "if (first + i <= columns) row", OVERFLOW
+        "softmax_gradient", "address", "if (i < left) at", "if (i <= left) at", OVERFLOW
     ),
     "a narrow result is written in place before all is read": Fault(
         "softmax_gradient", "thread", "    __syncthreads();  // du may", "    // du may", RACE
     ),
+    "a narrow result without options is written in place before all is read": Fault(
+        "softmax_gradient", "thread", "    __syncthreads();  // as above", "    // as above", RACE
+    ),
     "a warp leaves the shuffle early": Fault(
-        "online_softmax", "address", "    const float before = p.shift[row];",
-        "    if (threadIdx.x == 5) return;\n    const float before = p.shift[row];", "takes no part in an exchange",
+        "online_softmax", "address", "    const float before = p.shift[row];\n    float",
+        "    if (threadIdx.x == 5) return;\n    const float before = p.shift[row];\n    float",
+        "takes no part in an exchange",
     ),
     "no barrier before the slopes are read": Fault(
         "preference_loss", "thread", "    __syncthreads();\n    spread", "    spread", RACE
