@@ -13,7 +13,8 @@ namespace fastalign {
 namespace FASTALIGN_ISA {
 
 constexpr std::int64_t kChunkTiles = 8;             // tiles of one chunk of the forward pass
-constexpr std::int64_t kScratchBudget = 24u << 20;  // bytes, all workers together
+constexpr std::int64_t kScratchBudget = 24u << 20;  // bytes of the forward pass, all workers together
+constexpr std::int64_t kRowsBudget = 12u << 20;     // bytes that a worker of the backward pass holds of its rows
 constexpr std::int64_t kWeightBudget = 4u << 20;    // bytes of the weight's gradient that a worker holds
 constexpr std::int64_t kMostRows = 192;             // beyond, the tile of logits falls out of L2
 enum Stat { kShift, kOthers, kTarget, kSlope, kMean, kStats, kSparseStats = kOthers + 1 };
@@ -67,7 +68,7 @@ public:
     void run(Pool pool) {
         const std::int64_t sheets = gradients_ ? 1 + entropy_ : 0;
         const std::int64_t row_bytes = sizeof(T) * (p_.width + sheets * padded_width_ + (1 + entropy_) * S::tile + 8);
-        block_rows_ = rows_per_block<T>(p_.scored, pool.workers, row_bytes, kMostRows, kScratchBudget);
+        block_rows_ = rows_per_block<T>(p_.scored, row_bytes, kMostRows, kScratchBudget / pool.workers);
         blocks_ = ceil_div(p_.scored, block_rows_);
         const std::int64_t rows = blocks_ * block_rows_;
         pool.workers = static_cast<int>(smaller(pool.workers, chunks_ * blocks_));

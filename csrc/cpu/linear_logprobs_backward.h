@@ -38,18 +38,19 @@ public:
     explicit BackwardPass(const BackwardProblem& p)
         : p_(p), head_(p.logit_scale, p.softcap, p.temperature),
           padded_width_(ceil_div(p.width, S::panel) * S::panel), tiles_(ceil_div(p.vocab, S::tile)) {
-        // By the width alone: neither batch nor threads may change the order of summation.
+        // Chunks and blocks by the width and by what is asked for: neither batch nor threads may change the order of
+        // summation. So scratch memory grows with the workers, where the forward pass shares out one budget.
         const std::int64_t fit = kWeightBudget / static_cast<std::int64_t>(S::tile * padded_width_ * sizeof(T));
         chunk_ = (fit < 1 ? 1 : smaller(fit, 4)) * S::tile;
         chunks_ = ceil_div(p.vocab, chunk_);
+        const std::int64_t sheets = recomputes() + (p.d_hidden != nullptr) + (p.d_weight != nullptr);
+        const std::int64_t row_bytes = sizeof(T) * (sheets * padded_width_ + S::tile + 8);
+        block_rows_ = rows_per_block<T>(p.scored, row_bytes, kMostRows, kRowsBudget);
+        blocks_ = ceil_div(p.scored, block_rows_);
     }
 
     void run(Pool pool) {
         pool.workers = static_cast<int>(smaller(pool.workers, chunks_));
-        const std::int64_t sheets = recomputes() + (p_.d_hidden != nullptr) + (p_.d_weight != nullptr);
-        const std::int64_t row_bytes = sizeof(T) * (sheets * padded_width_ + S::tile + 8);
-        block_rows_ = rows_per_block<T>(p_.scored, pool.workers, row_bytes, kMostRows, kScratchBudget);
-        blocks_ = ceil_div(p_.scored, block_rows_);
         Carver size(nullptr);
         carve(size, block_rows_);
         Workspace workspace(pool.workers * size.used());

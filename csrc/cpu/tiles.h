@@ -143,13 +143,12 @@ void add_bias(const T* z, std::int64_t panels, std::int64_t tile, T* sums) {
             }
 }
 
-// How many rows a block has: as many as let every worker's scratch fit the budget, and no more than there are. A
-// row's result does not depend on it.
+// How many rows a block has: as many as fit a worker's budget, and no more than there are. A row's result does not
+// depend on it, a sum over rows does: for those the budget must not depend on the number of workers.
 template <typename T>
-std::int64_t rows_per_block(std::int64_t scored, std::int64_t workers, std::int64_t bytes_per_row, std::int64_t most,
-                            std::int64_t budget) {
+std::int64_t rows_per_block(std::int64_t scored, std::int64_t bytes_per_row, std::int64_t most, std::int64_t budget) {
     constexpr std::int64_t P = Shape<T>::panel;
-    const std::int64_t rows = smaller(smaller(most, budget / (workers * bytes_per_row)) / P * P, ceil_div(scored, P) * P);
+    const std::int64_t rows = smaller(smaller(most, budget / bytes_per_row) / P * P, ceil_div(scored, P) * P);
     return rows < P ? P : rows;
 }
 

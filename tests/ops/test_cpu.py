@@ -164,6 +164,20 @@ def test_threads_do_not_change_a_bit(isa, threads, dtype, budget):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("budget", ["recomputed", "kept"])
+@pytest.mark.parametrize(("width", "vocab"), [(2048, 15 * 256 + 1), (8192, 2 * 256 + 1)])
+def test_threads_do_not_change_a_bit_of_a_wide_heads_gradient(isa, threads, width, vocab, budget):
+    """A weight's gradient sums over rows, block by block: the blocks may not shrink so that all workers' rows fit a
+    budget. There is a worker for every 256 entries of such vocabularies, up to the number of threads.
+    """
+    inputs, results = problem(n=130, width=width, vocab=vocab, bias=True), []
+    for count in (1, 2, 8, 16):
+        threads(count)
+        results.append(evaluate(linear_logprobs, *inputs, memory_budget=BUDGETS[budget], backend="cpu")[1])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_the_batch_does_not_change_a_row_by_a_bit(isa, entropy):
     inputs = problem(n=230)

@@ -30,7 +30,7 @@ def test_the_kernels_are_built():
     assert "plain" in ISAS and native.why_no_kernel("picked") is None
 
 
-def problem(dtype=torch.float32, *, n=N, vocab=V, k=K, spread=2.0, seed=0) -> dict[str, torch.Tensor]:
+def problem(dtype=torch.float32, *, n=N, width=H, vocab=V, k=K, spread=2.0, seed=0) -> dict[str, torch.Tensor]:
     """Random student, logits of standard deviation `spread`, and the top k of a random teacher, not in order."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,7 +39,7 @@ def problem(dtype=torch.float32, *, n=N, vocab=V, k=K, spread=2.0, seed=0) -> di
 
     top = (normal(n, vocab) * 3).log_softmax(-1).topk(k)
     return {
-        "hidden": (normal(n, H) * spread).to(dtype), "weight": (normal(vocab, H) / H**0.5).to(dtype),
+        "hidden": (normal(n, width) * spread).to(dtype), "weight": (normal(vocab, width) / width**0.5).to(dtype),
         "bias": normal(vocab).to(dtype), "teacher_indices": top.indices, "teacher_logprobs": top.values.float(),
     }  # fmt: skip
 
@@ -160,6 +160,16 @@ def test_threads_do_not_change_a_bit(isa, threads, dtype):
     for count in (1, 2, 8):
         threads(count)
         results.append(evaluate(cpu, inputs))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_threads_do_not_change_a_bit_of_a_wide_heads_gradient(isa, threads):
+    """Where rows of all workers would be too much for a budget of scratch memory; as in test_cpu.py."""
+    inputs, results = problem(n=130, width=8192, vocab=3 * 256 + 1), []
+    for count in (1, 2, 8, 16):
+        threads(count)
+        results.append(evaluate(cpu, inputs, LEAVES[1:]))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
