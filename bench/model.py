@@ -2,8 +2,8 @@
 
 The statement is exact: tests/bench/test_model.py counts the driver's own calls, FLOP and bytes and holds them to it,
 tests/cuda/test_launches.py the launches of every op. A step's time is the largest of its FLOP at the rate of a good
-matrix product, its operands at the rate of the memory and its tiles at that of the second-level cache; steps follow one
-another. Nothing here was measured by this project.
+matrix product, and its operands and tiles at the rate of the memory; steps follow one another. What was measured on a
+GPU is in bench/LOG.md.
 """
 
 from __future__ import annotations
@@ -92,15 +92,14 @@ class Device(NamedTuple):
     name: str
     peak: float  # bfloat16 FLOP/s with float32 sums, dense
     memory: float  # bytes/s
-    l2: float  # bytes/s, assumed: figures of microbenchmarks, which vary
-    l2_bytes: int
-    multiprocessors: int
+    memory_bytes: int
 
 
 DEVICES = {
-    "h100": Device("H100 SXM", 989e12, 3.35e12, 5.5e12, 50 << 20, 132),
-    "a100": Device("A100 80 GB SXM", 312e12, 2.04e12, 4.0e12, 40 << 20, 108),
-    "rtx4090": Device("RTX 4090", 165e12, 1.01e12, 5.0e12, 72 << 20, 128),
+    "h200": Device("H200 SXM", 989e12, 4.8e12, 141 << 30),
+    "h100": Device("H100 SXM", 989e12, 3.35e12, 80 << 30),
+    "a100": Device("A100 80 GB SXM", 312e12, 2.04e12, 80 << 30),
+    "rtx4090": Device("RTX 4090", 165e12, 1.01e12, 24 << 30),
 }
 # The share of its peak that a large product reaches: what the published 42 ms for three products on an H100 come to.
 PRODUCT_SHARE = 0.74
@@ -115,23 +114,23 @@ PUBLISHED = {
 
 def seconds(step: Step, device: Device) -> float:
     rate = device.peak * PRODUCT_SHARE
-    return max(step.flop / rate, step.operands / device.memory, step.tiles / device.l2) + step.calls * GAP
+    return max(step.flop / rate, (step.operands + step.tiles) / device.memory) + step.calls * GAP
 
 
 def predict(n: int, h: int, v: int, mode: str, device: Device) -> tuple[float, float]:
     """Seconds of (forward, backward)."""
-    passes = linear_logprobs(n, h, v, gpu_tile_shape(device.l2_bytes, device.multiprocessors), mode)
+    passes = linear_logprobs(n, h, v, gpu_tile_shape(device.memory_bytes), mode)
     return tuple(sum(seconds(step, device) for step in steps.values()) for steps in passes)
 
 
 def table(name: str) -> str:
     """The predictions for one device beside what others published."""
     device = DEVICES[name]
-    rows, columns = gpu_tile_shape(device.l2_bytes, device.multiprocessors)
+    rows, columns = gpu_tile_shape(device.memory_bytes)
     lines = [
         f"PREDICTIONS for {device.name}, not measurements: bfloat16, tiles of {rows} x {columns}, products at "
         f"{PRODUCT_SHARE:.0%} of {device.peak / 1e12:.0f} TFLOP/s,",
-        f"memory {device.memory / 1e12:.2f} TB/s, cache {device.l2 / 1e12:.1f} TB/s, {GAP * 1e6:.0f} us between calls.",
+        f"memory {device.memory / 1e12:.2f} TB/s, {GAP * 1e6:.0f} us between calls.",
         "",
         "| N | H | V | head | forward | forward + backward | / bare products | of it epilogues |",
         "|---|---|---|---|---|---|---|---|",

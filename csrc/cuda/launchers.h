@@ -49,7 +49,7 @@ struct Tile {
     std::int64_t u_stride;        // elements between rows
     const std::int64_t* targets;  // (rows,) counted from the start of the vocabulary
     std::int64_t first;           // the vocabulary entry of column 0
-    std::int64_t rows, columns;   // columns <= 8192
+    std::int64_t rows, columns;   // columns <= 16384
     const float* bias;            // (columns,), or null
     Head head;
 };

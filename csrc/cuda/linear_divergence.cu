@@ -6,10 +6,12 @@
 namespace fastalign::cuda {
 namespace {
 
+constexpr int kThreads = 512;  // two tiles in registers at once leave no room for more
+
 // Products -> logits in place, folded into the running maximum and sum of exponentials of each row.
 // budget: 64 registers, 128 bytes shared, 4 wide loads, 4 wide stores
-__global__ void __launch_bounds__(kTileThreads, 2) normalise_kernel(Divergence p) {
-    __shared__ float maxima[kTileThreads / 32], sums[kTileThreads / 32];
+__global__ void __launch_bounds__(kThreads, 2) normalise_kernel(Divergence p) {
+    __shared__ float maxima[kThreads / 32], sums[kThreads / 32];
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);
     float z[kItems];
@@ -58,8 +60,8 @@ __device__ __forceinline__ void terms_of(DivergenceKind kind, float beta, float&
 
 // Values and K of each row, plus those of this tile; a and b are overwritten.
 // budget: 96 registers, 128 bytes shared, 8 wide loads, 8 wide stores
-__global__ void __launch_bounds__(kTileThreads, 1) terms_kernel(Divergence p) {
-    __shared__ float values[kTileThreads / 32], moments[kTileThreads / 32];
+__global__ void __launch_bounds__(kThreads, 1) terms_kernel(Divergence p) {
+    __shared__ float values[kThreads / 32], moments[kThreads / 32];
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);
     const float* stats = p.stats + row * p.stats_stride;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) terms_kernel(Divergence p) {
 // c = scale a, or scale (b - moment a), times coefficients: from what terms_kernel left, in the last product's dtype.
 // budget: 64 registers, 0 bytes shared, 8 wide loads, 2 wide stores
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 2) divergence_gradient_kernel(Divergence p) {
+__global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(Divergence p) {
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);
     float c[kItems];
@@ -108,19 +110,19 @@ __global__ void __launch_bounds__(kTileThreads, 2) divergence_gradient_kernel(Di
 }  // namespace
 
 int divergence_normalise(const Divergence& p, Where where) {
-    if (p.columns > kMaxColumns) return cudaErrorInvalidValue;
+    if (p.columns > kThreads * kItems) return cudaErrorInvalidValue;
     if (p.rows == 0 || p.columns == 0) return cudaSuccess;
     return launch(where, normalise_kernel, dim3(p.rows), tile_threads(p.columns), p);
 }
 
 int divergence_terms(const Divergence& p, Where where) {
-    if (p.columns > kMaxColumns) return cudaErrorInvalidValue;
+    if (p.columns > kThreads * kItems) return cudaErrorInvalidValue;
     if (p.rows == 0 || p.columns == 0) return cudaSuccess;
     return launch(where, terms_kernel, dim3(p.rows), tile_threads(p.columns), p);
 }
 
 int divergence_gradient(const Divergence& p, Where where) {
-    if (p.columns > kMaxColumns) return cudaErrorInvalidValue;
+    if (p.columns > kThreads * kItems) return cudaErrorInvalidValue;
     if (p.rows == 0 || p.columns == 0) return cudaSuccess;
     return for_dtype(p.to, [&](auto zero) {
         return launch(where, divergence_gradient_kernel<decltype(zero)>, dim3(p.rows), tile_threads(p.columns), p);

@@ -38,9 +38,9 @@ __device__ __forceinline__ void rescale(const Absorb& p, std::int64_t row, float
     }
 }
 
-// budget: 64 registers, 256 bytes shared, 8 wide loads, 6 wide stores
+// budget: 64 registers, 512 bytes shared, 8 wide loads, 6 wide stores
 template <typename U, typename E>
-__global__ void __launch_bounds__(kTileThreads, 2) absorb_kernel(Absorb p) {
+__global__ void __launch_bounds__(kTileThreads, 1) absorb_kernel(Absorb p) {
     __shared__ float maxima[kTileThreads / 32], sums[kTileThreads / 32], zsums[kTileThreads / 32];
     __shared__ int firsts[kTileThreads / 32];
     const std::int64_t row = blockIdx.x;
@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) absorb_kernel(Absorb p) {
 
 // The same without cap, bias, entropy and best, as most tiles are: half the registers do, and twice the warps hide the
 // memory's latency.
-// budget: 32 registers, 128 bytes shared, 4 wide loads, 4 wide stores
+// budget: 32 registers, 256 bytes shared, 4 wide loads, 4 wide stores
 template <typename U, typename E>
-__global__ void __launch_bounds__(kTileThreads, 4) plain_absorb_kernel(Absorb p) {
+__global__ void __launch_bounds__(kTileThreads, 2) plain_absorb_kernel(Absorb p) {
     __shared__ float maxima[kTileThreads / 32], sums[kTileThreads / 32];
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);

@@ -8,7 +8,7 @@ namespace {
 
 // budget: 64 registers, 0 bytes shared, 6 wide loads, 2 wide stores
 template <typename U, typename D>
-__global__ void __launch_bounds__(kTileThreads, 2) gradient_kernel(Gradient p) {
+__global__ void __launch_bounds__(kTileThreads, 1) gradient_kernel(Gradient p) {
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns), target = target_column(p, row);
     float z[kItems];
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) gradient_kernel(Gradient p) {
 // The same without cap, bias and entropy: half the registers do, and twice the warps hide the memory's latency.
 // budget: 32 registers, 0 bytes shared, 2 wide loads, 2 wide stores
 template <typename U, typename D>
-__global__ void __launch_bounds__(kTileThreads, 4) plain_gradient_kernel(Gradient p) {
+__global__ void __launch_bounds__(kTileThreads, 2) plain_gradient_kernel(Gradient p) {
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);
     float z[kItems];
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) plain_gradient_kernel(Gradien
 
 // budget: 32 registers, 0 bytes shared, 2 wide loads, 2 wide stores
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 4) kept_kernel(Gradient p) {
+__global__ void __launch_bounds__(kTileThreads, 2) kept_kernel(Gradient p) {
     const std::int64_t row = blockIdx.x;
     const int columns = static_cast<int>(p.columns);
     float kept[kItems];

@@ -7,7 +7,7 @@
 namespace fastalign::cuda {
 
 constexpr int kRun = 8, kRuns = 2, kItems = kRun * kRuns;
-constexpr int kTileThreads = 512, kMaxColumns = kTileThreads * kItems;
+constexpr int kTileThreads = 1024, kMaxColumns = kTileThreads * kItems;
 
 inline unsigned tile_threads(std::int64_t columns) {
     return static_cast<unsigned>((columns + 32 * kItems - 1) / (32 * kItems) * 32);

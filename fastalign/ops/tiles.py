@@ -17,8 +17,7 @@ None of them depends on m, which may therefore lag behind the maximum. The last 
 frozen head needs two products per tile and no second look at the logits. A trainable head gets its gradients in
 `backward`, from probability tiles kept by `forward` as far as they were allowed to be, and recomputed beyond.
 
-A tile is written by one product, read and overwritten in place by the epilogue, and read by the next product: on a GPU
-it never leaves the second-level cache.
+A tile is written by one product, read and overwritten in place by the epilogue, and read by the next product.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Forward(NamedTuple):
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, a share of the cache on a GPU."""
+    """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, a share of the memory on a GPU."""
     if device.type == "cuda":
         return _device_tile_shape(device)
     return (512, 4096) if device.type == "cpu" else (2048, 8192)
@@ -64,30 +63,21 @@ def tile_shape(device: torch.device) -> tuple[int, int]:
 @lru_cache
 def _device_tile_shape(device: torch.device) -> tuple[int, int]:
     if not torch.cuda.is_available():  # a graph traced for a GPU on a machine without one
-        return 2048, 4096
-    properties = torch.cuda.get_device_properties(device)
-    return gpu_tile_shape(properties.L2_cache_size, properties.multi_processor_count)
+        return gpu_tile_shape(16 << 30)
+    return gpu_tile_shape(torch.cuda.get_device_properties(device).total_memory)
 
 
-def gpu_tile_shape(l2_bytes: int, multiprocessors: int) -> tuple[int, int]:
-    """Rows and vocabulary entries of a tile for a GPU, from its second-level cache and its multiprocessors.
+def gpu_tile_shape(memory_bytes: int) -> tuple[int, int]:
+    """Rows and vocabulary entries of a tile for a GPU with so much memory, of which a tile takes a thousandth.
 
-    4096 entries make the second product's sum long enough that reading and writing its (R, H) result costs little
-    beside it. Rows are the multiple of 128 that keeps float32 logits within 3/4 of the cache and fills the
-    multiprocessors best, counting 128 x 256 outputs for each; of equals the most, since every block of rows reads the
-    whole weight. Without a cache of that size (4 MB on some) the rows are those that hide the weight's traffic, 1024.
+    As many entries as the epilogues take: every tile costs launches, which small models wait for, and the second
+    product reads and writes its (R, H) sums once a tile. Rows are a multiple of 128, 256 at least, so that a product
+    reads the weight faster than it multiplies, and 2048 at most. Tiles small enough for the second-level cache were
+    no faster (bench/LOG.md).
     """
-    columns, block_rows, block_columns = 4096, 128, 256
-    most = l2_bytes * 3 // 4 // (columns * 4) // block_rows
-    if most < 6:
-        return 1024, columns
-
-    def filled(blocks: int) -> float:
-        outputs = blocks * (columns // block_columns)
-        waves = -(-outputs // multiprocessors)
-        return outputs / (waves * multiprocessors)
-
-    return block_rows * max(range(6, most + 1), key=lambda blocks: (round(filled(blocks), 2), blocks)), columns
+    columns = 16384
+    rows = memory_bytes // 1024 // (4 * columns)
+    return min(max(rows - rows % 128, 256), 2048), columns
 
 
 def vocabulary_tiles(vocab: int, device: torch.device) -> list[tuple[int, int]]:

@@ -124,10 +124,10 @@ def test_flop_of_each_mode_in_products():
 
 
 def test_a_step_takes_as_long_as_its_slowest_part():
-    device = model.Device("a round one", 100 / model.PRODUCT_SHARE, 10.0, 20.0, 50 << 20, 132)
+    device = model.Device("a round one", 100 / model.PRODUCT_SHARE, 10.0, 16 << 30)
     assert model.seconds(model.Step(0, 400, 10, 10), device) == pytest.approx(4.0)
-    assert model.seconds(model.Step(0, 100, 30, 10), device) == pytest.approx(3.0)
-    assert model.seconds(model.Step(0, 100, 10, 200), device) == pytest.approx(10.0)
+    assert model.seconds(model.Step(0, 100, 20, 10), device) == pytest.approx(3.0)
+    assert model.seconds(model.Step(0, 100, 0, 100), device) == pytest.approx(10.0)
     assert model.seconds(model.Step(5, 100), device) == pytest.approx(1.0 + 5 * model.GAP)
 
 

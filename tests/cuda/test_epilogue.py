@@ -118,7 +118,7 @@ def test_absorb(cuda, dtype, columns, padding, head, masked):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.7, -1.3])
-@pytest.mark.parametrize(("dtype", "columns", "padding"), [*TILES, (torch.bfloat16, 8192, 8)], ids=str)
+@pytest.mark.parametrize(("dtype", "columns", "padding"), [*TILES, (torch.bfloat16, 16384, 8)], ids=str)
 def test_absorb_without_cap_bias_entropy_and_best(cuda, dtype, columns, padding, scale):
     u, targets, _ = problem(columns, False, padding)
     u[0, targets[0] - FIRST] = 25  # by far the largest, and still the shift follows
@@ -208,7 +208,7 @@ def test_kept_gradient(cuda, dtype):
 
 
 def test_a_tile_too_wide_is_refused(cuda):
-    u, targets, _ = problem(8193, False)
+    u, targets, _ = problem(16385, False)
     sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
     with pytest.raises(BackendError, match="absorb could not be launched on cpu: invalid argument"):
         cuda.absorb(u, targets, FIRST, None, Head(), sums)

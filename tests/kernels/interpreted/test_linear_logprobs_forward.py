@@ -25,7 +25,7 @@ HEADS = {
 def small_programs(monkeypatch):
     """Two blocks of rows, three chunks of two blocks of the vocabulary, two steps along the width; the last ragged."""
     monkeypatch.setattr(kernels, "CHUNK", 32)
-    monkeypatch.setattr(kernels, "SHAPE", {"ROWS": 16, "ENTRIES": 16, "STEP": 32, "num_warps": 4, "num_stages": 1})
+    monkeypatch.setattr(kernels, "NARROW", {"ROWS": 16, "ENTRIES": 16, "STEP": 32, "num_warps": 4, "num_stages": 1})
 
 
 def problem(dtype, *, spread=3.0, seed=0):
