@@ -41,11 +41,12 @@ def linear_logprobs(
     fold = Step(calls, u, weight + sums, probabilities)
     if mode == "frozen":
         return {"logits": product, "absorb": Step(calls, 0, 0, logits + probabilities), "fold": fold}, {}
-    absorb = Step(calls, 0, probabilities if mode == "cached" else 0, logits)
     ends = {"fold": fold, "weight": Step(calls, u, hidden + gradient, probabilities)}
     if mode == "cached":
+        absorb = Step(calls, 0, probabilities, logits)
         kept = {"kept_gradient": Step(calls, 0, probabilities, probabilities)}
         return {"logits": product, "absorb": absorb}, kept | ends
+    absorb = Step(calls, 0, 0, logits + probabilities)
     again = {"logits": product, "softmax_gradient": Step(calls, 0, 0, logits + probabilities)}
     return {"logits": product, "absorb": absorb}, again | ends
 

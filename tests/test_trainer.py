@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastalign import trainer as trainer_module
 from fastalign.attention import packed_attention
 from fastalign.data import tokenize
+from fastalign.errors import ModelError
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
 
 LIVE = {"precompute_ref_log_probs": False}
@@ -144,6 +146,21 @@ def test_float32_step_is_within_rounding_of_float64(make_trainer, tokenizer, tin
         # twice what the same step in plain float32 loses, and one rounding of the parameter
         lost = (plain[name] - truth[name]).abs().max() + eps * truth[name].abs().max()
         assert (parameter - truth[name]).abs().max() <= 2 * lost, name
+
+
+def test_before_the_first_step_policy_and_reference_agree(make_trainer, monkeypatch):
+    trainer, reference = make_trainer(gpt2(), rows_of_many_lengths(2)), torch.tensor([-3.0, -0.5])
+    trainer._check_start(reference, reference.clone(), None)
+    with pytest.raises(ModelError, match="differ from the reference's by 1e-06; they must be equal"):
+        trainer._check_start(reference.double(), reference.double() + 1e-6, None)
+    with pytest.raises(ModelError, match="by nan"):
+        trainer._check_start(reference, reference * torch.nan, None)
+    assert trainer_module.start_rounding(torch.device("cpu")) == 0
+    on_a_gpu = trainer_module.start_rounding(torch.device("cuda"))
+    monkeypatch.setattr(trainer_module, "start_rounding", lambda device: on_a_gpu)
+    trainer._check_start(reference, reference + 2e-6, None)  # measured on an H200
+    with pytest.raises(ModelError, match=r"by 0\.001"):
+        trainer._check_start(reference, reference + 1e-3, None)
 
 
 def test_nll_over_prompt_and_completion(make_trainer, tokenizer):

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, native_cuda, native_triton
+from fastalign.ops import gpu, native
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Of the tile of F, and of the product beside it: both stay in a core's cache.
 _TILE_BYTES = 1 << 18
 
@@ -33,11 +32,15 @@ def accumulate_fisher_(
     floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
     part. The result does not depend on the number of threads.
     backend: "cpu" (C++), "triton" or "cuda" (tensor cores; float32 in three TF32 products, on AMD as it is; nothing
-    waits for the GPU), "torch" (any device), "reference", or "auto" ("cpu" where it runs, else "torch"). InputError
-    names a wrong shape, dtype or offset; BackendError a backend that cannot run here. Returns fisher.
+    waits for the GPU), "torch" (any device), "reference", or "auto" ("cuda" or "triton" on a GPU, else "cpu"
+    where it runs, else "torch"). InputError names a wrong shape, dtype or offset; BackendError a backend that cannot
+    run here. Returns fisher.
     """
     _check(fisher, grad_output, input, cu_seqlens)
-    looks = backend not in _GPU or cu_seqlens.device.type == "cpu"  # at values, for which a GPU would have to be waited
+    if backend == "auto":
+        backend = gpu.pick(fisher, grad_output, input, cu_seqlens) or backend
+    # Whether to look at values, for which a GPU would have to be waited for.
+    looks = backend not in gpu.KERNELS or cu_seqlens.device.type == "cpu"
     _check_offsets(cu_seqlens, input.shape[0], looks=looks)
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; accumulate_fisher_ has {', '.join(BACKENDS)}")
@@ -46,11 +49,11 @@ def accumulate_fisher_(
         grad_output, input = grad_output.to(common), input.to(common)
     if backend == "reference":
         return fisher.copy_(reference.accumulate_fisher(fisher, grad_output, input, cu_seqlens))
-    if backend in _GPU:
-        why = _GPU[backend].why_not(fisher, grad_output, input, cu_seqlens)
+    if backend in gpu.KERNELS:
+        why = gpu.KERNELS[backend].why_not(fisher, grad_output, input, cu_seqlens)
     else:
         why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
-    if backend in ("cpu", *_GPU) and why:
+    if backend in ("cpu", *gpu.KERNELS) and why:
         raise BackendError(f"backend={backend!r} cannot run accumulate_fisher_ here: {why}")
     if cu_seqlens.numel() == 1 or not fisher.numel():
         return fisher
@@ -58,8 +61,8 @@ def accumulate_fisher_(
         if looks and int(cu_seqlens.diff().max()) <= 1:
             return _one_token_each(fisher, grad_output, input, cu_seqlens)
         run = _torch if backend == "torch" or why else _native
-        if backend in _GPU:
-            run = _GPU[backend].accumulate_fisher
+        if backend in gpu.KERNELS:
+            run = gpu.KERNELS[backend].accumulate_fisher
         run(fisher, grad_output, input, cu_seqlens)
     return fisher
 

@@ -86,9 +86,6 @@ class Epilogue(NamedTuple):
     kept_gradient: Callable[..., None]
     # Whether tiles are handed over in the inputs' dtype, as the second product takes them, or in that of the sums.
     low_precision: bool
-    # f(hidden, weight, targets, bias, head, entropy=...) -> Sums: the whole vocabulary of 16-bit inputs at once, where
-    # nothing but the sums is wanted; None: the driver does that too, tile by tile.
-    scan: Callable[..., Sums] | None = None
 
 
 def absorb(

@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, native_cuda, native_triton
+from fastalign.ops import gpu, native
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
-_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Of one block of the plain torch version: three of them stay in a core's cache.
 _BLOCK = 1 << 16
 # Of one tile of the merged LoRA weight.
@@ -107,10 +106,9 @@ def _like(parameters: Sequence[Tensor]) -> list[Tensor]:
 def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:
     """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-    if backend in _GPU:
-        return (_GPU[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh) * (strength / 2)).to(
-            dtype
-        )
+    if backend in gpu.KERNELS:
+        total = gpu.KERNELS[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
+        return (total * (strength / 2)).to(dtype)
     if backend == "cpu":
         return torch.tensor(_run_native(parameters, anchors, fishers, strength, grads, fresh), dtype=dtype)
     sums = []
@@ -218,8 +216,8 @@ class _LoraPenalty(torch.autograd.Function):
 def _why_not(backend, parameters, anchors, fishers, grads) -> str | None:
     """Why the kernel of this backend cannot take these tensors, or None."""
     tensors = [*parameters, *anchors, *(fishers or ()), *grads]
-    if backend in _GPU:
-        why = _GPU[backend].why_not(*tensors)
+    if backend in gpu.KERNELS:
+        why = gpu.KERNELS[backend].why_not(*tensors)
         if why is None and any(f.dtype != torch.float32 for f in fishers or ()):
             why = "a Fisher diagonal is not float32"
     else:
@@ -263,6 +261,9 @@ def _checked(parameters, anchors, fishers, strength, backend, grads=()) -> str:
         raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
+    on_gpu = gpu.pick(*parameters, *anchors, *(fishers or ())) if backend == "auto" else None
+    if on_gpu and _why_not(on_gpu, parameters, anchors, fishers, grads) is None:
+        return on_gpu
     why = _why_not(backend, parameters, anchors, fishers, grads)
     if backend != "auto":
         if why:

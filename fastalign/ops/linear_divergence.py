@@ -17,11 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops import native, native_cuda, native_triton
+from fastalign.ops import gpu, native
 from fastalign.ops.linear_logprobs import _capturing, _gather, _scatter
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_GPU = {"triton": native_triton, "cuda": native_cuda}
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _SIDES = (
@@ -101,7 +100,7 @@ def _linear_divergence(
         coefficients=own,
         needs=(needs[0] and own is not None, needs[1] and own is not None),
         budget=memory_budget,
-        epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
+        epilogue=gpu.KERNELS[backend].divergence_epilogue() if backend in gpu.KERNELS else None,
     )
     empty = out.values.new_empty(0)
     return (
@@ -167,7 +166,7 @@ def _linear_divergence_backward(
         tiles.Divergence(divergence, jsd_beta),
         _padded_stats(_gather(stats, scored._replace(ignored=None)), kept.shape[0]),
         needs=tuple(needs),
-        epilogue=_GPU[backend].divergence_epilogue() if backend in _GPU else None,
+        epilogue=gpu.KERNELS[backend].divergence_epilogue() if backend in gpu.KERNELS else None,
     )
     return _whole(d_weight, d_bias, weight, bias, empty)
 
@@ -306,7 +305,8 @@ def linear_divergence(
     memory_budget: bytes of logits held at a time (default: 128 MiB on the CPU, 1 GiB elsewhere), of 16 rows at least.
     backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on a
         GPU), "cpu" (C++, for one dtype on both sides), "reference" (materialises the logits),
-        or "auto" (picks by device: "cpu" on the CPU where it can and is faster, else "torch").
+        or "auto" (picks by device: "cuda" or "triton" on a GPU, "cpu" on the CPU where it can and is faster, else
+        "torch").
 
     Returns (...) float32, or float64 for float64 inputs; infinity for a KL whose second distribution rules out what the
     first allows (bias -inf). Cost, with U = 2 N V H of the student and T of the teacher: U + T without gradients,
@@ -359,8 +359,10 @@ def _resolve(backend: str, hidden: Tensor, *others: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
     if backend == "torch":
         return backend
-    if backend in _GPU:
-        if why := _GPU[backend].why_not(hidden, *others):
+    if backend == "auto" and (on_gpu := gpu.pick(hidden, *others)):
+        return on_gpu
+    if backend in gpu.KERNELS:
+        if why := gpu.KERNELS[backend].why_not(hidden, *others):
             raise BackendError(f"backend={backend!r} cannot run linear_divergence here: {why}")
         return backend
     why = native.why_not(hidden, *others) or native.why_no_kernel("divergence")

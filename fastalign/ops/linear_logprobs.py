@@ -18,11 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, native_cuda, native_triton, tiles
+from fastalign.ops import gpu, native, tiles
 from fastalign.ops.epilogue import TORCH, Epilogue
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_GPU = {"triton": native_triton, "cuda": native_cuda}
 # Probability tiles kept for a trainable head when the caller names no budget, in bytes.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
@@ -100,7 +99,7 @@ def _scatter(values: Tensor, scored: _Scored, n: int) -> Tensor:
 
 
 def _epilogue(backend: str) -> Epilogue:
-    return _GPU[backend].epilogue() if backend in _GPU else TORCH
+    return gpu.KERNELS[backend].epilogue() if backend in gpu.KERNELS else TORCH
 
 
 def _linear_logprobs(
@@ -316,7 +315,7 @@ def linear_logprobs(
         through a trainable head always recomputes.
     backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on
         a GPU), "cpu" (C++, where it is built), "reference" (materialises the logits), or "auto" (picks by device:
-        "triton", or else "cuda", on a GPU, "cpu" on the CPU where that is faster, and "torch" where none can run).
+        "cuda" where it is built, else "triton", on a GPU; "cpu" on the CPU where that is faster; else "torch").
 
     Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
     bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
@@ -365,15 +364,13 @@ def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
     """What "auto" stands for here; BackendError where a backend was asked for by name and cannot run."""
     if backend == "torch":
         return backend
-    if backend in _GPU:
-        why = _GPU[backend].why_not(hidden, weight, bias)
+    if backend in gpu.KERNELS:
+        why = gpu.KERNELS[backend].why_not(hidden, weight, bias)
         if why:
             raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {why}")
         return backend
-    if hidden.device.type == "cuda":
-        for name, kernels in _GPU.items():
-            if backend == "auto" and kernels.why_not(hidden, weight, bias) is None:
-                return name
+    if backend == "auto" and (on_gpu := gpu.pick(hidden, weight, bias)):
+        return on_gpu
     why = native.why_not(hidden, weight, bias)
     if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):
         if why:

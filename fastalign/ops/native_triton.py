@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import divergence_tiles
-from fastalign.ops.epilogue import Epilogue, Stats, Sums
+from fastalign.ops.epilogue import Epilogue, Stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,18 +39,12 @@ def why_not(*tensors: Tensor | None) -> str | None:
 def epilogue() -> Epilogue:
     """What `tiles.forward` and `tiles.backward` of `linear_logprobs` run between their products."""
     from fastalign.kernels import linear_logprobs as kernels
-    from fastalign.kernels import linear_logprobs_forward as forward
 
     def finish(weight, targets, head, sums, **options) -> tuple[Tensor, Tensor, Stats]:
         logprobs, entropies, *rest = kernels.finish(weight, targets, head, sums, **options).unbind(0)
         return logprobs, entropies, Stats(sums.shift, sums.others, *rest)
 
-    def scan(hidden, *args, **options) -> Sums:
-        return Sums(*forward.scan(hidden, *args, **options).unbind(0))
-
-    return Epilogue(
-        kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True, scan=scan
-    )
+    return Epilogue(kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
 
 
 def divergence_epilogue() -> divergence_tiles.Epilogue:

@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native, native_cuda, native_triton
+from fastalign.ops import gpu, native
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_BY_NAME = {"cpu": native, "triton": native_triton, "cuda": native_cuda}
+_BY_NAME = {"cpu": native, **gpu.KERNELS}
 # Rows that the torch backend takes at a time fill this many logits, so that no second [tokens, V] tensor ever exists.
 _CHUNK = 1 << 22
 
@@ -198,9 +198,9 @@ def selective_logprobs(
     needs them, and on a second backward. It has no effect under torch.compile, which plans memory itself, or on logits
     that are not contiguous.
 
-    backend: "cpu" (C++), "triton" or "cuda" (on a GPU), "torch" (any device, chunked), "reference", or "auto" (cpu
-    where it is fast, else torch). InputError names a wrong shape, dtype or target; BackendError a backend that is
-    unknown or cannot run.
+    backend: "cpu" (C++), "triton" or "cuda" (on a GPU), "torch" (any device, chunked), "reference", or "auto" (cuda or
+    triton on a GPU, cpu where it is fast, else torch). InputError names a wrong shape, dtype or target; BackendError a
+    backend that is unknown or cannot run.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; selective_logprobs has {', '.join(BACKENDS)}")
@@ -217,6 +217,8 @@ def selective_logprobs(
     if backend == "reference":
         _check_targets(targets, logits.shape[-1], ignore_index)
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
+    if backend == "auto":
+        backend = gpu.pick(logits, targets) or backend
     why_not = _BY_NAME.get(backend, native).why_not(logits, targets)
     if backend in _BY_NAME and why_not:
         raise BackendError(f"backend={backend!r} cannot run selective_logprobs here: {why_not}")

@@ -153,10 +153,6 @@ def forward(
     tiles of the first `cache_rows` rows. 1U = 2 N V H FLOP without `grads`, 2U with, 3U with the entropy's too.
     """
     n, vocab = hidden.shape[0], weight.shape[0]
-    if epilogue.scan is not None and not grads and not cache_rows and hidden.dtype.itemsize == 2:
-        sums = epilogue.scan(hidden, weight, targets, bias, head, entropy=entropy)
-        logprobs, entropies, stats = epilogue.finish(weight, targets, head, sums, entropy=entropy)
-        return Forward(logprobs, entropies, None, None, stats, None)
     kept = min(cache_rows, n)
     cache = None
     if cache_rows:
@@ -203,13 +199,12 @@ def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
             u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
         w = _operand(w)  # (T, H)
         _product(h, w.t(), u)  # (R, T)
-        e = ze = None
+        # Without gradients nobody reads e, but the epilogue is the same one then, and so are the bits of the log-probs.
+        e, ze = low, None
         if cache is not None:
             e = cache.tiles[:, v0:v1]
         elif b is not None:
             e, ze = second[:, : v1 - v0], low
-        elif a is not None:
-            e = low
         epilogue.absorb(
             u, targets, v0, None if bias is None else bias[v0:v1], head, sums, entropy=entropy, e=e, ze=ze, a=a, b=b
         )

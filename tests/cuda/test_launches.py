@@ -7,8 +7,9 @@ import torch
 
 from bench import model
 from fastalign import linear_divergence, linear_logprobs, preference_loss, selective_logprobs
-from fastalign.ops import divergence_tiles, tiles
+from fastalign.ops import divergence_tiles, gpu, tiles
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.ewc import ewc_penalty
 
 N, H, G, V, TILE = 48, 8, 4, 72, (32, 32)
 
@@ -76,3 +77,21 @@ def test_accumulate_fisher(launches):
     operands = torch.ones(9, 5), torch.ones(9, 7)
     run = launches(lambda: accumulate_fisher_(torch.zeros(5, 7), *operands, torch.tensor([0, 4, 9]), backend="cuda"))
     assert run[1] == model.accumulate_fisher(9, 5, 7).calls
+
+
+OPS = {
+    "linear_logprobs": lambda: linear_logprobs(torch.randn(N, H), torch.randn(V, H), torch.arange(N)),
+    "linear_divergence": lambda: linear_divergence(*(torch.randn(rows, H) for rows in (N, V, N, V))),
+    "selective_logprobs": lambda: selective_logprobs(torch.randn(N, V), torch.arange(N)),
+    "accumulate_fisher_": lambda: accumulate_fisher_(
+        torch.zeros(5, 7), torch.ones(9, 5), torch.ones(9, 7), torch.tensor([0, 4, 9])
+    ),
+    "ewc_penalty": lambda: ewc_penalty([torch.randn(3, 4)], [torch.randn(3, 4)], [torch.rand(3, 4)]),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_asks_which_kernels_a_gpu_has(op, launches, monkeypatch):
+    assert launches(OPS[op])[1] == 0  # on the CPU there are others
+    monkeypatch.setattr(gpu, "pick", lambda *tensors: "cuda")
+    assert launches(OPS[op])[1] > 0

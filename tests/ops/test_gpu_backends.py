@@ -7,7 +7,7 @@ import torch
 
 from fastalign import linear_divergence, linear_logprobs, preference_loss, selective_logprobs
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native_cuda, native_triton
+from fastalign.ops import gpu, native_cuda, native_triton
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.ewc import ewc_penalty
 
@@ -78,3 +78,21 @@ def test_kernels_are_not_launched_across_devices(monkeypatch):
     for backend in (native_cuda, native_triton):
         assert backend.why_not(*apart) == "tensors lie on ['cuda:0', 'cuda:1']; move them to one device"
         assert backend.why_not(apart[0], apart[0]) is None
+
+
+def test_auto_on_a_gpu_takes_the_kernels_that_are_there(monkeypatch):
+    class Built:
+        device_type = "cuda"
+
+    def tensor(device="cuda"):
+        return torch.empty(2, device=device)
+
+    monkeypatch.setattr(native_triton, "why_not", lambda *tensors: None)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        monkeypatch.setattr(native_cuda, "module", Built)
+        assert gpu.pick(tensor(), None, tensor()) == "cuda"
+        assert gpu.pick(tensor("cpu")) is None
+        monkeypatch.setattr(native_cuda, "module", None)
+        assert gpu.pick(tensor()) == "triton"
+        monkeypatch.setattr(native_triton, "why_not", lambda *tensors: "no")
+        assert gpu.pick(tensor()) is None
