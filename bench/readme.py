@@ -20,6 +20,11 @@ OPS = (
     ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
     ("frozen-bfloat16-2048x576x49152-mask50", "the same in bfloat16"),
 )
+GPU_OPS = (  # the same on a GPU, whose results lie in a folder of their own
+    ("frozen-bfloat16-2048x576x49152-mask0", "2048 tokens, width 576, vocabulary 49152"),
+    ("frozen-bfloat16-2048x2048x49152-mask0", "2048, 2048, 49152"),
+    ("frozen-bfloat16-1024x4096x128256-mask0", "1024, 4096, 128256"),
+)
 PEERS = {  # column -> what names it among the implementations
     "TRL": "TRL", "Liger": "Liger", "Cut Cross Entropy": "Cut Cross Entropy", "torch": "torch linear_cross_entropy",
 }  # fmt: skip
@@ -41,9 +46,10 @@ SHOWN = {case: name for *_, case, name in (*OPS, *TRAIN, *OTHERS)}
 PLOT = "memory-frozen-float32-2048x576-mask0"
 
 
-def update(measurements: list[Measurement]) -> None:
+def update(measurements: list[Measurement], on_gpus: list[Measurement] = ()) -> None:
     """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
-    text = between(README.read_text(encoding="utf-8"), BEGIN, END, section(measurements))
+    tables = "\n\n".join([section(measurements), *gpu_section(on_gpus)])
+    text = between(README.read_text(encoding="utf-8"), BEGIN, END, tables)
     text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
     temporary = README.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -96,6 +102,30 @@ def section(measurements: list[Measurement]) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_section(measurements: list[Measurement]) -> list[str]:
+    """The table of what was measured on GPUs, and on which; nothing without its cases."""
+    cases = {case: rows for (suite, case), rows in groups(measurements).items() if suite == "ops"}
+    shown = [(cases[case], name) for case, name in GPU_OPS if case in cases]
+    if not shown:
+        return []
+    peers = {"eager": "eager", **PEERS}
+    rows = [("on a GPU, bfloat16, frozen head: log-probs and gradient", "fastalign", *peers, "bare products")]
+    rows += [_op_row(of_case, name, "fastalign", peers) for of_case, name in shown]
+    used = [column for column in range(len(rows[0])) if any(row[column] != "-" for row in rows[1:])]
+    everyone = [m for of_case, _ in shown for m in of_case if FLOOR not in m.implementation]
+
+    def worst(ours: bool) -> float:
+        return max(m.errors["logprobs"] for m in everyone if m.implementation.startswith("fastalign") == ours)
+
+    newest = max(everyone, key=lambda m: m.date)
+    versions = ", ".join(f"{n} {newest.versions[n]}" for n in ("torch", "trl", "liger-kernel", "cut-cross-entropy"))
+    return [
+        aligned([tuple(row[column] for column in used) for row in rows]),
+        f"{newest.device}; {versions};\n{newest.date[:10]}. Log-probs are off by at most {worst(True):.1e} nats "
+        f"(fastalign), {worst(False):.1e} (the others).",
+    ]
+
+
 def _about(newest: Measurement, train_rows: list[tuple[str, ...]]) -> str:
     """Of what, on what and when, and what the figures of training are."""
     versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
@@ -127,12 +157,14 @@ def _skipped(first: Measurement, row: str) -> str:
     return f" {row[0].upper()}{row[1:]}: {'; '.join(reasons)}." if reasons else ""
 
 
-def _op_row(rows: list[Measurement], name: str) -> tuple[str, ...]:
+def _op_row(
+    rows: list[Measurement], name: str, ours: str = "fastalign cpu", peers: dict[str, str] = PEERS
+) -> tuple[str, ...]:
     def cell(word: str) -> str:
         found = [m for m in rows if word in m.implementation]
         return _cell(min(found, key=lambda m: m.median_s)) if found else "-"
 
-    return name, cell("fastalign cpu"), *map(cell, PEERS.values()), cell(FLOOR)
+    return name, cell(ours), *map(cell, peers.values()), cell(FLOOR)
 
 
 def _cell(m: Measurement) -> str:

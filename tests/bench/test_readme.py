@@ -155,3 +155,28 @@ def test_without_any_case_of_it_it_refuses(record, file):
     with pytest.raises(SystemExit, match="none of the cases"):
         readme.update([record()])
     assert file.read_text(encoding="utf-8") == text
+
+
+def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
+    case = readme.GPU_OPS[0][0]
+    shared = {"case": case, "sizes": SIZES, "device": "a GPU"}
+    named = {"fastalign triton": 0.003, "fastalign cuda": 0.002, "TRL chunked_logprob": 0.005, "eager": 0.004}
+    errors = {"fastalign triton": 1e-5, "fastalign cuda": 2e-5, "TRL chunked_logprob": 3e-2, "eager": 1e-2}
+    on_gpu = [
+        record(**shared, implementation=name, median_s=s, errors={"logprobs": errors[name]})
+        for name, s in named.items()
+    ]
+    on_gpu += [record(**shared, implementation="2 matrix products", median_s=0.001)]
+    versions = dict.fromkeys(("torch", "trl", "liger-kernel", "cut-cross-entropy"), "9.9")
+    on_gpu = [replace(m, versions=versions) for m in on_gpu]
+    readme.update(measured, on_gpu)
+    text = file.read_text(encoding="utf-8")
+    assert text.index(readme.section(measured)) < text.index("| on a GPU, bfloat16")
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    header = next(row for row in rows if row[0].startswith("on a GPU, bfloat16"))
+    assert header[1:] == ["fastalign", "eager", "TRL", "bare products"], "columns without a figure are left out"
+    row = next(row for row in rows if row[0] == readme.GPU_OPS[0][1])
+    assert row[1:] == ["2 ms (5 MiB)", "4 ms (5 MiB)", "5 ms (5 MiB)", "1 ms (5 MiB)"]
+    assert "a GPU; torch 9.9, trl 9.9" in text
+    assert "off by at most 2.0e-05 nats (fastalign), 3.0e-02 (the others)." in text
+    assert readme.gpu_section([]) == []

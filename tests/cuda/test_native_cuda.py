@@ -53,6 +53,20 @@ def test_linear_logprobs(cuda, dtype, trainable, options):
         assert (got - true).abs().max() <= 2 * ((low - true).abs().max() + 4 * eps * true.abs().max())
 
 
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"softcap": 5.0, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_with_and_without_gradients(cuda, dtype, options):
+    """Or the margins of preference training would not begin at exactly 0."""
+    hidden, weight, targets = head_problem(dtype)
+    frozen, trainable, recomputed = (
+        evaluate(hidden, weight, targets, trainable=trainable, backend="cuda", **options | more)
+        for trainable, more in ((False, {}), (True, {}), (True, {"memory_budget": 0}))
+    )
+    without = linear_logprobs(hidden, weight, targets, backend="cuda", **options)
+    for i, plain in enumerate(without if isinstance(without, tuple) else (without,)):
+        assert torch.equal(plain, frozen[i]) and torch.equal(plain, trainable[i]) and torch.equal(plain, recomputed[i])
+
+
 def test_kept_and_recomputed_probabilities_agree(cuda):
     kept = evaluate(*head_problem(), trainable=True, backend="cuda")
     recomputed = evaluate(*head_problem(), trainable=True, backend="cuda", memory_budget=0)

@@ -239,6 +239,24 @@ def test_op_within_the_error_budget(option, dtype, entropy, budget):
     shared.test_error_budget(option, entropy, dtype, budget)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_with_and_without_gradients(dtype, monkeypatch):
+    """Or the margins of preference training would not begin at exactly 0. The same rounding on a GPU asks for one and
+    the same kernel besides: exponentials are stored whether anybody reads them or not."""
+    hidden, weight, targets, _ = shared.problem(dtype, n=21, ignored=0.1)
+    stored, absorb = [], kernels.absorb
+    monkeypatch.setattr(
+        kernels,
+        "absorb",
+        lambda *args, e=None, **options: stored.append(e is not None) or absorb(*args, e=e, **options),
+    )
+    plain = shared.fast(hidden, weight, targets)
+    for options in ({"frozen": True}, {}, {"memory_budget": 0}):
+        (logprobs,), _ = shared.evaluate(shared.fast, hidden, weight, targets, **options)
+        assert torch.equal(plain, logprobs)
+    assert stored and all(stored)
+
+
 def test_op_with_several_blocks_of_rows():
     check = shared.check_against_float64
     check(shared.problem(n=21, ignored=0.1), frozen=False, memory_budget=16 * shared.ROW_BYTES)
