@@ -40,15 +40,17 @@ def linear_logprobs(
     product = Step(calls, u, hidden + weight, logits)
     fold = Step(calls, u, weight + sums, probabilities)
     if mode == "frozen":
-        return {"logits": product, "absorb": Step(calls, 0, 0, logits + probabilities), "fold": fold}, {}
+        absorb = Step(calls, 0, 0, logits + probabilities)
+        ended = Step(rows, 0, (2 * 4 + element) * n * h)
+        return {"logits": product, "absorb": absorb, "fold": fold, "finish": ended}, {}
     ends = {"fold": fold, "weight": Step(calls, u, hidden + gradient, probabilities)}
     if mode == "cached":
         absorb = Step(calls, 0, probabilities, logits)
         kept = {"kept_gradient": Step(calls, 0, probabilities, probabilities)}
-        return {"logits": product, "absorb": absorb}, kept | ends
+        return {"logits": product, "absorb": absorb, "finish": Step(rows)}, kept | ends
     absorb = Step(calls, 0, 0, logits + probabilities)
     again = {"logits": product, "softmax_gradient": Step(calls, 0, 0, logits + probabilities)}
-    return {"logits": product, "absorb": absorb}, again | ends
+    return {"logits": product, "absorb": absorb, "finish": Step(rows)}, again | ends
 
 
 def linear_divergence(

@@ -95,6 +95,29 @@ void bind_tiles(py::module_& m) {
         .def_readwrite("width", &A::width)
         .def_property("best", nullptr, address(&A::best))
         .def_property("best_index", nullptr, address(&A::best_index));
+    using F = Finish;
+    py::class_<F>(m, "Finish", py::module_local())
+        .def(py::init([] { return F{}; }))
+        .def_property("dtype", nullptr, dtype(&F::dtype))
+        .def_property("weight", nullptr, address(&F::weight))
+        .def_readwrite("weight_stride", &F::weight_stride)
+        .def_property("targets", nullptr, address(&F::targets))
+        .def_readwrite("rows", &F::rows)
+        .def_readwrite("width", &F::width)
+        .def_property("head", nullptr, &set_head<F>)
+        .def_property("shift", nullptr, address(&F::shift))
+        .def_property("others", nullptr, address(&F::others))
+        .def_property("zothers", nullptr, address(&F::zothers))
+        .def_property("target", nullptr, address(&F::target))
+        .def_property("logprobs", nullptr, address(&F::logprobs))
+        .def_property("entropies", nullptr, address(&F::entropies))
+        .def_property("at_target", nullptr, address(&F::at_target))
+        .def_property("slope", nullptr, address(&F::slope))
+        .def_property("mean", nullptr, address(&F::mean))
+        .def_property("a", nullptr, address(&F::a))
+        .def_readwrite("a_stride", &F::a_stride)
+        .def_property("b", nullptr, address(&F::b))
+        .def_readwrite("b_stride", &F::b_stride);
     using G = Gradient;
     py::class_<G, T>(m, "Gradient", py::module_local())
         .def(py::init([] { return G{}; }))
@@ -106,6 +129,7 @@ void bind_tiles(py::module_& m) {
         .def_property("du", nullptr, address(&G::du))
         .def_readwrite("du_stride", &G::du_stride);
     def_launch(m, "absorb", &absorb);
+    def_launch(m, "finish", &finish);
     def_launch(m, "softmax_gradient", &softmax_gradient);
     def_launch(m, "kept_gradient", &kept_gradient);
 }

@@ -4,6 +4,8 @@ model with its tokenizer, since most of what is above the losses needs both.
 What takes seconds to import is imported where it is used: tests of ops and losses do without.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -88,6 +90,44 @@ def labelled(pairs):
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
         for i, row in enumerate(pairs[:6])
     ]
+
+
+@pytest.fixture(scope="session")
+def check_finish():
+    """f(finish, head, entropy, gradients): a backend's `finish` against its definition, in float32 and in float64."""
+    from fastalign.ops import epilogue
+    from fastalign.ops.epilogue import Head, Sums
+
+    generator = torch.Generator().manual_seed(4)
+    width = 1024 + 11  # more than one pass of a kernel's loop, and ragged
+    # A target of probability nearly 1, one of nearly none, its logit far below, a masked one, and a common one.
+    sums = Sums(
+        torch.tensor([2.0, 3.0, 1.0, 1.0, 0.5]), torch.tensor([1e-9, 40.0, 5.0, 2.0, 7.0]),
+        torch.tensor([-1e-8, -90.0, -1.0, -3.0, -12.0]), torch.tensor([2.5, -20.0, -99.0, -math.inf, 0.1]),
+    )  # fmt: skip
+    weight = torch.randn(9, width, generator=generator).to(torch.bfloat16)
+    targets, (a, b) = torch.tensor([8, 0, 3, 3, 5]), torch.randn(2, 5, width, generator=generator)
+    eps = torch.finfo(torch.float32).eps
+
+    def check(finish, head, entropy, gradients):
+        def finished(finish, dtype):
+            own = Sums(*(t.to(dtype) for t in sums))
+            grads = {"a": a.to(dtype, copy=True), "b": b.to(dtype, copy=True) if entropy else None} if gradients else {}
+            logprobs, entropies, stats = finish(weight, targets, head, own, entropy=entropy, **grads)
+            return [logprobs, entropies, *stats, *(t for t in grads.values() if t is not None)]
+
+        ours = finished(finish, torch.float32)
+        low, exact = (finished(epilogue.finish, dtype) for dtype in (torch.float32, torch.float64))
+        for x, y, z in zip(ours, low, exact, strict=True):
+            finite = z.isfinite()
+            assert torch.equal(finite, x.isfinite()) and torch.equal(x[~finite].double(), z[~finite])
+            off = (y - z)[finite].abs().max() + eps * z[finite].abs().max()
+            assert (x - z)[finite].abs().max() <= 2 * off
+        if head == Head():
+            assert ours[0][0].item() == pytest.approx(exact[0][0].item(), rel=1e-5)
+            assert -1e-8 < ours[0][0] < 0
+
+    return check
 
 
 @pytest.fixture

@@ -66,6 +66,22 @@ struct Absorb : Tile {
 };
 int absorb(const Absorb& problem, Where where);
 
+// Forward, after the last tile: results and gradients from the sums (finish.cu).
+struct Finish {
+    DType dtype;                  // of the weight
+    const void* weight;           // (vocab, width), unit column stride
+    std::int64_t weight_stride;   // elements between rows
+    const std::int64_t* targets;  // (rows,)
+    std::int64_t rows, width;
+    Head head;
+    const float *shift, *others, *zothers, *target;  // (rows,) each, as absorb left them; zothers null: no entropy
+    float *logprobs, *entropies;                     // (rows,) results
+    float *at_target, *slope, *mean;                 // (rows,) of fastalign/ops/epilogue.py's Stats
+    float *a, *b;                                    // (rows, width) sums, which become gradients, or null
+    std::int64_t a_stride, b_stride;
+};
+int finish(const Finish& problem, Where where);
+
 // Backward: the gradient in u (softmax_gradient.cu).
 struct Gradient : Tile {
     const float *shift, *mean, *logprobs, *entropy;  // (rows,) coefficients; entropy may be null

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.errors import BackendError
 from fastalign.ops import divergence_tiles
-from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Sums, finish
+from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Stats, Sums
 from fastalign.reference import DIVERGENCES
 
 try:
@@ -104,6 +104,30 @@ def absorb(
         **matrices, **{f"{name}_stride": 0 if t is None else t.stride(0) for name, t in matrices.items()},
         width=0 if a is None else a.shape[1], best=best and best[0], best_index=best and best[1],
     )  # fmt: skip
+
+
+def finish(
+    weight: Tensor,
+    targets: Tensor,
+    head: Head,
+    sums: Sums,
+    *,
+    entropy: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """`epilogue.finish` in one launch."""
+    weight, rows = _rows(weight), targets.shape[0]
+    out = sums.shift.new_empty(5, rows)
+    logprobs, entropies, at_target, slope, mean = out.unbind(0)
+    _launch(
+        "finish", module.Finish(), out, dtype=DTYPES[weight.dtype], weight=weight, weight_stride=weight.stride(0),
+        targets=targets, rows=rows, width=0 if a is None else a.shape[1], head=_head(head), shift=sums.shift,
+        others=sums.others, zothers=sums.zothers if entropy else None, target=sums.target, logprobs=logprobs,
+        entropies=entropies, at_target=at_target, slope=slope, mean=mean, a=a, a_stride=0 if a is None else a.stride(0),
+        b=b, b_stride=0 if b is None else b.stride(0),
+    )  # fmt: skip
+    return logprobs, entropies, Stats(sums.shift, sums.others, at_target, slope, mean)
 
 
 def softmax_gradient(

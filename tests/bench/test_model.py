@@ -40,6 +40,10 @@ def counted(monkeypatch):
         count("absorb", 0, size(e) if kept else 0, size(u) + (0 if kept else size(e)))
         return TORCH.absorb(u, *args, e=e, **options)
 
+    def finish(weight, targets, head, sums, *, a=None, **options):
+        count("finish", 0, 0 if a is None else 2 * size(a) + len(a) * size(weight[0]))
+        return TORCH.finish(weight, targets, head, sums, a=a, **options)
+
     def softmax_gradient(u, *args):
         count("softmax_gradient", 0, 0, size(u, args[-1]))
         return TORCH.softmax_gradient(u, *args)
@@ -52,7 +56,7 @@ def counted(monkeypatch):
         def run(*args, **options):
             passes.append({})
             options["epilogue"] = TORCH._replace(
-                absorb=absorb, softmax_gradient=softmax_gradient, kept_gradient=kept_gradient
+                absorb=absorb, finish=finish, softmax_gradient=softmax_gradient, kept_gradient=kept_gradient
             )
             return function(*args, **options)
 

@@ -212,3 +212,10 @@ def test_a_tile_too_wide_is_refused(cuda):
     sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
     with pytest.raises(BackendError, match="absorb could not be launched on cpu: invalid argument"):
         cuda.absorb(u, targets, FIRST, None, Head(), sums)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("head", HEADS)
+def test_finish(cuda, check_finish, head, entropy, gradients):
+    check_finish(cuda.finish, HEADS[head], entropy, gradients)

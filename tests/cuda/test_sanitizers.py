@@ -13,6 +13,7 @@ import pytest
 OPS = [
     "selective_logprobs",
     "online_softmax",
+    "finish",
     "softmax_gradient",
     "preference_loss",
     "accumulate_fisher",
@@ -48,6 +49,9 @@ MORE_FAULTS = {
     "16 bytes are stored where a row of the result does not allow it": Fault(
         "selective_logprobs", "address", "alike ? unaligned_head(logits, vocab) : vocab",
         "unaligned_head(logits, vocab)", "misaligned address",
+    ),
+    "a gradient is written past its last column": Fault(
+        "finish", "address", "i < p.width; i +=", "i <= p.width; i +=", OVERFLOW
     ),
     "a tile is read past its last column": Fault(
         "online_softmax", "address", "i < left ? to_float", "i <= left ? to_float", OVERFLOW

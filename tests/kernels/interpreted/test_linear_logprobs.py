@@ -123,33 +123,8 @@ def test_absorb_of_masked_entries_and_argmax():
 @pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("head", HEADS)
-def test_finish(head, entropy, gradients):
-    head, generator = HEADS[head], torch.Generator().manual_seed(4)
-    width = 1024 + H  # more than one pass of the loop
-    # A target of probability nearly 1, one of nearly none, its logit far below, a masked one, and a common one.
-    sums = Sums(
-        torch.tensor([2.0, 3.0, 1.0, 1.0, 0.5]), torch.tensor([1e-9, 40.0, 5.0, 2.0, 7.0]),
-        torch.tensor([-1e-8, -90.0, -1.0, -3.0, -12.0]), torch.tensor([2.5, -20.0, -99.0, -math.inf, 0.1]),
-    )  # fmt: skip
-    weight = torch.randn(9, width, generator=generator).to(torch.bfloat16)
-    targets, (a, b) = torch.tensor([8, 0, 3, 3, 5]), torch.randn(2, R, width, generator=generator)
-
-    def finished(finish, dtype):
-        grads = {"a": a.to(dtype, copy=True), "b": b.to(dtype, copy=True) if entropy else None} if gradients else {}
-        logprobs, entropies, stats = finish(weight, targets, head, Sums(*(t.to(dtype) for t in sums)),
-                                            entropy=entropy, **grads)  # fmt: skip
-        return [logprobs, entropies, *stats, *(t for t in grads.values() if t is not None)]
-
-    ours = finished(native_triton.epilogue().finish, torch.float32)
-    low, exact = (finished(epilogue.finish, dtype) for dtype in (torch.float32, torch.float64))
-    for x, y, z in zip(ours, low, exact, strict=True):
-        finite = z.isfinite()
-        assert torch.equal(finite, x.isfinite()) and torch.equal(x[~finite].double(), z[~finite])
-        off = (y - z)[finite].abs().max() + EPS * z[finite].abs().max()
-        assert (x - z)[finite].abs().max() <= 2 * off
-    if head == HEADS["plain"]:
-        assert ours[0][0].item() == pytest.approx(exact[0][0].item(), rel=1e-5)
-        assert -1e-8 < ours[0][0] < 0
+def test_finish(head, entropy, gradients, check_finish):
+    check_finish(native_triton.epilogue().finish, HEADS[head], entropy, gradients)
 
 
 def coefficients(entropy):
