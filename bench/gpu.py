@@ -77,10 +77,10 @@ def plan() -> list[Step]:
     # torch.compile takes half a minute a case to compile: `python -m bench ops` has it.
     compared = ("--only", *(name for name in ops.IMPLEMENTATIONS if name not in (*ops.COMPILES, "fastalign cpu")))
     return [
-        Step("gpu-kernels", 80),
-        Step("machine", 30, tuple(machine.CASES)),
+        Step("gpu-kernels", 110),
+        Step("machine", 20, tuple(machine.CASES)),
         *(Step("ops", s, of_shape(shape), compared) for shape, s in zip(ops.SHAPES, (55, 65, 90), strict=True)),
-        Step("selective", 50, matching(selective, "*-bfloat16-*")),
+        Step("selective", 40, matching(selective, "*-bfloat16-*")),
         Step("losses", 70, matching(losses, "dpo-*-bfloat16-*")),
         Step("train", 120, matching(train, "lora-bfloat16-dialogue"), ("--only", "fastalign", "TRL", "--rounds", "1")),
     ]
