@@ -1,7 +1,7 @@
 """The epilogue of `linear_logprobs` in Triton: what fastalign/ops/epilogue.py defines, in one read of each tile.
 
 One program a row; the whole row of the tile lies in its registers before anything is stored, so that outputs may lie
-in the memory of the tile itself. 16 elements a thread keep that at some 60 registers.
+in the memory of the tile itself. 32 elements a thread, of the widest tiles, take some 60 registers.
 """
 
 from __future__ import annotations
@@ -112,17 +112,18 @@ def _absorb(
 @triton.jit
 def _finish(
     weight_ptr, weight_stride, targets_ptr, factor, inner, outer,
-    shift_ptr, others_ptr, zothers_ptr, target_ptr, out_ptr, rows, a_ptr, a_stride, b_ptr, b_stride, width,
+    shift_ptr, others_ptr, zothers_ptr, target_ptr, logprobs_ptr, entropy_ptr, stats_ptr, rows,
+    a_ptr, a_stride, b_ptr, b_stride, width,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (5, R): log-probs, entropies, and of `Stats` target, slope and mean."""
+    """stats (3, R): of `Stats` target, slope and mean."""
     row = tl.program_id(0).to(tl.int64)
     shift, others, z_y = tl.load(shift_ptr + row), tl.load(others_ptr + row), tl.load(target_ptr + row)
     shifted = z_y - shift
     at_target = tl.exp(shifted)
     total = others + at_target
     near = -_log1p(others * tl.exp(tl.minimum(-shifted, 30)))
-    tl.store(out_ptr + row, tl.where(shifted > -30, near, shifted - tl.log(total)))
+    tl.store(logprobs_ptr + row, tl.where(shifted > -30, near, shifted - tl.log(total)))
     mean = total * 0
     entropy = mean
     if ENTROPY:
@@ -134,10 +135,10 @@ def _finish(
     else:
         slope = _slope(z_y, factor, outer)
         scale = 1 / total
-    tl.store(out_ptr + rows + row, entropy)
-    tl.store(out_ptr + 2 * rows + row, at_target)
-    tl.store(out_ptr + 3 * rows + row, slope)
-    tl.store(out_ptr + 4 * rows + row, mean)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(stats_ptr + row, at_target)
+    tl.store(stats_ptr + rows + row, slope)
+    tl.store(stats_ptr + 2 * rows + row, mean)
     if a_ptr is not None:
         target = tl.load(targets_ptr + row)
         for start in range(0, width, BLOCK):
@@ -240,19 +241,18 @@ def finish(
     entropy: bool = False,
     a: Tensor | None = None,
     b: Tensor | None = None,
-) -> Tensor:
-    """The sums over the whole vocabulary become results, as fastalign/ops/epilogue.py says: (5, R), log-probs,
-    entropies, and target, slope and mean of the stats; a and b become gradients."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums over the whole vocabulary become results, as fastalign/ops/epilogue.py says: log-probs (R,), entropies
+    (R,), and target, slope and mean of the stats (3, R); a and b become gradients."""
     rows, width = targets.shape[0], 0 if a is None else a.shape[1]
-    out = sums.shift.new_empty(5, rows)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    logprobs, entropies, stats = (sums.shift.new_empty(*shape) for shape in ((rows,), (rows,), (3, rows)))
     block = min(WIDTH.value, max(16, triton.next_power_of_2(width)))
     if rows:
         _finish[(rows,)](
-            weight, weight.stride(0), targets, *_head(head), *sums, out, rows, a, _stride(a), b, _stride(b), width,
-            ENTROPY=entropy, BLOCK=block, num_warps=4,
+            weight, weight.stride(0), targets, *_head(head), *sums, logprobs, entropies, stats, rows, a, _stride(a),
+            b, _stride(b), width, ENTROPY=entropy, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return out
+    return logprobs, entropies, stats
 
 
 def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head, c, du: Tensor) -> None:
@@ -297,8 +297,8 @@ CHECKS = [
     {
         "kernel": _finish,
         "variant": " frozen",
-        "signature": f"*bf16:16, i32:16, *i64:16, {_UNCAPPED}, {_SUMS}, *fp32:16, i32:16, *fp32:16, i32:16, "
-        "None, 0, i32:16, False, 1024",
+        "signature": f"*bf16:16, i32:16, *i64:16, {_UNCAPPED}, {_SUMS}, *fp32:16, *fp32:16, *fp32:16, "
+        "i32:16, *fp32:16, i32:16, None, 0, i32:16, False, 1024",
         "warps": 4,
         "amd": {"budget": {"registers": 40, "shared": 4096, "loads": 2, "stores": 2}},
         "budget": {"registers": 40, "shared": 4096, "loads": 3, "stores": 2},

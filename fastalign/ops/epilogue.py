@@ -187,6 +187,13 @@ def finish(
     return logprobs, entropies, Stats(sums.shift, sums.others, at_target, slope, mean)
 
 
+def pick_rows(weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, where among them each target's lies): those of weight (V, H) itself where they have no gaps."""
+    if weight.stride(1) == 1 or weight.shape[1] <= 1:
+        return weight, targets
+    return weight[targets], torch.arange(targets.shape[0], device=targets.device)
+
+
 def _column(t: Tensor) -> Tensor:
     return t.unsqueeze(1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.errors import BackendError
 from fastalign.ops import divergence_tiles
-from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Stats, Sums
+from fastalign.ops.epilogue import Coefficients, Epilogue, Head, Stats, Sums, pick_rows
 from fastalign.reference import DIVERGENCES
 
 try:
@@ -117,15 +117,17 @@ def finish(
     b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """`epilogue.finish` in one launch."""
-    weight, rows = _rows(weight), targets.shape[0]
-    out = sums.shift.new_empty(5, rows)
-    logprobs, entropies, at_target, slope, mean = out.unbind(0)
+    rows, width = targets.shape[0], 0
+    if a is not None:
+        (weight, targets), width = pick_rows(weight, targets), a.shape[1]
+    logprobs, entropies = (sums.shift.new_empty(rows) for _ in range(2))
+    at_target, slope, mean = sums.shift.new_empty(3, rows).unbind(0)
     _launch(
-        "finish", module.Finish(), out, dtype=DTYPES[weight.dtype], weight=weight, weight_stride=weight.stride(0),
-        targets=targets, rows=rows, width=0 if a is None else a.shape[1], head=_head(head), shift=sums.shift,
-        others=sums.others, zothers=sums.zothers if entropy else None, target=sums.target, logprobs=logprobs,
-        entropies=entropies, at_target=at_target, slope=slope, mean=mean, a=a, a_stride=0 if a is None else a.stride(0),
-        b=b, b_stride=0 if b is None else b.stride(0),
+        "finish", module.Finish(), logprobs, dtype=DTYPES[weight.dtype], weight=weight, weight_stride=weight.stride(0),
+        targets=targets, rows=rows, width=width, head=_head(head), shift=sums.shift, others=sums.others,
+        zothers=sums.zothers if entropy else None, target=sums.target, logprobs=logprobs, entropies=entropies,
+        at_target=at_target, slope=slope, mean=mean, a=a, a_stride=0 if a is None else a.stride(0), b=b,
+        b_stride=0 if b is None else b.stride(0),
     )  # fmt: skip
     return logprobs, entropies, Stats(sums.shift, sums.others, at_target, slope, mean)
 

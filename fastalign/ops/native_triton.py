@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import divergence_tiles
-from fastalign.ops.epilogue import Epilogue, Stats
+from fastalign.ops.epilogue import Epilogue, Stats, pick_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,8 +41,9 @@ def epilogue() -> Epilogue:
     from fastalign.kernels import linear_logprobs as kernels
 
     def finish(weight, targets, head, sums, **options) -> tuple[Tensor, Tensor, Stats]:
-        logprobs, entropies, *rest = kernels.finish(weight, targets, head, sums, **options).unbind(0)
-        return logprobs, entropies, Stats(sums.shift, sums.others, *rest)
+        picked = pick_rows(weight, targets) if options.get("a") is not None else (weight, targets)
+        logprobs, entropies, stats = kernels.finish(*picked, head, sums, **options)
+        return logprobs, entropies, Stats(sums.shift, sums.others, *stats.unbind(0))
 
     return Epilogue(kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
 

@@ -68,7 +68,7 @@ def _device_tile_shape(device: torch.device) -> tuple[int, int]:
 
 
 def gpu_tile_shape(memory_bytes: int) -> tuple[int, int]:
-    """Rows and vocabulary entries of a tile for a GPU with so much memory, of which a tile takes a thousandth.
+    """Rows and vocabulary entries of a tile for a GPU with so much memory, of which a tile takes a thousandth or 16 MB.
 
     As many entries as the epilogues take: every tile costs launches, which small models wait for, and the second
     product reads and writes its (R, H) sums once a tile. Rows are a multiple of 128, 256 at least, so that a product
@@ -199,8 +199,8 @@ def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
             u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
         w = _operand(w)  # (T, H)
         _product(h, w.t(), u)  # (R, T)
-        # Without gradients nobody reads e, but the epilogue is the same one then, and so are the bits of the log-probs.
-        e, ze = low, None
+        # A kernel stores e even where nobody reads it: it is the same one then, and so are the bits of the log-probs.
+        e, ze = low if grads or epilogue.low_precision else None, None
         if cache is not None:
             e = cache.tiles[:, v0:v1]
         elif b is not None:
