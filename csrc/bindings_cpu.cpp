@@ -189,6 +189,29 @@ void bind_selective(py::module_& m) {
         .def_readwrite("cache_bytes", &S::cache_bytes);
 }
 
+// Whether this BRGEMM takes pairs on this machine; libtorch throws where it does not.
+bool multiplies_pairs(fastalign::Brgemm brgemm, fastalign::BrgemmRelease release) try {
+    constexpr std::int64_t m = 16, n = 32, k = 4;
+    std::uint16_t a[m * k], b[k * n];
+    float c[m * n];
+    const std::uint16_t small[] = {0x0000, 0x3f80, 0x4000, 0xbf80};  // 0, 1, 2, -1 in bfloat16
+    const float values[] = {0, 1, 2, -1};
+    for (std::int64_t i = 0; i < m * k; ++i) a[i] = small[i * 7 % 4];
+    for (std::int64_t i = 0; i < k * n; ++i) b[i] = small[i * 5 / 3 % 4];  // (k / 2, n, 2)
+    brgemm(m, n, k, k, n, n, false, a, b, c, true);
+    if (release) release(true);
+    for (std::int64_t i = 0; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) {
+            float sum = 0;
+            for (std::int64_t t = 0; t < k; ++t)
+                sum += values[(i * k + t) * 7 % 4] * values[((t / 2 * n + j) * 2 + t % 2) * 5 / 3 % 4];
+            if (c[i * n + j] != sum) return false;
+        }
+    return true;
+} catch (...) {
+    return false;
+}
+
 void bind_kernels(py::module_& m) {
     py::class_<Kernels>(m, "Kernels", py::module_local())
         .def_readonly("name", &Kernels::name)
@@ -230,8 +253,11 @@ void bind_kernels(py::module_& m) {
     m.def("available", [] { return names(fastalign::available_kernels()); });
     m.def("compiled", [] { return names(fastalign::compiled_kernels()); });
     m.def("set_brgemm", [](std::uintptr_t product, std::uintptr_t release) {
-        fastalign::brgemm_bf16 = reinterpret_cast<fastalign::Brgemm>(product);
-        fastalign::brgemm_release = reinterpret_cast<fastalign::BrgemmRelease>(release);
+        const auto brgemm = reinterpret_cast<fastalign::Brgemm>(product);
+        const auto done = reinterpret_cast<fastalign::BrgemmRelease>(release);
+        if (!multiplies_pairs(brgemm, done)) return false;
+        fastalign::brgemm_bf16 = brgemm, fastalign::brgemm_release = done;
+        return true;
     });
 }
 

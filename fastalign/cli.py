@@ -268,11 +268,11 @@ def _fisher(args: argparse.Namespace) -> None:
     print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} {squared} written to {args.out}")
 
 
-_X86_KERNELS = ("amx", "avx512", "avx2")
+_X86_KERNELS = ("avx512_bf16", "avx512", "avx2")
 
 
 def _brgemm(found: Mapping[str, Any]) -> str:
-    if found["isa"] == "amx":
+    if found["isa"] == "avx512_bf16":
         return "bf16 BRGEMM in use"
     return f"bf16 BRGEMM {'there, but not used by these' if found['brgemm_bf16'] else 'not in this torch or machine'}"
 

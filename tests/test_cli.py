@@ -100,7 +100,7 @@ def test_info_says_what_is_in_use(capsys):
     kernels = next(line for line in text.splitlines() if line.startswith("cpu kernels"))
     assert kernels.split()[2] == f"{found['isa']}," and f"{torch.get_num_threads()} threads of torch" in kernels
     assert f"{found['vector_bits']}-bit vectors" in kernels
-    assert ("BRGEMM in use" in kernels) == (found["isa"] == "amx")
+    assert ("BRGEMM in use" in kernels) == (found["isa"] == "avx512_bf16")
     module = next(line for line in text.splitlines() if line.startswith("native module"))
     assert "without" not in module, "this compiler takes the flags of every instruction set"
 
@@ -118,7 +118,7 @@ def test_info_of_kernels_that_were_not_chosen(capsys, monkeypatch):
 def test_info_names_the_kernels_that_were_not_compiled(capsys, monkeypatch):
     found = native.describe() | {"kernels_compiled": ["avx2", "plain"]}
     monkeypatch.setattr(native, "describe", lambda: found)
-    for machine, said in (("x86_64", "avx2, plain; without amx, avx512,"), ("aarch64", "avx2, plain\n")):
+    for machine, said in (("x86_64", "avx2, plain; without avx512_bf16, avx512,"), ("aarch64", "avx2, plain\n")):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         assert cli.main(["info"]) == 0
         assert said in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_fisher_is_told_what_fisher_diagonal_takes(capsys, tmp_path, model_dir, 
     rows, out = write_rows(tmp_path / "rows.jsonl", [{"text": "Some text."}, {"text": "More."}]), tmp_path / "fisher"
     assert cli.main(["fisher", str(model_dir), "--text", str(rows), "--out", str(out), *options]) == 0
     tokenizer = load_tokenizer(model_dir)
-    made = fisher_diagonal(load_model(model_dir), text_windows(str(rows), tokenizer), **expected)
+    made = fisher_diagonal(load_model(model_dir, for_adapter=False), text_windows(str(rows), tokenizer), **expected)
     found = Fisher.load(out)
     assert found.per == made.per and all(torch.equal(found[name], values) for name, values in made.items())
     assert f"from {made.samples} {squared} written" in capsys.readouterr().out

@@ -71,7 +71,8 @@ def test_numbers_are_those_of_the_stock_models(folder, model_dir, tiny_llama, to
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    found = tax(str(model_dir), str(folder / tuned), [str(folder / "talk.jsonl"), str(folder / "prose.txt")], length=64)
+    files = [str(folder / "talk.jsonl"), str(folder / "prose.txt")]
+    found = tax(str(model_dir), str(folder / tuned), files, length=64, dtype="float32")
     if tuned == "adapter":
         stock = PeftModel.from_pretrained(tiny_llama(), folder / "adapter")
     else:

@@ -10,7 +10,7 @@ BrgemmRelease brgemm_release = nullptr;
 namespace plain { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
-namespace amx { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
 
 namespace {
 
@@ -31,9 +31,9 @@ bool has_avx512() {
 #endif
 }
 
-// Every machine with AMX has AVX-512 BF16 too; BRGEMM knows which to use.
-bool has_amx() {
-#ifdef FASTALIGN_HAS_AMX
+// Every machine with AMX has AVX-512 BF16 too, and BRGEMM knows which to use.
+bool has_avx512_bf16() {
+#ifdef FASTALIGN_HAS_AVX512_BF16
     return has_avx512() && brgemm_bf16 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
@@ -44,8 +44,8 @@ bool has_amx() {
 
 std::vector<const Kernels*> compiled_kernels() {
     std::vector<const Kernels*> all;
-#ifdef FASTALIGN_HAS_AMX
-    all.push_back(&amx::kernels);
+#ifdef FASTALIGN_HAS_AVX512_BF16
+    all.push_back(&avx512_bf16::kernels);
 #endif
 #ifdef FASTALIGN_HAS_AVX512
     all.push_back(&avx512::kernels);
@@ -61,7 +61,7 @@ std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> found;
     for (const Kernels* k : compiled_kernels()) {
         const std::string name = k->name;
-        if ((name == "amx" && !has_amx()) || (name == "avx512" && !has_avx512()) || (name == "avx2" && !has_avx2()))
+        if ((name == "avx512_bf16" && !has_avx512_bf16()) || (name == "avx512" && !has_avx512()) || (name == "avx2" && !has_avx2()))
             continue;
         found.push_back(k);
     }

@@ -1,7 +1,8 @@
 #pragma once
 
 // The tile machinery for bfloat16 on machines whose matrix units take it: same tiles, products by libtorch's BRGEMM.
-// Tested with a plain stand-in for BRGEMM (csrc/check/check.cpp); not yet run on a machine with AMX or AVX-512 BF16.
+// Tested with a plain stand-in for BRGEMM too (csrc/check/check.cpp). What BRGEMM is handed is laid out by loops that the
+// compiler makes vectors of: a block of some 200 tokens leaves a weight's entry a nanosecond.
 // The tile of probabilities enters its products rounded to bfloat16, as is usual on such units.
 
 #include "brgemm.h"
@@ -14,7 +15,7 @@ template <>
 class Tiles<float, bf16> {
     using S = Shape<float>;
     static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
-    bf16 *hidden_, *strips_, *pairs_, *left_;
+    bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
 
@@ -27,6 +28,7 @@ public:
         strips_ = c.take<bf16>(needs.outer ? rows * padded_width : 0);
         pairs_ = c.take<bf16>(needs.fold || width % 2 ? (S::tile + 1) * padded_width : 0);
         left_ = c.take<bf16>(needs.fold || needs.outer ? rows * S::tile : 0);
+        panel_ = c.take<bf16>(needs.fold ? S::panel * S::tile : 0);
     }
 
     // (panels, width / 2, panel, 2)
@@ -64,24 +66,24 @@ public:
 
     void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh) {
         const std::int64_t even = (weight.size + 1) / 2 * 2;
-        for (std::int64_t t = 0; t < even; ++t)  // (tile / 2, padded_width, 2)
-            for (std::int64_t k = 0; k < padded_width; ++k)
-                pairs_[(t / 2 * padded_width + k) * 2 + t % 2] =
-                    t < weight.size && k < width ? weight.at[t * weight.stride + k] : bf16{0};
-        for (std::int64_t p = 0; p < panels; ++p) transpose(z + p * S::tile * S::panel, weight.size, even, p);
+        for (std::int64_t t = 0; t < even; t += 2)  // (tile / 2, padded_width, 2)
+            pair(weight.at + t * weight.stride, t + 1 < weight.size ? weight.at + (t + 1) * weight.stride : nullptr,
+                 pairs_ + t * padded_width);
+        for (std::int64_t p = 0; p < panels; ++p)
+            transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
         for (std::int64_t j = 0; j < padded_width; j += wide)
             brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), even, S::tile, padded_width, padded_width,
                         !fresh, left_, pairs_ + j * 2, out + j, true);
     }
 
     void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out) {
-        for (std::int64_t p = 0; p < panels; ++p) {
-            narrow_row(z + p * S::tile * S::panel, left_, tile * S::panel);
-            const bf16* right = strips_ + p * S::panel * padded_width;
-            for (std::int64_t j = 0; j < padded_width; j += wide)
-                brgemm_bf16(tile, smaller(wide, padded_width - j), S::panel, S::panel, padded_width, padded_width, true,
-                            left_, right + j * 2, out + j, true);
-        }
+        const std::int64_t rows = panels * S::panel;  // all panels in one contraction: the output is read once
+        for (std::int64_t p = 0; p < panels; ++p)
+            for (std::int64_t t = 0; t < tile; ++t)
+                narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel, S::panel);
+        for (std::int64_t j = 0; j < padded_width; j += wide)
+            brgemm_bf16(tile, smaller(wide, padded_width - j), rows, rows, padded_width, padded_width, true, left_,
+                        strips_ + j * 2, out + j, true);
     }
 
     void release() {
@@ -89,13 +91,38 @@ public:
     }
 
 private:
-    // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to `even`.
-    void transpose(const float* z, std::int64_t size, std::int64_t even, std::int64_t p) {
-        for (std::int64_t i = 0; i < S::panel; ++i) {
-            bf16* to = left_ + (p * S::panel + i) * S::tile;
-            for (std::int64_t t = 0; t < size; ++t) narrow(z[t * S::panel + i], to[t]);
-            for (std::int64_t t = size; t < even; ++t) to[t] = bf16{0};
+    // Two rows (width,) into pairs (padded_width, 2), zeros beyond the width; no second row is zeros.
+    void pair(const bf16* first, const bf16* second, bf16* out) const {
+        if (second)
+            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first[k], out[2 * k + 1] = second[k];
+        else
+            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first[k], out[2 * k + 1] = bf16{0};
+        for (std::int64_t k = 2 * width; k < 2 * padded_width; ++k) out[k] = bf16{0};
+    }
+
+    // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of 8.
+    void transpose(const float* z, std::int64_t size, bf16* out) {
+        const std::int64_t whole = ceil_div(size, 8) * 8;
+        narrow_row(z, panel_, size * S::panel);
+        for (std::int64_t i = size * S::panel; i < whole * S::panel; ++i) panel_[i] = bf16{0};
+        for (std::int64_t t = 0; t < whole; t += 8)
+            for (std::int64_t i = 0; i < S::panel; i += 8)
+                transpose_8x8(panel_ + t * S::panel + i, S::panel, out + i * S::tile + t, S::tile);
+    }
+
+    // Rows i and i + 4 interleaved, three times over.
+    static void transpose_8x8(const bf16* in, std::int64_t in_stride, bf16* out, std::int64_t out_stride) {
+        using Row = std::uint16_t __attribute__((vector_size(16)));
+        Row a[8], b[8];
+        for (int i = 0; i < 8; ++i) std::memcpy(&a[i], in + i * in_stride, sizeof(Row));
+        for (int step = 0; step < 3; ++step) {
+            for (int i = 0; i < 4; ++i) {
+                b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+                b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+            }
+            for (int i = 0; i < 8; ++i) a[i] = b[i];
         }
+        for (int i = 0; i < 8; ++i) std::memcpy(out + i * out_stride, &a[i], sizeof(Row));
     }
 };
 

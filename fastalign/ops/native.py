@@ -1,7 +1,7 @@
 """The C++ kernels (csrc/cpu) seen from Python: what is built, which instruction set runs, and calls on raw pointers.
 
 The kernels run in torch's own thread pool, through the stable C function `torch_parallel_for`, looked up here: no
-second OpenMP runtime, and a module that was built without torch's headers. `FASTALIGN_CPU_ISA=plain|avx2|avx512|amx` in
+second OpenMP runtime, and a module that was built without torch's headers. `FASTALIGN_CPU_ISA=plain|avx2|avx512|avx512_bf16` in
 the environment forces one set of kernels.
 """
 
@@ -53,15 +53,10 @@ _CPUBLAS = "_ZN2at6native7cpublas"  # at::native::cpublas, as compilers other th
 
 def _find_brgemm() -> bool:
     """Hand libtorch's bfloat16 BRGEMM to the kernels, if this torch has one and it runs on this machine."""
-    could_pack = _symbol(_CPUBLAS + "10could_packEN3c1010ScalarTypeE")
     product = _symbol(_CPUBLAS + "6brgemmEllllllbPKN3c108BFloat16ES5_Pfb")
-    if not could_pack or not product:
+    if not product or not torch.cpu._is_avx512_bf16_supported():
         return False
-    scalar_type_bfloat16 = 15
-    if not ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_byte)(could_pack)(scalar_type_bfloat16):
-        return False
-    module.set_brgemm(product, _symbol(_CPUBLAS + "14brgemm_releaseEb"))
-    return True
+    return bool(module.set_brgemm(product, _symbol(_CPUBLAS + "14brgemm_releaseEb")))
 
 
 def select(isa: str | None) -> None:
