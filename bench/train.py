@@ -46,6 +46,11 @@ AGREE = {"float32": 1e-4, "bfloat16": 5e-2}
 IMPLEMENTATIONS = ("fastalign", "TRL", "TRL, no checkpointing")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this machine has instructions for it."""
+    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+
+
 @dataclass(frozen=True)
 class Case:
     """`tuning`: "lora" or "full"; `dtype`: of the frozen weights (lora), or of autocast's products (full)."""
@@ -61,7 +66,7 @@ class Case:
     @property
     def steps(self) -> int:
         """Fewer where one takes minutes. The first one warms up and is not timed."""
-        if self.dtype == "bfloat16" and not torch.cuda.is_available():
+        if self.dtype == "bfloat16" and not multiplies_bfloat16():
             return 2  # CPUs without bfloat16 instructions take TRL's step in minutes
         return 5 if self.profile == "dialogue" else 3
 
@@ -280,7 +285,7 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
 
 def _gemm_rate(case_name: str, limit_s: float) -> int:
     """FLOP a second. CPUs may multiply bfloat16 more slowly than float32: they are held to what they do best."""
-    dtype = CASES[case_name].dtype if torch.cuda.is_available() else "float32"
+    dtype = CASES[case_name].dtype if multiplies_bfloat16() else "float32"
     (products,) = machine.run(f"product-{dtype}", 5, limit_s)
     return round(products.sizes["flop"] / products.median_s)
 

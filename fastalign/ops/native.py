@@ -1,8 +1,8 @@
 """The C++ kernels (csrc/cpu) seen from Python: what is built, which instruction set runs, and calls on raw pointers.
 
 The kernels run in torch's own thread pool, through the stable C function `torch_parallel_for`, looked up here: no
-second OpenMP runtime, and a module that was built without torch's headers. `FASTALIGN_CPU_ISA=plain|avx2|avx512|avx512_bf16` in
-the environment forces one set of kernels.
+second OpenMP runtime, and a module that was built without torch's headers. FASTALIGN_CPU_ISA in the environment, plain,
+avx2, avx512 or avx512_bf16, forces one set of kernels.
 """
 
 from __future__ import annotations
