@@ -10,7 +10,7 @@ c0 r0 c1 r1 ... Losses of single completions take `(B, T, H)`, or packed rows wi
 
 **The shift is the caller's.** `targets[..., t]` is the token that `hidden[..., t]` predicts: the *next* one. From a
 model's `input_ids` of the same length, pass `hidden[:, :-1]` and `input_ids[:, 1:]`. Prompt and padding positions get
-`ignore_index` and cost nothing.
+`ignore_index` and cost nothing; None says that there are none.
 
 **The reference**, where a loss needs one: `ref_logps`, a log-probability sum per sequence in the order of the rows, or
 `ref_hidden` of a reference model at the same positions, with its `ref_weight` and `ref_bias` (the policy's own head
@@ -81,7 +81,7 @@ def fused_linear_preference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     memory_budget: int | None = None,
     backend: str = "auto",
     **loss_options: float,
@@ -104,7 +104,7 @@ def fused_linear_preference(
     names = [canonical(name) for name in ([loss_type] if isinstance(loss_type, str) else loss_type)]
     _check_options(names, loss_options)
     bounds = _bounds(hidden, targets, cu_seqlens, group=2)
-    scored = targets != ignore_index
+    scored = have_target(targets, ignore_index)
     lengths = segment_sum(scored.flatten().float(), bounds)
     pairs = lengths.shape[0] // 2
     if cu_seqlens is None:
@@ -133,6 +133,12 @@ def fused_linear_preference(
     sums = sums.detach()
     rewards = implicit_rewards(sums, torch.zeros_like(sums) if ref is None else ref, beta)
     return PreferenceOutput(loss, sums[first], sums[second], rewards[first], rewards[second], nll.detach())
+
+
+def have_target(targets: Tensor, ignore_index: int | None) -> Tensor:
+    """Which positions have a target: all of them where ignore_index is None."""
+    # `targets != None` is no tensor, but a bool
+    return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
 
 
 def _check_options(names: list[str], options: dict) -> None:
@@ -165,18 +171,18 @@ def _bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: i
 
 
 def _nll_tokens(
-    targets: Tensor, nll_targets: Tensor | None, chosen: slice, bounds: Tensor, ignore_index: int
+    targets: Tensor, nll_targets: Tensor | None, chosen: slice, bounds: Tensor, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
     """The targets of the loss and the NLL in one tensor, so that no token is projected twice, and the NLL's mask."""
     is_chosen = torch.zeros(bounds.numel() - 1, dtype=torch.bool, device=targets.device)
     is_chosen[chosen] = True
     is_chosen = is_chosen.repeat_interleave(bounds.diff(), output_size=targets.numel()).view(targets.shape)
-    scored = targets != ignore_index
+    scored = have_target(targets, ignore_index)
     if nll_targets is None:
         return targets, is_chosen & scored
     if nll_targets.shape != targets.shape:
         raise InputError(f"nll_targets is {tuple(nll_targets.shape)}; it must be targets' {tuple(targets.shape)}")
-    counted = is_chosen & (nll_targets != ignore_index)
+    counted = is_chosen & have_target(nll_targets, ignore_index)
     differing = scored & counted & (targets != nll_targets)
     if targets.device.type == "cpu" and differing.any():
         raise InputError(
@@ -358,5 +364,5 @@ def fused_linear_sft(
     batch, so that micro-batches add up to its mean; None counts this one's. Options are those of linear_logprobs.
     """
     if num_items is None:
-        num_items = (targets != options.get("ignore_index", -100)).sum().clamp(min=1)
+        num_items = have_target(targets, options.get("ignore_index", -100)).sum().clamp(min=1)
     return -linear_logprobs(hidden, weight, targets, **options).sum() / num_items

@@ -210,6 +210,31 @@ def test_sft_is_the_mean_and_micro_batches_add_up_to_it():
     torch.testing.assert_close(loss, -logprobs.sum() / (seven != 7).sum(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("nll", [False, True], ids=["", "nll_targets"])
+def test_without_an_ignore_index_every_position_is_scored(nll, layout):
+    hidden, weight, _, _, ref = problem()
+    targets, options = torch.arange(2 * B * T).view(2 * B, T) % V, {"ref_logps": ref, "nll_weight": 0.5}
+    if layout == "packed":
+        options["cu_seqlens"] = torch.arange(2 * B + 1) * T
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    if nll:
+        options["nll_targets"] = targets
+    expected = fastalign.fused_linear_dpo(hidden, weight, targets, **options)
+    out = fastalign.fused_linear_dpo(hidden, weight, targets, ignore_index=None, **options)
+    assert all(map(torch.equal, out, expected))
+    assert_same_gradients(out.loss, expected.loss, hidden, weight)
+
+
+def test_sft_without_an_ignore_index():
+    hidden, weight, *_ = problem()
+    targets = torch.arange(2 * B * T).view(2 * B, T) % V
+    expected = fastalign.fused_linear_sft(hidden, weight, targets)
+    loss = fastalign.fused_linear_sft(hidden, weight, targets, ignore_index=None)
+    assert torch.equal(loss, expected)
+    assert_same_gradients(loss, expected, hidden, weight)
+
+
 def test_low_precision_hidden_and_head():
     hidden, weight, targets, _, ref = problem()
     low = hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16()

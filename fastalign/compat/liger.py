@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import ConfigError
-from fastalign.fused import fused_linear_kto, fused_linear_preference
+from fastalign.fused import fused_linear_kto, fused_linear_preference, have_target
 from fastalign.losses import canonical
 
 
@@ -35,7 +35,7 @@ def _pairs(weight, hidden, target, bias, *, loss_type, average, ignore_index, nl
     )  # fmt: skip
     logps, rewards = list(out[1:3]), list(out[3:5])
     if average:
-        lengths = (target != ignore_index).sum(1).chunk(2)
+        lengths = have_target(target, ignore_index).sum(1).chunk(2)
         logps = [sums / length for sums, length in zip(logps, lengths, strict=True)]
         rewards = [sums / length for sums, length in zip(rewards, lengths, strict=True)]
     entries = target.shape[0] // 2 * target.shape[1] * weight.shape[0]
@@ -47,7 +47,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
     """DPO and its kin, `loss_type` as in Liger; the tuple ends with chosen and rejected rewards."""
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
+        self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
         compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
         loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
     ):  # fmt: skip
@@ -72,7 +72,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
     """ORPO; the tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio."""
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, compute_nll_loss: bool = True, compiled: bool = True,
+        self, ignore_index: int | None = -100, beta: float = 0.1, compute_nll_loss: bool = True, compiled: bool = True,
         chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
@@ -90,7 +90,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
     """SimPO, with `gamma` on the scale of beta times the averages; the tuple ends with chosen and rejected rewards."""
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
+        self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
         compute_nll_loss: bool = True, compiled: bool = True, gamma: float = 0.5, chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
@@ -106,7 +106,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
     """CPO; the tuple ends with chosen and rejected rewards."""
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
+        self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
         compute_nll_loss: bool = True, compiled: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
@@ -123,7 +123,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
     rejected logps, of chosen logits, of rejected logits, of chosen rewards, of rejected rewards))`."""
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,
+        self, ignore_index: int | None = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,
         average_log_prob: bool = False, chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()

@@ -138,6 +138,14 @@ def test_what_is_not_offered_says_so():
         liger.LigerFusedLinearKTOLoss(average_log_prob=True)
 
 
+def test_without_an_ignore_index_every_position_is_scored():
+    hidden, weight, bias, target, _ = problem()
+    target = target.clamp(min=0)
+    expected = liger.LigerFusedLinearCPOLoss(average_log_prob=True)(weight, hidden, target, bias)
+    module = liger.LigerFusedLinearCPOLoss(ignore_index=None, average_log_prob=True)
+    check(module(weight, hidden, target, bias), *expected, hidden, weight, bias)
+
+
 def test_other_ignore_index_and_low_precision():
     hidden, weight, _, target, _ = problem()
     low = hidden.detach().bfloat16(), weight.detach().bfloat16()

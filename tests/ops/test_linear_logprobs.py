@@ -246,6 +246,17 @@ def test_without_an_ignore_index_every_row_counts(backend):
             linear_logprobs(hidden, weight, targets, ignore_index=None, backend=backend)
 
 
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+def test_gradients_without_an_ignore_index_are_those_with_one_that_no_row_has(backend, budget, entropy):
+    inputs = problem(bias=True)
+    options = {"frozen": budget == "frozen", "memory_budget": BUDGETS[budget], "entropy": entropy, "backend": backend}
+    expected = evaluate(linear_logprobs, *inputs, **options)
+    outputs, grads = evaluate(linear_logprobs, *inputs, ignore_index=None, **options)
+    assert all(map(torch.equal, outputs + grads, expected[0] + expected[1]))
+
+
 def test_another_ignore_index():
     hidden, weight, targets, _ = problem()
     targets[3:9] = 0
