@@ -83,6 +83,38 @@ def test_the_order_of_blocks_changes_nothing(cuda, emulated):
         emulated.last_block_first(False)
 
 
+@pytest.mark.parametrize("grads", [False, True], ids=["", "gradients"])
+def test_opcheck(cuda, grads):
+    """With a whole block of rows, which nothing is cut off from: results are tensors of their own none the less."""
+    hidden, weight = torch.randn(16, H), torch.randn(V, H)
+    args = (hidden, weight, torch.arange(16), torch.randn(V), 1.3, 5.0, 0.7, -100, grads, True, 0)
+    torch.library.opcheck(torch.ops.fastalign.linear_logprobs.default, args, {"backend": "cuda"})
+
+
+def test_logprobs_may_be_changed_in_place(cuda):
+    weight, targets = torch.randn(V, H), torch.arange(32)
+    leaf = torch.randn(32, H, requires_grad=True)
+    apart = torch.autograd.grad((-linear_logprobs(leaf, weight, targets, backend="cuda")).sum(), leaf)
+    in_place = torch.autograd.grad(linear_logprobs(leaf, weight, targets, backend="cuda").neg_().sum(), leaf)
+    assert torch.equal(*apart, *in_place)
+
+
+def test_a_transposed_weight_is_read_as_it_is_and_only_copied_for_gradients(cuda, monkeypatch):
+    hidden, weight, targets = head_problem()
+    transposed, picked, pick_rows = weight.T.contiguous().T, [], native_cuda.pick_rows
+    assert transposed.stride(1) != 1
+    monkeypatch.setattr(native_cuda, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
+    expected = linear_logprobs(hidden, weight, targets, backend="cuda")
+    got = linear_logprobs(hidden, transposed, targets, backend="cuda")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not picked
+    for trainable in (False, True):
+        expected = evaluate(hidden, weight, targets, trainable=trainable, backend="cuda")
+        got = evaluate(hidden, transposed, targets, trainable=trainable, backend="cuda")
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert picked
+
+
 def test_selective_logprobs_in_any_layout(cuda):
     logits = torch.randn(4, 5, 37, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
     targets = torch.randint(37, (5, 4))

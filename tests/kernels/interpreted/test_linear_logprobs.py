@@ -270,6 +270,36 @@ def test_strided_inputs():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grads", [False, True], ids=["", "gradients"])
+def test_opcheck(grads):
+    """With a whole block of rows, which nothing is cut off from: results are tensors of their own none the less."""
+    hidden, weight, targets, bias = shared.problem(n=16, bias=True)
+    args = (hidden, weight, targets, bias, 1.3, 5.0, 0.7, -100, grads, True, 0)
+    torch.library.opcheck(torch.ops.fastalign.linear_logprobs.default, args, {"backend": "triton"})
+
+
+def test_logprobs_may_be_changed_in_place():
+    hidden, weight, targets, _ = shared.problem(n=32)
+    leaves = [hidden.clone().requires_grad_() for _ in range(2)]
+    (-shared.fast(leaves[0], weight, targets)).sum().backward()
+    shared.fast(leaves[1], weight, targets).neg_().sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_a_transposed_weight_is_read_as_it_is_and_only_copied_for_gradients(monkeypatch):
+    hidden, weight, targets, _ = shared.problem(n=21)
+    expected = shared.evaluate(shared.fast, hidden, weight, targets)
+    transposed, picked, pick_rows = weight.T.contiguous().T, [], native_triton.pick_rows
+    assert transposed.stride(1) != 1
+    monkeypatch.setattr(native_triton, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
+    torch.testing.assert_close(shared.fast(hidden, transposed, targets), expected[0][0], rtol=1e-5, atol=1e-5)
+    assert not picked
+    for frozen in (True, False):
+        got = shared.evaluate(shared.fast, hidden, transposed, targets, frozen=frozen)
+        torch.testing.assert_close(got, (expected[0], expected[1][: len(got[1])]), rtol=1e-5, atol=1e-5)
+    assert picked
+
+
 def test_what_the_kernels_cannot_take_is_said():
     assert native_triton.why_not(torch.zeros(1), None, torch.zeros(1, dtype=torch.int64)) is None
     assert "meta" in native_triton.why_not(torch.zeros(1, device="meta"))
