@@ -91,9 +91,10 @@ def test_opcheck(cuda, grads):
     torch.library.opcheck(torch.ops.fastalign.linear_logprobs.default, args, {"backend": "cuda"})
 
 
-def test_logprobs_may_be_changed_in_place(cuda):
-    weight, targets = torch.randn(V, H), torch.arange(32)
-    leaf = torch.randn(32, H, requires_grad=True)
+@pytest.mark.parametrize("n", [16, 32], ids=["a block", "two"])
+def test_logprobs_may_be_changed_in_place(cuda, n):
+    weight, targets = torch.randn(V, H), torch.arange(n)
+    leaf = torch.randn(n, H, requires_grad=True)
     apart = torch.autograd.grad((-linear_logprobs(leaf, weight, targets, backend="cuda")).sum(), leaf)
     in_place = torch.autograd.grad(linear_logprobs(leaf, weight, targets, backend="cuda").neg_().sum(), leaf)
     assert torch.equal(*apart, *in_place)

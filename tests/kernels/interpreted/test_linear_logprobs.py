@@ -278,8 +278,9 @@ def test_opcheck(grads):
     torch.library.opcheck(torch.ops.fastalign.linear_logprobs.default, args, {"backend": "triton"})
 
 
-def test_logprobs_may_be_changed_in_place():
-    hidden, weight, targets, _ = shared.problem(n=32)
+@pytest.mark.parametrize("n", [16, 32], ids=["a block", "two"])
+def test_logprobs_may_be_changed_in_place(n):
+    hidden, weight, targets, _ = shared.problem(n=n)
     leaves = [hidden.clone().requires_grad_() for _ in range(2)]
     (-shared.fast(leaves[0], weight, targets)).sum().backward()
     shared.fast(leaves[1], weight, targets).neg_().sum().backward()
