@@ -186,11 +186,13 @@ class AlignmentTrainer(Trainer):
     def _check_start(self, reference: Tensor, policy: Tensor, stored: Tensor | None) -> None:
         """Before the first update, policy and reference are the same weights: margins are exactly 0. On a GPU they may
         be 0 within rounding: the library that multiplies chooses kernels by more than the numbers."""
-        off = (policy - reference).abs().max().item()
-        if not off <= start_rounding(policy.device):
+        off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
+        if not off <= limit:
+            within = f" within {limit:.3g}" if limit else ""
             raise ModelError(
                 f"Before the first step the model's log-probs differ from the reference's by {off:.3g}; they must be "
-                "equal. The model is not deterministic: set disable_dropout=True, or turn off what draws at random."
+                f"equal{within}. The model is not deterministic: set disable_dropout=True, "
+                "or turn off what draws at random."
             )
         if stored is None:
             return
