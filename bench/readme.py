@@ -25,6 +25,7 @@ GPU_OPS = (  # the same on a GPU, whose results lie in a folder of their own
     ("frozen-bfloat16-2048x2048x49152-mask0", "2048, 2048, 49152"),
     ("frozen-bfloat16-1024x4096x128256-mask0", "1024, 4096, 128256"),
 )
+GPU_OURS = {"fastalign, CUDA": "fastalign cuda", "fastalign, Triton": "fastalign triton"}
 PEERS = {  # column -> what names it among the implementations
     "TRL": "TRL", "Liger": "Liger", "Cut Cross Entropy": "Cut Cross Entropy", "torch": "torch linear_cross_entropy",
 }  # fmt: skip
@@ -82,8 +83,9 @@ def tax_table(runs: list[dict]) -> str:
 def section(measurements: list[Measurement]) -> str:
     """The tables, what they were measured on, and the plot."""
     cases = groups(measurements)
-    op_rows = [("`linear_logprobs`, time (extra memory)", "fastalign", *PEERS, "bare products")]
-    op_rows += [_op_row(cases["ops", case], name) for case, name in OPS if ("ops", case) in cases]
+    columns = {"fastalign": "fastalign cpu", **PEERS}
+    op_rows = [("`linear_logprobs`, time (extra memory)", *columns, "bare products")]
+    op_rows += [_op_row(cases["ops", case], name, columns) for case, name in OPS if ("ops", case) in cases]
     train_rows = [("DPO steps, pairs/s (peak memory)", "fastalign", "TRL", "ratio")]
     train_rows += [row for case, name in TRAIN if (row := _train_row(cases.get(("train", case), []), name))]
     other_rows = [("time (extra memory)", "fastalign", "the fastest of the others", "floor: bare products, or a copy")]
@@ -103,26 +105,34 @@ def section(measurements: list[Measurement]) -> str:
 
 
 def gpu_section(measurements: list[Measurement]) -> list[str]:
-    """The table of what was measured on GPUs, and on which; nothing without its cases."""
+    """A table for each GPU that was measured on, and a line that names it; nothing without the cases."""
+    devices = dict.fromkeys(m.device for m in measurements)  # times of two stand in no one table
+    return [part for name in devices for part in _of_gpu([m for m in measurements if m.device == name])]
+
+
+def _of_gpu(measurements: list[Measurement]) -> list[str]:
     cases = {case: rows for (suite, case), rows in groups(measurements).items() if suite == "ops"}
     shown = [(cases[case], name) for case, name in GPU_OPS if case in cases]
     if not shown:
         return []
-    peers = {"eager": "eager", **PEERS}
-    rows = [("on a GPU, bfloat16, frozen head: log-probs and gradient", "fastalign", *peers, "bare products")]
-    rows += [_op_row(of_case, name, "fastalign", peers) for of_case, name in shown]
+    columns = {**GPU_OURS, "eager": "eager", **PEERS}
+    rows = [("on a GPU, bfloat16, frozen head: log-probs and gradient", *columns, "bare products")]
+    rows += [_op_row(of_case, name, columns) for of_case, name in shown]
     used = [column for column in range(len(rows[0])) if any(row[column] != "-" for row in rows[1:])]
     everyone = [m for of_case, _ in shown for m in of_case if FLOOR not in m.implementation]
 
-    def worst(ours: bool) -> float:
-        return max(m.errors["logprobs"] for m in everyone if m.implementation.startswith("fastalign") == ours)
+    def worst(ours: bool) -> str:
+        errors = (m.errors.get("logprobs") for m in everyone if m.implementation.startswith("fastalign") == ours)
+        largest = max((error for error in errors if error is not None), default=None)
+        return "-" if largest is None else f"{largest:.1e}"
 
-    newest = max(everyone, key=lambda m: m.date)
-    versions = ", ".join(f"{n} {newest.versions[n]}" for n in ("torch", "trl", "liger-kernel", "cut-cross-entropy"))
+    newest = max((m for of_case, _ in shown for m in of_case), key=lambda m: m.date)
+    named = {n: newest.versions.get(n) for n in ("torch", "trl", "liger-kernel", "cut-cross-entropy")}
+    versions = ", ".join(f"{n} {version}" for n, version in named.items() if version)
     return [
         aligned([tuple(row[column] for column in used) for row in rows]),
-        f"{newest.device}; {versions};\n{newest.date[:10]}. Log-probs are off by at most {worst(True):.1e} nats "
-        f"(fastalign), {worst(False):.1e} (the others).",
+        f"{newest.device}; {versions};\n{newest.date[:10]}. Log-probs are off by at most {worst(True)} nats "
+        f"(fastalign), {worst(False)} (the others).",
     ]
 
 
@@ -157,14 +167,12 @@ def _skipped(first: Measurement, row: str) -> str:
     return f" {row[0].upper()}{row[1:]}: {'; '.join(reasons)}." if reasons else ""
 
 
-def _op_row(
-    rows: list[Measurement], name: str, ours: str = "fastalign cpu", peers: dict[str, str] = PEERS
-) -> tuple[str, ...]:
+def _op_row(rows: list[Measurement], name: str, columns: dict[str, str]) -> tuple[str, ...]:
     def cell(word: str) -> str:
         found = [m for m in rows if word in m.implementation]
         return _cell(min(found, key=lambda m: m.median_s)) if found else "-"
 
-    return name, cell(ours), *map(cell, peers.values()), cell(FLOOR)
+    return name, *map(cell, columns.values()), cell(FLOOR)
 
 
 def _cell(m: Measurement) -> str:

@@ -174,9 +174,27 @@ def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
     assert text.index(readme.section(measured)) < text.index("| on a GPU, bfloat16")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
     header = next(row for row in rows if row[0].startswith("on a GPU, bfloat16"))
-    assert header[1:] == ["fastalign", "eager", "TRL", "bare products"], "columns without a figure are left out"
+    assert header[1:] == ["fastalign, CUDA", "fastalign, Triton", "eager", "TRL", "bare products"], "all with a figure"
     row = next(row for row in rows if row[0] == readme.GPU_OPS[0][1])
-    assert row[1:] == ["2 ms (5 MiB)", "4 ms (5 MiB)", "5 ms (5 MiB)", "1 ms (5 MiB)"]
+    assert row[1:] == ["2 ms (5 MiB)", "3 ms (5 MiB)", "4 ms (5 MiB)", "5 ms (5 MiB)", "1 ms (5 MiB)"]
     assert "a GPU; torch 9.9, trl 9.9" in text
     assert "off by at most 2.0e-05 nats (fastalign), 3.0e-02 (the others)." in text
     assert readme.gpu_section([]) == []
+
+
+def test_two_gpus_have_a_table_each(record):
+    case, name = readme.GPU_OPS[0]
+    rows = [
+        record(case=case, device=device, implementation="fastalign cuda", median_s=s, versions={"torch": torch})
+        for device, s, torch in (("one GPU", 0.002, "1.2"), ("another GPU", 0.009, "3.4"))
+    ]
+    table, about, other_table, other_about = readme.gpu_section([*rows, record(device="A CPU")])
+    assert "2 ms" in table and "9 ms" not in table and "9 ms" in other_table and "2 ms" not in other_table
+    assert table.splitlines()[2].startswith(f"| {name} ")
+    assert about.startswith("one GPU; torch 1.2;") and other_about.startswith("another GPU; torch 3.4;")
+    assert "(fastalign), - (the others)" in about, "there are none"
+
+
+def test_a_floor_alone_on_a_gpu_has_no_errors_to_name(record):
+    floor = record(case=readme.GPU_OPS[0][0], device="a GPU", implementation="2 matrix products", errors={})
+    assert "off by at most - nats (fastalign), - (the others)." in readme.gpu_section([floor])[1]
