@@ -122,9 +122,8 @@ def _of_gpu(measurements: list[Measurement]) -> list[str]:
     everyone = [m for of_case, _ in shown for m in of_case if FLOOR not in m.implementation]
 
     def worst(ours: bool) -> str:
-        errors = (m.errors.get("logprobs") for m in everyone if m.implementation.startswith("fastalign") == ours)
-        largest = max((error for error in errors if error is not None), default=None)
-        return "-" if largest is None else f"{largest:.1e}"
+        errors = [m.errors["logprobs"] for m in everyone if m.implementation.startswith("fastalign") == ours]
+        return f"{max(errors):.1e}" if errors else "-"
 
     newest = max((m for of_case, _ in shown for m in of_case), key=lambda m: m.date)
     named = {n: newest.versions.get(n) for n in ("torch", "trl", "liger-kernel", "cut-cross-entropy")}
