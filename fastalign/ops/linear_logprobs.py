@@ -315,7 +315,7 @@ def linear_logprobs(
         through a trainable head always recomputes.
     backend: "torch" (the tiled driver), "triton" or "cuda" (the same with kernels of our own between its products, on
         a GPU), "cpu" (C++, where it is built), "reference" (materialises the logits), or "auto" (picks by device:
-        "cuda" where it is built, else "triton", on a GPU; "cpu" on the CPU where that is faster; else "torch").
+        "triton" where it is installed, else "cuda", on a GPU; "cpu" on the CPU where that is faster; else "torch").
 
     Returns logprobs shaped like targets, or (logprobs, entropy): float32, or float64 for float64 inputs. Products of
     bfloat16 and float16 inputs are accumulated and kept in float32. InputError names a wrong shape, dtype, device or
@@ -369,7 +369,7 @@ def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         if why:
             raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {why}")
         return backend
-    if backend == "auto" and (on_gpu := gpu.pick(hidden, weight, bias)):
+    if backend == "auto" and (on_gpu := gpu.pick(hidden, weight, bias, prefer="triton")):
         return on_gpu
     why = native.why_not(hidden, weight, bias)
     if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):

@@ -20,11 +20,11 @@ from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
 from fastalign.losses.preference import _check, log1mexp
-from fastalign.ops import native, native_cuda, native_triton
+from fastalign.ops import gpu, native
 from fastalign.ops.segment_sum import _check_offsets
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_KERNELS = {"cpu": native, "triton": native_triton, "cuda": native_cuda}
+_KERNELS = {"cpu": native, **gpu.KERNELS}
 
 
 class Form(IntEnum):
@@ -245,7 +245,8 @@ def preference_loss(
 
     backend: "cpu" (C++, float64 between input and output), "triton" or "cuda" (the same on a GPU, float32 only; offsets
     that do not fit give NaN, since looking at them would wait for the GPU), "torch" (any device), "reference" (the
-    losses and autograd), or "auto" (cpu where it is built and the tensors lie there, else torch). Only `losses` and
+    losses and autograd), or "auto" ("cuda" or "triton" for float32 on a GPU, cpu where it is built and the tensors lie
+    there, else torch). Only `losses` and
     `sums` of the result carry gradients; ref_sums and kl get none. InputError names what does not fit; BackendError a
     backend that cannot run.
     """
@@ -319,9 +320,11 @@ def _pick(backend: str, logprobs: Tensor) -> str:
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; preference_loss has {', '.join(BACKENDS)}")
     on_cpu = logprobs.device.type == "cpu"
+    if backend == "auto" and (on_gpu := gpu.pick(logprobs)):
+        return on_gpu
     if backend == "auto":
         return "cpu" if on_cpu and native.module is not None else "torch"
-    if backend in ("triton", "cuda") and (why := _KERNELS[backend].why_not(logprobs)):
+    if backend in gpu.KERNELS and (why := _KERNELS[backend].why_not(logprobs)):
         raise BackendError(f"backend={backend!r} cannot run preference_loss here: {why}")
     if backend == "cpu" and (native.module is None or not on_cpu):
         why = (

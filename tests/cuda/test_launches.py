@@ -83,6 +83,7 @@ OPS = {
     "linear_logprobs": lambda: linear_logprobs(torch.randn(N, H), torch.randn(V, H), torch.arange(N)),
     "linear_divergence": lambda: linear_divergence(*(torch.randn(rows, H) for rows in (N, V, N, V))),
     "selective_logprobs": lambda: selective_logprobs(torch.randn(N, V), torch.arange(N)),
+    "preference_loss": lambda: preference_loss(torch.randn(4), torch.tensor([0, 2, 4]), loss_type="cpo"),
     "accumulate_fisher_": lambda: accumulate_fisher_(
         torch.zeros(5, 7), torch.ones(9, 5), torch.ones(9, 7), torch.tensor([0, 4, 9])
     ),
@@ -93,5 +94,5 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_auto_asks_which_kernels_a_gpu_has(op, launches, monkeypatch):
     assert launches(OPS[op])[1] == 0  # on the CPU there are others
-    monkeypatch.setattr(gpu, "pick", lambda *tensors: "cuda")
+    monkeypatch.setattr(gpu, "pick", lambda *tensors, **options: "cuda")
     assert launches(OPS[op])[1] > 0

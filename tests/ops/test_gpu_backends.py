@@ -91,8 +91,19 @@ def test_auto_on_a_gpu_takes_the_kernels_that_are_there(monkeypatch):
     with torch._subclasses.fake_tensor.FakeTensorMode():
         monkeypatch.setattr(native_cuda, "module", Built)
         assert gpu.pick(tensor(), None, tensor()) == "cuda"
+        assert gpu.pick(tensor(), None, tensor(), prefer="triton") == "triton"
         assert gpu.pick(tensor("cpu")) is None
         monkeypatch.setattr(native_cuda, "module", None)
         assert gpu.pick(tensor()) == "triton"
         monkeypatch.setattr(native_triton, "why_not", lambda *tensors: "no")
         assert gpu.pick(tensor()) is None
+        monkeypatch.setattr(native_cuda, "module", Built)
+        assert gpu.pick(tensor(), prefer="triton") == "cuda"
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_auto_prefers_triton_for_log_probs_and_cuda_for_the_rest(op, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "pick", lambda *tensors, prefer="cuda": asked.append(prefer))
+    CALLS[op]()
+    assert asked == ["triton" if op == "linear_logprobs" else "cuda"]
