@@ -2,10 +2,10 @@
 
 transformers lets a model's attention and mask functions be exchanged by name. Under the name "fastalign" the mask
 function returns, instead of a mask tensor, a `PackedMask`, which reaches every layer as its `attention_mask`; there
-the attention function runs one call per segment. A segment is a run of queries over `[prefix |] itself`: a group's
-prompt and first completion are one plainly causal segment, each further completion is a segment with the prompt as its
-prefix. Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is
-an argument of the layer.
+the attention function runs one call per segment, or one for all of them on a GPU (`varlen.py`). A segment is a run of
+queries over `[prefix |] itself`: a group's prompt and first completion are one plainly causal segment, each further
+completion is a segment with the prompt as its prefix. Nothing is computed twice, and the layout survives the
+recomputation of gradient checkpointing, because it is an argument of the layer.
 
 Without a layout both functions do what transformers' "sdpa" does, so a prepared model generates as before.
 """
