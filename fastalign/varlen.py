@@ -66,21 +66,25 @@ def lay_out(segments: Sequence[Segment], device: torch.device) -> Varlen:
 
 
 class _Keys(torch.autograd.Function):
-    """x (T, heads, D) -> x[key_index]. Its gradient adds a token's repeats in their order: the same from run to run,
-    without the sorting that autograd's own needs for that."""
+    """key, value (T, heads, D) -> key[key_index], value[key_index]. The gradient adds a token's repeats in their order:
+    the same from run to run, without the sorting that autograd's own needs for that."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, varlen: Varlen) -> Tensor:
+    def forward(ctx, key: Tensor, value: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
         ctx.varlen = varlen
-        return x.index_select(0, varlen.key_index)
+        return key.index_select(0, varlen.key_index), value.index_select(0, varlen.key_index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.index_select(0, ctx.varlen.own)
-        for at, tokens in ctx.varlen.repeats:
-            total.index_add_(0, tokens, grad.index_select(0, at))
-        return total, None
+    def backward(ctx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+        return _folded(grad_key, ctx.varlen), _folded(grad_value, ctx.varlen), None
+
+
+def _folded(grad: Tensor, varlen: Varlen) -> Tensor:
+    total = grad.index_select(0, varlen.own)
+    for at, tokens in varlen.repeats:
+        total.index_add_(0, tokens, grad.index_select(0, at))
+    return total
 
 
 @cache
@@ -94,8 +98,9 @@ def _flash_attn() -> Callable | None:
 
 @cache
 def _torch_varlen() -> Callable | None:
-    """torch's kernel; grouped keys have to be asked for where the function knows of them, and are taken where not."""
-    if torch.version.hip:
+    """torch's kernel, where it was built with one; grouped keys have to be asked for where the function knows of them,
+    and are taken where not."""
+    if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -123,7 +128,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), by the kernel `name`."""
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    k, v = _Keys.apply(k, varlen), _Keys.apply(v, varlen)
+    if varlen.repeats:  # without a prefix keys lie where they are to be
+        k, v = _Keys.apply(k, v, varlen)
     sizes = varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.longest_q, varlen.longest_k
     before = -1 if window is None else window - 1
     if name == "torch":

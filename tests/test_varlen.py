@@ -28,13 +28,49 @@ def test_every_token_has_a_key_of_its_own_and_repeats_are_prefixes():
 
 def test_the_gradient_of_keys_is_that_of_indexing():
     layout = varlen.lay_out(SEGMENTS, torch.device("cpu"))
-    x = torch.randn(16, 2, 3, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(len(layout.key_index), 2, 3, dtype=torch.float64)
-    ours = varlen._Keys.apply(x, layout)
-    assert torch.equal(ours, x[layout.key_index])
-    (grad,) = torch.autograd.grad(ours, x, upstream)
-    (plain,) = torch.autograd.grad(x[layout.key_index], x, upstream)
-    torch.testing.assert_close(grad, plain, rtol=1e-12, atol=1e-12)
+    inputs = [torch.randn(16, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    upstream = [torch.randn(len(layout.key_index), 2, 3, dtype=torch.float64) for _ in range(2)]
+    ours, plain = varlen._Keys.apply(*inputs, layout), [x[layout.key_index] for x in inputs]
+    assert all(map(torch.equal, ours, plain))
+    grads, expected = (torch.autograd.grad(out, inputs, upstream) for out in (ours, plain))
+    torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """`_torch_varlen`, without what it remembers, on a torch that was built with its kernel."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return varlen._torch_varlen.__wrapped__
+
+
+def test_torchs_kernel_is_asked_for_grouped_keys(found):
+    pytest.importorskip("torch.nn.attention.varlen")
+    assert found().keywords == {"enable_gqa": True}
+
+
+def test_torchs_kernel_is_left_alone_where_it_was_not_built_or_is_rocms(found, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+        assert found() is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert found() is None
+
+
+@pytest.mark.parametrize("name", ["torch", "flash-attn"])
+def test_without_a_prefix_nothing_is_gathered(name, monkeypatch):
+    def kernel(q, k, v, *sizes, **options):
+        told.append((k.data_ptr(), v.data_ptr()))
+        return q
+
+    told = []
+    monkeypatch.setattr(varlen, "_torch_varlen", lambda: kernel)
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: kernel)
+    layout = varlen.lay_out([Segment(5, 0, 0), Segment(3, 0, 1)], torch.device("cpu"))
+    assert torch.equal(layout.key_index, torch.arange(8)) and not layout.repeats
+    query, key, value = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8)
+    varlen.attend(name, query, key, value, layout, window=None, dropout=0.0, scaling=0.5, softcap=None)
+    assert told == [(key.data_ptr(), value.data_ptr())]
 
 
 def test_no_kernel_for_what_it_cannot_take(monkeypatch):
@@ -80,4 +116,7 @@ def test_what_the_kernels_are_told(name, window, monkeypatch):
     causal = {"torch": (-1, 0), "flash-attn": (-1, -1)}[name]
     assert told["window_size"] == (causal if window is None else (3, 0))
     assert told["scale" if name == "torch" else "softmax_scale"] == 0.5
-    assert name == "torch" or told["causal"]
+    assert name == "torch" or (told["causal"] and (told["dropout_p"], told["softcap"]) == (0.0, 0.0))
+    if name == "flash-attn":  # which alone takes them
+        varlen.attend(name, query, key, key, layout, window=window, dropout=0.25, scaling=0.5, softcap=30.0)
+        assert (told["dropout_p"], told["softcap"]) == (0.25, 30.0)
