@@ -32,15 +32,16 @@ def accumulate_fisher_(
     floating, multiplied in float32 (float64 for float64). cu_seqlens: (S + 1,) int64, rising; tokens outside it take no
     part. The result does not depend on the number of threads.
     backend: "cpu" (C++), "triton" or "cuda" (tensor cores; float32 in three TF32 products, on AMD as it is; nothing
-    waits for the GPU), "torch" (any device), "reference", or "auto" ("cuda" or "triton" on a GPU, else "cpu"
-    where it runs, else "torch"). InputError names a wrong shape, dtype or offset; BackendError a backend that cannot
-    run here. Returns fisher.
+    waits for the GPU), "torch" (any device), "reference", or "auto" ("cuda" or "triton" on a GPU, which is waited for
+    only where sequences are as many as tokens: of one each, a product of squares is faster; else "cpu" where it runs,
+    else "torch"). InputError names a wrong shape, dtype or offset; where a GPU is not waited for, wrong offsets end in
+    a device-side assertion. BackendError names a backend that cannot run here. Returns fisher.
     """
     _check(fisher, grad_output, input, cu_seqlens)
-    if backend == "auto":
+    auto = backend == "auto"
+    if auto:
         backend = gpu.pick(fisher, grad_output, input, cu_seqlens) or backend
-    # Whether to look at values, for which a GPU would have to be waited for.
-    looks = backend not in gpu.KERNELS or cu_seqlens.device.type == "cpu"
+    looks = _looks(backend, auto, input.shape[0], cu_seqlens)
     _check_offsets(cu_seqlens, input.shape[0], looks=looks)
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; accumulate_fisher_ has {', '.join(BACKENDS)}")
@@ -65,6 +66,14 @@ def accumulate_fisher_(
             run = gpu.KERNELS[backend].accumulate_fisher
         run(fisher, grad_output, input, cu_seqlens)
     return fisher
+
+
+def _looks(backend: str, auto: bool, tokens: int, cu_seqlens: Tensor) -> bool:
+    """Whether to look at the offsets, for which a GPU has to be waited for."""
+    if backend not in gpu.KERNELS or cu_seqlens.device.type == "cpu":
+        return True
+    # Worth it where sequences may have a token each: a kernel's tiles would use 1 row of 32.
+    return auto and cu_seqlens.numel() - 1 >= tokens and not torch.cuda.is_current_stream_capturing()
 
 
 def _one_token_each(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> Tensor:

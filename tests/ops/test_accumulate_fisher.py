@@ -77,6 +77,36 @@ def test_sequences_of_one_token(backend):
     assert_within_budget(fisher, start, g, x, cu_seqlens)
 
 
+def test_a_gpu_is_waited_for_only_under_auto_where_sequences_may_have_a_token_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        few, many = (torch.empty(n + 1, dtype=torch.int64, device="cuda") for n in (39, 40))
+    assert module._looks("cuda", True, 40, many) and module._looks("triton", True, 40, many)
+    assert not module._looks("cuda", True, 40, few), "some have more than one"
+    assert not module._looks("cuda", False, 40, many), "asked for by name"
+    assert module._looks("torch", False, 40, few) and module._looks("cuda", False, 40, offsets([40]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not module._looks("cuda", True, 40, many), "a captured graph cannot wait"
+
+
+def test_what_auto_looked_at_decides_between_the_squares_and_the_kernel(monkeypatch):
+    """As on a GPU: the squares of tokens where each is a sequence, else the kernel that was picked."""
+    launched = []
+
+    class Kernels:
+        why_not = staticmethod(lambda *tensors: None)
+        accumulate_fisher = staticmethod(lambda *operands: launched.append(operands))
+
+    monkeypatch.setitem(module.gpu.KERNELS, "cuda", Kernels)
+    monkeypatch.setattr(module.gpu, "pick", lambda *tensors: "cuda")
+    start, g, x = operands(30, 50, 40)
+    fisher = accumulate_fisher_(start.clone(), g, x, offsets([1] * 40))
+    assert_within_budget(fisher, start, g, x, offsets([1] * 40))
+    assert not launched
+    accumulate_fisher_(start.clone(), g, x, offsets([2] + [1] * 38 + [0]))
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(threads):
     cu_seqlens = offsets(LENGTHS)
