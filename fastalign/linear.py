@@ -3,7 +3,8 @@
 Two things cost a CPU more than they must. peft adds an adapter as `result + lora_B(lora_A(x)) * scaling`, three more
 passes over the layer's output in forward and as many in backward: here the adapter's product accumulates into the
 layer's. And a CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: here
-they are widened and multiplied in float32, and only the result is rounded.
+they are widened and multiplied in float32, and only the result is rounded. With such instructions everything is
+multiplied in bfloat16, an adapter's float32 factors rounded for it as autocast does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -23,7 +25,8 @@ def speed_up_linear(model: nn.Module) -> None:
 
     Each call looks whether they do (on the CPU; LoRA: one active adapter on a frozen, unquantised layer, without
     dropout, bias or variant) and otherwise goes the layer's own way. Results are the same up to rounding, which is
-    less: an adapter is never rounded to 16 bits, nor is its sum with the layer's product before the end.
+    less where products are taken in float32: there an adapter is never rounded to 16 bits, nor is its sum with the
+    layer's product before the end.
     """
     for module in model.modules():
         if "forward" in vars(module):
@@ -66,7 +69,7 @@ def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     base, dtype = self.base_layer, _result_dtype(x, self.base_layer.weight)
     adapter = None if args or kwargs else _plain_adapter(self)
     on_cpu = x.device.type == base.weight.device.type == "cpu"
-    if adapter is None or not on_cpu or (dtype in LOW and multiplies(dtype)):
+    if adapter is None or not on_cpu:
         return type(self).forward(self, x, *args, **kwargs)
     a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
     return _Product.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], dtype)
@@ -84,8 +87,10 @@ def _plain_adapter(layer: nn.Module) -> str | None:
     return None if drops or odd or layer.lora_A[name].weight.dtype in LOW else name
 
 
-def _wide(t: Tensor) -> Tensor:
-    """What enters a product: float32, or float64."""
+def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What enters a product of a result in `dtype`: that dtype where the CPU multiplies it, else float32 or float64."""
+    if dtype in LOW and multiplies(dtype):
+        return t.to(dtype)
     return t.float() if t.dtype in LOW else t
 
 
@@ -95,16 +100,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        wide = _wide(flat)
+        wide = _operand(flat, dtype)
         with torch.autocast("cpu", enabled=False):
-            out = torch.mm(wide, _wide(weight).t())  # (T, out)
-            if bias is not None:
-                out += bias
-            xa = None if a is None else torch.mm(wide, a.t())  # (T, r)
+            out = linear(wide, _operand(weight, dtype), None if bias is None else _operand(bias, dtype))  # (T, out)
+            xa = None if a is None else torch.mm(wide, _operand(a, dtype).t())  # (T, r)
             if a is not None:
-                out.addmm_(xa, b.t(), alpha=scaling)
+                out.addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, xa)
-        ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
+        ctx.scaling, ctx.dtype, ctx.x = scaling, dtype, (x.shape, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.to(dtype).view(*x.shape[:-1], -1)
 
@@ -115,18 +118,18 @@ class _Product(torch.autograd.Function):
         needs = ctx.needs_input_grad
         d_weight = d_bias = d_a = d_b = d_x = None
         with torch.autocast("cpu", enabled=False):
-            g = _wide(grad.reshape(-1, grad.shape[-1]))  # (T, out)
-            wide = _wide(flat) if needs[1] or a is not None else None
-            ga = None if a is None else torch.mm(g, b).mul_(ctx.scaling)  # (T, r)
+            g = _operand(grad.reshape(-1, grad.shape[-1]), ctx.dtype)  # (T, out)
+            wide = _operand(flat, ctx.dtype) if needs[1] or a is not None else None
+            ga = None if a is None else torch.mm(g, _operand(b, ctx.dtype)).mul_(ctx.scaling)  # (T, r)
             if needs[0]:
-                d_x = torch.mm(g, _wide(weight))
+                d_x = torch.mm(g, _operand(weight, ctx.dtype))
                 if a is not None:
-                    d_x.addmm_(ga, a)
+                    d_x.addmm_(ga, _operand(a, ctx.dtype))
                 d_x = d_x.view(ctx.x[0]).to(ctx.x[1])
             if needs[1]:
                 d_weight = torch.mm(g.t(), wide).to(weight.dtype)
             if needs[2]:
                 d_bias = g.sum(0).to(ctx.bias_dtype)
             if a is not None:
-                d_a, d_b = torch.mm(ga.t(), wide), torch.mm(g.t(), xa).mul_(ctx.scaling)
+                d_a, d_b = torch.mm(ga.t(), wide).to(a.dtype), torch.mm(g.t(), xa).to(b.dtype).mul_(ctx.scaling)
         return d_x, d_weight, d_bias, d_a, d_b, None, None

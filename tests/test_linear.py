@@ -84,18 +84,19 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_sixteen_bits_are_no_further_from_float64_than_torch_s_own(dtype, how, monkeypatch):
-    """Ours multiplies and sums in float32 and rounds once, theirs more often."""
-    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: dtype not in (torch.float16, torch.bfloat16))
+def test_sixteen_bits_are_no_further_from_float64_than_torch_s_own(dtype, native, how, monkeypatch):
+    """Ours multiplies and sums in float32 and rounds once, theirs more often; both round alike where products are of 16
+    bits."""
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: native or dtype == torch.float32)
     model = lora(dtype=dtype if how == "weights" else torch.float32)
     exact = outputs(copy.deepcopy(model).double(), rows(dtype).double())
     x, autocast = (rows(dtype), None) if how == "weights" else (rows(dtype).float(), dtype)
     theirs = outputs(model, x, autocast)
     seen = calls(monkeypatch)
     ours = outputs(fast(model), x, autocast)
-    assert len(seen) == 2  # the layer with an adapter, and the one without
+    assert len(seen) == 2 - native  # the layer with an adapter, and the one without, which is torch's own then
     eps = torch.finfo(dtype).eps
     for our, their, truth in zip(ours, theirs, exact, strict=True):
         assert our.dtype == their.dtype
@@ -141,13 +142,24 @@ def test_what_is_not_plain_goes_its_own_way(monkeypatch):
     assert len(seen) == 1
 
 
-def test_what_the_cpu_can_multiply_is_left_to_it(monkeypatch):
+def test_without_an_adapter_what_the_cpu_can_multiply_is_left_to_it(monkeypatch):
     seen = calls(monkeypatch)
     torch.manual_seed(0)
     fast(Body(True))(rows())
     monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
-    fast(lora(dtype=torch.bfloat16))(rows(torch.bfloat16))
+    fast(Body(True).bfloat16())(rows(torch.bfloat16))
     assert not seen
+
+
+def test_an_adapter_of_zeros_changes_no_bit_where_products_are_of_16_bits(monkeypatch):
+    """Else margins would not begin at exactly 0."""
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
+    model, seen = fast(lora(dtype=torch.bfloat16)), calls(monkeypatch)
+    nn.init.zeros_(model.base_model.model.first.lora_B["default"].weight)
+    with_zeros = model(rows(torch.bfloat16))
+    assert len(seen) == 1
+    with model.disable_adapter():
+        assert torch.equal(model(rows(torch.bfloat16)), with_zeros)
 
 
 def test_the_layer_s_input_is_kept_once():
