@@ -110,7 +110,7 @@ def make_report(folder: Path) -> None:
     pages = {f"{name}.md": report.tables(records).encode() for name, records in suites.items()}
     print("written:", *report.write(pages, folder), *report.everything(measurements, folder))
     if folder.resolve() == RESULTS:
-        folders = sorted(path.parent for path in folder.glob("*/*.json"))  # of GPUs
+        folders = sorted(path.parent for path in folder.glob("*/*.json"))  # of other machines
         for other in dict.fromkeys(folders):
             make_report(other)
         readme.update(measurements, [m for path in sorted(folder.glob("*/*.json")) for m in load(path)])

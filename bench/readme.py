@@ -18,7 +18,7 @@ TAX = ROOT / "fastalign" / "recipes" / "tax" / "results" / "tax.json"
 OPS = (
     ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
     ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
-    ("frozen-bfloat16-2048x576x49152-mask50", "the same in bfloat16"),
+    ("frozen-bfloat16-2048x576x49152-mask50", "half of the tokens prompt, bfloat16"),
 )
 GPU_OPS = (  # the same on a GPU, whose results lie in a folder of their own
     ("frozen-bfloat16-2048x576x49152-mask0", "2048 tokens, width 576, vocabulary 49152"),
@@ -33,6 +33,7 @@ TRAIN = (
     ("lora-float32-dialogue", "LoRA float32, dialogue"),
     ("lora-bfloat16-dialogue", "LoRA bfloat16, dialogue"),
     ("lora-float32-long", "LoRA float32, long prompts"),
+    ("lora-bfloat16-long", "LoRA bfloat16, long prompts"),
     ("full-float32-dialogue", "all weights, dialogue"),
 )
 # (suite, case, what to call it): beside the fastest of the others alone
@@ -47,9 +48,9 @@ SHOWN = {case: name for *_, case, name in (*OPS, *TRAIN, *OTHERS)}
 PLOT = "memory-frozen-float32-2048x576-mask0"
 
 
-def update(measurements: list[Measurement], on_gpus: list[Measurement] = ()) -> None:
+def update(measurements: list[Measurement], elsewhere: list[Measurement] = ()) -> None:
     """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
-    tables = "\n\n".join([section(measurements), *gpu_section(on_gpus)])
+    tables = "\n\n".join([section(measurements), *other_machines(elsewhere)])
     text = between(README.read_text(encoding="utf-8"), BEGIN, END, tables)
     text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
     temporary = README.with_suffix(".tmp")
@@ -104,10 +105,13 @@ def section(measurements: list[Measurement]) -> str:
     return "\n\n".join(parts)
 
 
-def gpu_section(measurements: list[Measurement]) -> list[str]:
-    """A table for each GPU that was measured on, and a line that names it; nothing without the cases."""
-    devices = dict.fromkeys(m.device for m in measurements)  # times of two stand in no one table
-    return [part for name in devices for part in _of_gpu([m for m in measurements if m.device == name])]
+def other_machines(measurements: list[Measurement]) -> list[str]:
+    """Tables of each other machine that was measured on, and a line that names it; nothing without the cases."""
+    parts = []
+    for device in dict.fromkeys(m.device for m in measurements):  # times of two stand in no one table
+        own = [m for m in measurements if m.device == device]
+        parts += [section(own)] if " cores, " in device else _of_gpu(own)  # as `measure.cpu_name` names a CPU
+    return parts
 
 
 def _of_gpu(measurements: list[Measurement]) -> list[str]:

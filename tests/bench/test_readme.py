@@ -179,7 +179,7 @@ def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
     assert row[1:] == ["2 ms (5 MiB)", "3 ms (5 MiB)", "4 ms (5 MiB)", "5 ms (5 MiB)", "1 ms (5 MiB)"]
     assert "a GPU; torch 9.9, trl 9.9" in text
     assert "off by at most 2.0e-05 nats (fastalign), 3.0e-02 (the others)." in text
-    assert readme.gpu_section([]) == []
+    assert readme.other_machines([]) == []
 
 
 def test_two_gpus_have_a_table_each(record):
@@ -188,7 +188,7 @@ def test_two_gpus_have_a_table_each(record):
         record(case=case, device=device, implementation="fastalign cuda", median_s=s, versions={"torch": torch})
         for device, s, torch in (("one GPU", 0.002, "1.2"), ("another GPU", 0.009, "3.4"))
     ]
-    table, about, other_table, other_about = readme.gpu_section([*rows, record(device="A CPU")])
+    table, about, other_table, other_about = readme.other_machines([*rows, record(device="A CPU")])
     assert "2 ms" in table and "9 ms" not in table and "9 ms" in other_table and "2 ms" not in other_table
     assert table.splitlines()[2].startswith(f"| {name} ")
     assert about.startswith("one GPU; torch 1.2;") and other_about.startswith("another GPU; torch 3.4;")
@@ -198,4 +198,13 @@ def test_two_gpus_have_a_table_each(record):
 def test_a_floor_alone_on_a_gpu_has_no_errors_to_name(record):
     case = readme.GPU_OPS[0][0]
     floor = record(case=case, device="a GPU", implementation="2 matrix products", errors={"products": 1e-7})
-    assert "off by at most - nats (fastalign), - (the others)." in readme.gpu_section([floor])[1]
+    assert "off by at most - nats (fastalign), - (the others)." in readme.other_machines([floor])[1]
+
+
+def test_another_cpu_has_tables_of_its_own(measured, file):
+    half = {"median_s": 0.5, "q1_s": 0.5, "q3_s": 0.5, "device": "another CPU, 2 cores, AVX512"}
+    other = [replace(m, **half) for m in measured]
+    readme.update(measured, other)
+    text = file.read_text(encoding="utf-8")
+    first, second = readme.section(measured), readme.section(other)
+    assert f"{first}\n\n{second}\n\n{readme.END}" in text and "another CPU" in second and "another CPU" not in first
