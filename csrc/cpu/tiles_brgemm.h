@@ -102,6 +102,7 @@ private:
 
     // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of 8.
     void transpose(const float* z, std::int64_t size, bf16* out) {
+        static_assert(S::panel % 8 == 0 && S::tile % 8 == 0);
         const std::int64_t whole = ceil_div(size, 8) * 8;
         narrow_row(z, panel_, size * S::panel);
         for (std::int64_t i = size * S::panel; i < whole * S::panel; ++i) panel_[i] = bf16{0};
