@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import datasets
 import pyarrow as pa
@@ -548,8 +549,13 @@ def test_messages_nested_too_deeply_are_refused(tokenizer):
     deep = "x"
     for _ in range(900):
         deep = [deep]
-    with pytest.raises(DataError, match="nested too deeply"):
-        tokenize([{"messages": [{**QUESTION, "extra": deep}, assistant("x")]}], tokenizer)
+    before = sys.getrecursionlimit()  # which a compiler in this process may have raised
+    sys.setrecursionlimit(1000)
+    try:
+        with pytest.raises(DataError, match="nested too deeply"):
+            tokenize([{"messages": [{**QUESTION, "extra": deep}, assistant("x")]}], tokenizer)
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_halves_without_a_shared_prompt_are_refused(tokenizer):
