@@ -19,15 +19,15 @@ from fastalign.ops import native
 ROOT = Path(__file__).parent.parent.parent
 EPS = torch.finfo(torch.float32).eps
 ISAS = native.describe()["kernels_available"]
-# More than one tile (256) and chunk (2048) of the vocabulary, a multiple of neither; more than one panel of rows.
-N, H, V = 61, 37, 2311
+# More than one tile (256) and chunk (2048) of the vocabulary, a multiple of neither; more than one panel (64) of rows.
+N, H, V = 150, 37, 2311
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
     "scaled": {"logit_scale": -0.6, "temperature": 0.7},
     "capped": {"bias": True, "softcap": 5.0, "logit_scale": 1.3},
 }
-BUDGETS = {"frozen": None, "kept": 1 << 30, "partly kept": 50 * V * 4, "recomputed": 0}
+BUDGETS = {"frozen": None, "kept": 1 << 30, "partly kept": 100 * V * 4, "recomputed": 0}
 
 
 def test_the_kernels_are_built():
@@ -432,8 +432,8 @@ print(linear_logprobs(torch.ones(1, 2), torch.ones(4, 2), torch.zeros(1, dtype=t
 """
 
 
-def in_environment(isa):
-    environment = {**os.environ, "FASTALIGN_CPU_ISA": isa}
+def in_environment(isa="", **more):
+    environment = {**os.environ, "FASTALIGN_CPU_ISA": isa, **more}
     return subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -441,6 +441,13 @@ def test_the_environment_forces_a_path():
     done = in_environment("plain")
     isa, logprob = done.stdout.split()
     assert isa == "plain" and float(logprob) == pytest.approx(-1.3862944, rel=4 * EPS)
+
+
+def test_a_brgemm_that_refuses_is_found_out_before_it_is_used():
+    """oneDNN, held to AVX2, throws where it is asked for a product of pairs."""
+    done = in_environment(ONEDNN_MAX_CPU_ISA="AVX2")
+    isa, logprob = done.stdout.split()
+    assert isa != "avx512_bf16" and float(logprob) == pytest.approx(-1.3862944, rel=4 * EPS)
 
 
 def test_a_forced_path_that_is_not_there_is_refused_by_name():
