@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastalign.linear import _Product, multiplies, speed_up_linear
+from fastalign.linear import _operand, _Product, multiplies, speed_up_linear
 
 IN, OUT, T, RANK = 24, 40, 7, 3
 
@@ -178,3 +178,11 @@ def test_the_layer_s_input_is_kept_once():
 def test_multiplies_knows_what_there_is():
     assert multiplies(torch.float32) and multiplies(torch.float64)
     assert not multiplies(torch.float16)
+
+
+@pytest.mark.parametrize(("native", "enters"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_what_enters_a_product(native, enters, monkeypatch):
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: native)
+    for given in (torch.float32, torch.bfloat16):
+        assert _operand(torch.ones(1, dtype=given), torch.bfloat16).dtype == enters
+    assert _operand(torch.ones(1, dtype=torch.float64), torch.float64).dtype == torch.float64
