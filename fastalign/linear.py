@@ -1,10 +1,13 @@
-"""Linear layers on the CPU: adapters without temporaries, and 16-bit products where the CPU has none.
+"""Linear layers whose adapters round nothing away and leave no temporaries; 16-bit products where a CPU has none.
 
-Two things cost a CPU more than they must. peft adds an adapter as `result + lora_B(lora_A(x)) * scaling`, three more
-passes over the layer's output in forward and as many in backward: here the adapter's product accumulates into the
-layer's. And a CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: here
-they are widened and multiplied in float32, and only the result is rounded. With such instructions everything is
-multiplied in bfloat16, an adapter's float32 factors rounded for it as autocast does.
+peft adds an adapter as `result + lora_B(lora_A(x)) * scaling`. In 16 bits `result` has been rounded by then, and all
+of an adapter below half a unit in the last place of it is lost, always and not on average: a young adapter has hardly
+any effect, and learns late. It also takes three more passes over the layer's output in forward and as many in backward.
+Here the adapter's product accumulates into the layer's, and the sum is rounded once.
+
+A CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: there they are
+widened and multiplied in float32. Otherwise everything is multiplied in 16 bits, an adapter's float32 factors rounded
+for it as autocast does: `[x, x A'] [W, s B]'`, one product.
 """
 
 from __future__ import annotations
@@ -23,10 +26,9 @@ LOW = (torch.bfloat16, torch.float16)
 def speed_up_linear(model: nn.Module) -> None:
     """Lets the model's `nn.Linear` and plain LoRA layers take the ways above where they apply; changed in place.
 
-    Each call looks whether they do (on the CPU; LoRA: one active adapter on a frozen, unquantised layer, without
-    dropout, bias or variant) and otherwise goes the layer's own way. Results are the same up to rounding, which is
-    less where products are taken in float32: there an adapter is never rounded to 16 bits, nor is its sum with the
-    layer's product before the end.
+    Each call looks whether they do (LoRA: one active adapter on a frozen, unquantised layer, without dropout, bias or
+    variant; on a GPU in 16 bits alone) and otherwise goes the layer's own way. Results are the same up to rounding,
+    of which there is less.
     """
     for module in model.modules():
         if "forward" in vars(module):
@@ -53,8 +55,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Of torch's own product: autocast's, or the tensors'."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu")
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return weight.dtype if weight.dtype in LOW else x.dtype
 
 
@@ -68,17 +70,20 @@ def _linear(self: nn.Linear, x: Tensor) -> Tensor:
 def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     base, dtype = self.base_layer, _result_dtype(x, self.base_layer.weight)
     adapter = None if args or kwargs else _plain_adapter(self)
-    on_cpu = x.device.type == base.weight.device.type == "cpu"
-    if adapter is None or not on_cpu:
+    if adapter is None or not _applies(x, base.weight, dtype, self.r[adapter]):
         return type(self).forward(self, x, *args, **kwargs)
-    a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    return _Product.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], dtype)
+    a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
+    if self.disable_adapters:
+        if not _joins(x, dtype) or _zeros_keep_bits(x.device.type):
+            return type(self).forward(self, x)
+        b = torch.zeros_like(b)  # the reference takes the policy's product, for its bits
+    return _Product.apply(x, base.weight, base.bias, a, b, scaling, dtype)
 
 
 def _plain_adapter(layer: nn.Module) -> str | None:
     """The one active adapter of a LoRA layer, if nothing but `s B A` is asked of it."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
+    if len(active) != 1 or layer.merged or active[0] in layer.lora_variant:
         return None
     (name,) = active
     dropout = layer.lora_dropout[name]
@@ -87,9 +92,27 @@ def _plain_adapter(layer: nn.Module) -> str | None:
     return None if drops or odd or layer.lora_A[name].weight.dtype in LOW else name
 
 
+def _applies(x: Tensor, weight: Tensor, dtype: torch.dtype, rank: int) -> bool:
+    """On a GPU: 16-bit weights, and rows that begin at multiples of 16 bytes, which its fast products need."""
+    if x.is_cuda and weight.is_cuda:
+        return weight.dtype == dtype in LOW and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    return x.device.type == weight.device.type == "cpu"
+
+
+def _joins(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of a result in `dtype` are taken in it, and so an adapter's in one with its layer's."""
+    return dtype in LOW and (t.is_cuda or multiplies(dtype))
+
+
+@cache
+def _zeros_keep_bits(device: str) -> bool:
+    """Whether more columns of zeros leave a product's bits alone: where sums go through the columns in order."""
+    return device == "cpu" and not torch.cpu._is_amx_tile_supported()
+
+
 def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What enters a product of a result in `dtype`: that dtype where the CPU multiplies it, else float32 or float64."""
-    if dtype in LOW and multiplies(dtype):
+    """What enters a product of a result in `dtype`: that dtype where it is multiplied, else float32 or float64."""
+    if _joins(t, dtype):
         return t.to(dtype)
     return t.float() if t.dtype in LOW else t
 
@@ -100,12 +123,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        wide = _operand(flat, dtype)
-        with torch.autocast("cpu", enabled=False):
-            out = linear(wide, _operand(weight, dtype), None if bias is None else _operand(bias, dtype))  # (T, out)
+        wide, w, bias_ = (None if t is None else _operand(t, dtype) for t in (flat, weight, bias))
+        with torch.autocast(x.device.type, enabled=False):
             xa = None if a is None else torch.mm(wide, _operand(a, dtype).t())  # (T, r)
-            if a is not None:
-                out.addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
+            if a is None:
+                out = linear(wide, w, bias_)  # (T, out)
+            elif _joins(x, dtype):
+                out = linear(torch.cat([wide, xa], 1), torch.cat([w, _operand(b * scaling, dtype)], 1), bias_)
+            else:
+                out = linear(wide, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, xa)
         ctx.scaling, ctx.dtype, ctx.x = scaling, dtype, (x.shape, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -117,14 +143,17 @@ class _Product(torch.autograd.Function):
         flat, weight, a, b, xa = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_weight = d_bias = d_a = d_b = d_x = None
-        with torch.autocast("cpu", enabled=False):
-            g = _operand(grad.reshape(-1, grad.shape[-1]), ctx.dtype)  # (T, out)
+        with torch.autocast(grad.device.type, enabled=False):
+            g, w = _operand(grad.reshape(-1, grad.shape[-1]), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out)
             wide = _operand(flat, ctx.dtype) if needs[1] or a is not None else None
-            ga = None if a is None else torch.mm(g, _operand(b, ctx.dtype)).mul_(ctx.scaling)  # (T, r)
+            ga = None if a is None else torch.mm(g, _operand(b * ctx.scaling, ctx.dtype))  # (T, r)
+            if needs[0] and a is None:
+                d_x = torch.mm(g, w)
+            elif needs[0] and _joins(g, ctx.dtype):
+                d_x = torch.mm(torch.cat([g, ga], 1), torch.cat([w, _operand(a, ctx.dtype)]))
+            elif needs[0]:
+                d_x = torch.mm(g, w).addmm_(ga, _operand(a, ctx.dtype))
             if needs[0]:
-                d_x = torch.mm(g, _operand(weight, ctx.dtype))
-                if a is not None:
-                    d_x.addmm_(ga, _operand(a, ctx.dtype))
                 d_x = d_x.view(ctx.x[0]).to(ctx.x[1])
             if needs[1]:
                 d_weight = torch.mm(g.t(), wide).to(weight.dtype)
