@@ -57,8 +57,8 @@ class Measurement:
     """One implementation on one case. Seconds are of interleaved runs (A B A B ...) with the others of that case.
 
     errors: output -> max error (log-probs: nats; gradients: relative to the largest entry) against float64; against
-        what else, `checked` says: in `train` it is the loss, against the other trainer's, in `scale`'s whole steps the
-        log-probs, against the model's own float32 logits.
+        what else, `checked` says: in `train` it is the loss, against the other trainer's or fastalign's own in float32,
+        in `scale`'s whole steps the log-probs, against the model's own float32 logits.
     peak_extra_bytes: peak memory of one run in a fresh process, less what was there before it; None: not measured.
     sizes: the case's numbers, such as {"n": 2048, "h": 576, "v": 49152}.
     load: the machine's 1-minute load average when timing began, beside `threads` of our own.

@@ -2,7 +2,8 @@
 
 Each run is a process of its own: load, tokenise, train a few steps of `PAIRS` pairs. Runs alternate (A B A B ...).
 A step of fastalign's is charged its share of the reference log-probs, which were computed before the first one, as if
-the rows were used for one epoch only; TRL computes them within each step. Both loss curves must agree.
+the rows were used for one epoch only; TRL computes them within each step. Both loss curves must agree: in float32 with
+each other, in bfloat16 with what rounding explains (see `rounding`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import product
 
 import torch
 
-from bench import machine
+from bench import machine, rounding
 from bench.measure import (
     ROOT,
     Measurement,
@@ -41,7 +42,7 @@ LEARNING_RATE = {"lora": 1e-4, "full": 1e-6}
 BETA = 0.1
 # (least, mean, most) tokens of prompts and completions
 PROFILES = {"dialogue": ((20, 120, 400), (10, 40, 200)), "long": ((400, 800, 1500), (10, 40, 200))}
-# How far two correct loss curves may be apart: what the precision of the products explains.
+# How far a correct loss may be from the other trainer's (float32), or outside of what rounding explains (bfloat16).
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}
 IMPLEMENTATIONS = ("fastalign", "TRL", "TRL, no checkpointing")
 
@@ -190,17 +191,20 @@ def _lora(case: Case):
 
 
 def train(case_name: str, implementation: str) -> Run:
-    """One run, in this process, which must be a fresh one."""
+    """One run, in this process, which must be a fresh one. implementation: one of `IMPLEMENTATIONS`, or a twin."""
     from fastalign.models import load_model, load_tokenizer
 
     case = CASES[case_name]
+    if implementation == rounding.FLOAT32:
+        case = replace(case, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
     model = load_model(MODEL, dtype=case.dtype if case.tuning == "lora" else "float32")
+    rounding.change(model, implementation)
     data = rows(case.profile, tokenizer, PAIRS * case.steps)
     step_s, losses = [], []
     with tempfile.TemporaryDirectory() as folder:
         resident = peak_resident(reset=True)
-        if implementation == "fastalign":
+        if implementation.startswith("fastalign"):
             trainer = _fastalign(case, model, tokenizer, data, folder)
         else:
             trainer = _trl(case, model, tokenizer, data, folder, checkpointing="no checkpointing" not in implementation)
@@ -276,9 +280,8 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
                 slow.add(name)
                 say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
     rate = max(rate, _gemm_rate(case_name, limit_s))
-    records = [
-        _measurement(case_name, name, done, _apart(name, runs), load_before, rate) for name, done in runs.items()
-    ]
+    twins = _twins(case_name)
+    records = [_measurement(case_name, name, runs, twins, load_before, rate) for name in runs]
     skipped = {name: reason for name, reason in skipped.items() if name not in runs}
     return [replace(record, skipped=skipped) for record in records]
 
@@ -290,8 +293,23 @@ def _gemm_rate(case_name: str, limit_s: float) -> int:
     return round(products.sizes["flop"] / products.median_s)
 
 
+def _twins(case_name: str) -> dict[str, list[float]]:
+    """The loss curves that rounding explains; none in float32."""
+    case = CASES[case_name]
+    if case.dtype == "float32":
+        return {}
+    curves = {}
+    for twin in rounding.twins(case.tuning, multiplies_bfloat16()):
+        try:
+            curves[twin] = in_fresh_process(case_name, twin).losses
+        except Missing as reason:
+            raise SystemExit(f"the run that losses are held to failed, {twin}: {reason}") from reason
+        say(f"    {twin}: losses {_curve(curves[twin])}")
+    return curves
+
+
 def _apart(name: str, runs: dict[str, list[Run]]) -> float:
-    """The largest difference of this one's losses from another system's, step by step; an error if it is too large."""
+    """The largest difference of this one's losses from another system's, step by step."""
     theirs = [n for n in runs if (n == "fastalign") != (name == "fastalign")]
     if not theirs:
         raise SystemExit(f"there is nothing to compare the losses of {name} with; {', '.join(IMPLEMENTATIONS)} exist")
@@ -300,17 +318,33 @@ def _apart(name: str, runs: dict[str, list[Run]]) -> float:
     return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
-def _measurement(
-    case_name: str, name: str, done: list[Run], apart: float, load_before: float, rate: int
-) -> Measurement:
-    case = CASES[case_name]
-    curve = " ".join(f"{loss:.5f}" for loss in done[0].losses)
-    say(f"    {name}: losses {curve}")
-    if not apart <= AGREE[case.dtype]:
+def _curve(losses: list[float]) -> str:
+    return " ".join(f"{loss:.5f}" for loss in losses)
+
+
+def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, list[float]]) -> tuple[float, str]:
+    """How far the losses are off, and from what; SystemExit where that is more than the precision explains."""
+    losses = runs[name][0].losses
+    off = apart = _apart(name, runs)
+    checked = f"{case.steps} losses against the other trainer's"
+    if twins:
+        off = rounding.unexplained(losses, twins, ours=name == "fastalign")
+        apart = max(abs(a - b) for a, b in zip(losses, twins[rounding.FLOAT32], strict=True))
+        checked = f"{case.steps} losses against float32's, and by what other rounding changes"
+    if not off <= AGREE[case.dtype]:
         raise SystemExit(
-            f"{name} on {case_name}: the loss curves differ by {apart:.2g}, more than the {AGREE[case.dtype]:.0e} that "
+            f"{name} on {case.name}: the loss curves differ by {off:.2g}, more than the {AGREE[case.dtype]:.0e} that "
             f"{case.dtype} explains; nothing was written"
         )
+    return apart, checked
+
+
+def _measurement(
+    case_name: str, name: str, runs: dict[str, list[Run]], twins: dict[str, list[float]], load_before: float, rate: int
+) -> Measurement:
+    case, done = CASES[case_name], runs[name]
+    say(f"    {name}: losses {_curve(done[0].losses)}")
+    apart, checked = _check(case, name, runs, twins)
     # Steps differ in their tokens, so a run counts by its mean.
     seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / case.steps for r in done]
     q1, median, q3 = quartiles(seconds)
@@ -325,8 +359,7 @@ def _measurement(
     }
     return Measurement(
         "train", case_name, sizes, name, median, q1, q3, len(seconds), max(r.extra_bytes for r in done),
-        {"loss": apart}, f"{case.steps} losses against the other trainer's", load=round(load_before, 2),
-        losses=done[0].losses, **environment(),
+        {"loss": apart}, checked, load=round(load_before, 2), losses=done[0].losses, **environment(),
     )  # fmt: skip
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import __main__ as bench
-from bench import machine, train
+from bench import machine, rounding, train
 from bench.measure import ROOT, Missing
 
 LIKE_OURS = [0.693, 0.65, 0.6]
@@ -70,6 +72,9 @@ def test_words_of_the_real_tokenizer_are_one_token_each():
             assert len(tokenizer(text)["input_ids"]) == len(text.split())
 
 
+CASE = "lora-float32-dialogue"
+
+
 def finished(losses, seconds=1.0):
     steps = [9 * seconds, *[seconds] * (len(losses) - 1)]  # the first one warms up
     return train.Run(steps, losses, 0.6, 300, 90, 10**6, 3 << 30, 1 << 30)
@@ -80,21 +85,18 @@ def suite(monkeypatch, tmp_path):
     """A function that runs the suite's quick case into a folder; processes end at once with what is given."""
     monkeypatch.setattr(machine, "SIZE", 80)
 
-    def run(results):
+    def run(results, case=CASE):
         def in_fresh_process(case, name):
             if isinstance(results.get(name), train.Run):
                 return results[name]
             raise Missing("it is not here")
 
         monkeypatch.setattr(train, "in_fresh_process", in_fresh_process)
-        arguments = ["train", "--case", CASE, "--out", str(tmp_path)]
+        arguments = ["train", "--case", case, "--out", str(tmp_path)]
         bench.run_suite("train", bench.parser().parse_args(arguments))
         return bench.load(tmp_path / "train.json")
 
     return run
-
-
-CASE = "lora-float32-dialogue"
 
 
 def test_a_record_of_each_trainer(suite):
@@ -128,6 +130,63 @@ def test_two_settings_of_trl_alone_are_no_comparison(suite):
     """A fault of ours must not pass because the two agree."""
     with pytest.raises(SystemExit, match="nothing to compare"):
         suite({"TRL": finished(LIKE_OURS), "TRL, no checkpointing": finished(LIKE_OURS)})
+
+
+SPANS = {rounding.FLOAT32: [0.6931, 0.70], rounding.PEFT: [0.6931, 0.85]}
+SPANS |= dict(zip(rounding.LAST_BITS, ([0.6931, 0.60], [0.6931, 0.62], [0.6931, 0.65]), strict=True))
+
+
+def test_bfloat16_is_held_to_what_rounding_explains(suite, monkeypatch):
+    """Ours and TRL's may be apart by more than the tolerance where runs that only round otherwise are too."""
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: True)
+    twins = {name: finished(losses) for name, losses in SPANS.items()}
+    case, ours, theirs = "lora-bfloat16-dialogue", finished([0.6931, 0.56]), finished([0.6931, 0.89], 4.0)
+    records = suite(twins | {"fastalign": ours, "TRL": theirs}, case)
+    assert [r.implementation for r in records] == ["fastalign", "TRL"]
+    assert [r.errors["loss"] for r in records] == pytest.approx([0.14, 0.19])  # from float32
+    for wrong, name in (([0.6931, 0.54], "fastalign"), ([0.6931, 0.76], "fastalign"), ([0.6931, 0.91], "TRL")):
+        with pytest.raises(SystemExit, match=f"{name} on {case}: the loss curves differ"):
+            suite(twins | {"fastalign": ours, "TRL": theirs, name: finished(wrong)}, case)
+    with pytest.raises(SystemExit, match="last bits 2: it is not here"):
+        suite({n: r for n, r in twins.items() if n != rounding.LAST_BITS[1]} | {"fastalign": ours, "TRL": theirs}, case)
+
+
+def test_a_loss_that_is_no_number_is_not_explained():
+    spans = SPANS | {rounding.FLOAT32: [0.6931, math.nan]}
+    assert math.isnan(rounding.unexplained([0.6931, 0.7], spans, ours=True))
+    assert math.isnan(rounding.unexplained([0.6931, math.nan], SPANS, ours=True))
+
+
+def test_twins_are_those_that_the_case_and_the_machine_have():
+    assert rounding.twins("lora", True) == [rounding.FLOAT32, *rounding.LAST_BITS, rounding.PEFT]
+    assert rounding.PEFT not in rounding.twins("full", True) + rounding.twins("lora", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_last_bits(dtype):
+    """Each weight is off by a bfloat16 number's last place at most; most are; each twin's are its own."""
+    models = [torch.nn.Linear(50, 40).to(dtype) for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    for twin, model in zip(rounding.LAST_BITS, models[1:], strict=False):
+        rounding.change(model, twin)
+        off = (model.weight - models[0].weight).abs() / models[0].weight.abs()
+        assert off.max() <= 2 * torch.finfo(torch.bfloat16).eps and (off > 0).float().mean() > 0.4
+    assert not torch.equal(models[1].weight, models[2].weight)
+    before = models[0].weight.clone()
+    for name in ("fastalign", "TRL", rounding.FLOAT32):
+        rounding.change(models[0], name)
+        assert torch.equal(models[0].weight, before)
+
+
+def test_peft_s_own_layers(monkeypatch):
+    from fastalign import scoring
+
+    monkeypatch.setattr(scoring, "speed_up_linear", scoring.speed_up_linear)
+    layer = torch.nn.Linear(3, 3).half()
+    rounding.change(layer, rounding.PEFT)
+    scoring.speed_up_linear(layer)
+    assert "forward" not in vars(layer)
 
 
 def test_the_clock_takes_each_step_of_a_trainer(make_trainer, tiny_llama, pairs):
