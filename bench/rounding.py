@@ -1,9 +1,10 @@
-"""What rounding explains of a bfloat16 loss curve: runs of fastalign on the same rows in which nothing else changes.
+"""What rounding explains of a bfloat16 run: runs of fastalign on the same rows in which nothing else changes.
 
 An update by Adam moves each weight by about its learning rate however small its gradient, so that the last bits of
-bfloat16 activations decide much of the next loss, and no fixed tolerance says how much. So it is measured: in float32,
-with other last bits in the weights, and, for peers, with peft's own LoRA layers, which round an adapter away where it
-is small beside its layer's output. A correct loss lies within what these runs span at its step, or near it.
+bfloat16 activations decide much of the next loss, and no fixed tolerance says how much. So it is measured, as distances
+from the run in float32: of runs with other last bits in the weights and, for peers, of one with peft's own LoRA layers,
+which round an adapter away where it is small beside its layer's output. Losses, and the gradient of the first step,
+which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 
 import torch
 
+FACTOR = 3  # of the largest of few draws
+SKETCH = 1024
 FLOAT32 = "fastalign, float32"
 PEFT = "fastalign, peft's layers"
 LAST_BITS = ("fastalign, last bits 1", "fastalign, last bits 2", "fastalign, last bits 3")
@@ -35,9 +38,23 @@ def change(model: torch.nn.Module, twin: str) -> None:
         scoring.speed_up_linear = lambda model: None
 
 
-def unexplained(losses: list[float], curves: dict[str, list[float]], ours: bool) -> float:
-    """The largest distance of a loss from what the twins' losses of its step span; nan where one is not a number."""
-    spans = zip(*(curve for twin, curve in curves.items() if twin != PEFT or not ours), strict=True)
-    outside = [max(min(span) - loss, loss - max(span), 0.0) for loss, span in zip(losses, spans, strict=True)]
-    numbers = [*losses, *(loss for curve in curves.values() for loss in curve)]
-    return math.nan if any(map(math.isnan, numbers)) else max(outside)
+def sketch(model: torch.nn.Module) -> list[float]:
+    """`SKETCH` sums of the gradients' entries with random signs: their lengths and distances are kept within 5 %."""
+    grads = torch.cat([p.grad.float().flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
+    grads = torch.nn.functional.pad(grads.cpu(), (0, -grads.numel() % SKETCH))
+    signs = torch.randint(0, 2, grads.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (grads * signs).view(SKETCH, -1).sum(1).tolist()
+
+
+def distances(run, exact) -> dict[str, float]:
+    """How far a run's losses are from the exact run's, and its gradient, beside the exact one's length."""
+    losses = [abs(a - b) for a, b in zip(run.losses, exact.losses, strict=True)]
+    gradient = math.dist(run.gradient, exact.gradient) / math.hypot(*exact.gradient)
+    return {"loss": math.nan if any(map(math.isnan, losses)) else max(losses), "gradient": gradient}
+
+
+def allowed(runs: dict, ours: bool) -> dict[str, float]:
+    """What a run's distances may be; runs: twin -> run."""
+    others = [r for twin, r in runs.items() if twin != FLOAT32 and not (ours and twin == PEFT)]
+    found = [distances(r, runs[FLOAT32]) for r in others]
+    return {what: FACTOR * max(d[what] for d in found) for what in ("loss", "gradient")}

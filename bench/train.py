@@ -42,8 +42,7 @@ LEARNING_RATE = {"lora": 1e-4, "full": 1e-6}
 BETA = 0.1
 # (least, mean, most) tokens of prompts and completions
 PROFILES = {"dialogue": ((20, 120, 400), (10, 40, 200)), "long": ((400, 800, 1500), (10, 40, 200))}
-# How far a correct loss may be from the other trainer's (float32), or outside of what rounding explains (bfloat16).
-AGREE = {"float32": 1e-4, "bfloat16": 5e-2}
+AGREE = 1e-4  # how far a correct float32 loss may be from the other trainer's; for bfloat16 see `rounding`
 IMPLEMENTATIONS = ("fastalign", "TRL", "TRL, no checkpointing")
 
 
@@ -90,6 +89,7 @@ class Run:
     flop: int  # that a step cannot avoid, and the reference's with it
     peak_bytes: int  # the process's peak resident set while training
     extra_bytes: int  # the same, less what was resident when model and rows were loaded
+    gradient: list[float]  # of the first step, as `rounding.sketch` keeps it
 
 
 # Rows
@@ -201,7 +201,7 @@ def train(case_name: str, implementation: str) -> Run:
     model = load_model(MODEL, dtype=case.dtype if case.tuning == "lora" else "float32")
     rounding.change(model, implementation)
     data = rows(case.profile, tokenizer, PAIRS * case.steps)
-    step_s, losses = [], []
+    step_s, losses, gradient = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         resident = peak_resident(reset=True)
         if implementation.startswith("fastalign"):
@@ -210,12 +210,18 @@ def train(case_name: str, implementation: str) -> Run:
             trainer = _trl(case, model, tokenizer, data, folder, checkpointing="no checkpointing" not in implementation)
         trainer.add_callback(_clock(step_s))
         step = trainer.training_step
-        trainer.training_step = lambda *args, **kwargs: _kept(losses, step(*args, **kwargs))
+
+        def kept(model, *args, **kwargs):
+            losses.append((loss := step(model, *args, **kwargs)).item())
+            gradient[:] = gradient or rounding.sketch(trainer.accelerator.unwrap_model(model))
+            return loss
+
+        trainer.training_step = kept
         trainer.train()
     tokens, scored = _useful_tokens(data, tokenizer)
     peak = peak_resident()
     flop = _flop(model, tokens, scored, case.tuning) // case.steps
-    return Run(step_s, losses, trainer.reference_s, tokens, scored, flop, peak, peak - resident)
+    return Run(step_s, losses, trainer.reference_s, tokens, scored, flop, peak, peak - resident, gradient)
 
 
 def _flop(model, tokens: int, scored: int, tuning: str) -> int:
@@ -231,11 +237,6 @@ def _flop(model, tokens: int, scored: int, tuning: str) -> int:
     )
     passes = 1 + 1 + (1 if tuning == "lora" else 2)
     return 2 * passes * (tokens * body + scored * head)
-
-
-def _kept(losses: list[float], loss: torch.Tensor) -> torch.Tensor:
-    losses.append(loss.item())
-    return loss
 
 
 def _useful_tokens(data: list[dict[str, str]], tokenizer) -> tuple[int, int]:
@@ -293,19 +294,19 @@ def _gemm_rate(case_name: str, limit_s: float) -> int:
     return round(products.sizes["flop"] / products.median_s)
 
 
-def _twins(case_name: str) -> dict[str, list[float]]:
-    """The loss curves that rounding explains; none in float32."""
+def _twins(case_name: str) -> dict[str, Run]:
+    """The runs that tell what rounding explains; none in float32."""
     case = CASES[case_name]
     if case.dtype == "float32":
         return {}
-    curves = {}
+    found = {}
     for twin in rounding.twins(case.tuning, multiplies_bfloat16()):
         try:
-            curves[twin] = in_fresh_process(case_name, twin).losses
+            found[twin] = in_fresh_process(case_name, twin)
         except Missing as reason:
-            raise SystemExit(f"the run that losses are held to failed, {twin}: {reason}") from reason
-        say(f"    {twin}: losses {_curve(curves[twin])}")
-    return curves
+            raise SystemExit(f"a run that others are held to failed, {twin}: {reason}") from reason
+        say(f"    {twin}: losses {_curve(found[twin].losses)}")
+    return found
 
 
 def _apart(name: str, runs: dict[str, list[Run]]) -> float:
@@ -322,29 +323,35 @@ def _curve(losses: list[float]) -> str:
     return " ".join(f"{loss:.5f}" for loss in losses)
 
 
-def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, list[float]]) -> tuple[float, str]:
+def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, Run]) -> tuple[dict[str, float], str]:
     """How far the losses are off, and from what; SystemExit where that is more than the precision explains."""
-    losses = runs[name][0].losses
-    off = apart = _apart(name, runs)
-    checked = f"{case.steps} losses against the other trainer's"
     if twins:
-        off = rounding.unexplained(losses, twins, ours=name == "fastalign")
-        apart = max(abs(a - b) for a, b in zip(losses, twins[rounding.FLOAT32], strict=True))
-        checked = f"{case.steps} losses against float32's, and by what other rounding changes"
-    if not off <= AGREE[case.dtype]:
-        raise SystemExit(
-            f"{name} on {case.name}: the loss curves differ by {off:.2g}, more than the {AGREE[case.dtype]:.0e} that "
-            f"{case.dtype} explains; nothing was written"
+        off, allowed = (
+            rounding.distances(runs[name][0], twins[rounding.FLOAT32]),
+            rounding.allowed(twins, name == "fastalign"),
         )
-    return apart, checked
+        checked = f"{case.steps} losses and a gradient against float32's, by what other rounding changes"
+    else:
+        off, allowed, checked = (
+            {"loss": _apart(name, runs)},
+            {"loss": AGREE},
+            f"{case.steps} losses against the other trainer's",
+        )
+    for what, distance in off.items():
+        if not distance <= allowed[what]:
+            raise SystemExit(
+                f"{name} on {case.name}: its {what} differs by {distance:.2g}, more than the {allowed[what]:.2g} that "
+                f"{case.dtype} explains; nothing was written"
+            )
+    return off, checked
 
 
 def _measurement(
-    case_name: str, name: str, runs: dict[str, list[Run]], twins: dict[str, list[float]], load_before: float, rate: int
+    case_name: str, name: str, runs: dict[str, list[Run]], twins: dict[str, Run], load_before: float, rate: int
 ) -> Measurement:
     case, done = CASES[case_name], runs[name]
     say(f"    {name}: losses {_curve(done[0].losses)}")
-    apart, checked = _check(case, name, runs, twins)
+    off, checked = _check(case, name, runs, twins)
     # Steps differ in their tokens, so a run counts by its mean.
     seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / case.steps for r in done]
     q1, median, q3 = quartiles(seconds)
@@ -359,7 +366,7 @@ def _measurement(
     }
     return Measurement(
         "train", case_name, sizes, name, median, q1, q3, len(seconds), max(r.extra_bytes for r in done),
-        {"loss": apart}, checked, load=round(load_before, 2), losses=done[0].losses, **environment(),
+        off, checked, load=round(load_before, 2), losses=done[0].losses, **environment(),
     )  # fmt: skip
 
 
