@@ -111,6 +111,25 @@ double ewc_penalty(const Kernels& k, int dtype, int anchor_dtype, double strengt
     return k.ewc_penalty(problem, pool(workers, parallel_for));
 }
 
+void rms_norm(const Kernels& k, int dtype, std::int64_t rows, std::int64_t width, double eps, std::uintptr_t x,
+              std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t grad, std::uintptr_t out, int workers,
+              std::uintptr_t parallel_for) {
+    py::gil_scoped_release release;
+    k.rms_norm({static_cast<fastalign::DType>(dtype), rows, width, eps, reinterpret_cast<const void*>(x),
+                reinterpret_cast<const void*>(weight), reinterpret_cast<void*>(scale),
+                reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(out)},
+               pool(workers, parallel_for));
+}
+
+void gated(const Kernels& k, int dtype, std::int64_t size, std::uintptr_t gate, std::uintptr_t up, std::uintptr_t out,
+           std::uintptr_t grad, std::uintptr_t d_gate, std::uintptr_t d_up, int workers, std::uintptr_t parallel_for) {
+    py::gil_scoped_release release;
+    k.gated({static_cast<fastalign::DType>(dtype), size, reinterpret_cast<const void*>(gate),
+             reinterpret_cast<const void*>(up), reinterpret_cast<void*>(out), reinterpret_cast<const void*>(grad),
+             reinterpret_cast<void*>(d_gate), reinterpret_cast<void*>(d_up)},
+            pool(workers, parallel_for));
+}
+
 void bind_problems(py::module_& m) {
     using H = HeadProblem;
     py::class_<H>(m, "HeadProblem", py::module_local())
@@ -241,6 +260,8 @@ void bind_kernels(py::module_& m) {
              })
         .def("accumulate_fisher", &accumulate_fisher)
         .def("ewc_penalty", &ewc_penalty)
+        .def("rms_norm", &rms_norm)
+        .def("gated", &gated)
         .def("divergence",
              [](const Kernels& k, const DivergenceProblem& problem, int workers, std::uintptr_t parallel_for) {
                  py::gil_scoped_release release;

@@ -182,6 +182,18 @@ def ewc_penalty(parameters, anchors, fishers, strength: float = 1.0) -> Tensor:
     return strength / 2 * sum((f * (p.to(dtype) - a.to(dtype)) ** 2).sum() for p, a, f in terms)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x w / sqrt(mean(x^2) + eps)`, the mean over the last dimension. x (..., H), weight (H,) -> (..., H)."""
+    x = x.to(compute_dtype(x, weight))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, of one shape: SwiGLU between its products."""
+    gate = gate.to(compute_dtype(gate, up))
+    return gate * torch.sigmoid(gate) * up
+
+
 def with_tail(logprobs: Tensor) -> Tensor:
     """Log-probabilities (..., k) of some entries, and behind them that of all others, `log(1 - sum exp)`.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastalign.attention import packed_attention, prepare_model
+from fastalign.body import speed_up_body
 from fastalign.errors import ModelError
 from fastalign.linear import speed_up_linear
 from fastalign.ops import linear_logprobs
@@ -62,6 +63,7 @@ def prepare(model: nn.Module) -> str:
     language models, or whose output layer gives other log-probabilities than fastalign's reading of it.
     """
     speed_up_linear(model)
+    speed_up_body(model)
     layout = prepare_model(model)
     base = causal_lm(model)
     if not hasattr(base, "_fastalign_forward"):

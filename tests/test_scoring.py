@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
+from fastalign.body import speed_up_body
 from fastalign.errors import ModelError
 from fastalign.packing import pack
 from fastalign.scoring import causal_lm, lay_out, output_head, prepare
@@ -60,8 +61,10 @@ def stock(model, dtype=torch.float32) -> torch.Tensor:
 
 
 def budget(model, expected: torch.Tensor) -> float:
-    """Twice what float32 loses in the stock forward itself, and one rounding: see float64."""
-    exact = stock(copy.deepcopy(model).double(), torch.float64)
+    """Twice what float32 loses in the stock forward itself, and one rounding: see float64, of norms too."""
+    wide = copy.deepcopy(model)
+    speed_up_body(wide)  # a stock RMSNorm is in float32 whatever it is given
+    exact = stock(wide.double(), torch.float64)
     return 2 * ((expected - exact).abs().max().item() + EPS * exact.abs().max().item())
 
 
@@ -73,10 +76,8 @@ def assert_scores_are_the_models_own(model, batch=None):
     layout = prepare(model)
     scores = model(packed=batch or lay_out(EXAMPLES, layout, pad_token_id=0))
     assert (scores.logprobs - expected).abs().max().item() <= allowed
-    # Called as ever, it answers as ever; an adapter is added to its layer's product in another order.
-    again = stock(model)
-    same = hasattr(model, "peft_config") and (again - expected).abs().max().item() <= allowed
-    assert same or torch.equal(again, expected)
+    # Called as ever, it answers as ever, up to the order and number of roundings.
+    assert (stock(model) - expected).abs().max().item() <= allowed
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -333,6 +333,40 @@ void check_divergence(const Kernels& kernels, const Data& data, DType dtype) {
     }
 }
 
+// Norms and gated activations, forward and backward, in buffers of just their size: for the sanitizers, and that
+// threads change no bit. Their values are held to float64 in tests/test_body.py.
+template <typename In, typename Acc>
+std::vector<In> run_body(const Kernels& kernels, DType dtype, int threads) {
+    constexpr std::int64_t rows = 37, width = 75, size = rows * width;
+    std::vector<In> in[3], out[5];
+    for (auto& v : in) v.resize(size);
+    for (auto& v : out) v.resize(size);
+    std::vector<Acc> scale(rows);
+    for (auto& v : in) {  // small positive numbers of any dtype: exponents around 1, whatever behind them
+        for (std::int64_t i = 0; i < size; ++i) {
+            const Acc x = static_cast<Acc>(0.5 + (i * 7 % 13) / 16.0);
+            if constexpr (sizeof(In) == sizeof(Acc)) std::memcpy(&v[i], &x, sizeof(x));
+            else v[i] = static_cast<In>(dtype == DType::bf16 ? 0x3f00 + i * 7 % 256 : 0x3800 + i * 7 % 1024);
+        }
+    }
+    const Pool pool{threads, nullptr};
+    kernels.rms_norm({dtype, rows, width, 1e-5, in[0].data(), in[1].data(), scale.data(), nullptr, out[0].data()}, pool);
+    kernels.rms_norm({dtype, rows, width, 1e-5, in[0].data(), in[1].data(), scale.data(), in[2].data(), out[1].data()}, pool);
+    kernels.gated({dtype, size, in[0].data(), in[1].data(), out[2].data(), nullptr, nullptr, nullptr}, pool);
+    kernels.gated({dtype, size, in[0].data(), in[1].data(), nullptr, in[2].data(), out[3].data(), out[4].data()}, pool);
+    std::vector<In> all;
+    for (const auto& v : out) all.insert(all.end(), v.begin(), v.end());
+    return all;
+}
+
+template <typename In, typename Acc>
+void check_body(const Kernels& kernels, DType dtype) {
+    const std::vector<In> first = run_body<In, Acc>(kernels, dtype, 1);
+    for (const int threads : {2, 8})
+        expect(run_body<In, Acc>(kernels, dtype, threads) == first, kernels.name, static_cast<int>(dtype),
+               "threads change a norm or a gate", threads);
+}
+
 }  // namespace
 
 int main() {
@@ -349,6 +383,12 @@ int main() {
     for (const Kernels* kernels : available_kernels()) {
         check(*kernels, data, truth, DType::f32);
         check_divergence(*kernels, data, DType::f32);
+    }
+    for (const Kernels* kernels : available_kernels()) {
+        check_body<float, float>(*kernels, DType::f32);
+        check_body<double, double>(*kernels, DType::f64);
+        check_body<std::uint16_t, float>(*kernels, DType::bf16);
+        check_body<std::uint16_t, float>(*kernels, DType::f16);
     }
     check_preference();
     std::printf(failures ? "%d failures\n" : "all good\n", failures);

@@ -41,8 +41,6 @@ struct WideSum {
 template <typename T, typename In, typename Anchor>
 class EwcPass {
     static constexpr std::int64_t chunk = 1 << 16, block = 512, step = lanes<T>;
-    typedef std::uint32_t Bits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
-    typedef std::uint16_t HalfBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / 2)));
     const EwcProblem& p_;
     const T strength_;
     struct Item {
@@ -56,37 +54,13 @@ class EwcPass {
         bool fresh;
     };
 
-    static FASTALIGN_INLINE Vec<T> widened(const T* at) { return load(at); }
-    static FASTALIGN_INLINE Vec<T> widened(const f16* at) {
-        T wide[step];
-        widen_row(at, wide, step);
-        return load(wide);
-    }
-    static FASTALIGN_INLINE Vec<T> widened(const bf16* at) {  // as `widen`, of which the compiler makes no vectors here
-        HalfBits half;
-        std::memcpy(&half, at, sizeof(half));
-        return reinterpret_cast<Vec<T>>(__builtin_convertvector(half, Bits) << 16);
-    }
-
-    static FASTALIGN_INLINE void put(Vec<T> values, T* at) { store(at, values); }
-    static FASTALIGN_INLINE void put(Vec<T> values, f16* at) {
-        T wide[step];
-        store(wide, values);
-        narrow_row(wide, at, step);
-    }
-    static FASTALIGN_INLINE void put(Vec<T> values, bf16* at) {  // as `narrow`
-        const Bits bits = reinterpret_cast<Bits>(values), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-        const HalfBits half = __builtin_convertvector((values == values ? rounded : bits | 0x400000u) >> 16, HalfBits);
-        std::memcpy(at, &half, sizeof(half));
-    }
-
     // F (theta - theta0)^2 of a vector of entries; their gradient is given. All streams side by side: one after another,
     // fewer lines of memory are on their way at a time.
     FASTALIGN_INLINE Vec<T> one_step(const Streams& s, std::int64_t at) const {
-        const Vec<T> distance = widened(s.theta + at) - widened(s.anchor + at);
+        const Vec<T> distance = load_wide<T>(s.theta + at) - load_wide<T>(s.anchor + at);
         const Vec<T> weighted = s.fisher ? distance * load(s.fisher + at) : distance;
-        if (s.grad && s.fresh) put(weighted * strength_, s.grad + at);
-        else if (s.grad) put(widened(s.grad + at) + weighted * strength_, s.grad + at);
+        if (s.grad && s.fresh) store_narrow<T>(weighted * strength_, s.grad + at);
+        else if (s.grad) store_narrow<T>(load_wide<T>(s.grad + at) + weighted * strength_, s.grad + at);
         return weighted * distance;
     }
 

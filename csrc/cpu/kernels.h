@@ -21,6 +21,8 @@ struct Kernels {
     void (*divergence)(const DivergenceProblem&, const Pool&);
     void (*accumulate_fisher)(const FisherProblem&, const Pool&);
     double (*ewc_penalty)(const EwcProblem&, const Pool&);  // sum F (theta - theta0)^2, and the gradients
+    void (*rms_norm)(const RmsNormProblem&, const Pool&);
+    void (*gated)(const GatedProblem&, const Pool&);
     void (*exp_f32)(const float* in, float* out, std::int64_t n);  // for the test of its error
 };
 

@@ -4,6 +4,7 @@
 #ifdef FASTALIGN_BRGEMM
 #include "tiles_brgemm.h"
 #endif
+#include "body.h"
 #include "ewc.h"
 #include "fisher.h"
 #include "linear_divergence.h"
@@ -59,7 +60,8 @@ const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES
                          Shape<double>::panel, Shape<float>::tile, &run<ForwardPass, ForwardProblem>,
                          &run<BackwardPass, BackwardProblem>, &run_selective<false>, &run_selective<true>,
                          &run<DivergencePass, DivergenceProblem>,
-                         &run<FisherPass, FisherProblem>, &ewc_penalty, &exp_f32};
+                         &run<FisherPass, FisherProblem>, &ewc_penalty,
+                         &run<RmsNormPass, RmsNormProblem>, &run<GatedPass, GatedProblem>, &exp_f32};
 
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

@@ -114,4 +114,26 @@ struct EwcProblem {
     std::vector<EwcTensor> tensors;
 };
 
+// Rows of a root-mean-square norm; everything contiguous and of the same dtype. Backward where there is a gradient.
+struct RmsNormProblem {
+    DType dtype;
+    std::int64_t rows, width;
+    double eps;
+    const void* x;       // (rows, width)
+    const void* weight;  // (width,)
+    void* scale;         // Acc (rows,): 1 / sqrt(mean(x^2) + eps), out of forward and into backward
+    const void* grad;    // (rows, width), or null
+    void* out;           // (rows, width): the norm, or the gradient in x
+};
+
+// silu(gate) * up, entry by entry; everything contiguous and of the same dtype. Backward where there is a gradient.
+struct GatedProblem {
+    DType dtype;
+    std::int64_t size;
+    const void *gate, *up;
+    void* out;                // or null in backward
+    const void* grad;         // or null
+    void *d_gate, *d_up;      // of backward
+};
+
 }  // namespace fastalign

@@ -175,5 +175,43 @@ FASTALIGN_INLINE void narrow_row(const float* in, f16* out, std::int64_t n) {
 }
 #endif
 
+// A vector of entries in the accumulators' type T, from and to the tensors'.
+typedef std::uint32_t WordBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
+typedef std::uint16_t HalfBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / 2)));
+
+template <typename T>
+FASTALIGN_INLINE Vec<T> load_wide(const T* at) {
+    return load(at);
+}
+template <typename T>
+FASTALIGN_INLINE Vec<T> load_wide(const f16* at) {
+    T wide[lanes<T>];
+    widen_row(at, wide, lanes<T>);
+    return load(wide);
+}
+template <typename T>
+FASTALIGN_INLINE Vec<T> load_wide(const bf16* at) {  // as `widen`, of which the compiler makes no vectors here
+    HalfBits half;
+    std::memcpy(&half, at, sizeof(half));
+    return reinterpret_cast<Vec<T>>(__builtin_convertvector(half, WordBits) << 16);
+}
+
+template <typename T>
+FASTALIGN_INLINE void store_narrow(Vec<T> values, T* at) {
+    store(at, values);
+}
+template <typename T>
+FASTALIGN_INLINE void store_narrow(Vec<T> values, f16* at) {
+    T wide[lanes<T>];
+    store(wide, values);
+    narrow_row(wide, at, lanes<T>);
+}
+template <typename T>
+FASTALIGN_INLINE void store_narrow(Vec<T> values, bf16* at) {  // as `narrow`
+    const WordBits bits = reinterpret_cast<WordBits>(values), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const HalfBits half = __builtin_convertvector((values == values ? rounded : bits | 0x400000u) >> 16, HalfBits);
+    std::memcpy(at, &half, sizeof(half));
+}
+
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign
