@@ -22,8 +22,8 @@ def speed_up_body(model: nn.Module) -> None:
     """Lets the model's RMSNorms and SwiGLU blocks take the passes above where they apply; changed in place.
 
     Modules are told by their parts, and by computing the same as `reference.rms_norm` or `reference.gated` on a few
-    numbers. Each call looks whether it applies (on the CPU, inputs and weights of one dtype) and otherwise goes the
-    module's own way.
+    numbers. Each call looks whether it applies (on the CPU, tensors of one dtype, no transform of torch.func) and
+    otherwise goes the module's own way.
     """
     if native.why_not() or native.why_no_kernel("rms_norm"):
         return
@@ -70,16 +70,21 @@ def _eps(module: nn.Module) -> float | None:
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
     weight = self.weight  # may be another one for the call: the Fisher information gives each token its own
-    if native.why_not(x, weight) or x.dtype != weight.dtype or weight.shape != x.shape[-1:]:
+    if not _applies(x, weight) or weight.shape != x.shape[-1:]:
         return type(self).forward(self, x)
     return _RmsNorm.apply(x, weight, _eps(self))
 
 
 def _gated_block(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if native.why_not(gate, up) or gate.dtype != up.dtype:
+    if not _applies(gate, up):
         return self.down_proj(self.act_fn(gate) * up)
     return self.down_proj(_Gated.apply(gate, up))
+
+
+def _applies(x: Tensor, other: Tensor) -> bool:
+    """On the CPU and of one dtype; under vmap and its like tensors have no address."""
+    return not (native.why_not(x, other) or x.dtype != other.dtype or torch._C._are_functorch_transforms_active())
 
 
 class _RmsNorm(torch.autograd.Function):

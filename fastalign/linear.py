@@ -12,6 +12,7 @@ for it as autocast does: `[x, x A'] [W, s B]'`, one product.
 
 from __future__ import annotations
 
+import os
 import types
 from functools import cache
 
@@ -43,6 +44,15 @@ def _is_lora(module: nn.Module) -> bool:
     """peft's LoRA around a plain linear layer; told by its parts, since peft need not be imported to use fastalign."""
     base = getattr(module, "base_layer", None)
     return type(base) is nn.Linear and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+
+
+def keep_few_primitives() -> None:
+    """Lets oneDNN keep 64 compiled products, where the environment does not say how many; before it is first used.
+
+    It keeps 1024, a third of a megabyte each, one for each shape it meets, and packed rows are of another length at
+    each step: nothing is found again but what the layers of one step share.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @cache

@@ -26,6 +26,7 @@ from fastalign.collate import Collator, check_fit, with_mismatched
 from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.layerwise import split_groups
+from fastalign.linear import keep_few_primitives
 from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import PackedBatch
@@ -69,6 +70,7 @@ class AlignmentTrainer(Trainer):
         regularizers: Sequence = (),
         **trainer_options,
     ):
+        keep_few_primitives()
         if processing_class is None and isinstance(model, (str, Path)):
             processing_class = load_tokenizer(model)
         if processing_class is None:

@@ -207,6 +207,9 @@ def test_what_it_cannot_take_goes_its_own_way(monkeypatch):
     each = {"weight": numbers(3, 8, dtype=torch.float32)}
     found = torch.func.functional_call(norm, each, (x.float(),))
     assert torch.equal(found, reference.rms_norm(x.float(), each["weight"], EPS)), "a weight for each token"
+    for module in (norm, block):
+        one_by_one = torch.func.vmap(module)(x.float())
+        torch.testing.assert_close(one_by_one, type(module).forward(module, x.float()))
     with torch.device("meta"):
         assert block.to("meta")(torch.empty(3, 8)).shape == (3, 8)
         assert norm.to("meta")(torch.empty(3, 8)).shape == (3, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -161,6 +162,21 @@ def test_before_the_first_step_policy_and_reference_agree(make_trainer, monkeypa
     trainer._check_start(reference, reference + 2e-6, None)  # measured on an H200
     with pytest.raises(ModelError, match=r"by 0\.001; they must be equal within 0\.0001\. "):
         trainer._check_start(reference, reference + 1e-3, None)
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, "64"), ("7", "7")])
+def test_few_compiled_products_are_kept_unless_the_environment_says_otherwise(
+    make_trainer, pairs, monkeypatch, said, kept
+):
+    """Before the model runs: oneDNN reads it once, at its first product."""
+    name, seen = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
+    monkeypatch.setenv(name, said or "")
+    if said is None:
+        monkeypatch.delenv(name)
+    prepare = trainer_module.prepare
+    monkeypatch.setattr(trainer_module, "prepare", lambda model: seen.append(os.environ.get(name)) or prepare(model))
+    make_trainer(gpt2(dtype=torch.float32), pairs)
+    assert seen == [kept]
 
 
 def test_nll_over_prompt_and_completion(make_trainer, tokenizer):

@@ -14,6 +14,7 @@ from torch import nn
 from fastalign.config import PreferenceConfig
 from fastalign.data import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.scoring import prepare
 from fastalign.trainer import PreferenceTrainer, SFTTrainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -55,6 +56,7 @@ def test_saved_adapter_is_safetensors_and_loads(make_trainer, tiny_llama, pairs,
     assert (folder / "adapter_model.safetensors").exists()
     assert not [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
     loaded = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    prepare(loaded)  # the same passes, for the same bits
     row = tokenize(pairs[:1], tokenizer)[0][0]
     with torch.no_grad():
         ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]])
