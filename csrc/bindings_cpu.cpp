@@ -17,6 +17,7 @@
 #include "cpu/workspace.h"
 
 namespace py = pybind11;
+using fastalign::AttentionProblem;
 using fastalign::BackwardProblem;
 using fastalign::DivergenceProblem;
 using fastalign::ForwardProblem;
@@ -208,6 +209,36 @@ void bind_selective(py::module_& m) {
         .def_readwrite("cache_bytes", &S::cache_bytes);
 }
 
+void bind_attention(py::module_& m) {
+    using A = AttentionProblem;
+    auto heads = [](fastalign::Heads A::*field) {
+        return [field](A& p, const std::tuple<std::uintptr_t, std::int64_t, std::int64_t>& of) {
+            const auto& [at, head, token] = of;
+            p.*field = {reinterpret_cast<const void*>(at), head, token};
+        };
+    };
+    py::class_<A>(m, "AttentionProblem", py::module_local())
+        .def(py::init([] { return A{}; }))
+        .def_property("dtype", nullptr, [](A& p, int dtype) { p.dtype = static_cast<fastalign::DType>(dtype); })
+        .def_readwrite("heads", &A::heads)
+        .def_readwrite("key_heads", &A::key_heads)
+        .def_readwrite("width", &A::width)
+        .def_readwrite("value_width", &A::value_width)
+        .def_property("query", nullptr, heads(&A::query))
+        .def_property("key", nullptr, heads(&A::key))
+        .def_property("value", nullptr, heads(&A::value))
+        .def_property("grad", nullptr, heads(&A::grad))
+        .def_property("segments", nullptr, address(&A::segments))
+        .def_readwrite("count", &A::count)
+        .def_readwrite("scaling", &A::scaling)
+        .def_readwrite("window", &A::window)
+        .def_property("out", nullptr, address(&A::out))
+        .def_property("log_sums", nullptr, address(&A::log_sums))
+        .def_property("d_query", nullptr, address(&A::d_query))
+        .def_property("d_key", nullptr, address(&A::d_key))
+        .def_property("d_value", nullptr, address(&A::d_value));
+}
+
 // Whether this BRGEMM takes pairs on this machine; libtorch throws where it does not.
 bool multiplies_pairs(fastalign::Brgemm brgemm, fastalign::BrgemmRelease release) try {
     constexpr std::int64_t m = 16, n = 32, k = 4;
@@ -262,6 +293,11 @@ void bind_kernels(py::module_& m) {
         .def("ewc_penalty", &ewc_penalty)
         .def("rms_norm", &rms_norm)
         .def("gated", &gated)
+        .def("attention",
+             [](const Kernels& k, const AttentionProblem& problem, int workers, std::uintptr_t parallel_for) {
+                 py::gil_scoped_release release;
+                 k.attention(problem, pool(workers, parallel_for));
+             })
         .def("divergence",
              [](const Kernels& k, const DivergenceProblem& problem, int workers, std::uintptr_t parallel_for) {
                  py::gil_scoped_release release;
@@ -297,6 +333,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("preference_loss_backward_f64", &preference_loss_backward<double>);
     bind_problems(m);
     bind_selective(m);
+    bind_attention(m);
     bind_kernels(m);
     m.def("prefer_huge_pages", [](std::uintptr_t data, std::size_t bytes) {
         fastalign::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);

@@ -2,10 +2,11 @@
 
 transformers lets a model's attention and mask functions be exchanged by name. Under the name "fastalign" the mask
 function returns, instead of a mask tensor, a `PackedMask`, which reaches every layer as its `attention_mask`; there
-the attention function runs one call per segment, or one for all of them on a GPU (`varlen.py`). A segment is a run of
-queries over `[prefix |] itself`: a group's prompt and first completion are one plainly causal segment, each further
-completion is a segment with the prompt as its prefix. Nothing is computed twice, and the layout survives the
-recomputation of gradient checkpointing, because it is an argument of the layer.
+the attention function runs one call for all segments (`varlen.py` on a GPU, `cpu_attention.py`), or one per segment
+where the model asks for more than those know. A segment is a run of queries over `[prefix |] itself`: a group's prompt
+and first completion are one plainly causal segment, each further completion is a segment with the prompt as its prefix.
+Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is an argument
+of the layer.
 
 Without a layout both functions do what transformers' "sdpa" does, so a prepared model generates as before.
 """
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign import varlen
+from fastalign import cpu_attention, varlen
 from fastalign.errors import ModelError
 from fastalign.linear import multiplies
 from fastalign.packing import Group, PackedBatch, pack, pad
@@ -48,6 +50,8 @@ class PackedMask:
             for start, stop in completions[1:]:
                 self.segments.append(Segment(stop - start, prompt[1] - prompt[0], head))
         self.length = sum(segment.length for segment in self.segments)
+        starts = [0, *accumulate(segment.length for segment in self.segments)]
+        self.table = torch.tensor([(starts[i], s.length, starts[s.head], s.prefix) for i, s in enumerate(self.segments)])
         self._masks: dict[torch.device, list[Tensor | None]] = {}
         self._varlen: dict[torch.device, varlen.Varlen] = {}
 
@@ -160,7 +164,13 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedM
             name, query, key, value, packed.varlen(query.device), window=packed.window, dropout=options.dropout,
             scaling=options.scaling, softcap=options.softcap,
         )  # fmt: skip
-    attend = _sdpa if options.softcap is None and options.sinks is None else _explicit_attention
+    plain = options.softcap is None and options.sinks is None
+    if plain and not options.dropout and query.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+        if cpu_attention.takes(query, key, value):
+            return cpu_attention.attend(query, key, value, packed.table, packed.window, options.scaling)
+    attend = _sdpa if plain else _explicit_attention
     if not query.is_cuda and not multiplies(dtype := query.dtype):
         query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
@@ -308,33 +318,48 @@ def _hidden(body: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return hidden.flatten(0, 1)[batch.score_index]  # (S, H)
 
 
+def _alone(body: PreTrainedModel) -> Tensor:
+    """The same from each sequence of the probe in a row of its own."""
+    rows = [
+        {"prompt_ids": example["prompt_ids"], "completion_ids": [completion]}
+        for example in _examples(body, _PROBE)
+        for completion in example["completion_ids"]
+    ]
+    return torch.cat([_hidden(body, pack([row])) for row in rows])
+
+
 class _Reference:
-    """Hidden states of the probe from padded rows, each sequence on its own, and what counts as equal to them."""
+    """Hidden states of the probe from padded rows under the model's own attention, and what counts as equal to them."""
 
     def __init__(self, body: PreTrainedModel):
         batch = pad(_examples(body, _PROBE), pad_token_id=0)
         self.hidden = _hidden(body, batch)
         others = _hidden(body, pad(_examples(body, _OTHER_CONTEXT), pad_token_id=0))
-        # Measured as a share of what another context changes: rounding stays under 5e-6 in float32 and 1.3 eps in
-        # bfloat16 over 30 layers, while one token too many, or a wrong position, makes 0.1 to 2.
-        self.tolerance = max(1e-4, 4 * torch.finfo(others.dtype).eps) * _distance(self.hidden, others).mean()
+        # Measured as a share of what another context changes: one token too many, or a wrong position, makes 0.1 to 2.
+        # Rounding by the same attention stays under 5e-6 in float32 and 1.3 eps in bfloat16 over 30 layers; two kinds
+        # of attention, which round differently at every layer, are 9 eps apart there.
+        context, eps = _distance(self.hidden, others).mean(), torch.finfo(others.dtype).eps
+        self.same, self.close = (max(1e-4, share * eps) * context for share in (4, 32))
         before_first, before_second = self.hidden[batch.cu_seqlens[:2]]
-        if _distance(before_first, before_second) > self.tolerance:
+        if _distance(before_first, before_second) > self.same:
             raise ModelError(
                 f"{type(body).__name__} is not causal (a token's hidden state depends on later tokens): "
                 "only causal language models are supported."
             )
 
     def mismatch(self, body: PreTrainedModel, *, share_prompts: bool) -> str | None:
-        """Why a packed row gives other hidden states, or None if it does not."""
+        """Why a packed row, by the attention the model has now, gives other hidden states, or None if it does not."""
         try:
-            hidden = _hidden(body, pack(_examples(body, _PROBE), share_prompts=share_prompts))
+            alone = _alone(body)
+            packed = _hidden(body, pack(_examples(body, _PROBE), share_prompts=share_prompts))
         # Whatever stops a model's own code from taking packed input is a reason to lay it out otherwise.
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        if (_distance(hidden, self.hidden) <= self.tolerance).all():
-            return None
-        return "its hidden states in a packed row differ from those of separate rows"
+        if not (_distance(alone, self.hidden) <= self.close).all():
+            return "its hidden states by fastalign's attention differ from those by its own"
+        if not (_distance(packed, alone) <= self.same).all():
+            return "its hidden states in a packed row differ from those of separate rows"
+        return None
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -194,6 +194,37 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
+def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
+    """Which keys each token of a packed row sees, (T, T) bool.
+
+    segments (S, 4): first token, length, first token of the prefix and its length. A token sees the prefix of its
+    segment and then its segment up to itself; of these, with a window, the last `window`.
+    """
+    tokens = int(segments[:, 1].sum())
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, length, prefix_start, prefix in segments.tolist():
+        key = torch.arange(prefix + length)
+        query = key[prefix:, None]
+        sees = (key <= query) & (key > query - (window or tokens))
+        own = slice(start, start + length)
+        seen[own, prefix_start : prefix_start + prefix] = sees[:, :prefix]
+        seen[own, own] = sees[:, prefix:]
+    return seen
+
+
+def segment_attention(query, key, value, segments: Tensor, window: int | None, scaling: float) -> Tensor:
+    """`softmax(scaling q k') v`, each token over `seen_keys`.
+
+    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). A key head serves
+    heads / key_heads heads in a row.
+    """
+    dtype, shared = compute_dtype(query, key, value), query.shape[1] // key.shape[1]
+    k, v = (t.to(dtype).repeat_interleave(shared, 1) for t in (key, value))
+    scores = scaling * query.to(dtype) @ k.transpose(-1, -2)
+    probs = scores.masked_fill(~seen_keys(segments, window), -torch.inf).softmax(-1)
+    return (probs @ v).transpose(1, 2)
+
+
 def with_tail(logprobs: Tensor) -> Tensor:
     """Log-probabilities (..., k) of some entries, and behind them that of all others, `log(1 - sum exp)`.
 

@@ -29,6 +29,7 @@ LAYERS = [
         "linear",
         "body",
         "varlen",
+        "cpu_attention",
         "formats",
         "rows",
         "preflight",

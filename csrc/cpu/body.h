@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 
 #include "pool.h"
 #include "problem.h"
@@ -14,30 +13,6 @@
 
 namespace fastalign {
 namespace FASTALIGN_ISA {
-
-// The first n entries, n up to a vector; zeros behind them.
-template <typename T, typename In>
-FASTALIGN_INLINE Vec<T> load_some(const In* at, std::int64_t n) {
-    if (n == lanes<T>) return load_wide<T>(at);
-    In some[lanes<T>] = {};
-    std::memcpy(some, at, n * sizeof(In));
-    return load_wide<T>(some);
-}
-
-template <typename T, typename In>
-FASTALIGN_INLINE void store_some(Vec<T> values, In* at, std::int64_t n) {
-    if (n == lanes<T>) return store_narrow<T>(values, at);
-    In some[lanes<T>];
-    store_narrow<T>(values, some);
-    std::memcpy(at, some, n * sizeof(In));
-}
-
-template <typename T>
-FASTALIGN_INLINE T sum_of(Vec<T> v) {
-    T total = 0;
-    for (int lane = 0; lane < lanes<T>; ++lane) total += v[lane];
-    return total;
-}
 
 // Calls f(begin, end) for blocks of [0, size).
 template <typename F>
@@ -57,24 +32,17 @@ class RmsNormPass {
     const std::int64_t n_;
     const In *x_, *weight_;
 
-    template <typename F>
-    FASTALIGN_INLINE void steps(const F& f) const {
-        std::int64_t at = 0;
-        for (; at + lanes<T> <= n_; at += lanes<T>) f(at, lanes<T>);
-        if (at < n_) f(at, n_ - at);
-    }
-
     void forward(std::int64_t row) const {
         const In* x = x_ + row * n_;
         In* out = static_cast<In*>(p_.out) + row * n_;
         Vec<T> squares{};
-        steps([&](std::int64_t at, std::int64_t n) {
+        each_vector<T>(n_, [&](std::int64_t at, std::int64_t n) {
             const Vec<T> v = load_some<T>(x + at, n);
             squares += v * v;
         });
         const T r = 1 / std::sqrt(sum_of<T>(squares) / n_ + static_cast<T>(p_.eps));
         static_cast<T*>(p_.scale)[row] = r;
-        steps([&](std::int64_t at, std::int64_t n) {
+        each_vector<T>(n_, [&](std::int64_t at, std::int64_t n) {
             store_some<T>(load_some<T>(x + at, n) * r * load_some<T>(weight_ + at, n), out + at, n);
         });
     }
@@ -84,11 +52,11 @@ class RmsNormPass {
         const In *x = x_ + row * n_, *g = static_cast<const In*>(p_.grad) + row * n_;
         In* out = static_cast<In*>(p_.out) + row * n_;
         Vec<T> products{};
-        steps([&](std::int64_t at, std::int64_t n) {
+        each_vector<T>(n_, [&](std::int64_t at, std::int64_t n) {
             products += load_some<T>(g + at, n) * load_some<T>(weight_ + at, n) * load_some<T>(x + at, n);
         });
         const T r = static_cast<const T*>(p_.scale)[row], mean = sum_of<T>(products) / n_ * r * r;
-        steps([&](std::int64_t at, std::int64_t n) {
+        each_vector<T>(n_, [&](std::int64_t at, std::int64_t n) {
             const Vec<T> gw = load_some<T>(g + at, n) * load_some<T>(weight_ + at, n);
             store_some<T>((gw - load_some<T>(x + at, n) * mean) * r, out + at, n);
         });
@@ -126,9 +94,7 @@ public:
 
     void run(const Pool& pool) const {
         deal_out(p_.size, block, pool, [&](std::int64_t begin, std::int64_t end) {
-            std::int64_t at = begin;
-            for (; at + lanes<T> <= end; at += lanes<T>) step(at, lanes<T>);
-            if (at < end) step(at, end - at);
+            each_vector<T>(end - begin, [&](std::int64_t at, std::int64_t n) { step(begin + at, n); });
         });
     }
 };

@@ -23,6 +23,7 @@ struct Kernels {
     double (*ewc_penalty)(const EwcProblem&, const Pool&);  // sum F (theta - theta0)^2, and the gradients
     void (*rms_norm)(const RmsNormProblem&, const Pool&);
     void (*gated)(const GatedProblem&, const Pool&);
+    void (*attention)(const AttentionProblem&, const Pool&);
     void (*exp_f32)(const float* in, float* out, std::int64_t n);  // for the test of its error
 };
 

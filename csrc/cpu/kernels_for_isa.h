@@ -4,6 +4,7 @@
 #ifdef FASTALIGN_BRGEMM
 #include "tiles_brgemm.h"
 #endif
+#include "attention.h"
 #include "body.h"
 #include "ewc.h"
 #include "fisher.h"
@@ -61,7 +62,8 @@ const Kernels kernels = {FASTALIGN_STRING(FASTALIGN_ISA), FASTALIGN_VECTOR_BYTES
                          &run<BackwardPass, BackwardProblem>, &run_selective<false>, &run_selective<true>,
                          &run<DivergencePass, DivergenceProblem>,
                          &run<FisherPass, FisherProblem>, &ewc_penalty,
-                         &run<RmsNormPass, RmsNormProblem>, &run<GatedPass, GatedProblem>, &exp_f32};
+                         &run<RmsNormPass, RmsNormProblem>, &run<GatedPass, GatedProblem>,
+                         &run<AttentionPass, AttentionProblem>, &exp_f32};
 
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

@@ -136,4 +136,26 @@ struct GatedProblem {
     void *d_gate, *d_up;      // of backward
 };
 
+// (heads, tokens, width), unit stride along the width; strides in elements.
+struct Heads {
+    const void* at;
+    std::int64_t head, token;
+};
+
+// Attention of one packed row. Results are contiguous. Backward where there is a gradient.
+struct AttentionProblem {
+    DType dtype;
+    std::int64_t heads, key_heads, width, value_width;
+    Heads query, key, value, grad;  // grad of the output, or null
+    // (count, 4): first token and length of a segment, and of its prefix. One without a prefix begins a group; a prefix
+    // lies in the first segment of its group.
+    const std::int64_t* segments;
+    std::int64_t count;
+    double scaling;
+    std::int64_t window;  // how many keys a query sees at most, itself among them
+    void* out;            // (tokens, heads, value_width), out of forward and into backward
+    void* log_sums;       // Acc (tokens, heads), likewise: of the exponentials of a query's scores
+    void *d_query, *d_key, *d_value;  // (tokens, heads or key_heads, width or value_width), of backward
+};
+
 }  // namespace fastalign

@@ -213,5 +213,37 @@ FASTALIGN_INLINE void store_narrow(Vec<T> values, bf16* at) {  // as `narrow`
     std::memcpy(at, &half, sizeof(half));
 }
 
+// The first n entries, n up to a vector; zeros behind them.
+template <typename T, typename In>
+FASTALIGN_INLINE Vec<T> load_some(const In* at, std::int64_t n) {
+    if (n == lanes<T>) return load_wide<T>(at);
+    In some[lanes<T>] = {};
+    std::memcpy(some, at, n * sizeof(In));
+    return load_wide<T>(some);
+}
+
+template <typename T, typename In>
+FASTALIGN_INLINE void store_some(Vec<T> values, In* at, std::int64_t n) {
+    if (n == lanes<T>) return store_narrow<T>(values, at);
+    In some[lanes<T>];
+    store_narrow<T>(values, some);
+    std::memcpy(at, some, n * sizeof(In));
+}
+
+template <typename T>
+FASTALIGN_INLINE T sum_of(Vec<T> v) {
+    T total = 0;
+    for (int lane = 0; lane < lanes<T>; ++lane) total += v[lane];
+    return total;
+}
+
+// Calls f(at, how many) for the vectors of n entries, of which the last may be shorter.
+template <typename T, typename F>
+FASTALIGN_INLINE void each_vector(std::int64_t n, const F& f) {
+    std::int64_t at = 0;
+    for (; at + lanes<T> <= n; at += lanes<T>) f(at, lanes<T>);
+    if (at < n) f(at, n - at);
+}
+
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign
