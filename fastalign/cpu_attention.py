@@ -16,19 +16,29 @@ from fastalign.ops import native
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel computes this, and faster than SDPA: on the CPU, of one dtype, not in float64."""
+    """Whether the kernel computes this, and faster than SDPA: one row on the CPU, of one dtype, not in float64.
+
+    With many threads, few key heads and one long group SDPA's backward pass may be faster: here a key head of a group is
+    one thread's.
+    """
+    one_row = len(query) == 1 and key.shape[:3] == value.shape[:3] == (1, key.shape[1], query.shape[2])
+    if not one_row or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
+        return False
     if not query.dtype == key.dtype == value.dtype or torch._C._are_functorch_transforms_active():
         return False
-    return not (native.why_not(query) or native.why_no_kernel("attention")) and native.is_fast(query.dtype)
+    unable = native.why_not(query, key, value) or native.why_no_kernel("attention")
+    return not unable and native.is_fast(query.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None, scaling: float) -> Tensor:
     """`reference.segment_attention`: softmax(scaling q k') v, each query over what it sees of its segment.
 
     Args:
-        query: (1, heads, T, D). key: (1, key_heads, T, D). value: (1, key_heads, T, Dv). On the CPU, of one dtype.
+        query: (1, heads, T, D). key: (1, key_heads, T, D). value: (1, key_heads, T, Dv). What `takes` says yes to, or
+            float64; nothing is checked here.
         segments: (S, 4) int64 on the CPU, as there. They follow each other from token 0 to T; one without a prefix
             begins a group, and a prefix lies in the first segment of its group.
+        window: how many keys a query sees at most, itself among them; None: all. scaling: of the scores.
 
     Returns:
         (1, T, heads, Dv), of the inputs' dtype.

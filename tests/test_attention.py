@@ -13,6 +13,7 @@ import transformers as tf
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
+from fastalign import attention, reference
 from fastalign.attention import NAME, Options, PackedMask, _explicit_attention, packed_attention, prepare_model
 from fastalign.errors import ModelError
 from fastalign.linear import speed_up_linear
@@ -164,16 +165,17 @@ def test_packed_equals_separate_passes_of_the_stock_model(name, dtype):
         assert_equal(result, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_gradient_checkpointing_recomputes_with_the_layout(name, use_reentrant):
-    model, examples = make_model(CONFIGS[name], torch.float64), make_examples()
+def test_gradient_checkpointing_recomputes_with_the_layout(name, use_reentrant, dtype):
+    model, examples = make_model(CONFIGS[name], dtype), make_examples()
     expected = separate(model, examples)
     prepare_model(model)
     model.train()
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    dtype = torch.float32 if name == "gemma2" else torch.float64
+    dtype = torch.float32 if name == "gemma2" else dtype
     assert_equal(batched(model, pack(examples)), expected, dtype)
 
 
@@ -230,6 +232,36 @@ def test_the_size_of_hidden_states_does_not_change_the_verdict():
     assert prepare_model(model) == "padded"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["scaling", "scaling of packed rows", "one segment"])
+def test_attention_that_computes_something_else_is_not_used(fault, dtype, monkeypatch, caplog):
+    attend = attention._packed_attention
+
+    def wrong(query, key, value, packed, options):
+        if fault == "scaling":
+            options = options._replace(scaling=2 * options.scaling)
+        elif fault == "one segment":
+            packed = PackedMask((((0, 0), ((0, packed.length),)),), None)
+        elif len(packed.segments) > 1:
+            options = options._replace(scaling=1.3 * options.scaling)
+        return attend(query, key, value, packed, options)
+
+    monkeypatch.setattr(attention, "_packed_attention", wrong)
+    assert prepare_model(make_model(CONFIGS["llama"], dtype)) == "packed"
+    assert ("by fastalign's attention differ" if fault == "scaling" else "in a packed row differ") in caplog.text
+
+
+def test_autocast_decides_in_what_attention_is_computed():
+    layout = pack(make_examples()).layout
+    packed = PackedMask(layout, None)
+    query, key, value = (torch.randn(1, heads, packed.length, 8) for heads in (4, 2, 2))
+    options = Options(0.0, 0.3, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention._packed_attention(query, key, value, packed, options)
+    halves = (t.bfloat16() for t in (query, key, value))
+    assert torch.equal(out, attention._packed_attention(*halves, packed, options)) and out.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_oss"])
 def test_generation_is_unchanged(name, padding):
@@ -279,6 +311,7 @@ def test_varlen_arguments_describe_the_same_attention(window):
         assert torch.equal(seen, torch.ones_like(seen).tril() if masks[i] is None else masks[i])
         visible[q[:, None], k] = seen
     assert torch.equal(visible, visible_by_definition(window))
+    assert torch.equal(reference.seen_keys(packed.table, window), visible)
 
 
 def visible_by_definition(window):

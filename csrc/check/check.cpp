@@ -333,6 +333,16 @@ void check_divergence(const Kernels& kernels, const Data& data, DType dtype) {
     }
 }
 
+// Small positive numbers of any dtype: exponents around 1, whatever behind them.
+template <typename In, typename Acc>
+void fill_near_one(std::vector<In>& values, DType dtype) {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const Acc x = static_cast<Acc>(0.5 + (i * 7 % 13) / 16.0);
+        if constexpr (sizeof(In) == sizeof(Acc)) std::memcpy(&values[i], &x, sizeof(x));
+        else values[i] = static_cast<In>(dtype == DType::bf16 ? 0x3f00 + i * 7 % 256 : 0x3800 + i * 7 % 1024);
+    }
+}
+
 // Norms and gated activations, forward and backward, in buffers of just their size: for the sanitizers, and that
 // threads change no bit. Their values are held to float64 in tests/test_body.py.
 template <typename In, typename Acc>
@@ -342,13 +352,7 @@ std::vector<In> run_body(const Kernels& kernels, DType dtype, int threads) {
     for (auto& v : in) v.resize(size);
     for (auto& v : out) v.resize(size);
     std::vector<Acc> scale(rows);
-    for (auto& v : in) {  // small positive numbers of any dtype: exponents around 1, whatever behind them
-        for (std::int64_t i = 0; i < size; ++i) {
-            const Acc x = static_cast<Acc>(0.5 + (i * 7 % 13) / 16.0);
-            if constexpr (sizeof(In) == sizeof(Acc)) std::memcpy(&v[i], &x, sizeof(x));
-            else v[i] = static_cast<In>(dtype == DType::bf16 ? 0x3f00 + i * 7 % 256 : 0x3800 + i * 7 % 1024);
-        }
-    }
+    for (auto& v : in) fill_near_one<In, Acc>(v, dtype);
     const Pool pool{threads, nullptr};
     kernels.rms_norm({dtype, rows, width, 1e-5, in[0].data(), in[1].data(), scale.data(), nullptr, out[0].data()}, pool);
     kernels.rms_norm({dtype, rows, width, 1e-5, in[0].data(), in[1].data(), scale.data(), in[2].data(), out[1].data()}, pool);
@@ -367,6 +371,59 @@ void check_body(const Kernels& kernels, DType dtype) {
                "threads change a norm or a gate", threads);
 }
 
+// Attention, likewise: several blocks of queries and tiles of keys, a shared prefix, windows; tests/test_cpu_attention.py.
+template <typename In, typename Acc>
+std::vector<In> run_attention(const Kernels& kernels, DType dtype, std::int64_t window, int threads) {
+    constexpr std::int64_t heads = 4, key_heads = 2, width = 5, value_width = 7, tokens = 450;
+    const std::int64_t segments[] = {0, 280, 0, 0, 280, 140, 0, 270, 420, 1, 0, 1, 421, 29, 421, 0};
+    const std::int64_t sizes[] = {heads * width, key_heads * width, key_heads * value_width, heads * value_width};
+    std::vector<In> in[4], out[4];
+    for (int i = 0; i < 4; ++i) {
+        in[i].resize(tokens * sizes[i]), out[i].resize(tokens * sizes[i]);
+        fill_near_one<In, Acc>(in[i], dtype);
+        std::memset(out[i].data(), 0xff, out[i].size() * sizeof(In));  // no number: shows what was not written
+    }
+    std::vector<Acc> log_sums(tokens * heads);
+    AttentionProblem p{};
+    p.dtype = dtype, p.heads = heads, p.key_heads = key_heads, p.width = width, p.value_width = value_width;
+    p.query = {in[0].data(), width, heads * width}, p.key = {in[1].data(), width, key_heads * width};
+    p.value = {in[2].data(), value_width, key_heads * value_width};
+    p.segments = segments, p.count = 4, p.scaling = 0.5, p.window = window;
+    p.out = out[3].data(), p.log_sums = log_sums.data();
+    const Pool pool{threads, nullptr};
+    kernels.attention(p, pool);
+    p.grad = {in[3].data(), value_width, heads * value_width};
+    p.d_query = out[0].data(), p.d_key = out[1].data(), p.d_value = out[2].data();
+    kernels.attention(p, pool);
+    std::vector<In> all;
+    for (const auto& v : out) all.insert(all.end(), v.begin(), v.end());
+    return all;
+}
+
+template <typename In, typename Acc>
+void check_attention(const Kernels& kernels, DType dtype) {
+    for (const std::int64_t window : {std::int64_t{30}, std::int64_t{450}}) {
+        const std::vector<In> first = run_attention<In, Acc>(kernels, dtype, window, 1);
+        for (const int threads : {2, 8})
+            expect(run_attention<In, Acc>(kernels, dtype, window, threads) == first, kernels.name,
+                   static_cast<int>(dtype), "threads change attention", threads);
+        if (dtype != DType::bf16) continue;
+        auto wide = [](const auto& values) {
+            std::vector<double> out;
+            for (const std::uint32_t x : values) {
+                const std::uint32_t bits = x << 16;
+                float value;
+                std::memcpy(&value, &bits, 4);
+                out.push_back(value);
+            }
+            return out;
+        };
+        const auto others = run_attention<std::uint16_t, float>(plain::kernels, dtype, window, 1);
+        const double error = relative_error(wide(first), wide(others));
+        expect(error < 2e-2, kernels.name, static_cast<int>(dtype), "attention differs from the plain kernels'", error);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -378,6 +435,7 @@ int main() {
             check(*kernels, data, truth, dtype);
             check_divergence(*kernels, data, dtype);
         }
+        if (dtype == DType::bf16) check_attention<std::uint16_t, float>(emulated::kernels, dtype);
         for (const Kernels* kernels : available_kernels()) check_selective(*kernels, data, dtype);
     }
     for (const Kernels* kernels : available_kernels()) {
@@ -385,10 +443,10 @@ int main() {
         check_divergence(*kernels, data, DType::f32);
     }
     for (const Kernels* kernels : available_kernels()) {
-        check_body<float, float>(*kernels, DType::f32);
-        check_body<double, double>(*kernels, DType::f64);
-        check_body<std::uint16_t, float>(*kernels, DType::bf16);
-        check_body<std::uint16_t, float>(*kernels, DType::f16);
+        check_body<float, float>(*kernels, DType::f32), check_attention<float, float>(*kernels, DType::f32);
+        check_body<double, double>(*kernels, DType::f64), check_attention<double, double>(*kernels, DType::f64);
+        check_body<std::uint16_t, float>(*kernels, DType::bf16), check_attention<std::uint16_t, float>(*kernels, DType::bf16);
+        check_body<std::uint16_t, float>(*kernels, DType::f16), check_attention<std::uint16_t, float>(*kernels, DType::f16);
     }
     check_preference();
     std::printf(failures ? "%d failures\n" : "all good\n", failures);

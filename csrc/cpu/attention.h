@@ -6,13 +6,14 @@
 // and Gimelshein, 2018; Dao et al., 2022). Backward makes the probabilities again from the logarithms of their sums.
 // Tiles are counted from the first key of the prefix, so an output has the same bits whether the prefix is shared or not.
 //
-// A query head of one segment, in backward a key head of one group (a prompt and all its completions), is one worker's,
-// so any number of threads gives the same bits.
+// A query head of a block of queries, in backward a key head of a group (a prompt and all its completions), is one
+// worker's, so any number of threads gives the same bits.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -25,6 +26,7 @@ template <typename T, typename In>
 class AttentionPass {
     using S = Shape<T>;
     static constexpr std::int64_t P = S::panel, L = lanes<T>, block_rows = 128 / P * P;
+    static_assert(block_rows > 0);
     static constexpr T hidden_score = static_cast<T>(-1e30);  // not -inf: a query may see nothing of its first tiles
 
     struct Segment {
@@ -64,9 +66,10 @@ class AttentionPass {
         std::int64_t place(std::int64_t i) const { return segment.prefix + first + i; }  // among the keys of its segment
     };
 
-    // A run of a segment's keys from the one at `place` on, the first of them in the prefix.
+    // A run of a segment's keys from the one at `place` on. The first `in_prefix` of them lie in the prefix, from
+    // `prefix_token` on, the others from `token` on.
     struct Keys {
-        std::int64_t place, size, in_prefix, prefix_token, token;  // of the first in the prefix, and behind it
+        std::int64_t place, size, in_prefix, prefix_token, token;
         Keys(const Segment& s, std::int64_t place, std::int64_t size)
             : place(place), size(size), in_prefix(std::max<std::int64_t>(0, smaller(size, s.prefix - place))),
               prefix_token(s.prefix_begin + place), token(s.begin + place + in_prefix - s.prefix) {}
@@ -271,25 +274,36 @@ class AttentionPass {
         return last;
     }
 
-    void run_forward(Worker& w, std::atomic<std::int64_t>& dealt) const {
-        for (std::int64_t item; (item = dealt.fetch_add(1, std::memory_order_relaxed)) < p_.count * p_.heads;) {
-            const Segment s = segment(item / p_.heads);
-            for (std::int64_t row = 0; row < s.length; row += block_rows) forward(w, Block(s, item % p_.heads, row));
-        }
+    // Calls f(worker's memory, item, head) for all items and `heads` heads of each.
+    template <typename Item, typename F>
+    void deal_out(const std::vector<Item>& items, std::int64_t heads, std::int64_t longest_group, const Pool& pool,
+                  const F& f) const {
+        const std::int64_t all = static_cast<std::int64_t>(items.size()) * heads;
+        const Pool some{static_cast<int>(std::max<std::int64_t>(1, smaller(pool.workers, all))), pool.parallel_for};
+        Carver size(nullptr);
+        Worker(size, p_, longest_group);
+        Workspace memory(some.workers * size.used());
+        std::atomic<std::int64_t> dealt{0};
+        some.run([&](int worker) {
+            Carver own(memory.data() + worker * size.used());
+            Worker w(own, p_, longest_group);
+            for (std::int64_t i; (i = dealt.fetch_add(1, std::memory_order_relaxed)) < all;)
+                f(w, items[i / heads], i % heads);
+            w.keys.release();
+        });
     }
 
-    void run_backward(Worker& w, std::atomic<std::int64_t>& dealt, const std::vector<std::int64_t>& groups) const {
-        const std::int64_t items = static_cast<std::int64_t>(groups.size()) * p_.key_heads;
-        for (std::int64_t item; (item = dealt.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            const std::int64_t first = groups[item / p_.key_heads];
-            backward(w, first, last_of_group(first), item % p_.key_heads);
-        }
+    void run_forward(const Pool& pool) const {
+        std::vector<std::pair<std::int64_t, std::int64_t>> blocks;  // a segment, and the first query in it
+        for (std::int64_t i = 0; i < p_.count; ++i)
+            for (std::int64_t row = 0; row < segment(i).length; row += block_rows) blocks.emplace_back(i, row);
+        deal_out(blocks, p_.heads, 0, pool, [&](Worker& w, const auto& block, std::int64_t head) {
+            const Segment s = segment(block.first);
+            forward(w, Block(s, head, block.second));
+        });
     }
 
-public:
-    explicit AttentionPass(const AttentionProblem& p) : p_(p), shared_(p.heads / p.key_heads) {}
-
-    void run(const Pool& pool) const {
+    void run_backward(const Pool& pool) const {
         std::vector<std::int64_t> groups;
         std::int64_t longest = 0;
         for (std::int64_t i = 0; i < p_.count; i = last_of_group(i) + 1) {
@@ -297,17 +311,15 @@ public:
             groups.push_back(i);
             longest = std::max(longest, last.begin + last.length - segment(i).begin);
         }
-        Carver size(nullptr);
-        Worker(size, p_, longest);
-        Workspace memory(pool.workers * size.used());
-        std::atomic<std::int64_t> dealt{0};
-        pool.run([&](int worker) {
-            Carver own(memory.data() + worker * size.used());
-            Worker w(own, p_, longest);
-            p_.grad.at ? run_backward(w, dealt, groups) : run_forward(w, dealt);
-            w.keys.release();
+        deal_out(groups, p_.key_heads, longest, pool, [&](Worker& w, std::int64_t first, std::int64_t key_head) {
+            backward(w, first, last_of_group(first), key_head);
         });
     }
+
+public:
+    explicit AttentionPass(const AttentionProblem& p) : p_(p), shared_(p.heads / p.key_heads) {}
+
+    void run(const Pool& pool) const { p_.grad.at ? run_backward(pool) : run_forward(pool); }
 };
 
 }  // namespace FASTALIGN_ISA

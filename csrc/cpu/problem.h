@@ -1,7 +1,7 @@
 #pragma once
 
 // What crosses the border between Python and the kernels: plain structs of raw pointers, shapes and options. Python
-// (fastalign/ops/native.py) has checked every shape, dtype and target.
+// has checked every shape, dtype and target.
 
 #include <cstdint>
 #include <vector>

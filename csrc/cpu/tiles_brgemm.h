@@ -4,6 +4,8 @@
 // Tested with a plain stand-in for BRGEMM too (csrc/check/check.cpp). What BRGEMM is handed is laid out by loops that the
 // compiler makes vectors of: a block of some 200 tokens leaves a weight's entry a nanosecond.
 // The tile of probabilities enters its products rounded to bfloat16, as is usual on such units.
+// libtorch compiles and keeps a kernel for each shape it meets, for good: so rows go to it by few numbers at a time, and
+// contractions in whole steps of 32, with zeros behind the last.
 
 #include "brgemm.h"
 #include "tiles.h"
@@ -15,6 +17,8 @@ template <>
 class Tiles<float, bf16> {
     using S = Shape<float>;
     static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
+    static constexpr std::int64_t step = 32;
+    static_assert(S::tile % step == 0 && step % 8 == 0);
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
@@ -36,16 +40,18 @@ public:
         const std::int64_t even = even_width();
         for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; ++i) {
             bf16* to = hidden_ + i / S::panel * even * S::panel + i % S::panel * 2;
-            for (std::int64_t k = 0; k < even; ++k)
-                to[k / 2 * S::panel * 2 + k % 2] = i < block.count && k < width ? block.hidden(i)[k] : bf16{0};
+            const bf16* from = i < block.count ? block.hidden(i) : nullptr;
+            for (std::int64_t k = 0; k < even; k += 2, to += S::panel * 2) {
+                to[0] = from ? from[k] : bf16{0};
+                to[1] = from && k + 1 < width ? from[k + 1] : bf16{0};
+            }
         }
     }
     // (padded rows / 2, padded_width, 2)
     void take_rows_for_outer(const RowBlock<bf16>& block) {
-        for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; ++i)
-            for (std::int64_t k = 0; k < padded_width; ++k)
-                strips_[(i / 2 * padded_width + k) * 2 + i % 2] =
-                    i < block.count && k < width ? block.hidden(i)[k] : bf16{0};
+        for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; i += 2)
+            pair(i < block.count ? block.hidden(i) : nullptr, i + 1 < block.count ? block.hidden(i + 1) : nullptr,
+                 strips_ + i * padded_width);
     }
 
     void logits(const WeightTile<bf16>& weight, std::int64_t first, std::int64_t last, float* z) {
@@ -60,19 +66,22 @@ public:
         }
         for (std::int64_t p = first; p < last; ++p)
             for (std::int64_t k = 0; k < even; k += deep)
-                brgemm_bf16(weight.size, S::panel, smaller(deep, even - k), row, S::panel, S::panel, k > 0, left + k,
-                            hidden_ + (p * even + k) * S::panel, z + p * S::tile * S::panel, true);
+                by_rows(weight.size, [&](std::int64_t t, std::int64_t rows) {
+                    brgemm_bf16(rows, S::panel, smaller(deep, even - k), row, S::panel, S::panel, k > 0,
+                                left + t * row + k, hidden_ + (p * even + k) * S::panel,
+                                z + (p * S::tile + t) * S::panel, true);
+                });
     }
 
     void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh) {
-        const std::int64_t even = (weight.size + 1) / 2 * 2;
-        for (std::int64_t t = 0; t < even; t += 2)  // (tile / 2, padded_width, 2)
-            pair(weight.at + t * weight.stride, t + 1 < weight.size ? weight.at + (t + 1) * weight.stride : nullptr,
-                 pairs_ + t * padded_width);
+        const std::int64_t contracted = ceil_div(weight.size, step) * step;
+        auto row = [&](std::int64_t t) { return t < weight.size ? weight.at + t * weight.stride : nullptr; };
+        for (std::int64_t t = 0; t < contracted; t += 2)  // (tile / 2, padded_width, 2)
+            pair(row(t), row(t + 1), pairs_ + t * padded_width);
         for (std::int64_t p = 0; p < panels; ++p)
             transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
         for (std::int64_t j = 0; j < padded_width; j += wide)
-            brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), even, S::tile, padded_width, padded_width,
+            brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), contracted, S::tile, padded_width, padded_width,
                         !fresh, left_, pairs_ + j * 2, out + j, true);
     }
 
@@ -82,8 +91,10 @@ public:
             for (std::int64_t t = 0; t < tile; ++t)
                 narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel, S::panel);
         for (std::int64_t j = 0; j < padded_width; j += wide)
-            brgemm_bf16(tile, smaller(wide, padded_width - j), rows, rows, padded_width, padded_width, true, left_,
-                        strips_ + j * 2, out + j, true);
+            by_rows(tile, [&](std::int64_t t, std::int64_t some) {
+                brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, padded_width, padded_width, true,
+                            left_ + t * rows, strips_ + j * 2, out + t * padded_width + j, true);
+            });
     }
 
     void release() {
@@ -91,19 +102,30 @@ public:
     }
 
 private:
-    // Two rows (width,) into pairs (padded_width, 2), zeros beyond the width; no second row is zeros.
+    // Calls f(first, how many) for runs of the rows: multiples of `step`, then powers of two.
+    template <typename F>
+    static void by_rows(std::int64_t rows, const F& f) {
+        for (std::int64_t at = 0, some; at < rows; at += some) {
+            some = (rows - at) / step * step;
+            for (std::int64_t less = step / 2; some == 0; less /= 2)
+                if (less <= rows - at) some = less;
+            f(at, some);
+        }
+    }
+
+    // Two rows (width,) into pairs (padded_width, 2), zeros beyond the width; no row is zeros.
     void pair(const bf16* first, const bf16* second, bf16* out) const {
-        if (second)
+        if (first && second)
             for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first[k], out[2 * k + 1] = second[k];
         else
-            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first[k], out[2 * k + 1] = bf16{0};
+            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first ? first[k] : bf16{0}, out[2 * k + 1] = bf16{0};
         for (std::int64_t k = 2 * width; k < 2 * padded_width; ++k) out[k] = bf16{0};
     }
 
-    // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of 8.
+    // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of `step`.
     void transpose(const float* z, std::int64_t size, bf16* out) {
         static_assert(S::panel % 8 == 0 && S::tile % 8 == 0);
-        const std::int64_t whole = ceil_div(size, 8) * 8;
+        const std::int64_t whole = ceil_div(size, step) * step;
         narrow_row(z, panel_, size * S::panel);
         for (std::int64_t i = size * S::panel; i < whole * S::panel; ++i) panel_[i] = bf16{0};
         for (std::int64_t t = 0; t < whole; t += 8)
