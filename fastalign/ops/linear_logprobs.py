@@ -345,11 +345,7 @@ def linear_logprobs(
     row_bytes = weight.shape[0] * hidden.element_size()
     cache_rows = 0
     if trainable and not entropy:
-        cache_rows = (
-            native.cacheable_rows(flat.shape[0], hidden.dtype, row_bytes, budget)
-            if backend == "cpu"
-            else tiles.cacheable_rows(flat.shape[0], row_bytes, budget)
-        )
+        cache_rows = _cacheable_rows(targets, ignore_index, hidden.dtype, row_bytes, budget, backend)
     frozen = needs_grad and not trainable and hidden.requires_grad
     options = _Options(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
@@ -358,6 +354,15 @@ def linear_logprobs(
     logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, options)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropies.view(targets.shape)) if entropy else logprobs
+
+
+def _cacheable_rows(targets, ignore_index, dtype, row_bytes: int, budget: int, backend: str) -> int:
+    rows = targets.numel()
+    if backend != "cpu":  # counting would wait for the GPU
+        return tiles.cacheable_rows(rows, row_bytes, budget)
+    if ignore_index is not None and not torch.compiler.is_compiling():  # a compiler cannot know how many are scored
+        rows = int(targets.ne(ignore_index).sum())
+    return native.cacheable_rows(rows, dtype, row_bytes, budget)
 
 
 def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:

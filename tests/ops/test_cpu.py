@@ -299,6 +299,15 @@ def test_every_16_bit_value_is_widened_exactly(isa):
             assert (got - want).abs().max() <= 4 * EPS * 64
 
 
+def test_only_scored_rows_are_kept(isa):
+    hidden, weight, targets, _ = problem()
+    targets[10:] = -100
+    logprobs = linear_logprobs(hidden, weight.requires_grad_(), targets, backend="cpu")
+    (head, _), *_ = logprobs.grad_fn.next_functions
+    cache, shifts = head.saved_tensors[5:7]
+    assert len(cache) == len(shifts) == native.cacheable_rows(10, hidden.dtype, 4 * V, 1 << 30) < N
+
+
 def test_vector_exp_is_within_two_ulp(isa):
     kernels = native.module.kernels(isa)
     x = torch.cat([torch.linspace(-87.29, 88.0, 400_001), torch.linspace(-1e-3, 1e-3, 10_001)])
