@@ -5,8 +5,8 @@ function returns, instead of a mask tensor, a `PackedMask`, which reaches every 
 the attention function runs one call for all segments (`varlen.py` on a GPU, `cpu_attention.py`), or one per segment
 where the model asks for more than those know. A segment is a run of queries over `[prefix |] itself`: a group's prompt
 and first completion are one plainly causal segment, each further completion is a segment with the prompt as its prefix.
-Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is an argument
-of the layer.
+Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is an
+argument of the layer.
 
 Without a layout both functions do what transformers' "sdpa" does, so a prepared model generates as before.
 """
@@ -331,7 +331,7 @@ def _alone(body: PreTrainedModel) -> Tensor:
 
 
 class _Reference:
-    """Hidden states of the probe from padded rows, as a rule under the model's own attention, and what counts as equal."""
+    """Hidden states of the probe from padded rows, as a rule by the model's own attention, and what counts as equal."""
 
     def __init__(self, body: PreTrainedModel):
         batch = pad(_examples(body, _PROBE), pad_token_id=0)

@@ -18,8 +18,8 @@ from fastalign.ops import native
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes this, and faster than SDPA: one row on the CPU, of one dtype, not in float64.
 
-    With many threads, few key heads and one long group SDPA's backward pass may be faster: here a key head of a group is
-    one thread's.
+    With many threads, few key heads and one long group SDPA's backward pass may be faster: here a key head of a group
+    is one thread's.
     """
     one_row = len(query) == 1 and key.shape[:3] == value.shape[:3] == (1, key.shape[1], query.shape[2])
     if not one_row or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:

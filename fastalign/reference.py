@@ -215,8 +215,8 @@ def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
 def segment_attention(query, key, value, segments: Tensor, window: int | None, scaling: float) -> Tensor:
     """`softmax(scaling q k') v`, each token over `seen_keys`.
 
-    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). A key head serves
-    heads / key_heads heads in a row.
+    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). A key head
+    serves heads / key_heads heads in a row.
     """
     dtype, shared = compute_dtype(query, key, value), query.shape[1] // key.shape[1]
     k, v = (t.to(dtype).repeat_interleave(shared, 1) for t in (key, value))
