@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bench import readme
+from bench.measure import load
 
 OP = "frozen-float32-2048x576x49152-mask0"
 SIZES = {"n": 2048, "h": 576, "v": 49152, "mask": 0}
@@ -43,7 +45,7 @@ def test_what_is_between_the_markers_is_replaced(measured, file):
     text = file.read_text(encoding="utf-8")
     tax = readme.tax_table(json.loads(readme.TAX.read_text(encoding="utf-8"))["runs"])
     assert text.startswith(f"{readme.TAX_BEGIN}\n\n{tax}\n\n{readme.TAX_END}\nbefore 1.23\n")
-    table = readme.section(measured)
+    table = f"{readme.section(measured)}\n\n{readme.SHOWN_PLOT}"
     assert text.endswith(f"\nbefore 1.23\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter 7.89\n")
     assert [path.name for path in file.parent.iterdir()] == ["README.md"]
     readme.update(measured)
@@ -131,12 +133,15 @@ def test_a_case_that_was_not_measured_is_left_out(measured, trained):
     assert "pairs/s" not in ops_alone and "log-probs and gradient" in ops_alone
     text = readme.section([*measured[3:], trained(case="lora-float32-long")])  # with nobody beside it
     assert "linear_logprobs" not in text and "long prompts" not in text and "dialogue" in text
-    assert "![" not in text, "there is no plot of one vocabulary"
 
 
-def test_the_plot_is_shown_where_it_is_made(measured, record):
-    wide = record(case=OP.replace("49152", "65536"), sizes=SIZES | {"v": 65536})
-    assert f"(bench/results/{readme.PLOT}.png)" in readme.section([*measured, wide])
+def test_the_one_plot_is_of_records_with_one_number_of_threads():
+    records = load(readme.ROOT / "bench/results" / readme.PLOT.replace(Path(readme.PLOT).name, "ops.json"))
+    curve = [m for m in records if m.case.startswith("frozen-float32-2048x576x") and m.case.endswith("-mask0")]
+    assert len({m.sizes["v"] for m in curve}) == 5 and len({m.threads for m in curve}) == 1
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("![Memory against vocabulary]") == text.count(readme.SHOWN_PLOT) == 1
+    assert (readme.ROOT / "bench/results" / readme.PLOT).exists()
 
 
 @pytest.mark.parametrize(
@@ -207,4 +212,8 @@ def test_another_cpu_has_tables_of_its_own(measured, file):
     readme.update(measured, other)
     text = file.read_text(encoding="utf-8")
     first, second = readme.section(measured), readme.section(other)
-    assert f"{first}\n\n{second}\n\n{readme.END}" in text and "another CPU" in second and "another CPU" not in first
+    assert (
+        f"{first}\n\n{second}\n\n{readme.SHOWN_PLOT}\n\n{readme.END}" in text
+        and "another CPU" in second
+        and "another CPU" not in first
+    )
