@@ -247,7 +247,7 @@ class AttentionPass {
         });
         for (std::int64_t i = 0; i < block.count; ++i)
             write_row(w.out + i * w.keys.padded_width,
-                         static_cast<In*>(p_.d_query) + (block.token(i) * p_.heads + block.head) * p_.width, p_.width);
+                      static_cast<In*>(p_.d_query) + (block.token(i) * p_.heads + block.head) * p_.width, p_.width);
     }
 
     void backward(Worker& w, std::int64_t first, std::int64_t last, std::int64_t key_head) const {
@@ -263,7 +263,7 @@ class AttentionPass {
             const std::int64_t at = (origin + i) * p_.key_heads + key_head;
             write_row(w.d_key + i * w.keys.padded_width, static_cast<In*>(p_.d_key) + at * p_.width, p_.width);
             write_row(w.d_value + i * w.values.padded_width, static_cast<In*>(p_.d_value) + at * p_.value_width,
-                         p_.value_width);
+                      p_.value_width);
         }
     }
 
