@@ -15,6 +15,14 @@ from fastalign.linear import _applies, _operand, _Product, multiplies, speed_up_
 IN, OUT, T, RANK = 24, 40, 7, 3
 
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch, request):
+    """Whether float32 goes to oneDNN, the same on every machine that tests: no, but where a test asks for it."""
+    chosen = getattr(request, "param", False)
+    monkeypatch.setattr("fastalign.linear._onednn_for_float32", lambda: chosen)
+    return chosen
+
+
 class Body(nn.Module):
     def __init__(self, bias: bool):
         super().__init__()
@@ -67,8 +75,9 @@ def rows(dtype=torch.float32):
     return torch.randn(2, T, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
+@pytest.mark.parametrize("onednn", [True, False], indirect=True)
 @pytest.mark.parametrize("bias", [True, False])
-def test_lora_is_peft_s(bias, monkeypatch):
+def test_lora_is_peft_s(bias, onednn, monkeypatch):
     model = lora(bias=bias, dtype=torch.float64)
     expected = outputs(model, rows(torch.float64))
     seen = calls(monkeypatch)
@@ -212,6 +221,57 @@ def test_on_a_gpu_where_16_bits_are_multiplied_fast():
         a, b = torch.empty(8, 16, device="cuda"), torch.empty(24, 8, device="cuda")
         y = _Product.apply(x, weight, None, a, b, 2.0, torch.bfloat16)
         assert (y.dtype, y.shape) == (torch.bfloat16, (5, 24))
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+@pytest.mark.parametrize("trains", ["adapter", "weights"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_float32_by_onednn(trains, bias, monkeypatch):
+    """Layers with an adapter and without, no further from float64 than MKL's, but for K eps of a sum of K terms."""
+    torch.manual_seed(0)
+    model = lora(bias=bias) if trains == "adapter" else Body(bias)
+    exact = outputs(copy.deepcopy(model).double(), rows().double())
+    theirs = outputs(model, rows())
+    seen, taken = calls(monkeypatch), onednn_calls(monkeypatch)
+    ours = outputs(fast(model), rows())
+    assert len(seen) == 2 and len(taken) == (4 if trains == "adapter" else 6)
+    for our, their, truth in zip(ours, theirs, exact, strict=True):
+        assert our.dtype == torch.float32 and our.shape == their.shape
+        budget = 2 * (their.double() - truth).abs().max() + OUT * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (our.double() - truth).abs().max() <= budget
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+def test_onednn_gives_a_row_the_same_bits_among_any_others(onednn):
+    """As of several, of which caches of reference log-probs and margins of exactly 0 are made."""
+    torch.manual_seed(0)
+    layer = fast(nn.Linear(576, 192))
+    x = torch.randn(300, 576)
+    whole = layer(x)
+    for count in (2, 3, 8, 65, 128):
+        assert torch.equal(layer(x[:count]), whole[:count])
+        assert torch.equal(layer(x[-count:]), whole[-count:])
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+def test_onednn_takes_float32_alone(onednn, monkeypatch):
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
+    seen, taken = calls(monkeypatch), onednn_calls(monkeypatch)
+    fast(Body(True).double())(rows(torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast(Body(True))(rows())
+    with pytest.raises(RuntimeError, match="dtype"):
+        fast(Body(True).double())(rows())
+    torch.func.vmap(fast(Body(True)))(rows())
+    assert not seen and not taken
+    fast(Body(True))(rows())
+    assert len(seen) == len(taken) == 2
+
+
+def onednn_calls(monkeypatch) -> list:
+    seen, product = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: seen.append(args) or product(*args))
+    return seen
 
 
 def test_the_layer_s_input_is_kept_once():
