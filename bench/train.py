@@ -290,8 +290,8 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
 def _gemm_rate(case_name: str, limit_s: float) -> int:
     """FLOP a second. CPUs may multiply bfloat16 more slowly than float32: they are held to what they do best."""
     dtype = CASES[case_name].dtype if multiplies_bfloat16() else "float32"
-    (products,) = machine.run(f"product-{dtype}", 5, limit_s)
-    return round(products.sizes["flop"] / products.median_s)
+    products = machine.run(f"product-{dtype}", 5, limit_s)
+    return round(max(product.sizes["flop"] / product.median_s for product in products))
 
 
 def _twins(case_name: str) -> dict[str, Run]:

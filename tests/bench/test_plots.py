@@ -71,3 +71,12 @@ def test_the_roofline_needs_the_machine(record, machine, drawn):
     roof = axes.lines[0].get_xydata().tolist()
     rate, bandwidth = 10**10 / 0.2, 10**9 / 0.1
     assert roof[0] == pytest.approx([rate / bandwidth / 8, rate / 8 / 1e9]) and roof[1][1] == pytest.approx(rate / 1e9)
+
+
+def test_the_fastest_product_is_the_roof(record, machine, drawn):
+    copy, product = machine
+    faster = dataclasses.replace(product, implementation="oneDNN", q1_s=0.05, median_s=0.05)
+    for both in ([product, faster], [faster, product]):
+        plots.all_of([record(), copy, *both])
+        roof = drawn.pop().axes[0].lines[0].get_ydata()[-1]
+        assert roof == pytest.approx(product.sizes["flop"] / faster.median_s / 1e9)

@@ -179,6 +179,14 @@ def test_the_sketch_keeps_lengths_and_distances():
     assert (sketches[0] - sketches[1]).norm().item() == pytest.approx((grads[0] - grads[1]).norm().item(), rel=0.1)
 
 
+def test_training_is_held_to_the_fastest_product_of_its_dtype(record, monkeypatch):
+    products = [record(sizes={"flop": 600}, median_s=seconds) for seconds in (3.0, 2.0, 6.0)]
+    measured = []
+    monkeypatch.setattr(machine, "run", lambda case, *_: measured.append(case) or products)
+    assert train._gemm_rate("lora-float32-dialogue", 20) == 300
+    assert measured == ["product-float32"]
+
+
 def test_twins_are_those_that_the_case_and_the_machine_have():
     assert rounding.twins("lora", True) == [rounding.FLOAT32, *rounding.LAST_BITS, rounding.PEFT]
     assert rounding.PEFT not in rounding.twins("full", True) + rounding.twins("lora", False)
