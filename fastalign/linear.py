@@ -161,7 +161,7 @@ class _Product(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
         wide, w, bias_ = (None if t is None else _operand(t, dtype) for t in (flat, weight, bias))
         with torch.autocast(x.device.type, enabled=False):
-            xa = None if a is None else torch.mm(wide, _operand(a, dtype).t())  # (T, r)
+            xa = None if a is None else _linear_product(wide, _operand(a, dtype))  # (T, r)
             if a is None:
                 out = _linear_product(wide, w, bias_)  # (T, out)
             elif _joins(x, dtype):
@@ -182,7 +182,7 @@ class _Product(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             g, w = _operand(grad.reshape(-1, grad.shape[-1]), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out)
             wide = _operand(flat, ctx.dtype) if needs[1] or a is not None else None
-            ga = None if a is None else torch.mm(g, _operand(b * ctx.scaling, ctx.dtype))  # (T, r)
+            ga = None if a is None else _linear_product(g, _operand(b * ctx.scaling, ctx.dtype).t())  # (T, r)
             if needs[0] and a is None:
                 d_x = _linear_product(g, w.t())
             elif needs[0] and _joins(g, ctx.dtype):
@@ -196,5 +196,6 @@ class _Product(torch.autograd.Function):
             if needs[2]:
                 d_bias = g.sum(0).to(ctx.bias_dtype)
             if a is not None:
-                d_a, d_b = torch.mm(ga.t(), wide).to(a.dtype), torch.mm(g.t(), xa).to(b.dtype).mul_(ctx.scaling)
+                d_a = _linear_product(ga.t(), wide.t()).to(a.dtype)
+                d_b = _linear_product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # few rows: twice as fast
         return d_x, d_weight, d_bias, d_a, d_b, None, None
