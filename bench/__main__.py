@@ -113,7 +113,7 @@ def make_report(folder: Path) -> None:
         folders = sorted(path.parent for path in folder.glob("*/*.json"))  # of other machines
         for other in dict.fromkeys(folders):
             make_report(other)
-        readme.update(measurements, [m for path in sorted(folder.glob("*/*.json")) for m in load(path)])
+        readme.update([*measurements, *(m for path in sorted(folder.glob("*/*.json")) for m in load(path))])
 
 
 def main() -> None:

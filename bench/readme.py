@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from collections import defaultdict
 
 from bench.measure import FLOOR, ROOT, Measurement
 from bench.report import aligned, groups, seconds
@@ -48,9 +50,9 @@ PLOT = "zen5/memory-frozen-float32-2048x576-mask0.png"  # where all of it was me
 SHOWN_PLOT = f"![Memory against vocabulary](bench/results/{PLOT})"
 
 
-def update(measurements: list[Measurement], elsewhere: list[Measurement] = ()) -> None:
+def update(measurements: list[Measurement]) -> None:
     """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
-    tables = "\n\n".join([section(measurements), *other_machines(elsewhere), SHOWN_PLOT])
+    tables = "\n\n".join([*by_machine(measurements), SHOWN_PLOT])
     text = between(README.read_text(encoding="utf-8"), BEGIN, END, tables)
     text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
     temporary = README.with_suffix(".tmp")
@@ -96,6 +98,7 @@ def section(measurements: list[Measurement]) -> str:
     if not used:
         sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
     parts.append(_about(max(used, key=lambda m: m.date), train_rows))
+    parts[-1] += _two_products(cases.get(("machine", "product-float32"), []))
     if any("-" in row for row in (*op_rows, *other_rows)):
         parts[-1] += "\n-: not measured." + "".join(
             _skipped(cases["ops", case][0], name) for case, name in OPS if ("ops", case) in cases
@@ -103,11 +106,12 @@ def section(measurements: list[Measurement]) -> str:
     return "\n\n".join(parts)
 
 
-def other_machines(measurements: list[Measurement]) -> list[str]:
-    """Tables of each other machine that was measured on, and a line that names it; nothing without the cases."""
-    parts = []
-    for device in dict.fromkeys(m.device for m in measurements):  # times of two stand in no one table
-        own = [m for m in measurements if m.device == device]
+def by_machine(measurements: list[Measurement]) -> list[str]:
+    """Tables of each machine and a line that names it, what was measured last first."""
+    machines, parts = defaultdict(list), []
+    for m in sorted(measurements, key=lambda m: m.date, reverse=True):
+        machines[m.device].append(m)  # times of two stand in no one table
+    for device, own in machines.items():
         parts += [section(own)] if " cores, " in device else _of_gpu(own)  # as `measure.cpu_name` names a CPU
     return parts
 
@@ -155,6 +159,17 @@ def _about(newest: Measurement, train_rows: list[tuple[str, ...]]) -> str:
             "\nThis CPU has no bfloat16 instructions: torch's own products are slow there, fastalign widens to float32."
         )
     return text
+
+
+def _two_products(rows: list[Measurement]) -> str:
+    """Why fastalign is faster than the bare float32 products, where it is; nothing elsewhere."""
+    rates = {m.implementation: m.sizes["flop"] / m.median_s / 1e9 for m in rows}
+    if rates.get("oneDNN", 0) < 1.2 * rates.get("torch", math.inf):
+        return ""
+    return (
+        f"\nThe bare products in float32, torch.mm's, run at {rates['torch']:.0f} GFLOP/s: MKL leaves AVX-512 alone "
+        f"on this CPU.\nfastalign's layers take oneDNN's, at {rates['oneDNN']:.0f}, its head kernels of its own."
+    )
 
 
 def _skipped(first: Measurement, row: str) -> str:

@@ -9,7 +9,7 @@ from bench.measure import Measurement
 DEFAULTS = {
     "suite": "ops", "case": "frozen-float32-4x2x8-mask0", "sizes": {"n": 4, "h": 2, "v": 8, "mask": 0},
     "implementation": "eager", "median_s": 0.2, "q1_s": None, "q3_s": None, "runs": 3, "peak_extra_bytes": 5 << 20,
-    "errors": {"logprobs": 1e-6}, "checked": "all rows", "device": "A CPU", "threads": 2, "load": 0.0,
+    "errors": {"logprobs": 1e-6}, "checked": "all rows", "device": "A CPU, 2 cores, AVX2", "threads": 2, "load": 0.0,
     "versions": {"torch": "2.13"}, "commit": "abc", "date": "2026-01-01T00:00:00Z",
 }  # fmt: skip
 

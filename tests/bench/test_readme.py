@@ -62,6 +62,21 @@ def test_figures_are_those_of_the_records(measured):
     assert op[1:] == ["1.25 s (5 MiB)", "5.00 s (5 MiB)", "-", "-", "-", "1.11 s (5 MiB)"]
 
 
+def test_a_machine_where_bare_products_are_no_floor_says_so(measured, record):
+    def text(**seconds):
+        sizes = {"flop": 10**10}
+        products = [
+            record(suite="machine", case="product-float32", implementation=n, median_s=s, q1_s=s, q3_s=s, sizes=sizes)
+            for n, s in seconds.items()
+        ]
+        return readme.section([*measured, *products])
+
+    assert "run at 200 GFLOP/s" in text(torch=0.05, oneDNN=0.025)
+    assert "oneDNN's, at 400" in text(torch=0.05, oneDNN=0.025)
+    for other in (text(torch=0.05, oneDNN=0.045), text(torch=0.05), text()):
+        assert "oneDNN" not in other
+
+
 def test_divergences_fisher_and_ewc_stand_beside_the_fastest_other(record):
     kl, errors = readme.OTHERS[0][1], {"loss": 1e-7, "d_hidden": 1e-6}
     kls = {"fastalign cpu": 1.2, "fastalign torch": 1.5, "eager": 4.0, "Liger fused linear JSD": 5.0}
@@ -162,7 +177,7 @@ def test_without_any_case_of_it_it_refuses(record, file):
     assert file.read_text(encoding="utf-8") == text
 
 
-def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
+def test_a_gpu_has_a_table_that_names_it(measured, file, record):
     case = readme.GPU_OPS[0][0]
     shared = {"case": case, "sizes": SIZES, "device": "a GPU"}
     named = {"fastalign triton": 0.003, "fastalign cuda": 0.002, "TRL chunked_logprob": 0.005, "eager": 0.004}
@@ -173,8 +188,8 @@ def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
     ]
     on_gpu += [record(**shared, implementation="2 matrix products", median_s=0.001)]
     versions = dict.fromkeys(("torch", "trl", "liger-kernel", "cut-cross-entropy"), "9.9")
-    on_gpu = [replace(m, versions=versions) for m in on_gpu]
-    readme.update(measured, on_gpu)
+    on_gpu = [replace(m, versions=versions, date="2025-12-31T00:00:00Z") for m in on_gpu]
+    readme.update([*on_gpu, *measured])
     text = file.read_text(encoding="utf-8")
     assert text.index(readme.section(measured)) < text.index("| on a GPU, bfloat16")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
@@ -184,7 +199,7 @@ def test_a_gpus_table_stands_below_and_names_it(measured, file, record):
     assert row[1:] == ["2 ms (5 MiB)", "3 ms (5 MiB)", "4 ms (5 MiB)", "5 ms (5 MiB)", "1 ms (5 MiB)"]
     assert "a GPU; torch 9.9, trl 9.9" in text
     assert "off by at most 2.0e-05 nats (fastalign), 3.0e-02 (the others)." in text
-    assert readme.other_machines([]) == []
+    assert readme.by_machine([]) == []
 
 
 def test_two_gpus_have_a_table_each(record):
@@ -193,7 +208,7 @@ def test_two_gpus_have_a_table_each(record):
         record(case=case, device=device, implementation="fastalign cuda", median_s=s, versions={"torch": torch})
         for device, s, torch in (("one GPU", 0.002, "1.2"), ("another GPU", 0.009, "3.4"))
     ]
-    table, about, other_table, other_about = readme.other_machines([*rows, record(device="A CPU")])
+    table, about, other_table, other_about = readme.by_machine([*rows, record(device="a third GPU")])
     assert "2 ms" in table and "9 ms" not in table and "9 ms" in other_table and "2 ms" not in other_table
     assert table.splitlines()[2].startswith(f"| {name} ")
     assert about.startswith("one GPU; torch 1.2;") and other_about.startswith("another GPU; torch 3.4;")
@@ -203,17 +218,14 @@ def test_two_gpus_have_a_table_each(record):
 def test_a_floor_alone_on_a_gpu_has_no_errors_to_name(record):
     case = readme.GPU_OPS[0][0]
     floor = record(case=case, device="a GPU", implementation="2 matrix products", errors={"products": 1e-7})
-    assert "off by at most - nats (fastalign), - (the others)." in readme.other_machines([floor])[1]
+    assert "off by at most - nats (fastalign), - (the others)." in readme.by_machine([floor])[1]
 
 
-def test_another_cpu_has_tables_of_its_own(measured, file):
+def test_another_cpu_has_tables_of_its_own_and_what_was_measured_last_comes_first(measured, file):
     half = {"median_s": 0.5, "q1_s": 0.5, "q3_s": 0.5, "device": "another CPU, 2 cores, AVX512"}
-    other = [replace(m, **half) for m in measured]
-    readme.update(measured, other)
+    other = [replace(m, **half, date="2026-02-01T00:00:00Z") for m in measured]
+    readme.update([*measured, *other])
     text = file.read_text(encoding="utf-8")
-    first, second = readme.section(measured), readme.section(other)
-    assert (
-        f"{first}\n\n{second}\n\n{readme.SHOWN_PLOT}\n\n{readme.END}" in text
-        and "another CPU" in second
-        and "another CPU" not in first
-    )
+    first, second = readme.section(other), readme.section(measured)
+    assert "another CPU" in first and "another CPU" not in second
+    assert f"\n\n{first}\n\n{second}\n\n{readme.SHOWN_PLOT}\n\n{readme.END}" in text

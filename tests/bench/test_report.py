@@ -28,7 +28,7 @@ def test_a_table_is_made_from_json(record, floor, tmp_path):
     assert rows[2] == ["2 matrix products", "100 ms", "100 ms - 100 ms", "1.00", "5 MiB", "products 1.0e-07"]
     assert rows[3] == ["eager", "2.50 s", "2.00 s - 3.00 s", "25.00", "-", "logprobs 2.0e-06"]
     assert rows[6][3] == "-", "another case's floor is not this one's"
-    assert "checked: all rows. A CPU, 2 threads, load 0.0 before. torch 2.13; commit abc, 2026-01-01" in text
+    assert "all rows. A CPU, 2 cores, AVX2, 2 threads, load 0.0 before. torch 2.13; commit abc, 2026-01-01" in text
     assert text.count("### ops: ") == 2
 
 
