@@ -2,6 +2,8 @@
 
 // The backward pass of linear_logprobs, and of sparse_divergence, with a trainable head.
 
+#include <cstring>
+
 #include "linear_logprobs.h"
 
 namespace fastalign {
@@ -68,8 +70,8 @@ private:
 
     void run_chunk(std::int64_t chunk, OrderedItems& items, Scratch& s) {
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.vocab);
-        for (std::int64_t i = 0; p_.d_weight && i < (end - begin) * padded_width_; ++i) s.d_weight[i] = 0;
-        for (std::int64_t i = 0; p_.d_bias && i < (end - begin) * lanes<T>; ++i) s.d_bias[i] = 0;
+        if (p_.d_weight) std::memset(s.d_weight, 0, (end - begin) * padded_width_ * sizeof(T));
+        if (p_.d_bias) std::memset(s.d_bias, 0, (end - begin) * lanes<T> * sizeof(T));
         for (std::int64_t b = 0; b < blocks_; ++b) {
             const RowBlock<In> block{p_, b * block_rows_, smaller(block_rows_, p_.scored - b * block_rows_)};
             const std::int64_t panels = ceil_div(block.count, S::panel);

@@ -22,6 +22,7 @@ class Tiles<float, bf16> {
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
+    std::int64_t whole_blocks() const { return ceil_div(width, wide) * wide; }
 
 public:
     std::int64_t width, padded_width;
@@ -29,8 +30,8 @@ public:
     Tiles(Carver& c, std::int64_t rows, std::int64_t width, TileProducts needs)
         : width(width), padded_width(ceil_div(width, S::panel) * S::panel) {
         hidden_ = c.take<bf16>(needs.logits ? rows * (width + 1) : 0);
-        strips_ = c.take<bf16>(needs.outer ? rows * padded_width : 0);
-        pairs_ = c.take<bf16>(needs.fold || width % 2 ? (S::tile + 1) * padded_width : 0);
+        strips_ = c.take<bf16>(needs.outer ? rows * whole_blocks() : 0);
+        pairs_ = c.take<bf16>(needs.fold || width % 2 ? S::tile * (whole_blocks() + 1) : 0);
         left_ = c.take<bf16>(needs.fold || needs.outer ? rows * S::tile : 0);
         panel_ = c.take<bf16>(needs.fold ? S::panel * S::tile : 0);
     }
@@ -47,11 +48,12 @@ public:
             }
         }
     }
-    // (padded rows / 2, padded_width, 2)
+    // (blocks of columns, padded rows / 2, wide, 2)
     void take_rows_for_outer(const RowBlock<bf16>& block) {
-        for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; i += 2)
-            pair(i < block.count ? block.hidden(i) : nullptr, i + 1 < block.count ? block.hidden(i + 1) : nullptr,
-                 strips_ + i * padded_width);
+        const std::int64_t rows = ceil_div(block.count, S::panel) * S::panel;
+        for (std::int64_t i = 0; i < rows; i += 2)
+            pair(i < block.count ? block.hidden(i) : nullptr, i + 1 < block.count ? block.hidden(i + 1) : nullptr, i,
+                 rows, strips_);
     }
 
     void logits(const WeightTile<bf16>& weight, std::int64_t first, std::int64_t last, float* z) {
@@ -76,13 +78,12 @@ public:
     void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh) {
         const std::int64_t contracted = ceil_div(weight.size, step) * step;
         auto row = [&](std::int64_t t) { return t < weight.size ? weight.at + t * weight.stride : nullptr; };
-        for (std::int64_t t = 0; t < contracted; t += 2)  // (tile / 2, padded_width, 2)
-            pair(row(t), row(t + 1), pairs_ + t * padded_width);
+        for (std::int64_t t = 0; t < contracted; t += 2) pair(row(t), row(t + 1), t, contracted, pairs_);
         for (std::int64_t p = 0; p < panels; ++p)
             transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
         for (std::int64_t j = 0; j < padded_width; j += wide)
-            brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), contracted, S::tile, padded_width, padded_width,
-                        !fresh, left_, pairs_ + j * 2, out + j, true);
+            brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), contracted, S::tile, wide, padded_width,
+                        !fresh, left_, pairs_ + j * contracted, out + j, true);
     }
 
     void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out) {
@@ -92,8 +93,8 @@ public:
                 narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel, S::panel);
         for (std::int64_t j = 0; j < padded_width; j += wide)
             by_rows(tile, [&](std::int64_t t, std::int64_t some) {
-                brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, padded_width, padded_width, true,
-                            left_ + t * rows, strips_ + j * 2, out + t * padded_width + j, true);
+                brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, wide, padded_width, true,
+                            left_ + t * rows, strips_ + j * rows, out + t * padded_width + j, true);
             });
     }
 
@@ -113,13 +114,19 @@ private:
         }
     }
 
-    // Two rows (width,) into pairs (padded_width, 2), zeros beyond the width; no row is zeros.
-    void pair(const bf16* first, const bf16* second, bf16* out) const {
-        if (first && second)
-            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first[k], out[2 * k + 1] = second[k];
-        else
-            for (std::int64_t k = 0; k < width; ++k) out[2 * k] = first ? first[k] : bf16{0}, out[2 * k + 1] = bf16{0};
-        for (std::int64_t k = 2 * width; k < 2 * padded_width; ++k) out[k] = bf16{0};
+    // Rows `at` and `at + 1` of a product's right operand, pairs in blocks of columns: (blocks, rows / 2, wide, 2), zeros
+    // beyond the width; no row is zeros. A block by itself stays in L1, where rows a power of two apart would fall on
+    // each other. A pair is written as one number: of two stores compilers make no vectors.
+    void pair(const bf16* first, const bf16* second, std::int64_t at, std::int64_t rows, bf16* out) const {
+        using Pair = std::uint32_t __attribute__((may_alias));
+        for (std::int64_t j = 0; j < width; j += wide, out += rows * wide) {
+            Pair* __restrict to = reinterpret_cast<Pair*>(out + at * wide);
+            const std::int64_t n = smaller(wide, width - j);
+            for (std::int64_t k = 0; first && second && k < n; ++k)
+                to[k] = first[j + k].bits | static_cast<std::uint32_t>(second[j + k].bits) << 16;
+            for (std::int64_t k = 0; !second && k < n; ++k) to[k] = first ? first[j + k].bits : 0;
+            for (std::int64_t k = n; k < wide; ++k) to[k] = 0;
+        }
     }
 
     // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of `step`.
