@@ -77,6 +77,7 @@ def _onednn_for_float32() -> bool:
 def _linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight' + bias` by whichever library is faster, without a gradient."""
     if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _onednn_for_float32():
+        bias = None if bias is None else bias.contiguous()  # its stride would not be looked at
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return linear(x, weight, bias)
 
@@ -171,7 +172,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(flat, weight, a, b, xa)
         ctx.scaling, ctx.dtype, ctx.x = scaling, dtype, (x.shape, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out.to(dtype).view(*x.shape[:-1], -1)
+        return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

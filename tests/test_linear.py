@@ -254,6 +254,19 @@ def test_onednn_gives_a_row_the_same_bits_among_any_others(onednn):
 
 
 @pytest.mark.parametrize("onednn", [True], indirect=True)
+def test_onednn_reads_what_lies_apart(onednn):
+    """Every second row and column, one number for a whole bias, and no rows at all."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(2 * T, 2 * IN)[::2, ::2], nn.Linear(IN, OUT)
+    layer.weight = nn.Parameter(torch.randn(2 * OUT, 2 * IN)[::2, ::2])
+    layer.bias = nn.Parameter(torch.randn(1).expand(OUT))
+    speed_up_linear(layer)
+    for rows in (x, x[:1], x[:0], x[:1].expand(T, IN)):
+        expected = nn.functional.linear(rows, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
 def test_onednn_takes_float32_alone(onednn, monkeypatch):
     monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
     seen, taken = calls(monkeypatch), onednn_calls(monkeypatch)
