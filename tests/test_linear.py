@@ -257,13 +257,15 @@ def test_onednn_gives_a_row_the_same_bits_among_any_others(onednn):
 def test_onednn_reads_what_lies_apart(onednn):
     """Every second row and column, one number for a whole bias, and no rows at all."""
     torch.manual_seed(0)
-    x, layer = torch.randn(2 * T, 2 * IN)[::2, ::2], nn.Linear(IN, OUT)
-    layer.weight = nn.Parameter(torch.randn(2 * OUT, 2 * IN)[::2, ::2])
-    layer.bias = nn.Parameter(torch.randn(1).expand(OUT))
-    speed_up_linear(layer)
-    for rows in (x, x[:1], x[:0], x[:1].expand(T, IN)):
-        expected = nn.functional.linear(rows, layer.weight, layer.bias)
-        torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
+    x, apart = torch.randn(2 * T, 2 * IN)[::2, ::2], torch.randn(2 * OUT, 2 * IN)[::2, ::2]
+    one = torch.randn(1).expand(OUT)
+    for weight, bias in ((apart, None), (apart.contiguous(), one), (apart, torch.randn(2 * OUT)[::2])):
+        layer = nn.Linear(IN, OUT, bias=bias is not None)
+        layer.weight, layer.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+        speed_up_linear(layer)
+        for rows in (x, x[:1], x[:0], x[:1].expand(T, IN)):
+            expected = nn.functional.linear(rows, weight, bias)
+            torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("onednn", [True], indirect=True)
