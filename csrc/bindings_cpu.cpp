@@ -335,6 +335,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_selective(m);
     bind_attention(m);
     bind_kernels(m);
+    m.def("use_huge_pages", [](bool yes) { fastalign::huge_pages = yes; });
     m.def("prefer_huge_pages", [](std::uintptr_t data, std::size_t bytes) {
         fastalign::prefer_huge_pages(reinterpret_cast<void*>(data), bytes);
     });

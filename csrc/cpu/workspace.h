@@ -13,8 +13,12 @@
 
 namespace fastalign {
 
+// Set from Python: not every machine is faster with them.
+inline bool huge_pages = true;
+
 inline void prefer_huge_pages(void* data, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (!huge_pages) return;
     const std::size_t page = 2u << 20;
     const auto begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
     const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / page * page;

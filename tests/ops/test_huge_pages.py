@@ -1,4 +1,4 @@
-"""Large results of the native kernels lie on huge pages, where Linux has them: small ones cost a fault each."""
+"""Large results of the native kernels lie on huge pages, where Linux has them and no host takes them back."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def asked_for(t: torch.Tensor) -> bool:
         elif inside and first == "VmFlags:":
             return "hg" in line.split()
     raise AssertionError("no mapping holds it")
+
+
+@pytest.fixture(autouse=True)
+def huge_pages(request):
+    """Asked for, whatever machine tests, but where a test says otherwise; afterwards as the machine has it."""
+    native.module.use_huge_pages(getattr(request, "param", True))
+    yield
+    native.module.use_huge_pages(not native._host_takes_memory_back())
 
 
 @pytest.fixture
@@ -69,3 +77,23 @@ def test_the_gradient_of_logits(inputs):
     logits = torch.randn(N, V, requires_grad=True)
     (grad,) = torch.autograd.grad(fastalign.selective_logprobs(logits, inputs[2], backend="cpu").sum(), logits)
     assert asked_for(grad)
+
+
+@pytest.mark.parametrize("huge_pages", [False], indirect=True)
+def test_none_are_asked_for_where_they_are_slow(inputs, huge_pages):
+    hidden, weight, targets = inputs
+    (grad,) = torch.autograd.grad(fastalign.linear_logprobs(hidden, weight, targets, backend="cpu").sum(), weight)
+    assert not asked_for(grad)
+
+
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [({}, False), ({"virtio0": "0110010100"}, True), ({"virtio0": "0110000100", "virtio3": "0000010000"}, True),
+     ({"virtio0": "0110000111"}, False), ({"virtio0": "011"}, False)],
+)  # fmt: skip
+def test_hosts_that_take_memory_back_are_known_by_a_feature(features, found, monkeypatch, tmp_path):
+    for device, bits in features.items():
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "features").write_text(f"{bits}\n", encoding="ascii")
+    monkeypatch.setattr(native, "Path", lambda path: tmp_path)
+    assert native._host_takes_memory_back() is found
