@@ -127,7 +127,7 @@ def _run_native(parameters, anchors, fishers, strength, grads, fresh) -> float:
         addresses = [0 if t is None else t.data_ptr() for t in (parameter, anchor, fisher, grads and grads[i])]
         new = bool(grads and fresh[i])
         if new:  # its pages are not there yet: one by one they would take longer than what is written to them
-            native.module.prefer_huge_pages(addresses[-1], grads[i].nbytes)
+            native.on_huge_pages(grads[i])
         kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, new))
     sums = [
         native.run("ewc_penalty", *map(native.dtype_code, kind), float(strength), tensors)

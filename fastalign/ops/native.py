@@ -62,11 +62,14 @@ def _find_brgemm() -> bool:
 def _host_takes_memory_back() -> bool:
     """Whether this is a virtual machine whose free blocks of 2 MiB go back to its host (virtio-balloon's feature 5).
 
-    There a huge page costs the host hundreds of faults whenever it is new: 350 ms for 200 MiB, small pages, which stay,
-    80; on a machine of its own 13 and 80 (bench/LOG.md).
+    There a huge page that the host took is slow to come back: 350 ms for 200 MiB, where small pages, which stay, take
+    80, and huge ones that it has not taken yet 13 (bench/LOG.md).
     """
     balloons = Path("/sys/bus/virtio/drivers/virtio_balloon").glob("virtio*/features")
-    return any(features.read_text(encoding="ascii")[5:6] == "1" for features in balloons)
+    try:
+        return any(features.read_bytes()[5:6] == b"1" for features in balloons)
+    except OSError:  # hidden from us: as on most machines
+        return False
 
 
 def select(isa: str | None) -> None:
@@ -176,7 +179,7 @@ def cache_shifts(vocab: int) -> int:
     return -(-vocab // _tile)
 
 
-def _on_huge_pages(t: Tensor) -> Tensor:
+def on_huge_pages(t: Tensor) -> Tensor:
     """`t`, of new memory: asked for before it is written, 2 MiB at a time come six times as fast as 4 KiB."""
     module.prefer_huge_pages(t.data_ptr(), t.nbytes)
     return t
@@ -216,7 +219,7 @@ def linear_logprobs(
     entropies = new(n if entropy else 0, dtype=acc)
     grad_logprobs = new((n, width) if grads else 0, dtype=acc)
     grad_entropy = new((n, width) if grads and entropy else 0, dtype=acc)
-    cache = _on_huge_pages(hidden.new_empty((cache_rows, vocab) if cache_rows else 0))
+    cache = on_huge_pages(hidden.new_empty((cache_rows, vocab) if cache_rows else 0))
     shifts = hidden.new_empty((cache_rows, cache_shifts(vocab)) if cache_rows else 0, dtype=acc)
     scored = cacheable_rows(n if rows is None else rows.numel(), hidden.dtype, 1, 1 << 62)
     cache[scored:], shifts[scored:] = 0, 0  # rows that turned out not to be scored
@@ -243,7 +246,7 @@ def linear_logprobs_backward(
     g_logprobs = grad_logprobs.to(acc).contiguous()
     g_entropy = None if grad_entropy is None else grad_entropy.to(acc).contiguous()
     d_hidden = hidden.new_zeros(hidden.shape, dtype=acc) if needs[0] else None
-    d_weight = _on_huge_pages(weight.new_empty(weight.shape)) if needs[1] else None
+    d_weight = on_huge_pages(weight.new_empty(weight.shape)) if needs[1] else None
     d_bias = weight.new_empty(weight.shape[0], dtype=acc) if needs[2] else None
     problem = module.BackwardProblem()
     kept = cache if g_entropy is None else cache.new_empty(0)  # the entropy's gradient needs the logits themselves
@@ -289,7 +292,7 @@ def linear_topk_logprobs_backward(
     grad_targets, grad_tail, hidden, weight, targets, rows, bias, stats, head, needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in weight and bias, from those in the targets' `h W' + b` (N, k) and in the tail's logarithm (N,)."""
-    d_weight = _on_huge_pages(weight.new_empty(weight.shape)) if needs[0] else None
+    d_weight = on_huge_pages(weight.new_empty(weight.shape)) if needs[0] else None
     d_bias = stats.new_empty(len(weight)) if needs[1] else None
     problem, none = module.BackwardProblem(), hidden.new_empty(0)
     kept = grad_targets.contiguous(), grad_tail.contiguous(), stats.contiguous()
@@ -321,7 +324,7 @@ def linear_divergence(
     grad_hidden = new((n, width) if grads else 0, dtype=acc)
     vocab, lanes = len(student[1]), _kernels.vector_bytes // values.element_size()
     padded = -(-width // _panels[hidden.dtype]) * _panels[hidden.dtype]
-    d_weight = _on_huge_pages(values.new_empty(vocab, padded)).zero_() if needs[0] else None
+    d_weight = on_huge_pages(values.new_empty(vocab, padded)).zero_() if needs[0] else None
     d_bias = values.new_zeros(vocab, lanes) if needs[1] else None
     coefficients = coefficients.to(acc).contiguous() if any(needs) else None
     problem, none = module.DivergenceProblem(), hidden.new_empty(0)
@@ -381,7 +384,7 @@ def selective_logprobs_backward(grad, logits, targets, stats, temperature, ignor
     problem, alive = _selective_problem(logits, targets, temperature, ignore_index, stats)
     problem.grad, problem.cache_bytes = grad.data_ptr(), _STREAMED_BYTES
     if d_logits is not None:
-        problem.d_logits = _on_huge_pages(d_logits).data_ptr()
+        problem.d_logits = on_huge_pages(d_logits).data_ptr()
     _kernels.selective_backward(problem, torch.get_num_threads(), _parallel_for)
     del alive
 

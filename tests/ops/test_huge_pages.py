@@ -97,3 +97,9 @@ def test_hosts_that_take_memory_back_are_known_by_a_feature(features, found, mon
         (tmp_path / device / "features").write_text(f"{bits}\n", encoding="ascii")
     monkeypatch.setattr(native, "Path", lambda path: tmp_path)
     assert native._host_takes_memory_back() is found
+
+
+def test_a_feature_that_cannot_be_read_stops_nothing(monkeypatch, tmp_path):
+    (tmp_path / "virtio0" / "features").mkdir(parents=True)
+    monkeypatch.setattr(native, "Path", lambda path: tmp_path)
+    assert not native._host_takes_memory_back()
