@@ -148,6 +148,7 @@ def _options(case: Case, folder: str, checkpointing: bool) -> dict:
         "learning_rate": LEARNING_RATE[case.tuning], "lr_scheduler_type": "constant", "logging_steps": 1,
         "max_length": None, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "gradient_checkpointing": checkpointing, "bf16": case.tuning == "full" and case.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),  # transformers takes bf16 on a CPU only where it is asked for by name
     }  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def _trl(case: Case, model, tokenizer, data, folder: str, checkpointing: bool):
     from datasets import Dataset
 
     options = _options(case, folder, checkpointing) | {"bf16": case.dtype == "bfloat16"}  # its default, weights apart
-    config = DPOConfig(**options, use_cpu=not torch.cuda.is_available())
+    config = DPOConfig(**options)
     # Without an adapter to switch off it would load the reference by the model's name, which a GGUF file has none of.
     reference = copy.deepcopy(model) if case.tuning == "full" else None
     trainer = DPOTrainer(
