@@ -5,6 +5,10 @@ bfloat16 activations decide much of the next loss, and no fixed tolerance says h
 from the run in float32: of runs with other last bits in the weights and, for peers, of one with peft's own LoRA layers,
 which round an adapter away where it is small beside its layer's output. Losses, and the gradient of the first step,
 which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these.
+
+Where all weights are trained, every run starts from last bits drawn at random. Of a model from a quantised file many
+weights lie exactly between two bfloat16 numbers, 8 % of SmolLM2's: the first update, however small, tips all of them
+under autocast, in any trainer, and in no twin.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ def twins(tuning: str, multiplies_bfloat16: bool) -> list[str]:
     return [FLOAT32, *LAST_BITS, *([PEFT] if tuning == "lora" and multiplies_bfloat16 else [])]
 
 
-def change(model: torch.nn.Module, twin: str) -> None:
-    """Makes the loaded model, or this process's fastalign, the twin's. Other names change nothing."""
-    if twin in LAST_BITS:
-        generator = torch.Generator().manual_seed(LAST_BITS.index(twin))
+def change(model: torch.nn.Module, run: str, draw: bool) -> None:
+    """Makes the loaded model, or this process's fastalign, the twin's; with `draw`, other runs too get last bits."""
+    if draw or run in LAST_BITS:
+        generator = torch.Generator().manual_seed(LAST_BITS.index(run) if run in LAST_BITS else len(LAST_BITS))
         for p in model.parameters():
             noise = torch.rand(p.shape, generator=generator) * 2 - 1
             p.data = (p.data.float() * (1 + torch.finfo(torch.bfloat16).eps * noise.to(p.device))).to(p.dtype)
-    if twin == PEFT:
+    if run == PEFT:
         from fastalign import scoring
 
         scoring.speed_up_linear = lambda model: None

@@ -196,11 +196,12 @@ def train(case_name: str, implementation: str) -> Run:
     from fastalign.models import load_model, load_tokenizer
 
     case = CASES[case_name]
+    draw = case.tuning == "full" and case.dtype == "bfloat16"
     if implementation == rounding.FLOAT32:
         case = replace(case, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
     model = load_model(MODEL, dtype=case.dtype if case.tuning == "lora" else "float32")
-    rounding.change(model, implementation)
+    rounding.change(model, implementation, draw)
     data = rows(case.profile, tokenizer, PAIRS * case.steps)
     step_s, losses, gradient = [], [], []
     with tempfile.TemporaryDirectory() as folder:

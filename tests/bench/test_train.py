@@ -199,14 +199,26 @@ def test_other_last_bits(dtype):
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     for twin, model in zip(rounding.LAST_BITS, models[1:], strict=False):
-        rounding.change(model, twin)
+        rounding.change(model, twin, False)
         off = (model.weight - models[0].weight).abs() / models[0].weight.abs()
         assert off.max() <= 2 * torch.finfo(torch.bfloat16).eps and (off > 0).float().mean() > 0.4
     assert not torch.equal(models[1].weight, models[2].weight)
     before = models[0].weight.clone()
     for name in ("fastalign", "TRL", rounding.FLOAT32):
-        rounding.change(models[0], name)
+        rounding.change(models[0], name, False)
         assert torch.equal(models[0].weight, before)
+
+
+def test_last_bits_drawn_for_every_run():
+    """The same ones for all runs that are no twin, and none of a twin's."""
+    names = ("fastalign", "TRL", rounding.FLOAT32, *rounding.LAST_BITS)
+    start, models = torch.nn.Linear(50, 40).state_dict(), {name: torch.nn.Linear(50, 40) for name in names}
+    for name, model in models.items():
+        model.load_state_dict(start)
+        rounding.change(model, name, True)
+    ours, *others = models.values()
+    same = [torch.equal(ours.weight, other.weight) for other in others]
+    assert same == [True, True, False, False, False]
 
 
 def test_peft_s_own_layers(monkeypatch):
@@ -214,7 +226,7 @@ def test_peft_s_own_layers(monkeypatch):
 
     monkeypatch.setattr(scoring, "speed_up_linear", scoring.speed_up_linear)
     layer = torch.nn.Linear(3, 3).half()
-    rounding.change(layer, rounding.PEFT)
+    rounding.change(layer, rounding.PEFT, False)
     scoring.speed_up_linear(layer)
     assert "forward" not in vars(layer)
 
