@@ -13,7 +13,7 @@ import torch
 from bench import divergences, fisher, gpu, losses, machine, model, ops, readme, report, scale, selective, train
 from bench.measure import load, save, say
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = {
     "machine": machine, "ops": ops, "selective": selective, "divergences": divergences, "losses": losses,
     "train": train, "scale": scale, "fisher": fisher,
@@ -29,10 +29,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--case", nargs="+", metavar="NAME", help="cases, or patterns such as 'frozen-*-mask0'")
         command.add_argument("--quick", action="store_true", help="the small cases: a minute, and no claim")
         command.add_argument("--rounds", type=int, default=7, help="interleaved runs of each implementation (7)")
-        command.add_argument("--limit", type=float, default=20, help="skip what needs more seconds a run (20)")
+        command.add_argument("--limit", type=float, default=20, help="skip what seems to need more seconds a run (20)")
         command.add_argument("--only", nargs="+", metavar="IMPLEMENTATION", help="these, and the floor they stand on")
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
-        command.add_argument("--out", type=Path, help="folder of the results (bench/results; with --quick runs/bench)")
+        command.add_argument("--out", type=Path, help="folder of results (bench/results; runs/bench if quick or only)")
     again = commands.add_parser("report", help="tables, plots and report.html from a folder of results; README's table")
     again.add_argument("folder", nargs="?", type=Path, default=RESULTS)
     raw = argparse.RawDescriptionHelpFormatter
@@ -87,7 +87,7 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     suite, cases = SUITES[name], chosen(SUITES[name], arguments.case, arguments.quick)
     if arguments.only:
         only(suite, arguments.only)
-    folder = arguments.out or (Path("runs/bench") if arguments.quick else RESULTS)
+    folder = arguments.out or (Path("runs/bench") if arguments.quick or arguments.only else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-quick" if arguments.quick else name
     path = folder / f"{stem}.json"

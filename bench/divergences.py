@@ -19,7 +19,6 @@ from torch import Tensor
 
 from bench.measure import FLOOR as PRODUCT
 from bench.measure import (
-    FRACTION,
     Checked,
     Measurement,
     Outputs,
@@ -236,16 +235,13 @@ def memory(case_name: str, implementation: str) -> int:
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
     case = (CASES | QUICK)[case_name]
-    inputs, few = make_inputs(case), case.n // FRACTION
-    small = inputs._replace(
-        hidden=inputs.hidden[:few], teacher_hidden=inputs.teacher_hidden[:few], mask=inputs.mask[:few]
-    )
-    candidates = able(
-        [FLOOR, *IMPLEMENTATIONS],
-        lambda name: candidate(name, case.kind, small),
-        lambda name: candidate(name, case.kind, inputs),
-        limit_s,
-    )
+    inputs = make_inputs(case)
+
+    def part(name: str, fraction: int) -> Callable[[], Outputs]:
+        rows = {key: getattr(inputs, key)[: case.n // fraction] for key in ("hidden", "teacher_hidden", "mask")}
+        return candidate(name, case.kind, inputs._replace(**rows))
+
+    candidates = able([FLOOR, *IMPLEMENTATIONS], part, limit_s)
     say("    float64 reference", same_line=True)
     truth = Truth(case.kind, inputs)
     return measure(

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bench import ops
 from bench.measure import (
-    FRACTION,
     Checked,
     Measurement,
     Missing,
@@ -350,10 +349,13 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
     case = (CASES | QUICK)[case_name]
     torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
-    inputs, small = make_inputs(case), make_inputs(case, max(case.tokens // FRACTION, 2))
-    candidates = able(
-        names(case), lambda name: candidate(name, case, small), lambda name: candidate(name, case, inputs), limit_s
-    )
+    inputs = make_inputs(case)
+
+    def part(name: str, fraction: int) -> Callable[[], Outputs]:
+        some = inputs if fraction == 1 else make_inputs(case, max(case.tokens // fraction, 2))
+        return candidate(name, case, some)
+
+    candidates = able(names(case), part, limit_s)
     say("    float64 reference", same_line=True)
     truth = Truth(case, inputs)
     return measure(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.measure import FRACTION, Checked, Measurement, Outputs, WrongResult, able, measure
+from bench.measure import Checked, Measurement, Outputs, WrongResult, able, measure
 
 ON_GPU = torch.cuda.is_available()
 COPY_BYTES = 1 << (30 if ON_GPU else 28)  # far beyond any cache
@@ -54,5 +54,5 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
             raise WrongResult(f"{output} is off by {error:.2g}")
         return Checked({output: error}, "64 rows" if output == "product" else "everything")
 
-    candidates = able(names, lambda name: part(name, FRACTION), lambda name: part(name, 1), limit_s)
+    candidates = able(names, part, limit_s)
     return measure("machine", case_name, sizes, candidates, check, lambda _: None, rounds)

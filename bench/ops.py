@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bench.measure import FLOOR as PRODUCT
 from bench.measure import (
-    FRACTION,
     Checked,
     Measurement,
     Missing,
@@ -333,14 +332,12 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     case = (CASES | QUICK)[case_name]
     torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
     inputs = make_inputs(case)
-    few = case.n // FRACTION
-    small = Inputs(inputs.hidden[:few], inputs.weight, *(t[:few] for t in inputs[2:]))
-    candidates = able(
-        names(case.kind),
-        lambda name: candidate(name, case.kind, small),
-        lambda name: candidate(name, case.kind, inputs),
-        limit_s,
-    )
+
+    def part(name: str, fraction: int) -> Callable[[], Outputs]:
+        few = case.n // fraction
+        return candidate(name, case.kind, Inputs(inputs.hidden[:few], inputs.weight, *(t[:few] for t in inputs[2:])))
+
+    candidates = able(names(case.kind), part, limit_s)
     say("    float64 reference", same_line=True)
     truth = Truth(case.kind, inputs)
     return measure(

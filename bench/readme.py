@@ -35,7 +35,10 @@ TRAIN = (
     ("lora-bfloat16-dialogue", "LoRA bfloat16, dialogue"),
     ("lora-float32-long", "LoRA float32, long prompts"),
     ("lora-bfloat16-long", "LoRA bfloat16, long prompts"),
-    ("full-float32-dialogue", "all weights, dialogue"),
+    ("full-float32-dialogue", "all weights float32, dialogue"),
+    ("full-bfloat16-dialogue", "all weights bfloat16, dialogue"),
+    ("full-float32-long", "all weights float32, long prompts"),
+    ("full-bfloat16-long", "all weights bfloat16, long prompts"),
 )
 # (suite, case, what to call it): beside the fastest of the others alone
 OTHERS = (
@@ -94,10 +97,10 @@ def section(measurements: list[Measurement]) -> str:
     other_rows = [("time (extra memory)", "fastalign", "the fastest of the others", "floor: bare products, or a copy")]
     other_rows += [row for *key, name in OTHERS if (row := _other_row(cases.get(tuple(key), []), name))]
     parts = [aligned(rows) for rows in (train_rows, op_rows, other_rows) if len(rows) > 1]
-    used = [rows[0] for (_, case), rows in cases.items() if case in SHOWN]
+    used = [m for (_, case), rows in cases.items() if case in SHOWN for m in rows]
     if not used:
         sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
-    parts.append(_about(max(used, key=lambda m: m.date), train_rows))
+    parts.append(_about(used, train_rows))
     parts[-1] += _two_products(cases.get(("machine", "product-float32"), []))
     if any("-" in row for row in (*op_rows, *other_rows)):
         parts[-1] += "\n-: not measured." + "".join(
@@ -107,12 +110,15 @@ def section(measurements: list[Measurement]) -> str:
 
 
 def by_machine(measurements: list[Measurement]) -> list[str]:
-    """Tables of each machine and a line that names it, what was measured last first."""
+    """Tables of each machine with a case that they show and a line that names it, what was measured last first."""
     machines, parts = defaultdict(list), []
     for m in sorted(measurements, key=lambda m: m.date, reverse=True):
         machines[m.device].append(m)  # times of two stand in no one table
     for device, own in machines.items():
-        parts += [section(own)] if " cores, " in device else _of_gpu(own)  # as `measure.cpu_name` names a CPU
+        if " cores, " not in device:  # as `measure.cpu_name` names a CPU
+            parts += _of_gpu(own)
+        elif len(machines) == 1 or any(m.case in SHOWN for m in own):
+            parts.append(section(own))
     return parts
 
 
@@ -141,18 +147,20 @@ def _of_gpu(measurements: list[Measurement]) -> list[str]:
     ]
 
 
-def _about(newest: Measurement, train_rows: list[tuple[str, ...]]) -> str:
-    """Of what, on what and when, and what the figures of training are."""
+def _about(used: list[Measurement], train_rows: list[tuple[str, ...]]) -> str:
+    """Of what, on what and when, of how many runs, and what the figures of training are."""
+    newest, runs = max(used, key=lambda m: m.date), sorted({m.runs for m in used})
     versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
     text = (
         f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
         f"{newest.threads} threads;\n{versions}; {newest.date[:10]}.\n"
+        f"Medians of {runs[0]} to {runs[-1]} interleaved runs.\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )
     if len(train_rows) > 1:
         text += (
             "\nOf TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better "
-            "one:\nthe pairs/s of the faster, the memory of the leaner."
+            "one:\nthe pairs/s of the faster, the memory of the leaner, with the model in it."
         )
     if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
         text += (

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bench import machine
 from bench.measure import (
-    FRACTION,
     Checked,
     Measurement,
     Missing,
@@ -162,13 +161,11 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case, and a copy; those that are missing or too slow are named."""
     case = (CASES | QUICK)[case_name]
     inputs = make_inputs(case)
-    small = Inputs(*(t[: case.n // FRACTION] for t in inputs))
-    candidates = able(
-        list(IMPLEMENTATIONS),
-        lambda name: candidate(name, case.kind, small),
-        lambda name: candidate(name, case.kind, inputs),
-        limit_s,
-    )
+
+    def part(name: str, fraction: int) -> Callable[[], Outputs]:
+        return candidate(name, case.kind, Inputs(*(t[: case.n // fraction] for t in inputs)))
+
+    candidates = able(list(IMPLEMENTATIONS), part, limit_s)
     (copy,) = machine.run("copy", 5, limit_s)
     moved = PASSES[case.kind] * case.n * case.v * inputs.logits.element_size()
     rate = round(copy.sizes["bytes"] / copy.median_s)

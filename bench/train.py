@@ -127,16 +127,17 @@ def lengths(draw: random.Random, count: int, least: int, mean: int, most: int) -
 
 
 def _clock(seconds: list[float]):
-    """A callback that appends the seconds of each step."""
+    """A callback that appends the seconds of each step, from the end of the last one on, laying out included."""
     from transformers import TrainerCallback  # takes seconds, and each process that weighs an op imports this module
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.end = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
             synchronize()
-            seconds.append(time.perf_counter() - self.start)
+            start, self.end = self.end, time.perf_counter()
+            seconds.append(self.end - start)
 
     return Clock()
 
@@ -284,6 +285,8 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
                 say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
     rate = max(rate, _gemm_rate(case_name, limit_s))
     twins = _twins(case_name)
+    for name, done in runs.items():
+        say(f"    {name}: losses {_curve(done[0].losses)}")
     records = [_measurement(case_name, name, runs, twins, load_before, rate) for name in runs]
     skipped = {name: reason for name, reason in skipped.items() if name not in runs}
     return [replace(record, skipped=skipped) for record in records]
@@ -352,7 +355,6 @@ def _measurement(
     case_name: str, name: str, runs: dict[str, list[Run]], twins: dict[str, Run], load_before: float, rate: int
 ) -> Measurement:
     case, done = CASES[case_name], runs[name]
-    say(f"    {name}: losses {_curve(done[0].losses)}")
     off, checked = _check(case, name, runs, twins)
     # Steps differ in their tokens, so a run counts by its mean.
     seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / case.steps for r in done]

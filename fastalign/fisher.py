@@ -310,8 +310,6 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
 def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
     """Hooks in place, in evaluation mode; no weight takes a gradient, since the hooks' product stands for it."""
     training, frozen = model.training, [p for p in model.parameters() if p.requires_grad]
-    # Faster ways through a LoRA layer pass its factors by, and with them their hooks.
-    fast = {m: vars(m).pop("forward") for m in model.modules() if hasattr(m, "lora_A") and "forward" in vars(m)}
     hooks = [module.register_forward_hook(backward.watch) for module in backward.layers]
     model.eval().requires_grad_(False)
     try:
@@ -319,8 +317,6 @@ def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, forward in fast.items():
-            module.forward = forward
         for p in frozen:
             p.requires_grad_()
         model.train(training)

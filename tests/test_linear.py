@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalign.linear import _applies, _operand, _Product, multiplies, speed_up_linear
+from fastalign.linear import _is_fast_on_gpu, _operand, _Product, multiplies, speed_up_linear
 
 IN, OUT, T, RANK = 24, 40, 7, 3
 
@@ -92,6 +92,7 @@ def test_gradcheck():
     x, w, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b))
+    assert torch.autograd.gradgradcheck(lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b))
 
 
 @pytest.mark.parametrize(("dtype", "native"), [(torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)])
@@ -147,6 +148,12 @@ def test_what_is_not_plain_goes_its_own_way(monkeypatch):
     trained = fast(lora())
     trained.base_model.model.first.base_layer.weight.requires_grad_()
     trained(rows())
+    watched, told = fast(lora()).base_model.model, []
+    watched.first.lora_A["default"].register_forward_hook(lambda *args: told.append(args))
+    watched(rows())
+    assert len(told) == 1
+    speed_up_linear(on_meta := nn.Linear(IN, OUT, device="meta"))
+    assert on_meta(rows().to("meta")).shape == (2, T, OUT)
     assert not seen
     fast(lora(lora_dropout=0.5)).eval()(rows())  # dropout that is off is none
     assert len(seen) == 1
@@ -207,15 +214,13 @@ def test_a_young_adapter_is_not_rounded_away(native, monkeypatch):
 
 
 def test_on_a_gpu_where_16_bits_are_multiplied_fast():
-    def applies(dtype=torch.bfloat16, result=torch.bfloat16, rank=8, device="cuda", inputs=16, outputs=24):
-        x = torch.empty(5, inputs, dtype=dtype, device=device)
-        return _applies(x, torch.empty(outputs, inputs, dtype=dtype, device=device), result, rank)
+    def applies(dtype=torch.bfloat16, result=torch.bfloat16, rank=8, inputs=16, outputs=24):
+        return _is_fast_on_gpu(torch.empty(outputs, inputs, dtype=dtype, device="cuda"), result, rank)
 
     with FakeTensorMode(), torch.no_grad():
         assert applies() and applies(dtype=torch.float16, result=torch.float16)
         assert not applies(rank=4) and not applies(inputs=20) and not applies(outputs=20)
         assert not applies(dtype=torch.float32) and not applies(dtype=torch.float32, result=torch.float32)
-        assert not applies(device="meta")
         assert _operand(torch.empty(1, device="cuda"), torch.float16).dtype == torch.float16
         x, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (5, 24))
         a, b = torch.empty(8, 16, device="cuda"), torch.empty(24, 8, device="cuda")
@@ -268,6 +273,48 @@ def test_onednn_reads_what_lies_apart(onednn):
             torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("onednn", [True, False], indirect=True)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_no_rows_give_gradients_of_zeros(onednn, adapter):
+    model = fast(lora() if adapter else Body(True))
+    model(rows()[:0].requires_grad_()).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(grads) == (2 if adapter else 4) and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_gradients_of_what_is_expanded(onednn, adapter):
+    """Rows that are one row, and the gradient of a sum, have strides of 0."""
+    model, x = lora() if adapter else Body(True), rows()[:1, :1].expand(2, T, IN)
+    for mine, theirs in zip(*(sums(m, x) for m in (fast(model), model)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def sums(model, x) -> tuple:
+    """Gradients of the first layer's result, summed."""
+    first = getattr(model, "base_model", model)
+    first = getattr(first, "model", first).first
+    return torch.autograd.grad(first(x).sum(), [p for p in first.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_second_derivatives(onednn, adapter):
+    """Of the squared gradients of inputs and weights, as torch and peft have them."""
+    torch.manual_seed(0)
+    model = lora() if adapter else Body(True)
+    for mine, theirs in zip(*(penalty_gradients(m) for m in (fast(model), model)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def penalty_gradients(model) -> tuple:
+    x = rows().requires_grad_()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(model(x).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
 @pytest.mark.parametrize("onednn", [True], indirect=True)
 def test_onednn_takes_float32_alone(onednn, monkeypatch):
     monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
@@ -300,6 +347,31 @@ def test_the_layer_s_input_is_kept_once():
     assert x.untyped_storage().data_ptr() in kept
     small = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     assert len(kept - small) == 3  # x, and x A' of each call
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+def test_a_frozen_layer_keeps_no_input(onednn):
+    kept, layer, x = [], fast(nn.Linear(IN, OUT)).requires_grad_(False), rows().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.shape for t in kept] == [layer.weight.shape]
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_autocast_leaves_float64_alone(adapter):
+    model = fast(lora(dtype=torch.float64) if adapter else Body(True).double())
+    expected = model(rows(torch.float64))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(model(rows(torch.float64)), expected)
+
+
+@pytest.mark.parametrize("onednn", [True, False], indirect=True)
+def test_functorch_goes_through_all_layers(onednn):
+    for model in (lora(), Body(True), lora(dtype=torch.bfloat16), Body(True).half()):
+        x = rows(next(model.parameters()).dtype)
+        mine, theirs = torch.func.vmap(fast(model))(x), torch.func.vmap(model)(x)
+        assert torch.equal(mine, theirs)
 
 
 def test_multiplies_knows_what_there_is():

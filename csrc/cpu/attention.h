@@ -133,7 +133,7 @@ class AttentionPass {
             const Vec<T> from = fill(static_cast<T>(keys.place + t - place)), to = from + static_cast<T>(p_.window);
             for (int j = 0; j < S::vectors; ++j) {
                 const Vec<T> queries = first_queries + static_cast<T>(j * L), u = load(z + t * P + j * L) * scaling;
-                store(z + t * P + j * L, (queries >= from) & (queries < to) ? u : fill(hidden_score));
+                store(z + t * P + j * L, ((queries >= from) & (queries < to)) ? u : fill(hidden_score));
             }
         }
     }

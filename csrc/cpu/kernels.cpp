@@ -16,7 +16,8 @@ namespace {
 
 bool has_avx2() {
 #ifdef FASTALIGN_HAS_AVX2
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // F16C is older than AVX2, and clang before 15 cannot ask for it.
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return false;
 #endif

@@ -18,7 +18,7 @@ class Tiles<float, bf16> {
     using S = Shape<float>;
     static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
     static constexpr std::int64_t step = 32;
-    static_assert(S::tile % step == 0 && step % 8 == 0);
+    static_assert(S::tile % step == 0 && step % 8 == 0 && wide % S::panel == 0);
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
@@ -147,8 +147,13 @@ private:
         for (int i = 0; i < 8; ++i) std::memcpy(&a[i], in + i * in_stride, sizeof(Row));
         for (int step = 0; step < 3; ++step) {
             for (int i = 0; i < 4; ++i) {
+#ifdef __clang__
                 b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
                 b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+#else  // GCC has the other one since version 12
+                b[2 * i] = __builtin_shuffle(a[i], a[i + 4], Row{0, 8, 1, 9, 2, 10, 3, 11});
+                b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], Row{4, 12, 5, 13, 6, 14, 7, 15});
+#endif
             }
             for (int i = 0; i < 8; ++i) a[i] = b[i];
         }

@@ -20,6 +20,7 @@ from bench.measure import (
     measure,
     peak_extra_memory,
     save,
+    too_slow,
 )
 
 ONE = Measurement(
@@ -111,27 +112,44 @@ def test_every_run_is_checked_first_and_a_wrong_one_never_timed(capsys):
 
 
 def test_what_cannot_run_is_told_from_what_can(capsys):
-    def small(name):
+    def part(name, fraction):
         if name == "absent":
             raise Missing("it is not here")
         return torch.zeros(1).add if name == "faulty" else dict
 
-    able_ones = able(["fine", "absent", "faulty"], small, lambda name: dict, limit_s=60)
+    able_ones = able(["fine", "absent", "faulty"], part, limit_s=60)
     assert able_ones["fine"] is dict and able_ones["absent"] == "it is not here"
     assert able_ones["faulty"].startswith("it raised TypeError: ")
-    too_slow = able(["slow", FLOOR], lambda name: dict, lambda name: dict, limit_s=0)
-    assert too_slow["slow"].endswith("over the limit of 0 s (--limit)") and too_slow[FLOOR] is dict
+    slow = able(["slow", FLOOR], part, limit_s=0)
+    assert slow["slow"].endswith("over half the limit of 0 s (--limit)") and slow[FLOOR] is dict
     said = capsys.readouterr().err
     assert [line.split(":")[0].split()[:2] for line in said.splitlines()] == [
         ["skipped", n] for n in ("absent", "faulty", "slow")
     ]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "tried", "why"),
+    [
+        ({16: 1}, [16], None),  # 16 s
+        ({16: 2, 4: 5}, [16, 4], None),  # 32 s, and 20 s
+        ({16: 9, 4: 9}, [16, 4], None),  # nearly as long on few rows as on many
+        ({16: 11}, [16], "1/16 of the rows took 11 s, over half the limit of 20 s (--limit)"),
+        ({16: 3, 4: 12}, [16, 4], "1/4 of the rows took 12 s, over half the limit of 20 s (--limit)"),
+    ],
+)
+def test_what_few_rows_tell_of_all(seconds, tried, why, monkeypatch):
+    seen = []
+    monkeypatch.setattr("bench.measure.timed", lambda fraction: seen.append(fraction) or seconds[fraction])
+    assert too_slow(lambda fraction: fraction, 20) == why
+    assert seen == tried
+
+
 def test_an_error_without_a_word_does_not_end_the_run():
     def silent():
         raise AssertionError
 
-    assert able(["silent"], lambda name: silent, lambda name: silent, 60) == {"silent": "it raised AssertionError: "}
+    assert able(["silent"], lambda *_: silent, 60) == {"silent": "it raised AssertionError: "}
 
 
 def test_peak_memory_sees_what_is_freed_again():
