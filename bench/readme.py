@@ -55,8 +55,10 @@ SHOWN_PLOT = f"![Memory against vocabulary](bench/results/{PLOT})"
 
 def update(measurements: list[Measurement]) -> None:
     """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
-    tables = "\n\n".join([*by_machine(measurements), SHOWN_PLOT])
-    text = between(README.read_text(encoding="utf-8"), BEGIN, END, tables)
+    tables = by_machine(measurements)
+    if not tables:
+        sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
+    text = between(README.read_text(encoding="utf-8"), BEGIN, END, "\n\n".join([*tables, SHOWN_PLOT]))
     text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
     temporary = README.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -98,8 +100,6 @@ def section(measurements: list[Measurement]) -> str:
     other_rows += [row for *key, name in OTHERS if (row := _other_row(cases.get(tuple(key), []), name))]
     parts = [aligned(rows) for rows in (train_rows, op_rows, other_rows) if len(rows) > 1]
     used = [m for (_, case), rows in cases.items() if case in SHOWN for m in rows]
-    if not used:
-        sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
     parts.append(_about(used, train_rows))
     parts[-1] += _two_products(cases.get(("machine", "product-float32"), []))
     if any("-" in row for row in (*op_rows, *other_rows)):
@@ -117,7 +117,7 @@ def by_machine(measurements: list[Measurement]) -> list[str]:
     for device, own in machines.items():
         if " cores, " not in device:  # as `measure.cpu_name` names a CPU
             parts += _of_gpu(own)
-        elif len(machines) == 1 or any(m.case in SHOWN for m in own):
+        elif any(m.case in SHOWN for m in own):
             parts.append(section(own))
     return parts
 
@@ -162,7 +162,9 @@ def _about(used: list[Measurement], train_rows: list[tuple[str, ...]]) -> str:
             "\nOf TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better "
             "one:\nthe pairs/s of the faster, the memory of the leaner, with the model in it."
         )
-    if any("bfloat16" in row[0] for row in train_rows) and newest.device.endswith("AVX2"):
+    if any(row[0].startswith("LoRA bfloat16") for row in train_rows):
+        text += "\nLoRA bfloat16: the weights of both are bfloat16; TRL besides multiplies under autocast, its default."
+    if any("bfloat16" in m.case for m in used) and newest.device.endswith("AVX2"):
         text += (
             "\nThis CPU has no bfloat16 instructions: torch's own products are slow there, fastalign widens to float32."
         )

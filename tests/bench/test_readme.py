@@ -232,3 +232,12 @@ def test_another_cpu_has_tables_of_its_own_and_what_was_measured_last_comes_firs
     first, second = readme.section(other), readme.section(measured)
     assert "another CPU" in first and "another CPU" not in second
     assert f"\n\n{first}\n\n{second}\n\n{readme.SHOWN_PLOT}\n\n{readme.END}" in text
+    third = replace(other[0], device="a third CPU, 2 cores, AVX512", case="t-2-threads", suite="scale")
+    assert readme.by_machine([*measured, *other, third]) == [first, second], "it has nothing that they show"
+
+
+def test_of_how_many_runs_and_of_a_cpu_without_bfloat16(measured):
+    old = [replace(m, device="a CPU, 2 cores, AVX2", runs=7 - i % 5) for i, m in enumerate(measured)]
+    assert "Medians of 3 to 7 interleaved runs.\n" in readme.section(old)
+    assert "no bfloat16 instructions" not in readme.section(old)
+    assert "no bfloat16 instructions" in readme.section([*old, replace(old[0], case=readme.OPS[2][0])])
