@@ -12,6 +12,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -349,13 +350,9 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
     case = (CASES | QUICK)[case_name]
     torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
-    inputs = make_inputs(case)
-
-    def part(name: str, fraction: int) -> Callable[[], Outputs]:
-        some = inputs if fraction == 1 else make_inputs(case, max(case.tokens // fraction, 2))
-        return candidate(name, case, some)
-
-    candidates = able(names(case), part, limit_s)
+    some = cache(lambda fraction: make_inputs(case, max(case.tokens // fraction, 2)))
+    candidates = able(names(case), lambda name, fraction: candidate(name, case, some(fraction)), limit_s)
+    inputs = some(1)
     say("    float64 reference", same_line=True)
     truth = Truth(case, inputs)
     return measure(
