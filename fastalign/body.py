@@ -1,8 +1,9 @@
-"""Norms and gated activations of a transformer's body on the CPU: one pass each, in C++.
+"""Norms and gated activations of a transformer's body: in few passes, which keep little for the backward pass.
 
-torch takes RMSNorm in eight passes, most of them over float32 copies, and keeps two of those for the backward pass;
-silu(gate) * up in two, of which the first is kept. Here x and one number a row are kept, or gate and up alone, and what
-is summed or multiplied in float32 is rounded once.
+Models take RMSNorm in eight passes, most of them over float32 copies, and keep two of those for the backward pass;
+silu(gate) * up in two, of which the first is kept. Here x and one number a row are kept, or gate and up alone. On the
+CPU both are one pass in C++, and what is summed or multiplied in float32 is rounded once. On a GPU the norm is torch's
+own kernel, which rounds once too, and the gate takes torch's passes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import types
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm, silu
 
 from fastalign import reference
 from fastalign.ops import native
@@ -22,11 +24,9 @@ def speed_up_body(model: nn.Module) -> None:
     """Lets the model's RMSNorms and SwiGLU blocks take the passes above where they apply; changed in place.
 
     Modules are told by their parts, and by computing the same as `reference.rms_norm` or `reference.gated` on a few
-    numbers. Each call looks whether it applies (on the CPU, tensors of one dtype, no transform of torch.func) and
+    numbers. Each call looks whether it applies (on one device, tensors of one dtype, no transform of torch.func) and
     otherwise goes the module's own way.
     """
-    if native.why_not() or native.why_no_kernel("rms_norm"):
-        return
     for module in model.modules():
         if "forward" in vars(module):
             continue  # patched before, by us or by someone with other plans
@@ -40,7 +40,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or getattr(module, "bias", None) is not None or _eps(module) is None:
         return False
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or native.why_not(weight):
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not _takes(weight):
         return False
     return _agrees(module, lambda x: reference.rms_norm(x.double(), weight.double(), _eps(module)), weight)
 
@@ -51,7 +51,7 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     gate, up, down, _ = parts
     weight = getattr(gate, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or native.why_not(weight):
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not _takes(weight):
         return False
     return _agrees(module, lambda x: down(reference.gated(gate(x), up(x)).to(x.dtype)), weight)
 
@@ -59,7 +59,7 @@ def _is_gated(module: nn.Module) -> bool:
 @torch.no_grad()
 def _agrees(module: nn.Module, expected, weight: Tensor) -> bool:
     """Whether the module computes what is expected, within rounding, on numbers as wide as its weight."""
-    x = torch.linspace(-3, 4, 2 * weight.shape[-1]).view(2, -1).to(weight.dtype)
+    x = torch.linspace(-3, 4, 2 * weight.shape[-1]).view(2, -1).to(weight)
     truth = expected(x).double()
     return (module(x).double() - truth).abs().max() <= 8 * torch.finfo(weight.dtype).eps * truth.abs().max() + 1e-7
 
@@ -72,6 +72,8 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
     weight = self.weight  # may be another one for the call: the Fisher information gives each token its own
     if not _applies(x, weight) or weight.shape != x.shape[-1:]:
         return type(self).forward(self, x)
+    if _on_gpu(x):
+        return rms_norm(x, weight.shape, weight, _eps(self)).to(x.dtype)  # autocast's is float32
     return _RmsNorm.apply(x, weight, _eps(self))
 
 
@@ -82,9 +84,18 @@ def _gated_block(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(_Gated.apply(gate, up))
 
 
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def _takes(*tensors: Tensor) -> bool:
+    """Whether all lie on a GPU, or can be read by the native module, where that is new enough."""
+    return all(map(_on_gpu, tensors)) or not (native.why_not(*tensors) or native.why_no_kernel("rms_norm"))
+
+
 def _applies(x: Tensor, other: Tensor) -> bool:
-    """On the CPU and of one dtype; under vmap and its like tensors have no address."""
-    return not (native.why_not(x, other) or x.dtype != other.dtype or torch._C._are_functorch_transforms_active())
+    """On one device and of one dtype; under vmap and its like tensors have no address."""
+    return _takes(x, other) and x.dtype == other.dtype and not torch._C._are_functorch_transforms_active()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -120,6 +131,8 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        if _on_gpu(gate):
+            return silu(gate).mul_(up)
         out = torch.empty_like(gate)
         _gated_pass(gate, up, out, None, None, None)
         return out
@@ -128,6 +141,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if _on_gpu(gate):
+            return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
         _gated_pass(gate, up, None, grad.contiguous(), d_gate, d_up)
         return d_gate, d_up

@@ -7,7 +7,8 @@ Here the adapter's product accumulates into the layer's, and the sum is rounded 
 
 A CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: there they are
 widened and multiplied in float32. Otherwise everything is multiplied in 16 bits, an adapter's float32 factors rounded
-for it as autocast does: `[x, x A'] [W, s B]'`, one product.
+for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `(x A') (s B)'`, which is rounded on its
+own scale, and `x W'` onto it. That copies no weight, and launches half as much, which small models wait for there.
 
 float32 is multiplied by MKL in torch, which leaves AVX-512 alone on AMD's processors: there oneDNN's product, which
 torch has too, is twice as fast.
@@ -121,9 +122,11 @@ def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         return type(self).forward(self, x)
     a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
     if self.disable_adapters:
-        if not _joins(x, dtype) or _zeros_keep_bits(x.device.type):
+        if not x.is_cuda and (not _joins(dtype) or _zeros_keep_bits()):
             return type(self).forward(self, x)
         b = torch.zeros_like(b)  # the reference takes the policy's product, for its bits
+    if x.is_cuda:
+        return _Accumulated.apply(x, base.weight, base.bias, a, b, scaling)
     return _Product.apply(x, base.weight, base.bias, a, b, scaling, dtype)
 
 
@@ -151,26 +154,26 @@ def _is_fast_on_gpu(weight: Tensor, dtype: torch.dtype, rank: int) -> bool:
     return weight.dtype == dtype in LOW and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
 
 
-def _joins(t: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of a result in `dtype` are taken in it, and so an adapter's in one with its layer's."""
-    return dtype in LOW and (t.is_cuda or multiplies(dtype))
+def _joins(dtype: torch.dtype) -> bool:
+    """Whether the CPU takes products of a result in `dtype` in it, and so an adapter's in one with its layer's."""
+    return dtype in LOW and multiplies(dtype)
 
 
 @cache
-def _zeros_keep_bits(device: str) -> bool:
-    """Whether more columns of zeros leave a product's bits alone: where sums go through the columns in order."""
-    return device == "cpu" and not torch.cpu._is_amx_tile_supported()
+def _zeros_keep_bits() -> bool:
+    """Whether more columns of zeros leave a CPU's product's bits alone: where sums go through the columns in order."""
+    return not torch.cpu._is_amx_tile_supported()
 
 
 def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     """What enters a product of a result in `dtype`: that dtype where it is multiplied, else float32 or float64."""
-    if _joins(t, dtype):
+    if _joins(dtype):
         return t.to(dtype)
     return t.float() if t.dtype in LOW else t
 
 
 class _Product(torch.autograd.Function):
-    """`x W' + bias + s (x A') B'` in one accumulator, then in `dtype`; A and B may be None."""
+    """`x W' + bias + s (x A') B'` in one accumulator, then in `dtype`; A and B may be None. Of a CPU."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
@@ -179,7 +182,7 @@ class _Product(torch.autograd.Function):
             xa = None if a is None else _linear_product(wide, _operand(a, dtype))  # (T, r)
             if a is None:
                 out = _linear_product(wide, w, bias_)  # (T, out)
-            elif _joins(x, dtype):
+            elif _joins(dtype):
                 out = linear(torch.cat([wide, xa], 1), torch.cat([w, _operand(b * scaling, dtype)], 1), bias_)
             else:
                 out = _linear_product(wide, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
@@ -202,7 +205,7 @@ class _Product(torch.autograd.Function):
             ga = product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if a is not None and (of_x or of_a) else None
             if of_x and a is None:
                 d_x = product(g, w.t())
-            elif of_x and _joins(g, ctx.dtype):
+            elif of_x and _joins(ctx.dtype):
                 d_x = torch.mm(torch.cat([g, ga], 1), torch.cat([w, _operand(a, ctx.dtype)]))
             elif of_x:
                 d_x = product(g, w.t()).addmm_(ga, _operand(a, ctx.dtype))
@@ -218,6 +221,52 @@ class _Product(torch.autograd.Function):
                 xa = product(wide, _operand(a, ctx.dtype)) if again else xa
                 d_b = product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # few rows: twice as fast
         return d_x, d_weight, d_bias, d_a, d_b, None, None
+
+
+class _Accumulated(torch.autograd.Function):
+    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits, the second sum in the accumulator of its product. Of a
+    GPU, where x is on one. What A and B are rounded to is kept: it is small."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling):
+        wide, a16 = _rows(x).to(weight.dtype), a.to(weight.dtype)
+        b16 = torch.mul(b, scaling, out=torch.empty_like(b, dtype=weight.dtype))
+        xa = torch.mm(wide, a16.t())  # (T, r)
+        out = torch.mm(xa, b16.t()).addmm_(wide, weight.t())  # (T, out)
+        if bias is not None:
+            out += bias
+        of_a, of_b = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(x if of_a or of_b else None, weight, a, b, a16, b16, xa if of_b else None)
+        ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, a16, b16, xa = ctx.saved_tensors
+        of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
+        g, d_x, d_bias, d_a, d_b = _rows(grad), None, None, None, None  # (T, out)
+        wide = None if x is None else _rows(x).to(weight.dtype)
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: of what the kept ones were made of
+            a16, b16 = a.to(weight.dtype), (b * ctx.scaling).to(weight.dtype)
+            xa = None if wide is None else torch.mm(wide, a16.t())
+        ga = torch.mm(g, b16) if of_x or of_a else None  # (T, r)
+        if of_x:
+            d_x = torch.mm(ga, a16).addmm_(g, weight).view(ctx.x[0]).to(ctx.x[1])
+        if of_bias:
+            d_bias = g.sum(0).to(ctx.bias_dtype)
+        if of_a:
+            d_a = _of_factor(a, ga.t(), wide, 1.0)
+        if of_b:
+            d_b = _of_factor(b, g.t(), xa, ctx.scaling)
+        return d_x, None, d_bias, d_a, d_b, None
+
+
+def _of_factor(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """The gradient `scaling left right` of an adapter's factor, in its dtype: on a GPU one launch, and not rounded."""
+    if left.is_cuda and factor.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.addmm(factor, left, right, out_dtype=torch.float32, beta=0, alpha=scaling)
+    return torch.mm(left, right).to(factor.dtype).mul_(scaling)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.layerwise import split_groups
 from fastalign.linear import keep_few_primitives
-from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
+from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer, place
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
 from fastalign.packing import PackedBatch
 from fastalign.reference_logprobs import ReferenceWeights, fingerprint, precompute
@@ -94,6 +94,7 @@ class AlignmentTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         adopt_special_tokens(causal_lm(model), processing_class)
         self.objective = objective(args)
+        place(model, args)
         self.layout = prepare(model)
         if self.layout == "shared" and not args.share_prompts:
             self.layout = "packed"

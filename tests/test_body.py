@@ -221,3 +221,40 @@ def test_without_the_kernels_nothing_is_changed(monkeypatch):
     norm = PlainRMSNorm()
     speed_up_body(norm)
     assert "forward" not in vars(norm)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What a GPU's tensors take, taken by the CPU's."""
+    monkeypatch.setattr(body, "_on_gpu", lambda t: t.device.type == "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_gpu_s_tensors_take(dtype, gpu, monkeypatch):
+    """torch's norm, and its passes of the gate: no further from float64 than the model's own."""
+    seen, kept = calls(monkeypatch), []
+    norm, block = PlainRMSNorm().to(dtype), Block(nn.SiLU()).to(dtype)
+    x, grad = numbers(7, 8, dtype=dtype, seed=1), numbers(7, 8, dtype=dtype, seed=2)
+    fast = copy.deepcopy(nn.Sequential(norm, block))
+    speed_up_body(fast)
+    assert all("forward" in vars(module) for module in fast)
+    exact = with_gradients(nn.Sequential(norm, block).double(), [x.double()], grad)
+    norm.to(dtype), block.to(dtype)
+    own, ours = (with_gradients(m, [x], grad) for m in (nn.Sequential(norm, block), fast))
+    for mine, theirs, truth in zip(ours, own, exact, strict=True):
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        budget = 2 * ((theirs.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max())
+        assert (mine.double() - truth).abs().max() <= budget
+    assert not seen
+    gate, up = (t.requires_grad_() for t in (x.clone(), grad.clone()))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _Gated.apply(gate, up)
+    assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}
+
+
+def test_a_gpu_s_norm_keeps_its_dtype_under_autocast(gpu):
+    norm = PlainRMSNorm().bfloat16()
+    speed_up_body(norm)
+    x = numbers(3, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16

@@ -179,6 +179,15 @@ def test_few_compiled_products_are_kept_unless_the_environment_says_otherwise(
     assert seen == [kept]
 
 
+def test_a_model_is_placed_before_it_is_tried_out(make_trainer, pairs, monkeypatch):
+    """What fits it is found by running it, on the kernels that it will train on."""
+    done, prepare = [], trainer_module.prepare
+    monkeypatch.setattr(trainer_module, "place", lambda model, args: done.append("placed"))
+    monkeypatch.setattr(trainer_module, "prepare", lambda model: done.append("tried") or prepare(model))
+    make_trainer(gpt2(dtype=torch.float32), pairs)
+    assert done == ["placed", "tried"]
+
+
 def test_nll_over_prompt_and_completion(make_trainer, tokenizer):
     """ORPO with the NLL of prompt and chosen completion as one text (its paper's section 4.1)."""
     rows, model = rows_of_many_lengths(4), gpt2()
