@@ -30,6 +30,15 @@ def test_time_that_is_not_planned_is_dealt_out():
     assert sum(step.seconds for step in gpu.stretched(PLAN, gpu.SECONDS)) <= gpu.SECONDS - gpu.REPORT_S
 
 
+def test_the_first_step_may_take_its_share_of_the_time(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_step", lambda arguments, limit_s: limits.append(limit_s))
+    assert gpu.main(tmp_path, 600) == 1, "no case has a record"
+    assert limits[0] == pytest.approx(gpu.stretched(PLAN, 600)[0].seconds, abs=1)
+    assert len(limits) == len(PLAN) + 1
+
+
 def test_kernels_are_checked_before_anything_is_timed():
     assert PLAN[0].command == "gpu-kernels"
     assert {step.command for step in PLAN[1:]} == {"machine", "ops", "selective", "losses", "train"}
