@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from bench import losses, machine, ops, selective, train
 from bench.measure import ROOT, load
 from fastalign import reference
+from fastalign.linear import speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.ewc import BACKENDS as EWC
@@ -182,6 +184,34 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
             for name, has, function, tensors in _variants(getattr(torch, dtype), n, v, device):
                 if backend in has:
                     yield f"{name} {dtype} {backend}", partial(compare, function, tensors, backend)
+    for dtype in ("bfloat16", "float16") if "torch" in backends else ():
+        yield f"lora of a young adapter {dtype} torch", partial(young_adapter, getattr(torch, dtype), device)
+
+
+def young_adapter(dtype: torch.dtype, device: str) -> float:
+    """How far a LoRA layer is from keeping, on average, a part below the last place of its results: the slope of what
+    the adapter changes on what it should, less 1, over four standard errors. Where results are rounded first it is 0.
+    """
+    width, rank, generator = 576, 8, torch.Generator().manual_seed(0)
+    unit = 16 * torch.finfo(dtype).eps  # of results around 24
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    layer = torch.nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+    layer.weight.data, x = draw(width, width).to(dtype), draw(1000, width).to(dtype)
+    scaling = unit / 8 / (width * rank) ** 0.5
+    config = LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(layer), config)
+    a, b = (p for p in model.parameters() if p.requires_grad)
+    a.data, b.data = draw(rank, width), draw(width, rank)
+    speed_up_linear(model)
+    with torch.no_grad():
+        with_it, part = model(x).double(), scaling * (x.double() @ a.double().T @ b.double().T)
+        b.zero_()
+        moved = with_it - model(x).double()
+    slope = (moved * part).sum() / part.square().sum()
+    return float(abs(slope - 1) * part.square().sum().sqrt() / (4 * unit))  # each is off by a unit at most
 
 
 def _by_truth(backend: str, truth: ops.Truth) -> float:

@@ -12,20 +12,22 @@ from transformers import PreTrainedModel
 
 from fastalign.errors import DataError, ModelError
 from fastalign.objectives import Batch
-from fastalign.packing import PackedBatch
+from fastalign.packing import PackedBatch, filled
 from fastalign.scoring import lay_out
 
 
 class Collator:
-    """Tokenised rows to a `Batch`."""
+    """Tokenised rows to a `Batch`, packed ones of a multiple of so many tokens."""
 
-    def __init__(self, layout: str, pad_token_id: int, *, score_prompts: bool = False):
+    def __init__(self, layout: str, pad_token_id: int, *, score_prompts: bool = False, multiple: int = 1):
         self.layout, self.pad_token_id, self.score_prompts = layout, pad_token_id, score_prompts
+        self.multiple = multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, Batch]:
         packed, prompt_tokens = lay_out(rows, self.layout, self.pad_token_id), 0
         if self.score_prompts:
             packed, prompt_tokens = _with_prompts(packed, len(rows))
+        packed = packed if packed.layout is None else filled(packed, self.multiple)
         reference = desirable = None
         if "ref_logprobs" in rows[0]:
             reference = torch.tensor([v for row in rows for values in row["ref_logprobs"] for v in values])

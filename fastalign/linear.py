@@ -7,8 +7,8 @@ Here the adapter's product accumulates into the layer's, and the sum is rounded 
 
 A CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: there they are
 widened and multiplied in float32. Otherwise everything is multiplied in 16 bits, an adapter's float32 factors rounded
-for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `(x A') (s B)'`, which is rounded on its
-own scale, and `x W'` onto it. That copies no weight, and launches half as much, which small models wait for there.
+for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `x W'` in float32, and `(x A') (s B)'` onto
+it. That copies no weight, and launches half as much, which small models wait for there.
 
 float32 is multiplied by MKL in torch, which leaves AVX-512 alone on AMD's processors: there oneDNN's product, which
 torch has too, is twice as fast.
@@ -126,7 +126,7 @@ def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
             return type(self).forward(self, x)
         b = torch.zeros_like(b)  # the reference takes the policy's product, for its bits
     if x.is_cuda:
-        return _Accumulated.apply(x, base.weight, base.bias, a, b, scaling)
+        return _Added.apply(x, base.weight, base.bias, a, b, scaling)
     return _Product.apply(x, base.weight, base.bias, a, b, scaling, dtype)
 
 
@@ -223,18 +223,23 @@ class _Product(torch.autograd.Function):
         return d_x, d_weight, d_bias, d_a, d_b, None, None
 
 
-class _Accumulated(torch.autograd.Function):
-    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits, the second sum in the accumulator of its product. Of a
-    GPU, where x is on one. What A and B are rounded to is kept: it is small."""
+class _Added(torch.autograd.Function):
+    """`x W' + bias + (x A') (s B)'` in the dtype of W, 16 bits: the second product is rounded on its own scale, the sum
+    once. Of a GPU.
+
+    The first product comes in float32. cuBLAS adds onto what is there as well (`addmm_`), but may round the product
+    before, and then the adapter is lost as peft's is. What A and B are rounded to is kept: it is small.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         wide, a16 = _rows(x).to(weight.dtype), a.to(weight.dtype)
         b16 = torch.mul(b, scaling, out=torch.empty_like(b, dtype=weight.dtype))
         xa = torch.mm(wide, a16.t())  # (T, r)
-        out = torch.mm(xa, b16.t()).addmm_(wide, weight.t())  # (T, out)
+        out = _unrounded(wide, weight.t())  # (T, out)
         if bias is not None:
             out += bias
+        out = _rounded_sum(out, torch.mm(xa, b16.t()))
         of_a, of_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(x if of_a or of_b else None, weight, a, b, a16, b16, xa if of_b else None)
         ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
@@ -252,21 +257,28 @@ class _Accumulated(torch.autograd.Function):
             xa = None if wide is None else torch.mm(wide, a16.t())
         ga = torch.mm(g, b16) if of_x or of_a else None  # (T, r)
         if of_x:
-            d_x = torch.mm(ga, a16).addmm_(g, weight).view(ctx.x[0]).to(ctx.x[1])
+            d_x = _rounded_sum(_unrounded(g, weight), torch.mm(ga, a16)).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
             d_bias = g.sum(0).to(ctx.bias_dtype)
         if of_a:
-            d_a = _of_factor(a, ga.t(), wide, 1.0)
+            d_a = _unrounded(ga.t(), wide).to(a.dtype)
         if of_b:
-            d_b = _of_factor(b, g.t(), xa, ctx.scaling)
+            d_b = _unrounded(g.t(), xa).to(b.dtype).mul_(ctx.scaling)
         return d_x, None, d_bias, d_a, d_b, None
 
 
-def _of_factor(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """The gradient `scaling left right` of an adapter's factor, in its dtype: on a GPU one launch, and not rounded."""
-    if left.is_cuda and factor.dtype == torch.float32 and not torch.is_grad_enabled():
-        return torch.addmm(factor, left, right, out_dtype=torch.float32, beta=0, alpha=scaling)
-    return torch.mm(left, right).to(factor.dtype).mul_(scaling)
+def _unrounded(left: Tensor, right: Tensor) -> Tensor:
+    """Their product, of 16 bits in float32."""
+    if left.dtype not in LOW:
+        return torch.mm(left, right)
+    if left.is_cuda and not torch.is_grad_enabled():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
+
+
+def _rounded_sum(wide: Tensor, part: Tensor) -> Tensor:
+    """The sum in the dtype of `part`, whose memory it takes."""
+    return wide.add(part).to(part.dtype) if torch.is_grad_enabled() else torch.add(wide, part, out=part)
 
 
 def _rows(t: Tensor) -> Tensor:

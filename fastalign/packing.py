@@ -14,6 +14,7 @@ from itertools import compress
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
@@ -101,6 +102,22 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
         attention_mask=None,
         layout=tuple(groups),
         **scored.tensors(),
+    )
+
+
+def filled(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """A packed row made as long as a multiple of so many tokens, by a completion of nothing that is not scored.
+
+    For a GPU, where the library looks for the best kernel for each new number of rows, while everything waits.
+    """
+    length = batch.input_ids.shape[1]
+    if not (more := -length % multiple):
+        return batch
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, more)),
+        position_ids=torch.cat([batch.position_ids, torch.arange(more).unsqueeze(0)], 1),
+        layout=(*batch.layout, Group((length, length), ((length, length + more),))),
     )
 
 

@@ -102,7 +102,8 @@ class AlignmentTrainer(Trainer):
         score_prompts = getattr(args, "nll_over", "completion") == "prompt_and_completion"
         if score_prompts and self.layout == "padded":
             raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
-        collator = Collator(self.layout, pad_token_id, score_prompts=score_prompts)
+        multiple = 64 if args.device.type == "cuda" else 1
+        collator = Collator(self.layout, pad_token_id, score_prompts=score_prompts, multiple=multiple)
         self._sums: dict[str, dict] = {"train": defaultdict(lambda: 0), "eval": defaultdict(lambda: 0)}
         self._tokens, self._clock, self.tokens_seen = 0, time.monotonic(), 0
         super().__init__(

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalign.linear import (
-    _Accumulated,
+    _Added,
     _is_fast_on_gpu,
     _onednn_for_float32,
     _operand,
@@ -101,8 +101,8 @@ def test_gradcheck():
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     for function, inputs in (
         (lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b)),
-        (lambda x, bias, a, b: _Accumulated.apply(x, w.detach(), bias, a, b, 0.7), (x, bias, a, b)),
-        (lambda x, a, b: _Accumulated.apply(x, w.detach(), None, a, b, 0.7), (x, a, b)),
+        (lambda x, bias, a, b: _Added.apply(x, w.detach(), bias, a, b, 0.7), (x, bias, a, b)),
+        (lambda x, a, b: _Added.apply(x, w.detach(), None, a, b, 0.7), (x, a, b)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
@@ -117,7 +117,7 @@ def test_what_a_gpu_computes_is_no_further_from_float64_than_peft_s(bias, dtype)
     exact, theirs = (outputs(m.base_model.model.first, rows(dtype).to(like)) for m, like in (
         (copy.deepcopy(model).double(), torch.float64), (model, dtype)))  # fmt: skip
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    ours = outputs(Called(lambda x: _Accumulated.apply(x, base.weight, base.bias, a, b, 2.0), a, b), rows(dtype))
+    ours = outputs(Called(lambda x: _Added.apply(x, base.weight, base.bias, a, b, 2.0), a, b), rows(dtype))
     for our, their, truth in zip(ours, theirs, exact, strict=True):
         assert (our.dtype, our.shape) == (their.dtype, their.shape)
         budget = 2 * ((their.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max())
@@ -225,7 +225,7 @@ def test_an_adapter_of_zeros_changes_no_bit_where_products_are_of_16_bits(keeps,
 
 
 def of_a_gpu(x, weight, bias, a, b, scaling, dtype):
-    return _Accumulated.apply(x, weight, bias, a, b, scaling)
+    return _Added.apply(x, weight, bias, a, b, scaling)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -266,7 +266,7 @@ def test_on_a_gpu_where_16_bits_are_multiplied_fast():
         assert not applies(dtype=torch.float32) and not applies(dtype=torch.float32, result=torch.float32)
         x, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (5, 24))
         a, b = torch.empty(8, 16, device="cuda"), torch.empty(24, 8, device="cuda")
-        y = _Accumulated.apply(x, weight, None, a, b, 2.0)
+        y = _Added.apply(x, weight, None, a, b, 2.0)
         assert (y.dtype, y.shape) == (torch.bfloat16, (5, 24))
 
 
