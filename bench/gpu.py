@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from bench import losses, machine, ops, selective, train
@@ -192,6 +191,11 @@ def young_adapter(dtype: torch.dtype, device: str) -> float:
     """How far a LoRA layer is from keeping, on average, a part below the last place of its results: the slope of what
     the adapter changes on what it should, less 1, over four standard errors. Where results are rounded first it is 0.
     """
+    from peft import (
+        LoraConfig,
+        get_peft_model,
+    )  # loads transformers, which each process that weighs an op would wait for
+
     width, rank, generator = 576, 8, torch.Generator().manual_seed(0)
     unit = 16 * torch.finfo(dtype).eps  # of results around 24
 

@@ -7,8 +7,8 @@ Here the adapter's product accumulates into the layer's, and the sum is rounded 
 
 A CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: there they are
 widened and multiplied in float32. Otherwise everything is multiplied in 16 bits, an adapter's float32 factors rounded
-for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `x W'` in float32, and `(x A') (s B)'` onto
-it. That copies no weight, and launches half as much, which small models wait for there.
+for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `x W'` onto `(x A') (s B)'`, which copies
+no weight and launches half as much: small models wait for launches there.
 
 float32 is multiplied by MKL in torch, which leaves AVX-512 alone on AMD's processors: there oneDNN's product, which
 torch has too, is twice as fast.
@@ -224,22 +224,21 @@ class _Product(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """`x W' + bias + (x A') (s B)'` in the dtype of W, 16 bits: the second product is rounded on its own scale, the sum
-    once. Of a GPU.
+    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits; the sum is rounded once. Of a GPU.
 
-    The first product comes in float32. cuBLAS adds onto what is there as well (`addmm_`), but may round the product
-    before, and then the adapter is lost as peft's is. What A and B are rounded to is kept: it is small.
+    The layer's product is added onto the adapter's in its accumulator, where that is halved: made twice as large first,
+    so nothing is rounded by it. Onto what shall stay as it is cuBLAS adds the product when it has been rounded (its
+    kernels named "badd"), and the adapter is lost as peft's is. What A and B are rounded to is kept: it is small.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         wide, a16 = _rows(x).to(weight.dtype), a.to(weight.dtype)
-        b16 = torch.mul(b, scaling, out=torch.empty_like(b, dtype=weight.dtype))
+        b16 = torch.mul(b, 2 * scaling, out=torch.empty_like(b, dtype=weight.dtype))
         xa = torch.mm(wide, a16.t())  # (T, r)
-        out = _unrounded(wide, weight.t())  # (T, out)
+        out = torch.mm(xa, b16.t()).addmm_(wide, weight.t(), beta=0.5)  # (T, out)
         if bias is not None:
             out += bias
-        out = _rounded_sum(out, torch.mm(xa, b16.t()))
         of_a, of_b = ctx.needs_input_grad[3:5]
         ctx.save_for_backward(x if of_a or of_b else None, weight, a, b, a16, b16, xa if of_b else None)
         ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
@@ -253,32 +252,25 @@ class _Added(torch.autograd.Function):
         g, d_x, d_bias, d_a, d_b = _rows(grad), None, None, None, None  # (T, out)
         wide = None if x is None else _rows(x).to(weight.dtype)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: of what the kept ones were made of
-            a16, b16 = a.to(weight.dtype), (b * ctx.scaling).to(weight.dtype)
+            a16, b16 = a.to(weight.dtype), (b * (2 * ctx.scaling)).to(weight.dtype)
             xa = None if wide is None else torch.mm(wide, a16.t())
         ga = torch.mm(g, b16) if of_x or of_a else None  # (T, r)
         if of_x:
-            d_x = _rounded_sum(_unrounded(g, weight), torch.mm(ga, a16)).view(ctx.x[0]).to(ctx.x[1])
+            d_x = torch.mm(ga, a16).addmm_(g, weight, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
             d_bias = g.sum(0).to(ctx.bias_dtype)
         if of_a:
-            d_a = _unrounded(ga.t(), wide).to(a.dtype)
+            d_a = _of_factor(a, ga.t(), wide, 0.5)
         if of_b:
-            d_b = _unrounded(g.t(), xa).to(b.dtype).mul_(ctx.scaling)
+            d_b = _of_factor(b, g.t(), xa, ctx.scaling)
         return d_x, None, d_bias, d_a, d_b, None
 
 
-def _unrounded(left: Tensor, right: Tensor) -> Tensor:
-    """Their product, of 16 bits in float32."""
-    if left.dtype not in LOW:
-        return torch.mm(left, right)
-    if left.is_cuda and not torch.is_grad_enabled():
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())
-
-
-def _rounded_sum(wide: Tensor, part: Tensor) -> Tensor:
-    """The sum in the dtype of `part`, whose memory it takes."""
-    return wide.add(part).to(part.dtype) if torch.is_grad_enabled() else torch.add(wide, part, out=part)
+def _of_factor(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """The gradient `scaling left right` of an adapter's factor, in its dtype: on a GPU one launch, and not rounded."""
+    if left.is_cuda and factor.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.addmm(factor, left, right, out_dtype=torch.float32, beta=0, alpha=scaling)
+    return torch.mm(left, right).to(factor.dtype).mul_(scaling)
 
 
 def _rows(t: Tensor) -> Tensor:

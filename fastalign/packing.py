@@ -46,6 +46,7 @@ class PackedBatch:
         cu_seqlens: (C + 1,) int64, offsets into the S scored tokens, one span per completion: group by group, each
             group's completions in order.
         completion_lengths: (C,) int64, tokens of each completion, scored or not.
+        filling: how many of a packed row's last tokens are there for its length alone, see `filled`.
 
     With an empty prompt nothing predicts the first token of a completion, so it is not scored.
     """
@@ -58,6 +59,7 @@ class PackedBatch:
     targets: Tensor | None
     cu_seqlens: Tensor
     completion_lengths: Tensor
+    filling: int = 0
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for the model's forward: `input_ids` and what else of this batch the model needs."""
@@ -118,6 +120,7 @@ def filled(batch: PackedBatch, multiple: int) -> PackedBatch:
         input_ids=F.pad(batch.input_ids, (0, more)),
         position_ids=torch.cat([batch.position_ids, torch.arange(more).unsqueeze(0)], 1),
         layout=(*batch.layout, Group((length, length), ((length, length + more),))),
+        filling=more,
     )
 
 

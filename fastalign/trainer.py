@@ -239,8 +239,9 @@ class AlignmentTrainer(Trainer):
         self._record("train", metrics)
         if self.terms:
             loss = self._regularise(model, batch, scores, loss, totals, under)
-        self._tokens += batch.packed.input_ids.numel()
-        self.tokens_seen += batch.packed.input_ids.numel()
+        tokens = batch.packed.input_ids.numel() - batch.packed.filling
+        self._tokens += tokens
+        self.tokens_seen += tokens
         return (loss, {}) if return_outputs else loss
 
     def _regularise(self, model, batch, scores, loss, totals, under) -> Tensor:

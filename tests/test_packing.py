@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastalign.errors import InputError
-from fastalign.packing import Group, pack, pad
+from fastalign.packing import Group, filled, pack, pad
 
 PAIR = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]]}
 PLAIN = {"prompt_ids": [], "completion_ids": [[7, 8, 9]]}
@@ -39,6 +39,19 @@ def test_pack_without_sharing_copies_the_prompt():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.layout == (Group((0, 3), ((3, 5),)), Group((5, 8), ((8, 9),)), Group((9, 10), ((10, 13),)))
     assert_scores(batch, [2, 3, 7, 9, 11], [4, 5, 6, 11, 13], [0, 2, 3, 5], [2, 1, 3])
+
+
+def test_a_row_is_filled_up_with_what_is_not_scored():
+    batch = pack([PAIR, MASKED])
+    more = filled(batch, 8)
+    assert more.input_ids.tolist() == [[*batch.input_ids[0], 0, 0, 0, 0, 0, 0]]
+    assert more.position_ids.tolist() == [[*batch.position_ids[0], 0, 1, 2, 3, 4, 5]]
+    assert more.layout == (*batch.layout, Group((10, 10), ((10, 16),))) and more.filling == 6
+    assert_scores(more, *(getattr(batch, name).tolist() for name in SCORES))
+    assert filled(batch, 5) is batch and filled(batch, 1) is batch
+
+
+SCORES = ("score_index", "targets", "cu_seqlens", "completion_lengths")
 
 
 def test_pad():

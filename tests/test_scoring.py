@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from fastalign.body import speed_up_body
 from fastalign.errors import ModelError
-from fastalign.packing import pack
+from fastalign.packing import filled, pack
 from fastalign.scoring import causal_lm, lay_out, output_head, prepare
 
 EXAMPLES = [
@@ -223,3 +223,15 @@ def test_the_model_is_found_in_its_wrappers():
     wrapped.module = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     assert causal_lm(wrapped) is model
     assert causal_lm(model) is model
+
+
+def test_what_fills_a_row_up_changes_no_log_prob():
+    """Nor a gradient, of tokens that no score depends on."""
+    model = llama()
+    prepare(model)
+    found = []
+    for batch in (pack(EXAMPLES), filled(pack(EXAMPLES), 64)):
+        scores = model(packed=batch)
+        found.append([scores.logprobs, *torch.autograd.grad(scores.logprobs.sum(), list(model.parameters()))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)

@@ -179,6 +179,16 @@ def test_few_compiled_products_are_kept_unless_the_environment_says_otherwise(
     assert seen == [kept]
 
 
+def test_tokens_that_fill_a_row_up_are_not_counted(make_trainer, pairs):
+    seen = []
+    for multiple in (1, 64):
+        trainer = make_trainer(gpt2(dtype=torch.float32), pairs, max_steps=1)
+        trainer.data_collator.multiple = multiple
+        trainer.train()
+        seen.append(trainer.tokens_seen)
+    assert seen[0] == seen[1] > 0
+
+
 def test_a_model_is_placed_before_it_is_tried_out(make_trainer, pairs, monkeypatch):
     """What fits it is found by running it, on the kernels that it will train on."""
     done, prepare = [], trainer_module.prepare
