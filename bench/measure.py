@@ -128,10 +128,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     for round_number in range(rounds):
         for name, run in runs.items():
             say(f"    round {round_number + 1}/{rounds}: {name}", same_line=True)
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(run))
     return seconds
 
 
@@ -283,10 +280,16 @@ def memory_in_fresh_process(suite: str, case: str, implementation: str) -> int |
 FRACTIONS = (16, 4)  # runs on 1/16, then 1/4 of the rows tell whether a whole one fits the limit
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of the second run: the first loads and compiles."""
-    run()
-    synchronize()
+COMPILING_S = 40  # what a first run may take besides
+
+
+def timed(run: Callable[[], object], limit_s: float = math.inf) -> float:
+    """Seconds of the second run, as the first loads and compiles; of the first where that cannot explain them."""
+    first = seconds_of(run)
+    return first if first > COMPILING_S + 2 * limit_s else seconds_of(run)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     synchronize()
@@ -299,7 +302,7 @@ def too_slow(part: Callable[[int], Callable[[], object]], limit_s: float) -> str
     Runs on few rows are not multiplied up: some take nearly as long as on all.
     """
     for fraction in FRACTIONS:
-        seconds = timed(part(fraction))
+        seconds = timed(part(fraction), limit_s)
         if fraction * seconds <= limit_s:
             return None
         if seconds > limit_s / 2:

@@ -19,6 +19,8 @@ from torch.nn.functional import rms_norm, silu
 from fastalign import reference
 from fastalign.ops import native
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def speed_up_body(model: nn.Module) -> None:
     """Lets the model's RMSNorms and SwiGLU blocks take the passes above where they apply; changed in place.
@@ -52,6 +54,8 @@ def _is_gated(module: nn.Module) -> bool:
     gate, up, down, _ = parts
     weight = getattr(gate, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not _takes(weight):
+        return False
+    if getattr(gate, "in_features", None) != weight.shape[1]:  # quantised, and packed
         return False
     return _agrees(module, lambda x: down(reference.gated(gate(x), up(x)).to(x.dtype)), weight)
 
@@ -89,8 +93,10 @@ def _on_gpu(t: Tensor) -> bool:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether all lie on a GPU, or can be read by the native module, where that is new enough."""
-    return all(map(_on_gpu, tensors)) or not (native.why_not(*tensors) or native.why_no_kernel("rms_norm"))
+    """Whether all are floating-point on a GPU, or can be read by the native module, where that is new enough."""
+    if all(map(_on_gpu, tensors)):
+        return all(t.dtype in FLOATS for t in tensors)
+    return not (native.why_not(*tensors) or native.why_no_kernel("rms_norm"))
 
 
 def _applies(x: Tensor, other: Tensor) -> bool:

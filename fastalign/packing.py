@@ -118,7 +118,7 @@ def filled(batch: PackedBatch, multiple: int) -> PackedBatch:
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, more)),
-        position_ids=torch.cat([batch.position_ids, torch.arange(more).unsqueeze(0)], 1),
+        position_ids=F.pad(batch.position_ids, (0, more)),
         layout=(*batch.layout, Group((length, length), ((length, length + more),))),
         filling=more,
     )

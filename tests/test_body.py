@@ -252,6 +252,15 @@ def test_what_a_gpu_s_tensors_take(dtype, gpu, monkeypatch):
     assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}
 
 
+def test_quantised_blocks_go_their_own_way(gpu):
+    """bitsandbytes packs a weight into a column of bytes, or of any dtype."""
+    for dtype in (torch.uint8, torch.bfloat16):
+        block = Block(nn.SiLU())
+        block.gate_proj.weight = nn.Parameter(torch.zeros(48, 1, dtype=dtype), requires_grad=False)
+        speed_up_body(block)
+        assert "forward" not in vars(block)
+
+
 def test_a_gpu_s_norm_keeps_its_dtype_under_autocast(gpu, monkeypatch):
     """Which takes norms in float32, on a GPU."""
     norm, own = PlainRMSNorm().bfloat16(), body.rms_norm

@@ -45,7 +45,7 @@ def test_a_row_is_filled_up_with_what_is_not_scored():
     batch = pack([PAIR, MASKED])
     more = filled(batch, 8)
     assert more.input_ids.tolist() == [[*batch.input_ids[0], 0, 0, 0, 0, 0, 0]]
-    assert more.position_ids.tolist() == [[*batch.position_ids[0], 0, 1, 2, 3, 4, 5]]
+    assert more.position_ids.tolist() == [[*batch.position_ids[0], 0, 0, 0, 0, 0, 0]]
     assert more.layout == (*batch.layout, Group((10, 10), ((10, 16),))) and more.filling == 6
     assert_scores(more, *(getattr(batch, name).tolist() for name in SCORES))
     assert filled(batch, 5) is batch and filled(batch, 1) is batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -20,6 +21,7 @@ from bench.measure import (
     measure,
     peak_extra_memory,
     save,
+    timed,
     too_slow,
 )
 
@@ -140,9 +142,16 @@ def test_what_cannot_run_is_told_from_what_can(capsys):
 )
 def test_what_few_rows_tell_of_all(seconds, tried, why, monkeypatch):
     seen = []
-    monkeypatch.setattr("bench.measure.timed", lambda fraction: seen.append(fraction) or seconds[fraction])
+    monkeypatch.setattr("bench.measure.timed", lambda fraction, _: seen.append(fraction) or seconds[fraction])
     assert too_slow(lambda fraction: fraction, 20) == why
     assert seen == tried
+
+
+@pytest.mark.parametrize(("took", "limit", "counts"), [((45, 3), 5, 3), ((85, 3), 5, 85), ((85, 3), math.inf, 3)])
+def test_a_first_run_that_no_compiling_explains_is_enough(took, limit, counts, monkeypatch):
+    now, rest = [0.0], iter(took)
+    monkeypatch.setattr("bench.measure.time.perf_counter", lambda: now[0])
+    assert timed(lambda: now.__setitem__(0, now[0] + next(rest)), limit) == counts
 
 
 def test_an_error_without_a_word_does_not_end_the_run():
