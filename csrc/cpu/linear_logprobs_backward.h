@@ -18,6 +18,8 @@ class BackwardPass {
     const Head<T> head_;
     const std::int64_t padded_width_, tiles_;
     std::int64_t chunk_, chunks_, block_rows_, blocks_;
+    using Strip = typename Tiles<T, In>::Strip;
+    Strip* strips_ = nullptr;  // all rows, as every chunk's products for the weight's gradient read them
 
     struct Scratch {
         Tiles<T, In> tiles;
@@ -26,7 +28,8 @@ class BackwardPass {
     };
 
     Scratch carve(Carver& c, std::int64_t rows) const {
-        Scratch s{Tiles<T, In>(c, rows, p_.width, {recomputes(), p_.d_hidden != nullptr, p_.d_weight != nullptr}), {}, {}, {}, {}, {}};
+        const TileProducts needs{recomputes(), p_.d_hidden != nullptr, p_.d_weight != nullptr, true};
+        Scratch s{Tiles<T, In>(c, rows, p_.width, needs), {}, {}, {}, {}, {}};
         s.z = c.take<T>(rows * S::tile);
         s.a = c.take<T>(p_.d_hidden ? rows * padded_width_ : 0);
         s.d_weight = c.take<T>(p_.d_weight ? chunk_ * padded_width_ : 0);
@@ -55,33 +58,49 @@ public:
         pool.workers = static_cast<int>(smaller(pool.workers, chunks_));
         Carver size(nullptr);
         carve(size, block_rows_);
-        Workspace workspace(pool.workers * size.used());
-        OrderedItems items(chunks_, blocks_);
-        pool.run([&](int worker) {
+        const std::size_t strips = p_.d_weight ? blocks_ * strips_size() * sizeof(Strip) : 0;
+        Workspace workspace(pool.workers * size.used() + strips);
+        strips_ = reinterpret_cast<Strip*>(workspace.data() + pool.workers * size.used());
+        OrderedItems packing(p_.d_weight ? blocks_ : 0, 0), items(chunks_, blocks_);
+        auto scratch = [&](int worker) {
             Carver own(workspace.data() + worker * size.used());
-            Scratch scratch = carve(own, block_rows_);
-            for (std::int64_t chunk; items.next(chunk);) run_chunk(chunk, items, scratch);
-            scratch.tiles.release();
+            return carve(own, block_rows_);
+        };
+        pool.run([&](int worker) {
+            Scratch s = scratch(worker);
+            for (std::int64_t b; packing.next(b);) {
+                s.tiles.use_strips(strips_ + b * strips_size());
+                s.tiles.take_rows_for_outer(block(b));
+            }
+        });
+        pool.run([&](int worker) {
+            Scratch s = scratch(worker);
+            for (std::int64_t chunk; items.next(chunk);) run_chunk(chunk, items, s);
+            s.tiles.release();
         });
     }
 
 private:
     bool recomputes() const { return !p_.cache || p_.cache_rows < p_.scored; }
+    std::int64_t strips_size() const { return Tiles<T, In>::strips_size(block_rows_, p_.width); }
+    RowBlock<In> block(std::int64_t b) const {
+        return {p_, b * block_rows_, smaller(block_rows_, p_.scored - b * block_rows_)};
+    }
 
     void run_chunk(std::int64_t chunk, OrderedItems& items, Scratch& s) {
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.vocab);
         if (p_.d_weight) std::memset(s.d_weight, 0, (end - begin) * padded_width_ * sizeof(T));
         if (p_.d_bias) std::memset(s.d_bias, 0, (end - begin) * lanes<T> * sizeof(T));
         for (std::int64_t b = 0; b < blocks_; ++b) {
-            const RowBlock<In> block{p_, b * block_rows_, smaller(block_rows_, p_.scored - b * block_rows_)};
+            const RowBlock<In> block = this->block(b);
             const std::int64_t panels = ceil_div(block.count, S::panel);
             coefficients(block, s.c);
             if (recomputes()) s.tiles.take_rows(block);
-            if (p_.d_weight) s.tiles.take_rows_for_outer(block);
+            s.tiles.use_strips(strips_ + b * strips_size());
             for (std::int64_t v = begin; v < end; v += S::tile) {
                 const WeightTile<In> weight(p_, v, smaller(S::tile, end - v));
                 gradient_tile(block, panels, weight, s);
-                if (p_.d_hidden) s.tiles.fold(s.z, panels, weight, s.a, v == begin);
+                if (p_.d_hidden) s.tiles.fold(s.z, panels, weight, s.a, v == begin, b > 0 && chunk_ == S::tile);
                 if (p_.d_weight) s.tiles.outer(s.z, panels, weight.size, s.d_weight + (v - begin) * padded_width_);
                 if (p_.d_bias) add_bias(s.z, panels, weight.size, s.d_bias + (v - begin) * lanes<T>);
             }

@@ -87,9 +87,10 @@ void pack_strips(const RowBlock<In>& block, std::int64_t width, T* out) {
         }
 }
 
-// Which products a worker will ask for; scratch memory is laid out for those.
+// Which products a worker will ask for; scratch memory is laid out for those. `shared`: rows for `outer` are not the
+// worker's own, see `use_strips`.
 struct TileProducts {
-    bool logits, fold, outer;
+    bool logits, fold, outer, shared = false;
 };
 
 // z: (panels, Shape::tile, panel), of which the first `weight.size` entries of each panel are used.
@@ -104,10 +105,17 @@ public:
     Tiles(Carver& c, std::int64_t rows, std::int64_t width, TileProducts needs)
         : width(width), padded_width(ceil_div(width, S::panel) * S::panel) {
         hidden_ = c.take<T>(needs.logits ? rows * width : 0);
-        strips_ = c.take<T>(needs.outer ? rows * padded_width : 0);
+        strips_ = c.take<T>(needs.outer && !needs.shared ? strips_size(rows, width) : 0);
         weight_ = c.take<T>(sizeof(In) == sizeof(T) || !needs.logits ? 0 : S::tile * S::depth);
         column_ = c.take<T>(needs.fold ? S::tile * S::panel : 0);
     }
+
+    // Rows for `outer` are written, and read, where several workers find them.
+    using Strip = T;
+    static std::int64_t strips_size(std::int64_t rows, std::int64_t width) {
+        return rows * ceil_div(width, S::panel) * S::panel;
+    }
+    void use_strips(Strip* strips) { strips_ = strips; }
 
     // Take in a block of rows, for `logits`, and for `outer`.
     void take_rows(const RowBlock<In>& block) { pack_panels(block, width, hidden_); }
@@ -118,8 +126,9 @@ public:
         logits_product(hidden_ + first * width * S::panel, last - first, width, weight.at, weight.stride, weight.size,
                        z + first * S::tile * S::panel, weight_);
     }
-    // out (rows, padded_width) = or += z W: attention's second half.
-    void fold(const T* z, std::int64_t panels, const WeightTile<In>& weight, T* out, bool fresh) {
+    // out (rows, padded_width) = or += z W: attention's second half. `again`: W is the last call's.
+    void fold(const T* z, std::int64_t panels, const WeightTile<In>& weight, T* out, bool fresh, bool again = false) {
+        (void)again;  // nothing of it is kept
         fold_product(z, panels, width, weight.at, weight.stride, weight.size, out, padded_width, column_, fresh);
     }
     // out (tile, padded_width) += z' h: the weight's gradient.

@@ -22,7 +22,7 @@ class Tiles<float, bf16> {
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
-    std::int64_t whole_blocks() const { return ceil_div(width, wide) * wide; }
+    std::int64_t whole_blocks() const { return strips_size(1, width); }
 
 public:
     std::int64_t width, padded_width;
@@ -30,11 +30,15 @@ public:
     Tiles(Carver& c, std::int64_t rows, std::int64_t width, TileProducts needs)
         : width(width), padded_width(ceil_div(width, S::panel) * S::panel) {
         hidden_ = c.take<bf16>(needs.logits ? rows * (width + 1) : 0);
-        strips_ = c.take<bf16>(needs.outer ? rows * whole_blocks() : 0);
+        strips_ = c.take<bf16>(needs.outer && !needs.shared ? strips_size(rows, width) : 0);
         pairs_ = c.take<bf16>(needs.fold || width % 2 ? S::tile * (whole_blocks() + 1) : 0);
         left_ = c.take<bf16>(needs.fold || needs.outer ? rows * S::tile : 0);
         panel_ = c.take<bf16>(needs.fold ? S::panel * S::tile : 0);
     }
+
+    using Strip = bf16;
+    static std::int64_t strips_size(std::int64_t rows, std::int64_t width) { return rows * ceil_div(width, wide) * wide; }
+    void use_strips(Strip* strips) { strips_ = strips; }
 
     // (panels, width / 2, panel, 2)
     void take_rows(const RowBlock<bf16>& block) {
@@ -75,10 +79,12 @@ public:
                 });
     }
 
-    void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh) {
+    void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh,
+              bool again = false) {
         const std::int64_t contracted = ceil_div(weight.size, step) * step;
         auto row = [&](std::int64_t t) { return t < weight.size ? weight.at + t * weight.stride : nullptr; };
-        for (std::int64_t t = 0; t < contracted; t += 2) pair(row(t), row(t + 1), t, contracted, pairs_);
+        again = again && width % 2 == 0;  // else `logits` may have written there since
+        for (std::int64_t t = 0; !again && t < contracted; t += 2) pair(row(t), row(t + 1), t, contracted, pairs_);
         for (std::int64_t p = 0; p < panels; ++p)
             transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
         for (std::int64_t j = 0; j < padded_width; j += wide)
