@@ -33,7 +33,7 @@ from torch import Tensor
 from bench import losses, machine, ops, selective, train
 from bench.measure import ROOT, load
 from fastalign import reference
-from fastalign.linear import speed_up_linear
+from fastalign.linear import _Added, speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.ewc import BACKENDS as EWC
@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 def plan() -> list[Step]:
-    """The steps, the most important first; what they and the report leave of `SECONDS` is for starting up."""
+    """The steps, the most important first, and about how long each takes."""
 
     def matching(suite, *patterns: str) -> tuple[str, ...]:
         return tuple(case for case in suite.CASES if any(fnmatch(case, pattern) for pattern in patterns))
@@ -184,38 +184,48 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
                 if backend in has:
                     yield f"{name} {dtype} {backend}", partial(compare, function, tensors, backend)
     for dtype in ("bfloat16", "float16") if "torch" in backends else ():
-        yield f"lora of a young adapter {dtype} torch", partial(young_adapter, getattr(torch, dtype), device)
+        for shape in ((1000, 576, 576), *([(2048, 4096, 14336)] if device == "cuda" else [])):
+            size = "x".join(map(str, shape))
+            yield (
+                f"lora of a young adapter {dtype} {size}",
+                partial(young_adapter, getattr(torch, dtype), device, *shape),
+            )
 
 
-def young_adapter(dtype: torch.dtype, device: str) -> float:
-    """How far a LoRA layer is from keeping, on average, a part below the last place of its results: the slope of what
-    the adapter changes on what it should, less 1, over four standard errors. Where results are rounded first it is 0.
-    """
-    from peft import (
-        LoraConfig,
-        get_peft_model,
-    )  # loads transformers, which each process that weighs an op would wait for
+def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, outputs: int) -> float:
+    """How far a LoRA layer is from keeping, on average, a part below the last place of its results, or of the gradient
+    in its inputs: the slope of what the adapter changes on what it should, less 1, over four standard errors. A result
+    that is rounded before has about a half of it, or less."""
+    # Loads transformers, for which each process that weighs an op would wait.
+    from peft import LoraConfig, get_peft_model
 
-    width, rank, generator = 576, 8, torch.Generator().manual_seed(0)
-    unit = 16 * torch.finfo(dtype).eps  # of results around 24
+    rank, generator = 8, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    layer = torch.nn.Linear(width, width, bias=False, device=device, dtype=dtype)
-    layer.weight.data, x = draw(width, width).to(dtype), draw(1000, width).to(dtype)
-    scaling = unit / 8 / (width * rank) ** 0.5
+    layer = torch.nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+    layer.weight.data, x = draw(outputs, inputs).to(dtype), draw(tokens, inputs).to(dtype).requires_grad_()
+    scaling = torch.finfo(dtype).eps / 8 / rank**0.5
     config = LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=["0"])
     model = get_peft_model(torch.nn.Sequential(layer), config)
     a, b = (p for p in model.parameters() if p.requires_grad)
-    a.data, b.data = draw(rank, width), draw(width, rank)
+    a.data, b.data, upstream = draw(rank, inputs), draw(outputs, rank), draw(tokens, outputs).to(dtype)
     speed_up_linear(model)
-    with torch.no_grad():
-        with_it, part = model(x).double(), scaling * (x.double() @ a.double().T @ b.double().T)
-        b.zero_()
-        moved = with_it - model(x).double()
-    slope = (moved * part).sum() / part.square().sum()
-    return float(abs(slope - 1) * part.square().sum().sqrt() / (4 * unit))  # each is off by a unit at most
+
+    def taken() -> list[Tensor]:
+        y = model(x)
+        return [y.detach().double(), torch.autograd.grad(y, x, upstream)[0].double()]
+
+    a64, b64, with_it = a.detach().double(), b.detach().double(), taken()
+    parts = [scaling * (x.detach().double() @ a64.T @ b64.T), scaling * (upstream.double() @ b64 @ a64)]
+    b.data.zero_()
+    shares = []
+    for moved, without, part in zip(with_it, taken(), parts, strict=True):
+        slope = ((moved - without) * part).sum() / part.square().sum()
+        unit = 2 * torch.finfo(dtype).eps * without.square().mean().sqrt()  # of the last place, of most results
+        shares.append(float(abs(slope - 1) * part.square().sum().sqrt() / (4 * unit)))
+    return _worst(shares)
 
 
 def _by_truth(backend: str, truth: ops.Truth) -> float:
@@ -269,12 +279,21 @@ def _variants(dtype: torch.dtype, n: int, v: int, device: str) -> Iterator[tuple
         ewc_penalty_([leaf], [torch.zeros_like(theta)], [fishers], 0.5, backend=backend)
         return leaf.grad
 
+    frozen = draw(200, 144, scale=0.25)
+
+    def lora(x, a, b, backend):
+        weight = frozen.to(x.dtype)
+        if backend == "reference":
+            return x @ weight.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
+        return _Added.apply(x, weight, None, a, b, 0.5)
+
     yield "linear_logprobs capped, biased, entropy", LINEAR, capped, [hidden, weight, draw(v)]
     yield "linear_logprobs recomputed", LINEAR, recomputed, [hidden, weight]
     yield "selective_logprobs", SELECTIVE, gathered, [draw(n // 4, v, scale=3.0)]
     for name in reference.DIVERGENCES:
         yield f"linear_divergence {name}", DIVERGENCE, partial(divergence, name), [hidden, weight]
     yield "accumulate_fisher", FISHER, fisher, [hidden, draw(n, 144)]
+    yield "lora of float32 factors", ("torch",), lora, [hidden, draw(16, 144).float(), draw(200, 16).float()]
     yield "ewc_penalty", EWC, ewc, [hidden]
     yield "ewc_penalty_", EWC, ewc_, [hidden]
     if dtype == torch.float32:

@@ -20,6 +20,7 @@ from fastalign import reference
 from fastalign.ops import native
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ORDINARY = (Tensor, nn.Parameter)  # others may be spread or quantised
 
 
 def speed_up_body(model: nn.Module) -> None:
@@ -63,7 +64,7 @@ def _is_gated(module: nn.Module) -> bool:
 @torch.no_grad()
 def _agrees(module: nn.Module, expected, weight: Tensor) -> bool:
     """Whether the module computes what is expected, within rounding, on numbers as wide as its weight."""
-    x = torch.linspace(-3, 4, 2 * weight.shape[-1]).view(2, -1).to(weight)
+    x = torch.linspace(-3, 4, 2 * weight.shape[-1]).view(2, -1).to(weight.device, weight.dtype)
     truth = expected(x).double()
     return (module(x).double() - truth).abs().max() <= 8 * torch.finfo(weight.dtype).eps * truth.abs().max() + 1e-7
 
@@ -93,9 +94,9 @@ def _on_gpu(t: Tensor) -> bool:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether all are floating-point on a GPU, or can be read by the native module, where that is new enough."""
+    """Whether all are plain numbers on a GPU, or can be read by the native module, where that is new enough."""
     if all(map(_on_gpu, tensors)):
-        return all(t.dtype in FLOATS for t in tensors)
+        return all(t.dtype in FLOATS and type(t) in ORDINARY for t in tensors)
     return not (native.why_not(*tensors) or native.why_no_kernel("rms_norm"))
 
 

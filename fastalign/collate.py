@@ -27,7 +27,7 @@ class Collator:
         packed, prompt_tokens = lay_out(rows, self.layout, self.pad_token_id), 0
         if self.score_prompts:
             packed, prompt_tokens = _with_prompts(packed, len(rows))
-        packed = packed if packed.layout is None else filled(packed, self.multiple)
+        packed = filled(packed, self.multiple)
         reference = desirable = None
         if "ref_logprobs" in rows[0]:
             reference = torch.tensor([v for row in rows for values in row["ref_logprobs"] for v in values])

@@ -122,7 +122,8 @@ def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         return type(self).forward(self, x)
     a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
     if self.disable_adapters:
-        if not x.is_cuda and (not _joins(dtype) or _zeros_keep_bits()):
+        drops = getattr(self.lora_dropout[adapter], "p", 0.0) > 0  # then the policy goes peft's way while it is trained
+        if drops or (not x.is_cuda and (not _joins(dtype) or _zeros_keep_bits())):
             return type(self).forward(self, x)
         b = torch.zeros_like(b)  # the reference takes the policy's product, for its bits
     if x.is_cuda:
@@ -224,11 +225,11 @@ class _Product(torch.autograd.Function):
 
 
 class _Added(torch.autograd.Function):
-    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits; the sum is rounded once. Of a GPU.
+    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits; the sum is rounded once, with a bias twice. Of a GPU.
 
     The layer's product is added onto the adapter's in its accumulator, where that is halved: made twice as large first,
-    so nothing is rounded by it. Onto what shall stay as it is cuBLAS adds the product when it has been rounded (its
-    kernels named "badd"), and the adapter is lost as peft's is. What A and B are rounded to is kept: it is small.
+    so nothing is rounded by it. Added onto what stays as it is, the product was rounded first, by cuBLAS on an H200
+    (its kernels named "badd"), and the adapter lost as peft's is. What A and B are rounded to is kept: it is small.
     """
 
     @staticmethod
@@ -268,7 +269,8 @@ class _Added(torch.autograd.Function):
 
 def _of_factor(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """The gradient `scaling left right` of an adapter's factor, in its dtype: on a GPU one launch, and not rounded."""
-    if left.is_cuda and factor.dtype == torch.float32 and not torch.is_grad_enabled():
+    wide = factor.dtype == torch.float32 and left.dtype == torch.bfloat16  # float16 has modes that refuse it
+    if left.is_cuda and wide and not (torch.version.hip or torch.is_grad_enabled()):
         return torch.addmm(factor, left, right, out_dtype=torch.float32, beta=0, alpha=scaling)
     return torch.mm(left, right).to(factor.dtype).mul_(scaling)
 

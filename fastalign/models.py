@@ -14,13 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
 
@@ -81,16 +75,6 @@ def default_dtype(for_adapter: bool) -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def place(model: nn.Module, args: TrainingArguments) -> None:
-    """Moves the model to where it will be trained, as the Trainer does later: what fits it is found by running it, and
-    kernels put into it for a GPU (Liger's) run there alone. Not what is quantised or spread, or what FSDP or DeepSpeed
-    will place."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    placed = getattr(base, "hf_device_map", None) or getattr(base, "quantization_method", None)
-    if not (placed or args.fsdp or args.deepspeed):
-        model.to(args.device)
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -108,12 +108,13 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
 
 
 def filled(batch: PackedBatch, multiple: int) -> PackedBatch:
-    """A packed row made as long as a multiple of so many tokens, by a completion of nothing that is not scored.
+    """A packed row made as long as a multiple of so many tokens, by a completion of nothing that is not scored; padded
+    rows as they are.
 
     For a GPU, where the library looks for the best kernel for each new number of rows, while everything waits.
     """
     length = batch.input_ids.shape[1]
-    if not (more := -length % multiple):
+    if batch.layout is None or not (more := -length % multiple):
         return batch
     return replace(
         batch,

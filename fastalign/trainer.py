@@ -27,9 +27,9 @@ from fastalign.config import AlignmentConfig, PreferenceConfig, SFTConfig
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.layerwise import split_groups
 from fastalign.linear import keep_few_primitives
-from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer, place
+from fastalign.models import adopt_special_tokens, check_trainable, disable_dropout, load_model, load_tokenizer
 from fastalign.objectives import Batch, PreferenceObjective, SFTObjective, Totals, UnpairedObjective
-from fastalign.packing import PackedBatch
+from fastalign.packing import PackedBatch, filled
 from fastalign.reference_logprobs import ReferenceWeights, fingerprint, precompute
 from fastalign.regularizers import Step, count_of
 from fastalign.scoring import causal_lm, lay_out, output_head, prepare, token_divergence
@@ -94,21 +94,14 @@ class AlignmentTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         adopt_special_tokens(causal_lm(model), processing_class)
         self.objective = objective(args)
-        place(model, args)
-        self.layout = prepare(model)
-        if self.layout == "shared" and not args.share_prompts:
-            self.layout = "packed"
-        pad_token_id = processing_class.pad_token_id or processing_class.eos_token_id or 0
-        score_prompts = getattr(args, "nll_over", "completion") == "prompt_and_completion"
-        if score_prompts and self.layout == "padded":
-            raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
-        multiple = 64 if args.device.type == "cuda" else 1
-        collator = Collator(self.layout, pad_token_id, score_prompts=score_prompts, multiple=multiple)
         self._sums: dict[str, dict] = {"train": defaultdict(lambda: 0), "eval": defaultdict(lambda: 0)}
         self._tokens, self._clock, self.tokens_seen = 0, time.monotonic(), 0
         super().__init__(
-            model, args, collator, train_dataset, eval_dataset, processing_class, callbacks=callbacks, **trainer_options
+            model, args, None, train_dataset, eval_dataset, processing_class, callbacks=callbacks, **trainer_options
         )
+        # Once it lies where it will be trained: what fits it is found by running it, by the kernels that training uses.
+        self.layout = self._find_layout(model)
+        self.data_collator = self._collator()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.add_callback(MetricsWriter(Path(args.output_dir) / "metrics.jsonl"))
@@ -121,6 +114,19 @@ class AlignmentTrainer(Trainer):
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
     # Data
+
+    def _find_layout(self, model: nn.Module) -> str:
+        layout = prepare(model)
+        return "packed" if layout == "shared" and not self.args.share_prompts else layout
+
+    def _collator(self) -> Collator:
+        tokenizer = self.processing_class
+        pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        score_prompts = getattr(self.args, "nll_over", "completion") == "prompt_and_completion"
+        if score_prompts and self.layout == "padded":
+            raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
+        multiple = 64 if self.args.device.type == "cuda" else 1
+        return Collator(self.layout, pad_token_id, score_prompts=score_prompts, multiple=multiple)
 
     def _tokenise(self, rows, tokenizer, args: AlignmentConfig):
         dataset, report = data.tokenize(
@@ -153,6 +159,7 @@ class AlignmentTrainer(Trainer):
     @torch.no_grad()
     def _score(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
         packed = lay_out(rows, self.layout, self.data_collator.pad_token_id)
+        packed = filled(packed, self.data_collator.multiple)
         training, _ = self.model.training, self.model.eval()
         with self.accelerator.autocast():  # it wraps the model's forward only once training starts
             scores = self.model(packed=packed.to(self.args.device))

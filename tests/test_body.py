@@ -253,10 +253,16 @@ def test_what_a_gpu_s_tensors_take(dtype, gpu, monkeypatch):
 
 
 def test_quantised_blocks_go_their_own_way(gpu):
-    """bitsandbytes packs a weight into a column of bytes, or of any dtype."""
-    for dtype in (torch.uint8, torch.bfloat16):
+    """bitsandbytes packs a weight into a column of any dtype, or keeps its shape; others are subclasses."""
+
+    class Other(torch.Tensor):
+        pass
+
+    column, whole = torch.zeros(48, 1), torch.zeros(12, 8)
+    for weight in (column.byte(), column.bfloat16(), whole.char(), whole.as_subclass(Other)):
         block = Block(nn.SiLU())
-        block.gate_proj.weight = nn.Parameter(torch.zeros(48, 1, dtype=dtype), requires_grad=False)
+        del block.gate_proj.weight
+        block.gate_proj.weight = weight
         speed_up_body(block)
         assert "forward" not in vars(block)
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastalign.linear import (
     _Added,
     _is_fast_on_gpu,
+    _of_factor,
     _onednn_for_float32,
     _operand,
     _Product,
@@ -267,6 +268,9 @@ def test_on_a_gpu_where_16_bits_are_multiplied_fast():
         x, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (5, 24))
         a, b = torch.empty(8, 16, device="cuda"), torch.empty(24, 8, device="cuda")
         y = _Added.apply(x, weight, None, a, b, 2.0)
+        ga = torch.empty(5, 8, dtype=torch.bfloat16, device="cuda")
+        grad = _of_factor(a, ga.t(), x, 0.5)
+        assert (grad.dtype, grad.shape) == (torch.float32, a.shape)
         assert (y.dtype, y.shape) == (torch.bfloat16, (5, 24))
 
 

@@ -1,7 +1,6 @@
 import json
 import logging
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from fastalign.errors import ModelError
-from fastalign.models import adopt_special_tokens, check_trainable, default_dtype, load_model, load_tokenizer, place
+from fastalign.models import adopt_special_tokens, check_trainable, default_dtype, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -179,15 +178,3 @@ def test_saved_model_is_the_loaded_one(folder, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    ("elsewhere", "options"),
-    [({}, {}), ({"hf_device_map": {"": 0}}, {}), ({"quantization_method": "bitsandbytes"}, {}), ({}, {"fsdp": True}),
-     ({}, {"deepspeed": "config.json"})],
-)  # fmt: skip
-def test_a_model_is_placed_unless_something_else_does(elsewhere, options):
-    model = torch.nn.Linear(2, 2)
-    vars(model).update(elsewhere)
-    place(model, SimpleNamespace(**{"device": torch.device("meta"), "fsdp": None, "deepspeed": None} | options))
-    assert model.weight.is_meta == (not elsewhere and not options)

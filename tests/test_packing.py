@@ -48,7 +48,8 @@ def test_a_row_is_filled_up_with_what_is_not_scored():
     assert more.position_ids.tolist() == [[*batch.position_ids[0], 0, 0, 0, 0, 0, 0]]
     assert more.layout == (*batch.layout, Group((10, 10), ((10, 16),))) and more.filling == 6
     assert_scores(more, *(getattr(batch, name).tolist() for name in SCORES))
-    assert filled(batch, 5) is batch and filled(batch, 1) is batch
+    rows = pad([PAIR], 0)
+    assert filled(batch, 5) is batch and filled(batch, 1) is batch and filled(rows, 64) is rows
 
 
 SCORES = ("score_index", "targets", "cu_seqlens", "completion_lengths")

@@ -192,7 +192,7 @@ def test_tokens_that_fill_a_row_up_are_not_counted(make_trainer, pairs):
 def test_a_model_is_placed_before_it_is_tried_out(make_trainer, pairs, monkeypatch):
     """What fits it is found by running it, on the kernels that it will train on."""
     done, prepare = [], trainer_module.prepare
-    monkeypatch.setattr(trainer_module, "place", lambda model, args: done.append("placed"))
+    monkeypatch.setattr(trainer_module.Trainer, "_move_model_to_device", lambda *_: done.append("placed"))
     monkeypatch.setattr(trainer_module, "prepare", lambda model: done.append("tried") or prepare(model))
     make_trainer(gpt2(dtype=torch.float32), pairs)
     assert done == ["placed", "tried"]

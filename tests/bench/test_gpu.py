@@ -161,9 +161,13 @@ def test_the_checks_name_a_kernel_that_cannot_run(capsys):
 
 def test_an_adapter_that_is_rounded_away_is_seen(monkeypatch):
     """As peft's own layers round it."""
-    kept = [gpu.young_adapter(dtype, "cpu") for dtype in (torch.bfloat16, torch.float16)]
+
+    def shares() -> list[float]:
+        return [gpu.young_adapter(dtype, "cpu", 500, 64, 192) for dtype in (torch.bfloat16, torch.float16)]
+
+    kept = shares()
     monkeypatch.setattr(gpu, "speed_up_linear", lambda model: None)
-    assert max(kept) <= 1 < min(gpu.young_adapter(dtype, "cpu") for dtype in (torch.bfloat16, torch.float16))
+    assert max(kept) <= 1 < min(shares())
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y + 0.1, lambda y: y * 1.05, lambda y: y * float("nan")])
