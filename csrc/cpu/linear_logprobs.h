@@ -100,6 +100,7 @@ private:
     void scan(const RowBlock<In>& block, std::int64_t chunk, Scratch& s) const {
         const std::int64_t panels = ceil_div(block.count, S::panel);
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.vocab);
+        s.tiles.take_count(block.count);
         s.tiles.take_rows(block);
         for (std::int64_t i = 0; i < panels * S::panel; ++i) {
             s.sums.shift[i] = static_cast<T>(kStart);

@@ -69,6 +69,7 @@ public:
         pool.run([&](int worker) {
             Scratch s = scratch(worker);
             for (std::int64_t b; packing.next(b);) {
+                s.tiles.take_count(block(b).count);
                 s.tiles.use_strips(strips_ + b * strips_size());
                 s.tiles.take_rows_for_outer(block(b));
             }
@@ -95,6 +96,7 @@ private:
             const RowBlock<In> block = this->block(b);
             const std::int64_t panels = ceil_div(block.count, S::panel);
             coefficients(block, s.c);
+            s.tiles.take_count(block.count);
             if (recomputes()) s.tiles.take_rows(block);
             s.tiles.use_strips(strips_ + b * strips_size());
             for (std::int64_t v = begin; v < end; v += S::tile) {

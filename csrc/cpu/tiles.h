@@ -116,6 +116,8 @@ public:
         return rows * ceil_div(width, S::panel) * S::panel;
     }
     void use_strips(Strip* strips) { strips_ = strips; }
+    // How many tokens the block in hand has, where products can be cut off behind them.
+    void take_count(std::int64_t) {}
 
     // Take in a block of rows, for `logits`, and for `outer`.
     void take_rows(const RowBlock<In>& block) { pack_panels(block, width, hidden_); }

@@ -5,7 +5,11 @@
 // compiler makes vectors of: a block of some 200 tokens leaves a weight's entry a nanosecond.
 // The tile of probabilities enters its products rounded to bfloat16, as is usual on such units.
 // libtorch compiles and keeps a kernel for each shape it meets, for good: so rows go to it by few numbers at a time, and
-// contractions in whole steps of 32, with zeros behind the last.
+// contractions in whole steps of 32, with zeros behind the last. A block's last tokens fill a panel seldom: what is
+// multiplied is cut off at a multiple of 16, or 32 where it is contracted.
+
+#include <algorithm>
+#include <limits>
 
 #include "brgemm.h"
 #include "tiles.h"
@@ -19,7 +23,13 @@ class Tiles<float, bf16> {
     static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
     static constexpr std::int64_t step = 32;
     static_assert(S::tile % step == 0 && step % 8 == 0 && wide % S::panel == 0);
+    static constexpr std::int64_t few = 16;  // tokens of a product at least
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
+    std::int64_t count_ = std::numeric_limits<std::int64_t>::max() / 2;  // the block's tokens, where `take_count` said
+
+    std::int64_t cut(std::int64_t panels, std::int64_t multiple) const {
+        return smaller(panels * S::panel, ceil_div(count_, multiple) * multiple);
+    }
 
     std::int64_t even_width() const { return (width + 1) / 2 * 2; }
     std::int64_t whole_blocks() const { return strips_size(1, width); }
@@ -39,6 +49,7 @@ public:
     using Strip = bf16;
     static std::int64_t strips_size(std::int64_t rows, std::int64_t width) { return rows * ceil_div(width, wide) * wide; }
     void use_strips(Strip* strips) { strips_ = strips; }
+    void take_count(std::int64_t count) { count_ = count; }
 
     // (panels, width / 2, panel, 2)
     void take_rows(const RowBlock<bf16>& block) {
@@ -54,7 +65,7 @@ public:
     }
     // (blocks of columns, padded rows / 2, wide, 2)
     void take_rows_for_outer(const RowBlock<bf16>& block) {
-        const std::int64_t rows = ceil_div(block.count, S::panel) * S::panel;
+        const std::int64_t rows = cut(ceil_div(block.count, S::panel), step);
         for (std::int64_t i = 0; i < rows; i += 2)
             pair(i < block.count ? block.hidden(i) : nullptr, i + 1 < block.count ? block.hidden(i + 1) : nullptr, i,
                  rows, strips_);
@@ -70,13 +81,17 @@ public:
                     pairs_[t * even + k] = k < width ? weight.at[t * weight.stride + k] : bf16{0};
             left = pairs_, row = even;
         }
-        for (std::int64_t p = first; p < last; ++p)
+        for (std::int64_t p = first; p < last; ++p) {
+            const std::int64_t tokens = smaller(S::panel, cut(last, few) - p * S::panel);
             for (std::int64_t k = 0; k < even; k += deep)
                 by_rows(weight.size, [&](std::int64_t t, std::int64_t rows) {
-                    brgemm_bf16(rows, S::panel, smaller(deep, even - k), row, S::panel, S::panel, k > 0,
+                    brgemm_bf16(rows, tokens, smaller(deep, even - k), row, S::panel, S::panel, k > 0,
                                 left + t * row + k, hidden_ + (p * even + k) * S::panel,
                                 z + (p * S::tile + t) * S::panel, true);
                 });
+            for (std::int64_t t = 0; tokens < S::panel && t < weight.size; ++t)
+                std::fill_n(z + (p * S::tile + t) * S::panel + tokens, S::panel - tokens, 0.0f);
+        }
     }
 
     void fold(const float* z, std::int64_t panels, const WeightTile<bf16>& weight, float* out, bool fresh,
@@ -88,15 +103,16 @@ public:
         for (std::int64_t p = 0; p < panels; ++p)
             transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
         for (std::int64_t j = 0; j < padded_width; j += wide)
-            brgemm_bf16(panels * S::panel, smaller(wide, padded_width - j), contracted, S::tile, wide, padded_width,
+            brgemm_bf16(cut(panels, few), smaller(wide, padded_width - j), contracted, S::tile, wide, padded_width,
                         !fresh, left_, pairs_ + j * contracted, out + j, true);
     }
 
     void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out) {
-        const std::int64_t rows = panels * S::panel;  // all panels in one contraction: the output is read once
+        const std::int64_t rows = cut(panels, step);  // all panels in one contraction: the output is read once
         for (std::int64_t p = 0; p < panels; ++p)
             for (std::int64_t t = 0; t < tile; ++t)
-                narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel, S::panel);
+                narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel,
+                           smaller(S::panel, rows - p * S::panel));
         for (std::int64_t j = 0; j < padded_width; j += wide)
             by_rows(tile, [&](std::int64_t t, std::int64_t some) {
                 brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, wide, padded_width, true,
