@@ -185,11 +185,8 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
                     yield f"{name} {dtype} {backend}", partial(compare, function, tensors, backend)
     for dtype in ("bfloat16", "float16") if "torch" in backends else ():
         for shape in ((1000, 576, 576), *([(2048, 4096, 14336)] if device == "cuda" else [])):
-            size = "x".join(map(str, shape))
-            yield (
-                f"lora of a young adapter {dtype} {size}",
-                partial(young_adapter, getattr(torch, dtype), device, *shape),
-            )
+            check = partial(young_adapter, getattr(torch, dtype), device, *shape)
+            yield f"lora of a young adapter {dtype} {'x'.join(map(str, shape))}", check
 
 
 def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, outputs: int) -> float:

@@ -225,6 +225,16 @@ def test_an_adapter_of_zeros_changes_no_bit_where_products_are_of_16_bits(keeps,
     assert torch.equal(model.get_base_model().second(torch.tanh(own(rows(torch.bfloat16)))), reference)
 
 
+def test_the_reference_of_a_layer_that_drops_inputs_goes_peft_s_way(monkeypatch):
+    """As the policy does while it is trained: margins of another product would not begin at 0."""
+    monkeypatch.setattr("fastalign.linear.multiplies", lambda dtype: True)
+    monkeypatch.setattr("fastalign.linear._zeros_keep_bits", lambda: False)
+    model, seen = fast(lora(dtype=torch.bfloat16, lora_dropout=0.5)).eval(), calls(monkeypatch)
+    with model.disable_adapter():
+        model(rows(torch.bfloat16))
+    assert not seen
+
+
 def of_a_gpu(x, weight, bias, a, b, scaling, dtype):
     return _Added.apply(x, weight, bias, a, b, scaling)
 
