@@ -213,6 +213,20 @@ def test_many_rows(isa):
         assert (got - want).abs().max() <= (4 * error + rows * EPS) * want.abs().max()
 
 
+@pytest.mark.parametrize("budget", ["kept", "recomputed"])
+@pytest.mark.parametrize("width", [37, 64, 2112])
+def test_three_blocks_of_rows_meet_the_tiles_of_a_chunk(isa, width, budget):
+    """In bfloat16, where what is laid out is kept: rows for all chunks, a wide weight's only tile for all blocks."""
+    inputs = problem(torch.bfloat16, n=410, width=width, vocab=3 * 256 + 1)
+    truth, true_grads = evaluate(reference.linear_logprobs, inputs[0].double(), inputs[1].double(), *inputs[2:])
+    found, grads = evaluate(linear_logprobs, *inputs, memory_budget=BUDGETS[budget], backend="cpu")
+    error = logit_error(*inputs[:2])
+    assert (found[0] - truth[0]).abs().max() <= 2 * error
+    for got, want in zip(grads, true_grads, strict=True):
+        budgeted = (4 * error + V * EPS + torch.finfo(torch.bfloat16).eps) * want.abs().max()
+        assert (got.double() - want).abs().max() <= budgeted
+
+
 @pytest.mark.parametrize(("n", "width", "vocab"), [(1, 1, 1), (1, 5, 3), (25, 1, 257), (2, 300, 255), (24, 48, 2048)])
 def test_sizes_around_the_tiles(isa, n, width, vocab):
     inputs = problem(n=n, width=width, vocab=vocab)
