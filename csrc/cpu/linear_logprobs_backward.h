@@ -90,7 +90,6 @@ private:
 
     void run_chunk(std::int64_t chunk, OrderedItems& items, Scratch& s) {
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.vocab);
-        if (p_.d_weight) std::memset(s.d_weight, 0, (end - begin) * padded_width_ * sizeof(T));
         if (p_.d_bias) std::memset(s.d_bias, 0, (end - begin) * lanes<T> * sizeof(T));
         for (std::int64_t b = 0; b < blocks_; ++b) {
             const RowBlock<In> block = this->block(b);
@@ -103,7 +102,8 @@ private:
                 const WeightTile<In> weight(p_, v, smaller(S::tile, end - v));
                 gradient_tile(block, panels, weight, s);
                 if (p_.d_hidden) s.tiles.fold(s.z, panels, weight, s.a, v == begin, b > 0 && chunk_ == S::tile);
-                if (p_.d_weight) s.tiles.outer(s.z, panels, weight.size, s.d_weight + (v - begin) * padded_width_);
+                if (p_.d_weight)
+                    s.tiles.outer(s.z, panels, weight.size, s.d_weight + (v - begin) * padded_width_, b == 0);
                 if (p_.d_bias) add_bias(s.z, panels, weight.size, s.d_bias + (v - begin) * lanes<T>);
             }
             if (!p_.d_hidden) continue;

@@ -130,19 +130,19 @@ void fold_product(const T* z, std::int64_t panels, std::int64_t width, const In*
     }
 }
 
-// out (tile, out_row) += tile (tile, tokens) times hidden (tokens, width), stored as strips (width / panel, tokens, panel).
+// out (tile, out_row) = or += tile (tile, tokens) times hidden (tokens, width), stored as strips (width / panel, tokens, panel).
 template <typename T>
 void outer_product(const T* z, std::int64_t panels, std::int64_t width, const T* strips, std::int64_t tile, T* out,
-                   std::int64_t out_row) {
+                   std::int64_t out_row, bool fresh) {
     using S = Shape<T>;
     const std::int64_t tokens = panels * S::panel, jump = (S::tile - 1) * S::panel;
     for (std::int64_t j = 0; j < width; j += S::panel, strips += tokens * S::panel) {
         std::int64_t t = 0;
         for (; t + S::height <= tile; t += S::height)
             micro_kernel<T, S::height>({z + t * S::panel, S::panel, 1, S::panel, jump}, strips, tokens,
-                                       out + t * out_row + j, out_row, false);
+                                       out + t * out_row + j, out_row, fresh);
         micro_kernel_rest<T>(tile - t, {z + t * S::panel, S::panel, 1, S::panel, jump}, strips, tokens,
-                             out + t * out_row + j, out_row, false);
+                             out + t * out_row + j, out_row, fresh);
     }
 }
 

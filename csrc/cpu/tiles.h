@@ -133,9 +133,9 @@ public:
         (void)again;  // nothing of it is kept
         fold_product(z, panels, width, weight.at, weight.stride, weight.size, out, padded_width, column_, fresh);
     }
-    // out (tile, padded_width) += z' h: the weight's gradient.
-    void outer(const T* z, std::int64_t panels, std::int64_t tile, T* out) {
-        outer_product(z, panels, width, strips_, tile, out, padded_width);
+    // out (tile, padded_width) = or += z' h: the weight's gradient.
+    void outer(const T* z, std::int64_t panels, std::int64_t tile, T* out, bool fresh = false) {
+        outer_product(z, panels, width, strips_, tile, out, padded_width, fresh);
     }
     // The worker is done.
     void release() {}

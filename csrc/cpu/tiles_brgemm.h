@@ -23,7 +23,8 @@ class Tiles<float, bf16> {
     static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
     static constexpr std::int64_t step = 32;
     static_assert(S::tile % step == 0 && step % 8 == 0 && wide % S::panel == 0);
-    static constexpr std::int64_t few = 16;  // tokens of a product at least
+    static constexpr std::int64_t few = 16;     // tokens of a product are a multiple of this
+    static constexpr std::int64_t fewest = 32;  // columns: of 16, libtorch's kernel takes longer than of 64
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
     std::int64_t count_ = std::numeric_limits<std::int64_t>::max() / 2;  // the block's tokens, where `take_count` said
 
@@ -82,7 +83,7 @@ public:
             left = pairs_, row = even;
         }
         for (std::int64_t p = first; p < last; ++p) {
-            const std::int64_t tokens = smaller(S::panel, cut(last, few) - p * S::panel);
+            const std::int64_t tokens = smaller(S::panel, std::max(fewest, cut(last, few) - p * S::panel));
             for (std::int64_t k = 0; k < even; k += deep)
                 by_rows(weight.size, [&](std::int64_t t, std::int64_t rows) {
                     brgemm_bf16(rows, tokens, smaller(deep, even - k), row, S::panel, S::panel, k > 0,
@@ -107,7 +108,7 @@ public:
                         !fresh, left_, pairs_ + j * contracted, out + j, true);
     }
 
-    void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out) {
+    void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out, bool fresh = false) {
         const std::int64_t rows = cut(panels, step);  // all panels in one contraction: the output is read once
         for (std::int64_t p = 0; p < panels; ++p)
             for (std::int64_t t = 0; t < tile; ++t)
@@ -115,7 +116,7 @@ public:
                            smaller(S::panel, rows - p * S::panel));
         for (std::int64_t j = 0; j < padded_width; j += wide)
             by_rows(tile, [&](std::int64_t t, std::int64_t some) {
-                brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, wide, padded_width, true,
+                brgemm_bf16(some, smaller(wide, padded_width - j), rows, rows, wide, padded_width, !fresh,
                             left_ + t * rows, strips_ + j * rows, out + t * padded_width + j, true);
             });
     }
