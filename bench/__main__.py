@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,20 +74,21 @@ def chosen(suite, patterns: list[str] | None, quick: bool) -> list[str]:
     return [case for case in cases if any(fnmatch.fnmatchcase(case, pattern) for pattern in patterns)]
 
 
-def only(suite, wanted: list[str]) -> None:
-    """Makes the suite forget its other implementations."""
+def only(suite, wanted: list[str]) -> dict[str, str]:
+    """Makes the suite forget its other implementations; returns them, with that as the reason."""
     unknown = [name for name in wanted if name not in suite.IMPLEMENTATIONS]
     if unknown:
         sys.exit(f"there is no implementation {unknown[0]!r}; {', '.join(suite.IMPLEMENTATIONS)} exist")
+    left_out = {name: "left out (--only)" for name in suite.IMPLEMENTATIONS if name not in wanted}
     kept = {name: suite.IMPLEMENTATIONS[name] for name in wanted} if isinstance(suite.IMPLEMENTATIONS, dict) else wanted
     suite.IMPLEMENTATIONS = kept
+    return left_out
 
 
 def run_suite(name: str, arguments: argparse.Namespace) -> None:
     """Measures case by case; the file keeps the cases of earlier runs and is complete after each case."""
     suite, cases = SUITES[name], chosen(SUITES[name], arguments.case, arguments.quick)
-    if arguments.only:
-        only(suite, arguments.only)
+    left_out = only(suite, arguments.only) if arguments.only else {}
     folder = arguments.out or (Path("runs/bench") if arguments.quick or arguments.only else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-quick" if arguments.quick else name
@@ -94,10 +96,15 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case}")
         measured = suite.run(case, arguments.rounds, arguments.limit)
+        if not measured:
+            say(f"    nothing could be measured of {case}; what {path} held of it stays")
+            continue
+        measured = [replace(m, skipped=m.skipped | left_out) for m in measured]
         earlier = [m for m in load(path) if m.case != case] if path.exists() else []
         save([*earlier, *measured], path)
-        if measured:
-            print(report.tables(measured), flush=True)
+        print(report.tables(measured), flush=True)
+    if not path.exists():
+        sys.exit("nothing could be measured, and nothing was written")
     print("written:", path, *report.write({f"{stem}.md": report.tables(load(path)).encode()}, folder))
 
 

@@ -129,9 +129,10 @@ def trl(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """DPOTrainer and KTOTrainer project tile by tile; ORPO's and CPO's trainers (simpo) hold all logits."""
     if loss not in ("orpo", "simpo"):
         return from_logprobs(ops.trl_chunked)(loss, hidden, weight, inputs)
-    logits, scored = torch.nn.functional.linear(hidden, weight), inputs.targets >= 0
+    logits = torch.nn.functional.linear(hidden, weight).float()  # as accelerate hands a bfloat16 model's on
+    scored = inputs.targets >= 0
     select = importlib.import_module("trl.trainer.utils").selective_log_softmax
-    sums = (select(logits, inputs.targets.clamp(min=0)) * scored).sum(1, keepdim=True).float()  # summed in its dtype
+    sums = (select(logits, inputs.targets.clamp(min=0)) * scored).sum(1, keepdim=True)
     half = len(logits) // 2
     out = loss_of("simpo", sums, inputs) if loss == "simpo" else _orpo_of(sums, scored)
     if loss == "orpo":

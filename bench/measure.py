@@ -306,7 +306,7 @@ def too_slow(part: Callable[[int], Callable[[], object]], limit_s: float) -> str
         if fraction * seconds <= limit_s:
             return None
         if seconds > limit_s / 2:
-            return f"1/{fraction} of the rows took {seconds:.0f} s, over half the limit of {limit_s:.0f} s (--limit)"
+            return f"1/{fraction} of the rows took over half the limit of {limit_s:.0f} s (--limit)"
     return None
 
 

@@ -150,10 +150,11 @@ def _of_gpu(measurements: list[Measurement]) -> list[str]:
 def _about(used: list[Measurement], train_rows: list[tuple[str, ...]]) -> str:
     """Of what, on what and when, of how many runs, and what the figures of training are."""
     newest, runs = max(used, key=lambda m: m.date), sorted({m.runs for m in used})
+    days = sorted({m.date[:10] for m in used})
     versions = ", ".join(f"{n} {v}" for n, v in newest.versions.items() if n in ("torch", "trl", "liger-kernel"))
     text = (
         f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
-        f"{newest.threads} threads;\n{versions}; {newest.date[:10]}.\n"
+        f"{newest.threads} threads;\n{versions}; {days[0] if days[0] == days[-1] else f'{days[0]} to {days[-1]}'}.\n"
         f"Medians of {runs[0]} to {runs[-1]} interleaved runs.\n"
         "More, with errors against float64, in [bench/results](bench/results)."
     )

@@ -4,7 +4,9 @@ An update by Adam moves each weight by about its learning rate however small its
 bfloat16 activations decide much of the next loss, and no fixed tolerance says how much. So it is measured, as distances
 from the run in float32: of runs with other last bits in the weights and, for peers, of one with peft's own LoRA layers,
 which round an adapter away where it is small beside its layer's output. Losses, and the gradient of the first step,
-which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these.
+which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these. What all of
+fastalign's runs have in common is in these as well, so its gradient is held to float32's along it too, by `SLOPE`:
+rounding moves it to any side, a fault of the arithmetic makes it longer or shorter.
 
 Where all weights are trained, every run starts from last bits drawn at random. Of a model from a quantised file many
 weights lie exactly between two bfloat16 numbers, 8 % of SmolLM2's: the first update, however small, tips all of them
@@ -18,7 +20,9 @@ import math
 import torch
 
 FACTOR = 3  # of the largest of few draws
+SLOPE = 0.25  # a gradient of half the length, twice the length or none is off by 0.5 or 1
 SKETCH = 1024
+BLOCK = 1 << 20  # entries that get their signs at a time: the sketch is made within the run whose memory is measured
 FLOAT32 = "fastalign, float32"
 PEFT = "fastalign, peft's layers"
 LAST_BITS = ("fastalign, last bits 1", "fastalign, last bits 2", "fastalign, last bits 3")
@@ -44,21 +48,31 @@ def change(model: torch.nn.Module, run: str, draw: bool) -> None:
 
 def sketch(model: torch.nn.Module) -> list[float]:
     """`SKETCH` sums of the gradients' entries with random signs: their lengths and distances are kept within 5 %."""
-    grads = torch.cat([p.grad.float().flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None])
-    grads = torch.nn.functional.pad(grads.cpu(), (0, -grads.numel() % SKETCH))
-    signs = torch.randint(0, 2, grads.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (grads * signs).view(SKETCH, -1).sum(1).tolist()
+    sums, generator = torch.zeros(SKETCH), torch.Generator().manual_seed(0)
+    grads = (p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None)
+    for block in (block for grad in grads for block in grad.split(BLOCK)):
+        block = torch.nn.functional.pad(block.float().cpu(), (0, -block.numel() % SKETCH))
+        signs = torch.randint(0, 2, block.shape, generator=generator, dtype=torch.int8)
+        sums += block.where(signs.bool(), -block).view(SKETCH, -1).sum(1)
+    return sums.tolist()
 
 
 def distances(run, exact) -> dict[str, float]:
-    """How far a run's losses are from the exact run's, and its gradient, beside the exact one's length."""
+    """How far a run's losses are from the exact run's, and its gradient: in all, and along the exact one (length 1)."""
     losses = [abs(a - b) for a, b in zip(run.losses, exact.losses, strict=True)]
-    gradient = math.dist(run.gradient, exact.gradient) / math.hypot(*exact.gradient)
-    return {"loss": math.nan if any(map(math.isnan, losses)) else max(losses), "gradient": gradient}
+    length = math.hypot(*exact.gradient)
+    gradient = math.dist(run.gradient, exact.gradient) / length
+    slope = sum(a * b for a, b in zip(run.gradient, exact.gradient, strict=True)) / length**2
+    return {
+        "loss": math.nan if any(map(math.isnan, losses)) else max(losses),
+        "gradient": gradient,
+        "slope": abs(slope - 1),
+    }
 
 
 def allowed(runs: dict, ours: bool) -> dict[str, float]:
     """What a run's distances may be; runs: twin -> run."""
     others = [r for twin, r in runs.items() if twin != FLOAT32 and not (ours and twin == PEFT)]
     found = [distances(r, runs[FLOAT32]) for r in others]
-    return {what: FACTOR * max(d[what] for d in found) for what in ("loss", "gradient")}
+    explained = {what: FACTOR * max(d[what] for d in found) for what in ("loss", "gradient", "slope")}
+    return explained | {"slope": SLOPE if ours else max(SLOPE, explained["slope"])}

@@ -7,6 +7,7 @@ more and more pairs, and one pair of constant length of which more and more is p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ PAIR = (120, 40)  # tokens of the prompt, and of each completion, where the batc
 THREADS = (1, 2)
 QUICK_POINTS = 2
 # The hidden states of a packed and a padded row are summed in another order, over 30 layers.
-AGREE = 1e-3
+AGREE = 1e-3  # nats; of the gradient's largest entry
 IMPLEMENTATIONS = ("fastalign",)
 
 
@@ -115,22 +116,40 @@ def _step(axis: str, point: int) -> tuple[Callable, Checked]:
     def compute() -> Tensor:
         logprobs = model(packed=batch).logprobs
         logprobs.sum().backward()
-        model.zero_grad()
         return logprobs.detach()
 
-    error = (compute()[: batch.cu_seqlens[1]] - _own(model, rows[0], batch)).abs().max().item()
-    if not error <= AGREE:
-        raise WrongResult(f"log-probs of the first completion are off by {error:.2g} from the model's own logits")
-    return compute, Checked({"logprobs": error}, "the first completion, against the model's own logits")
+    def timed() -> Tensor:
+        logprobs = compute()
+        model.zero_grad()
+        return logprobs
+
+    logprobs, grads, own, own_grads = compute(), _gradient(model), _own(model, rows, batch), _gradient(model)
+    errors = {
+        "logprobs": (logprobs - own).abs().max().item(),
+        "gradient": ((grads - own_grads).abs().max() / own_grads.abs().max()).item(),
+    }
+    if not max(errors.values()) <= AGREE or any(map(math.isnan, errors.values())):
+        raise WrongResult(f"log-probs and gradient are off by {errors} from the model's own logits")
+    return timed, Checked(errors, "all log-probs and the adapters' gradient, against the model's own logits")
 
 
-@torch.no_grad()
-def _own(model, row: dict, batch: PackedBatch) -> Tensor:
-    """Log-probs of the first completion's scored tokens, from the logits of the model called as ever."""
-    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-    logprobs = logits.gather(1, ids[0, 1:, None]).squeeze(1)
-    return logprobs[-int(batch.cu_seqlens[1]) :]
+def _gradient(model) -> Tensor:
+    """Of all adapters, in one vector; then there is none."""
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return grads
+
+
+def _own(model, rows: list[dict], batch: PackedBatch) -> Tensor:
+    """Log-probs of the scored tokens from the logits of the model called as ever, and their gradient with them."""
+    completions = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
+    found = []
+    for (prompt, completion), scored in zip(completions, batch.cu_seqlens.diff().tolist(), strict=True):
+        ids = torch.tensor([prompt + completion])
+        logits = model(input_ids=ids, use_cache=False).logits[0, -scored - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(1, ids[0, -scored:, None]).squeeze(1))
+        found[-1].sum().backward()
+    return torch.cat(found).detach()
 
 
 @cache

@@ -315,12 +315,12 @@ def _twins(case_name: str) -> dict[str, Run]:
 
 
 def _apart(name: str, runs: dict[str, list[Run]]) -> float:
-    """The largest difference of this one's losses from another system's, step by step."""
+    """The largest difference of this one's losses, in any round, from another system's, step by step."""
     theirs = [n for n in runs if (n == "fastalign") != (name == "fastalign")]
     if not theirs:
         raise SystemExit(f"there is nothing to compare the losses of {name} with; {', '.join(IMPLEMENTATIONS)} exist")
-    ours = runs[name][0].losses
-    apart = [abs(a - b) for n in theirs for a, b in zip(ours, runs[n][0].losses, strict=True)]
+    curves = [(own.losses, other.losses) for own in runs[name] for n in theirs for other in runs[n]]
+    apart = [abs(a - b) for ours, others in curves for a, b in zip(ours, others, strict=True)]
     return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
@@ -331,10 +331,9 @@ def _curve(losses: list[float]) -> str:
 def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, Run]) -> tuple[dict[str, float], str]:
     """How far the losses are off, and from what; SystemExit where that is more than the precision explains."""
     if twins:
-        off, allowed = (
-            rounding.distances(runs[name][0], twins[rounding.FLOAT32]),
-            rounding.allowed(twins, name == "fastalign"),
-        )
+        rounds = [rounding.distances(run, twins[rounding.FLOAT32]) for run in runs[name]]
+        off = {what: max((r[what] for r in rounds), key=lambda x: (math.isnan(x), x)) for what in rounds[0]}
+        allowed = rounding.allowed(twins, name == "fastalign")
         checked = f"{case.steps} losses and a gradient against float32's, by what other rounding changes"
     else:
         off, allowed, checked = (

@@ -47,16 +47,19 @@ void plain_brgemm(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t l
 
 // Values that every dtype holds exactly: multiples of 1/8 up to 1.
 struct Data {
+    std::int64_t tokens, vocab, width;
     std::vector<double> hidden, weight, grad;
     std::vector<std::int64_t> targets, rows;
-    Data() : hidden(kTokens * kWidth), weight(kVocab * kWidth), grad(kTokens), targets(kTokens) {
+    explicit Data(std::int64_t tokens = kTokens, std::int64_t vocab = kVocab, std::int64_t width = kWidth)
+        : tokens(tokens), vocab(vocab), width(width), hidden(tokens * width), weight(vocab * width), grad(tokens),
+          targets(tokens) {
         std::mt19937 random(0);
         auto eighth = [&] { return (static_cast<int>(random() % 17) - 8) / 8.0; };
         for (auto& x : hidden) x = eighth();
         for (auto& x : weight) x = eighth();
         for (auto& x : grad) x = eighth();
-        for (auto& y : targets) y = random() % kVocab;
-        for (std::int64_t i = 0; i < kTokens; ++i)
+        for (auto& y : targets) y = random() % vocab;
+        for (std::int64_t i = 0; i < tokens; ++i)
             if (i != kIgnored) rows.push_back(i);
     }
 };
@@ -102,17 +105,17 @@ struct Results {
 Results run(const Kernels& kernels, const Data& data, DType dtype, int threads, bool keep) {
     const std::size_t acc = dtype == DType::f64 ? 8 : 4, element = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
     const std::int64_t panel = dtype == DType::f64 ? kernels.panel_f64 : kernels.panel_f32;
-    const std::int64_t tiles = (kVocab + kernels.tile - 1) / kernels.tile;
+    const std::int64_t tiles = (data.vocab + kernels.tile - 1) / kernels.tile;
     const Bytes hidden = encode(data.hidden, dtype), weight = encode(data.weight, dtype);
     const Bytes grad = encode(data.grad, acc == 8 ? DType::f64 : DType::f32);
-    Bytes stats(kTokens * 5 * acc), cache(panel * kVocab * element), shifts(panel * tiles * acc);
-    Results r{Bytes(kTokens * acc), Bytes(kTokens * kWidth * acc), Bytes(kTokens * kWidth * acc),
-              Bytes(kVocab * kWidth * element), Bytes(kVocab * acc)};
+    Bytes stats(data.tokens * 5 * acc), cache(panel * data.vocab * element), shifts(panel * tiles * acc);
+    Results r{Bytes(data.tokens * acc), Bytes(data.tokens * data.width * acc), Bytes(data.tokens * data.width * acc),
+              Bytes(data.vocab * data.width * element), Bytes(data.vocab * acc)};
     auto fill = [&](HeadProblem& p) {
         p.dtype = dtype;
-        p.hidden = hidden.data(), p.hidden_stride = kWidth, p.weight = weight.data(), p.weight_stride = kWidth;
+        p.hidden = hidden.data(), p.hidden_stride = data.width, p.weight = weight.data(), p.weight_stride = data.width;
         p.targets = data.targets.data(), p.rows = data.rows.data();
-        p.scored = static_cast<std::int64_t>(data.rows.size()), p.vocab = kVocab, p.width = kWidth;
+        p.scored = static_cast<std::int64_t>(data.rows.size()), p.vocab = data.vocab, p.width = data.width;
         p.logit_scale = 1.5, p.softcap = 20, p.temperature = 0.75;
         if (keep) p.cache = cache.data(), p.shifts = shifts.data(), p.cache_rows = panel;  // the rest is recomputed
     };
@@ -196,6 +199,14 @@ void check(const Kernels& kernels, const Data& data, const Truth& truth, DType d
             expect(same, kernels.name, d, "threads change the bits", threads);
         }
     }
+}
+
+// Two blocks of rows and two chunks of a vocabulary so wide that a chunk is one tile: what one worker writes others read.
+void check_blocks(const Kernels& kernels, DType dtype) {
+    const Data data(200, 300, 2112);
+    const Results first = run(kernels, data, dtype, 1, true), other = run(kernels, data, dtype, 2, true);
+    const bool same = other.d_hidden == first.d_hidden && other.d_weight == first.d_weight;
+    expect(same, kernels.name, static_cast<int>(dtype), "threads change the bits of blocks", 2);
 }
 
 struct Selected {
@@ -436,6 +447,7 @@ int main() {
             check_divergence(*kernels, data, dtype);
         }
         if (dtype == DType::bf16) check_attention<std::uint16_t, float>(emulated::kernels, dtype);
+        if (dtype == DType::bf16) check_blocks(emulated::kernels, dtype);
         for (const Kernels* kernels : available_kernels()) check_selective(*kernels, data, dtype);
     }
     for (const Kernels* kernels : available_kernels()) {

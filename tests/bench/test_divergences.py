@@ -37,6 +37,8 @@ def test_right_implementations_pass(mask, kind):
     inputs, passed = tiny(kind, mask), []
     truth = divergences.Truth(kind, inputs)
     for name in (divergences.FLOOR, *divergences.IMPLEMENTATIONS):
+        if name in divergences.COMPILES:
+            continue
         try:
             outputs = divergences.candidate(name, kind, inputs)()
         except (Missing, BackendError):

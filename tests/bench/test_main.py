@@ -7,6 +7,7 @@ import os
 import pytest
 
 from bench import __main__ as bench
+from bench import divergences
 
 
 def test_the_list_names_every_suite_case_and_implementation(capsys, monkeypatch):
@@ -40,3 +41,22 @@ def test_without_a_command_it_shows_its_help(capsys, monkeypatch):
     assert "python -m bench" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.parser().parse_args(["nothing"])
+
+
+def test_what_was_left_out_is_named(monkeypatch, tmp_path, record):
+    monkeypatch.setattr(divergences, "IMPLEMENTATIONS", dict.fromkeys(("ours", "theirs", "another")))
+    monkeypatch.setattr(divergences, "run", lambda case, *_: [record(case=case, skipped={"another": "not here"})])
+    run = ["divergences", "--case", "jsd*mask0", "--out", str(tmp_path), "--only", "ours", "another"]
+    bench.run_suite("divergences", bench.parser().parse_args(run))
+    (saved,) = bench.load(tmp_path / "divergences.json")
+    assert saved.skipped == {"another": "not here", "theirs": "left out (--only)"}
+    assert set(divergences.IMPLEMENTATIONS) == {"ours", "another"}
+
+
+def test_a_case_of_which_nothing_can_be_measured_keeps_its_records(monkeypatch, tmp_path, record, capsys):
+    run = ["divergences", "--case", "jsd*mask0", "--out", str(tmp_path)]
+    for found in ([record(case="jsd-float32-2048x576x49152-mask0")], []):
+        monkeypatch.setattr(divergences, "run", lambda *_, found=found: found)
+        bench.run_suite("divergences", bench.parser().parse_args(run))
+    assert len(bench.load(tmp_path / "divergences.json")) == 1
+    assert "nothing could be measured of jsd" in capsys.readouterr().err

@@ -136,6 +136,19 @@ def test_the_tax_in_readme_is_that_of_the_records():
     assert f"from 17.1 to {max(run['tax']['tuned_perplexity'] for run in runs):.1f} without" in text.replace("\n", " ")
 
 
+def test_the_results_in_readme_are_those_of_the_records(file):
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+    readme.update([m for path in sorted((readme.ROOT / "bench/results").rglob("*.json")) for m in load(path)])
+    assert file.read_text(encoding="utf-8") == text, "python -m bench report makes it again"
+
+
+def test_the_days_of_its_records_are_said(measured):
+    assert f"; {measured[0].date[:10]}.\n" in readme.section(measured)
+    old = replace(measured[0], date="2025-12-31T10:00:00Z")
+    assert f"; 2025-12-31 to {measured[1].date[:10]}.\n" in readme.section([old, *measured[1:]])
+
+
 def test_an_empty_cell_is_explained(measured):
     assert "-: not measured." in readme.section(measured).splitlines(), "by whom, these records do not say"
     reasons = {"torch linear_cross_entropy": "about 25 s a run.", "fastalign cuda": "no GPU"}

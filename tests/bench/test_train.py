@@ -143,13 +143,14 @@ def test_bfloat16_is_held_to_what_rounding_explains(name, suite, monkeypatch):
     monkeypatch.setattr(train, "multiplies_bfloat16", lambda: True)
     case = "lora-bfloat16-dialogue"
     loss, gradient = (0.14, 0.05) if name == "fastalign" else (0.44, 0.17)
+    slope = 0.8 * gradient  # of (3, 4 + 5 g) along (3, 4)
 
     def run(loss, gradient):
         right = {"fastalign": finished([0.6931, 0.70]), "TRL": finished([0.6931, 0.70])}
         return suite(TWINS | right | {name: finished([0.6931, 0.70 + loss], gradient=(3.0, 4.0 + 5 * gradient))}, case)
 
     (record,) = (r for r in run(loss, gradient) if r.implementation == name)
-    assert record.errors == pytest.approx({"loss": loss, "gradient": gradient})
+    assert record.errors == pytest.approx({"loss": loss, "gradient": gradient, "slope": slope})
     with pytest.raises(SystemExit, match=f"{name} on {case}: its loss differs"):
         run(loss + 0.02, 0)
     with pytest.raises(SystemExit, match=f"{name} on {case}: its gradient differs"):
@@ -159,6 +160,25 @@ def test_bfloat16_is_held_to_what_rounding_explains(name, suite, monkeypatch):
             run(*nan)
 
 
+@pytest.mark.parametrize("factor", [0, 0.7, 1.3])
+def test_what_all_our_runs_have_in_common_is_not_explained_by_them(factor, suite, monkeypatch):
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: True)
+    ours = ("fastalign", *rounding.LAST_BITS, rounding.PEFT)
+    faulty = {name: finished([0.6931, 0.70], gradient=(3.0 * factor, 4.0 * factor)) for name in ours}
+    with pytest.raises(SystemExit, match="fastalign on lora-bfloat16-dialogue: its slope differs"):
+        suite(TWINS | faulty | {"TRL": finished([0.6931, 0.70])}, "lora-bfloat16-dialogue")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_later_rounds_are_checked_too(dtype, monkeypatch):
+    right, wrong = finished([0.6931, 0.70]), finished([0.6931, 1.90])
+    twins = TWINS if dtype == "bfloat16" else {}
+    for name in ("fastalign", "TRL"):
+        runs = {"fastalign": [right], "TRL": [right]} | {name: [right, wrong]}
+        with pytest.raises(SystemExit, match="its loss differs"):
+            train._check(train.CASES[f"lora-{dtype}-dialogue"], name, runs, twins)
+
+
 def test_no_twin_no_record(suite, monkeypatch):
     monkeypatch.setattr(train, "multiplies_bfloat16", lambda: True)
     some = {n: r for n, r in TWINS.items() if n != rounding.LAST_BITS[1]}
@@ -166,8 +186,9 @@ def test_no_twin_no_record(suite, monkeypatch):
         suite(some | {"fastalign": finished([0.6931, 0.7]), "TRL": finished([0.6931, 0.7])}, "lora-bfloat16-dialogue")
 
 
-def test_the_sketch_keeps_lengths_and_distances():
+def test_the_sketch_keeps_lengths_and_distances(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(rounding, "BLOCK", 5000)  # several, and none of them whole
     sketches, grads = [], []
     for _ in range(2):
         model = torch.nn.Linear(301, 199)
@@ -175,6 +196,7 @@ def test_the_sketch_keeps_lengths_and_distances():
         model.weight.grad = torch.randn(199, 301)
         grads.append(model.weight.grad)
         sketches.append(torch.tensor(rounding.sketch(model)))
+        assert rounding.sketch(model) == sketches[-1].tolist(), "the signs are the same each time"
     assert sketches[0].norm().item() == pytest.approx(grads[0].norm().item(), rel=0.1)
     assert (sketches[0] - sketches[1]).norm().item() == pytest.approx((grads[0] - grads[1]).norm().item(), rel=0.1)
 
