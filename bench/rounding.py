@@ -5,8 +5,9 @@ bfloat16 activations decide much of the next loss, and no fixed tolerance says h
 from the run in float32: of runs with other last bits in the weights and, for peers, of one with peft's own LoRA layers,
 which round an adapter away where it is small beside its layer's output. Losses, and the gradient of the first step,
 which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these. What all of
-fastalign's runs have in common is in these as well, so its gradient is held to float32's along it too, by `SLOPE`:
-rounding moves it to any side, a fault of the arithmetic makes it longer or shorter.
+fastalign's runs have in common is in these as well, so its gradient is held to float32's along it too: by `SLOPE`,
+which a fault that makes it longer or shorter exceeds, or by what the other trainers lose of it in the same precision
+(on long prompts four fifths of the gradient are one direction of two early layers, and bfloat16 keeps little of it).
 
 Where all weights are trained, every run starts from last bits drawn at random. Of a model from a quantised file many
 weights lie exactly between two bfloat16 numbers, 8 % of SmolLM2's: the first update, however small, tips all of them
@@ -70,9 +71,14 @@ def distances(run, exact) -> dict[str, float]:
     }
 
 
-def allowed(runs: dict, ours: bool) -> dict[str, float]:
-    """What a run's distances may be; runs: twin -> run."""
+def allowed(runs: dict, peers: list | None = None) -> dict[str, float]:
+    """What the distances of a run of fastalign's may be, beside the peers' runs; without these, of a peer's run.
+
+    runs: twin -> run.
+    """
+    ours = peers is not None
     others = [r for twin, r in runs.items() if twin != FLOAT32 and not (ours and twin == PEFT)]
     found = [distances(r, runs[FLOAT32]) for r in others]
     explained = {what: FACTOR * max(d[what] for d in found) for what in ("loss", "gradient", "slope")}
-    return explained | {"slope": SLOPE if ours else max(SLOPE, explained["slope"])}
+    slopes = [distances(run, runs[FLOAT32])["slope"] for run in peers] if ours else [explained["slope"]]
+    return explained | {"slope": max(SLOPE, *slopes)}

@@ -333,7 +333,8 @@ def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, R
     if twins:
         rounds = [rounding.distances(run, twins[rounding.FLOAT32]) for run in runs[name]]
         off = {what: max((r[what] for r in rounds), key=lambda x: (math.isnan(x), x)) for what in rounds[0]}
-        allowed = rounding.allowed(twins, name == "fastalign")
+        peers = [run for n, done in runs.items() if n != "fastalign" for run in done]
+        allowed = rounding.allowed(twins, peers if name == "fastalign" else None)
         checked = f"{case.steps} losses and a gradient against float32's, by what other rounding changes"
     else:
         off, allowed, checked = (

@@ -169,6 +169,22 @@ def test_what_all_our_runs_have_in_common_is_not_explained_by_them(factor, suite
         suite(TWINS | faulty | {"TRL": finished([0.6931, 0.70])}, "lora-bfloat16-dialogue")
 
 
+def test_what_other_trainers_lose_of_a_gradient_is_explained(suite, monkeypatch):
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: True)
+
+    def run(ours, theirs):
+        of = {
+            name: finished([0.6931, 0.70], gradient=(3 * f, 4 * f))
+            for name, f in (("fastalign", ours), ("TRL", theirs))
+        }
+        twins = {name: of["fastalign"] for name in (*rounding.LAST_BITS, rounding.PEFT)}
+        return suite(TWINS | twins | of, "lora-bfloat16-dialogue")
+
+    assert len(run(0.4, 0.3)) == 2
+    with pytest.raises(SystemExit, match="fastalign on lora-bfloat16-dialogue: its slope differs"):
+        run(0.4, 0.5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_later_rounds_are_checked_too(dtype, monkeypatch):
     right, wrong = finished([0.6931, 0.70]), finished([0.6931, 1.90])
