@@ -15,20 +15,26 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 th { color: #51606f; font-weight: 600; } tr.ours td { font-weight: 600; background: #eef5ff; }
 p.about { color: #51606f; font-size: .82rem; } img { max-width: 100%; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; width: min(46%, 34rem); min-width: 20rem; }
+figure.row { width: 100%; }
 """
 
 
 def page(title: str, cases: list[tuple[str, list[tuple[str, ...]], str]], figures: dict[str, bytes]) -> str:
     """cases: (heading, table with its header first, how it was measured). figures: name -> PNG."""
-    images = "".join(
-        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-        for name, png in figures.items()
-    )
+    images = "".join(_image(*figure) for figure in figures.items())
     body = "".join(_case(*case) for case in cases)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>{images}{body}</html>\n"
     )
+
+
+def _image(name: str, png: bytes) -> str:
+    """As wide as the page where it is several plots in a row, by the size that a PNG begins with."""
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    kind = ' class="row"' if width > 3 * height else ""
+    data = base64.b64encode(png).decode()
+    return f'<figure{kind}><img alt="{escape(name)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _case(heading: str, rows: list[tuple[str, ...]], about: str) -> str:

@@ -35,3 +35,9 @@ def test_ours_are_marked_and_they_alone(html):
     marked = re.findall(r'<tr class="ours"><td>(.*?)</td>', html)
     assert marked == ["fastalign cpu"]
     assert html.count("<tr") == 4
+
+
+@pytest.mark.parametrize(("width", "wide"), [(700, False), (1800, True)])
+def test_several_plots_in_a_row_are_as_wide_as_the_page(width, wide):
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + width.to_bytes(4, "big") + (420).to_bytes(4, "big")
+    assert ('<figure class="row">' in page("x", [], {"curves": png})) == wide
