@@ -7,7 +7,7 @@ which round an adapter away where it is small beside its layer's output. Losses,
 which no update has blurred yet, may be `FACTOR` times as far from float32's as the furthest of these. What all of
 fastalign's runs have in common is in these as well, so its gradient is held to float32's along it too: by `SLOPE`,
 which a fault that makes it longer or shorter exceeds, or by what the other trainers lose of it in the same precision
-(on long prompts four fifths of the gradient are one direction of two early layers, and bfloat16 keeps little of it).
+(on long prompts four fifths of the gradient are a direction each of two early layers, and bfloat16 keeps little of it).
 
 Where all weights are trained, every run starts from last bits drawn at random. Of a model from a quantised file many
 weights lie exactly between two bfloat16 numbers, 8 % of SmolLM2's: the first update, however small, tips all of them

@@ -186,7 +186,7 @@ def test_what_other_trainers_lose_of_a_gradient_is_explained(suite, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_later_rounds_are_checked_too(dtype, monkeypatch):
+def test_later_rounds_are_checked_too(dtype):
     right, wrong = finished([0.6931, 0.70]), finished([0.6931, 1.90])
     twins = TWINS if dtype == "bfloat16" else {}
     for name in ("fastalign", "TRL"):
