@@ -134,7 +134,7 @@ def body() -> nn.Module:
 
 
 def whole() -> nn.Module:
-    from fastalign.models import load_model
+    from fastalign.models.loading import load_model
 
     return load_model(MODEL, dtype="float32").eval()
 
@@ -154,7 +154,7 @@ def rows_of(ids: Tensor) -> list[dict]:
 
 
 def one_pass(model: nn.Module, ids: Tensor) -> Outputs:
-    from fastalign.fisher import fisher_diagonal
+    from fastalign.fisher.diagonal import fisher_diagonal
 
     fisher = fisher_diagonal(model, rows_of(ids), tokens_per_batch=ids.numel())
     return {name: values.mul_(fisher.samples) for name, values in fisher.items()}
@@ -213,7 +213,8 @@ def vmapped(model: nn.Module, ids: Tensor) -> Outputs:
 
 def ordinary(model: nn.Module, ids: Tensor) -> Outputs:
     """Forward and backward over the packed batch, as fastalign trains: no Fisher information, but the gradient."""
-    from fastalign.scoring import lay_out, prepare
+    from fastalign.data.packing import lay_out
+    from fastalign.models.scoring import prepare
 
     batch = lay_out(rows_of(ids), "padded" if prepare(model) == "padded" else "packed", 0)
     gradients = torch.autograd.grad(-model(packed=batch).logprobs.sum(), list(trainable(model).values()))

@@ -33,14 +33,14 @@ from torch import Tensor
 from bench import losses, machine, ops, selective, train
 from bench.measure import ROOT, load
 from fastalign import reference
-from fastalign.linear import _Added, speed_up_linear
+from fastalign.models.linear import _Added, speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.backends.pick import BACKENDS as DIVERGENCE
+from fastalign.ops.backends.pick import BACKENDS as LINEAR
 from fastalign.ops.ewc import BACKENDS as EWC
 from fastalign.ops.ewc import ewc_penalty, ewc_penalty_
-from fastalign.ops.linear_divergence import BACKENDS as DIVERGENCE
 from fastalign.ops.linear_divergence import linear_divergence
-from fastalign.ops.linear_logprobs import BACKENDS as LINEAR
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.preference_loss import BACKENDS as PREFERENCE
 from fastalign.ops.preference_loss import preference_loss

@@ -28,7 +28,8 @@ from bench.measure import (
     peak_extra_memory,
     say,
 )
-from fastalign.ops.linear_logprobs import BACKENDS, linear_logprobs
+from fastalign.ops.backends.pick import BACKENDS
+from fastalign.ops.linear_logprobs import linear_logprobs
 
 SHAPES = ((2048, 576, 49152), (2048, 2048, 49152), (1024, 4096, 128256))  # N, H, V
 QUICK_SHAPE = (256, 64, 4096)

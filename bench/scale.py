@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import ops
 from bench.measure import Checked, Measurement, WrongResult, environment, interleaved, quartiles, say
 from bench.train import LORA, MODEL
-from fastalign.packing import PackedBatch, pack
+from fastalign.data.packing import PackedBatch, pack
 
 POINTS = {
     "n": (128, 256, 512, 1024, 2048),
@@ -156,8 +156,8 @@ def _own(model, rows: list[dict], batch: PackedBatch) -> Tensor:
 def _model():
     from peft import LoraConfig, get_peft_model
 
-    from fastalign.models import load_model
-    from fastalign.scoring import prepare
+    from fastalign.models.loading import load_model
+    from fastalign.models.scoring import prepare
 
     torch.manual_seed(0)
     model = get_peft_model(load_model(MODEL, dtype="float32"), LoraConfig(task_type="CAUSAL_LM", **LORA))

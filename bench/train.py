@@ -194,7 +194,7 @@ def _lora(case: Case):
 
 def train(case_name: str, implementation: str) -> Run:
     """One run, in this process, which must be a fresh one. implementation: one of `IMPLEMENTATIONS`, or a twin."""
-    from fastalign.models import load_model, load_tokenizer
+    from fastalign.models.loading import load_model, load_tokenizer
 
     case = CASES[case_name]
     draw = case.tuning == "full" and case.dtype == "bfloat16"

@@ -95,8 +95,8 @@ def labelled(pairs):
 @pytest.fixture(scope="session")
 def check_finish():
     """f(finish, head, entropy, gradients): a backend's `finish` against its definition, in float32 and in float64."""
-    from fastalign.ops import epilogue
-    from fastalign.ops.epilogue import Head, Sums
+    from fastalign.ops.head import epilogue
+    from fastalign.ops.head.epilogue import Head, Sums
 
     generator = torch.Generator().manual_seed(4)
     width = 1024 + 11  # more than one pass of a kernel's loop, and ragged
@@ -134,9 +134,11 @@ def check_finish():
 def make_trainer(tokenizer, tmp_path):
     """A trainer of one SGD step after another, with everything that could differ between runs turned off."""
 
-    from fastalign.config import DistillationConfig, PreferenceConfig, SFTConfig
-    from fastalign.distillation import DistillationTrainer
-    from fastalign.trainer import PreferenceTrainer
+    from fastalign.config.distillation import DistillationConfig
+    from fastalign.config.preference import PreferenceConfig
+    from fastalign.config.sft import SFTConfig
+    from fastalign.training.distillation import DistillationTrainer
+    from fastalign.training.preference import PreferenceTrainer
 
     def make(
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -17,44 +18,41 @@ import fastalign
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastalign"
 
-# From the bottom to the top. A module imports from lower rows only, and packages (ops, losses, ...) from themselves.
-LAYERS = [
-    {"errors", "_cpu", "_cuda"},
-    {"reference", "kernels"},
-    {"losses"},
+# From the bottom to the top: a module imports from lower rows, and from its own package. Packages of one row do not
+# know each other. `errors` may be imported by everything.
+LEVELS = [
+    {"errors", "options", "files", "lazy", "_cpu", "_cuda"},
+    {"reference", "losses", "kernels"},
     {"ops"},
-    {
-        "fused",
-        "packing",
-        "linear",
-        "body",
-        "varlen",
-        "cpu_attention",
-        "formats",
-        "rows",
-        "preflight",
-        "charts",
-        "runfolder",
-        "fisher_bytes",
-    },
-    {"compat", "attention", "data", "models", "report", "config", "callbacks", "evaluation"},
-    {"scoring", "objectives", "texts", "fisher_file"},
-    {"memory", "reference_logprobs", "collate", "fisher_head"},
-    {"fisher"},
+    {"fused", "data", "config", "report"},
+    {"compat", "models", "objectives"},
+    {"rollout", "fisher", "memory"},
+    {"evaluation"},
     {"regularizers"},
-    {"replay", "layerwise", "teachers"},
-    {"trainer"},
-    {"distillation"},
-    {"run", "tax", "taxpage"},
-    {"cli"},
-    {"recipes"},  # data and the scripts that made it; nothing imports it
+    {"training"},
+    {"cli", "recipes"},
 ]
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-# What these may import beside the standard library and fastalign.
-ONLY = {name: {"torch"} for name in ("errors", "reference", "ops", "losses", "fused", "packing", "linear")}
-ONLY["kernels"] = {"torch", "triton"}
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+# What these may import beside the standard library and fastalign, with the file or inside a function.
+ONLY = {name: {"torch"} for name in ("reference", "losses", "ops", "fused")}
+ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensors", "torch", "numpy"}}
+ONLY |= {
+    "kernels": {"torch", "triton"},
+    "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
+    "config": {"torch", "transformers"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "rich"},
+}
+# The only modules that may import these.
+ALONE = {
+    "peft": {"fastalign.models.adapters"},
+    "bitsandbytes": {"fastalign.models.quantization"},
+    "trl": set(),
+    "liger_kernel": set(),
+}
 # Not on every machine: imported where they are used, never when fastalign is.
 OPTIONAL = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "triton", "trl"}
+# Modules without a test file of their own, and where they are tested.
+TESTED_ELSEWHERE: dict[str, str] = {}
 MAX_LINES = 450
 
 
@@ -70,56 +68,121 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def layer_name(module: str) -> str:
-    """The name in LAYER of a dotted module: `fastalign.ops.tiles` -> `ops`; nothing for `fastalign` itself."""
+def package_name(module: str) -> str:
+    """The name in LEVEL of a dotted module: `fastalign.ops.segment_sum` -> `ops`; nothing for `fastalign` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(dotted module, whether imported with the file) of each import; `from fastalign import x` is fastalign.x."""
+def imports(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """(dotted module, imported name or "", whether imported with the file) of each import of a file."""
 
-    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[str, bool]]:
+    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[str, str, bool]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                yield from ((alias.name, at_top) for alias in child.names)
+                yield from ((alias.name, "", at_top) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path} imports relatively"
-                inside = [f"fastalign.{alias.name}" for alias in child.names]
-                yield from ((name, at_top) for name in (inside if child.module == "fastalign" else [child.module]))
+                assert child.level == 0 and child.module, f"{path} imports relatively"
+                for alias in child.names:
+                    inside = f"{child.module}.{alias.name}"
+                    yield (inside, "", at_top) if inside in MODULES else (child.module, alias.name, at_top)
             yield from visit(child, at_top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
     return visit(ast.parse(path.read_text(encoding="utf-8")), True)
 
 
-def test_every_module_has_a_layer():
-    unlisted = {layer_name(module) for module in MODULES} - LAYER.keys() - {""}
-    assert not unlisted, f"{sorted(unlisted)} must stand in LAYERS at the top of this file"
-    assert {"fastalign.ops.tiles", "fastalign.losses.preference", "fastalign.trainer"} <= MODULES.keys()
+def test_every_module_has_a_level():
+    unlisted = {package_name(module) for module in MODULES} - LEVEL.keys() - {"", "__main__"}
+    assert not unlisted, f"{sorted(unlisted)} must stand in LEVELS at the top of this file"
+    assert {"fastalign.ops.segment_sum", "fastalign.losses.preference", "fastalign.training.trainer"} <= MODULES.keys()
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if layer_name(module)])
+def test_few_modules_lie_directly_in_the_package():
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if package_name(module)])
 def test_nothing_lower_imports_anything_higher(module):
-    own = layer_name(module)
-    for imported, _ in imports(MODULES[module]):
-        name = layer_name(imported)
-        if imported.split(".")[0] != "fastalign" or name == "__version__":
+    own = package_name(module)
+    for imported, name, _ in imports(MODULES[module]):
+        if imported == "fastalign" and name in ("_cpu", "_cuda", "__version__"):
             continue
-        assert name in LAYER, f"{module} imports {imported}; import from the module that defines it"
-        below = LAYER[name] < LAYER[own] or name == own != "kernels"  # kernels never import one another
+        other = package_name(imported)
+        if imported.split(".")[0] != "fastalign" or other == "errors":
+            continue
+        assert other in LEVEL, f"{module} imports {imported}; import from the module that defines it"
+        below = LEVEL[other] < LEVEL[own] or other == own != "kernels"  # kernels never import one another
         assert below, f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("package", sorted(set(map(package_name, MODULES)) - {""}))
+def test_no_circle_inside_a_package(package):
+    inside = {module for module in MODULES if package_name(module) == package and module != f"fastalign.{package}"}
+    graph = {module: {m for m, _, _ in imports(MODULES[module]) if m in inside} - {module} for module in inside}
+    while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+    assert not graph, f"these modules import each other in a circle: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / "bench").rglob("*.py")], ids=str)
+def test_no_private_name_is_imported(path):
+    for imported, name, _ in imports(path):
+        native = name in ("_cpu", "_cuda") or imported == "__future__"
+        ours = imported.split(".")[0] in ("fastalign", "bench")
+        assert native or not ours or not name.startswith("_") or name == "__version__", f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_what_comes_from_elsewhere(module):
-    own = layer_name(module)
-    for imported, at_top in imports(MODULES[module]):
+    own, declared = package_name(module), declared_dependencies()
+    for imported, _, at_top in imports(MODULES[module]):
         top = imported.split(".")[0]
         if top in sys.stdlib_module_names or top == "fastalign":
             continue
         assert own not in ONLY or top in ONLY[own], f"{module} imports {top}"
+        assert module in ALONE.get(top, {module}), f"{module} imports {top}"
         if own != "kernels":
             assert not (at_top and top in OPTIONAL), f"{module} imports {top} at its top; not every machine has it"
-        assert top not in ("trl", "liger_kernel") or own == "compat", f"{module} imports {top}"
+        assert top in OPTIONAL or top in declared, f"{module} imports {top}, which pyproject.toml does not declare"
+
+
+def declared_dependencies() -> set[str]:
+    """The import names of what pyproject.toml says that fastalign needs."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert block
+    names = re.findall(r'"([A-Za-z0-9_.-]+)', block[1])
+    return {{"pyyaml": "yaml"}.get(name, name.replace("-", "_")) for name in names}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package_name(m) not in ("", "kernels", "recipes")])
+def test_every_module_has_its_tests(module):
+    path = MODULES[module]
+    if path.name == "__init__.py":
+        return
+    expected = ROOT / "tests" / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+    assert expected.exists() or module in TESTED_ELSEWHERE, f"{expected.relative_to(ROOT)} is missing"
+    assert not (expected.exists() and module in TESTED_ELSEWHERE), f"{module} has tests: take it off the list"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_no_module_has_the_name_of_a_public_function(path):
+    """Else a lazy package hands out the module where the function is asked for. `ops` is not lazy."""
+    package = importlib.import_module(f"fastalign.{path.parent.name}")
+    modules = {p.stem for p in path.parent.glob("*.py")} | {p.name for p in path.parent.iterdir() if p.is_dir()}
+    assert path.parent.name == "ops" or not modules & set(getattr(package, "__all__", ()))
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *sorted(PACKAGE.glob("*/__init__.py"))], ids=str)
+def test_type_checkers_see_what_a_lazy_package_exports(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tables = [
+        node.args[1] for node in ast.walk(tree) if isinstance(node, ast.Call) and "lazy" in ast.unparse(node.func)
+    ]
+    for table in tables:
+        at_runtime = ast.literal_eval(table)
+        blocks = [node for node in tree.body if isinstance(node, ast.If)]
+        names = [(alias.name, node.module) for block in blocks for node in block.body for alias in node.names]
+        assert dict(names) == at_runtime
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -173,7 +236,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
         ["git", "ls-files", "fastalign", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     expected = {f"fastalign/{name}" if name.startswith("kernels/") else name for name in listed} - {"fastalign/kernels"}
-    assert {"fastalign/py.typed", "fastalign/ops/tiles.py"} < expected
+    assert {"fastalign/py.typed", "fastalign/ops/segment_sum.py"} < expected
     assert any(name.startswith("fastalign/recipes/") for name in expected)
     assert not expected - held
     assert [name for name in held if name.startswith("fastalign/_cpu.") and name.endswith((".so", ".pyd"))]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
-from fastalign.losses.preference import _check, _logistic
+from fastalign.losses.checks import check_logprobs, logistic
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ def dpo_alpha(
     DPO under the alpha-divergence, f'(r) = (1 - r^-alpha) / alpha with alpha in (0, 1]: DPO as alpha goes to 0, the
     forward KL at 1 (Wang et al. 2023, arXiv:2309.16240). TRL's `f_alpha_divergence_coef` is 1 - alpha.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if not 0 < alpha <= 1:
         raise InputError(f"alpha is {alpha!r}; expected a number in (0, 1]: use dpo for the limit at 0.")
     margin = (_expm1(-alpha * (rejected - ref_rejected)) - _expm1(-alpha * (chosen - ref_chosen))) / alpha
-    return _logistic(beta * margin, 0.0)
+    return logistic(beta * margin, 0.0)
 
 
 def dpo_forward_kl(
@@ -76,6 +76,8 @@ def dpo_js(
     DPO under the Jensen-Shannon divergence, f'(r) = log(2 r / (1 + r)) = log 2 + log s(log r) (Wang et al. 2023,
     arXiv:2309.16240).
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     margin = F.logsigmoid(chosen - ref_chosen) - F.logsigmoid(rejected - ref_rejected)
-    return _logistic(beta * margin, label_smoothing)
+    return logistic(beta * margin, label_smoothing)

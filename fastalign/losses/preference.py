@@ -19,44 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
-
-
-def _check(beta: float, label_smoothing: float = 0.0, /, **logprobs: Tensor) -> None:
-    """Raise InputError unless the named tensors are alike, beta is above 0 and label smoothing is in [0, 0.5)."""
-    first_name, first = next(iter(logprobs.items()))
-    for name, tensor in logprobs.items():
-        if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"{name} is {_describe(tensor)}; expected one log-probability per sequence, a (B,) tensor of float32 "
-                "or float64: sum the token log-probabilities of each sequence, in float32."
-            )
-        if (tensor.shape, tensor.dtype, tensor.device) != (first.shape, first.dtype, first.device):
-            raise InputError(
-                f"{name} is {_describe(tensor)} but {first_name} is {_describe(first)}; expected the same shape, dtype "
-                "and device: pass one entry per pair in each."
-            )
-    if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-        raise InputError(f"beta is {beta!r}; expected a finite number above 0: 0.1 is the usual start.")
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(
-            f"label_smoothing is {label_smoothing!r}; expected a probability in [0, 0.5): where half the labels or "
-            "more are flipped, swap chosen and rejected."
-        )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} tensor on {value.device}"
-    return f"a {type(value).__name__}"
-
-
-def _logistic(x: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    # torch.sigmoid rounds to 1 above x = 17 in float32 and its gradient s(1 - s) to 0; this gradient stays accurate.
-    return F.logsigmoid(x).exp()
+from fastalign.losses.checks import check_logprobs, logistic, sigmoid_loss
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -71,7 +34,7 @@ def log1mexp(x: Tensor) -> Tensor:
 def implicit_rewards(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     """beta * (policy - reference), detached: the reward that DPO's policy implies, up to a term of the prompt alone
     (Rafailov et al. 2023, arXiv:2305.18290). (B,) log-probability sums in, (B,) rewards out."""
-    _check(beta, policy=policy, reference=reference)
+    check_logprobs(beta, policy=policy, reference=reference)
     return beta * (policy - reference).detach()
 
 
@@ -90,9 +53,11 @@ def dpo(
     (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"). TRL calls it `sigmoid`, and has
     no smoothing there; on averages per token, `sigmoid_norm` (Lambert et al. 2024, arXiv:2411.15124).
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return _logistic(beta * margin, label_smoothing)
+    return logistic(beta * margin, label_smoothing)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -102,7 +67,7 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     caller decides between sums and averages per token: the paper writes sums, its authors ran averages, and so does
     TRL; `pairwise_loss` averages by default.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (margin - 1 / (2 * beta)).square()
 
@@ -121,7 +86,7 @@ def ipo_tau(
     tau = 1/2 gives beta^2 times `ipo` (Azar et al. 2023, arXiv:2310.12036, eq. 17), whose gradient does not grow as
     beta falls. Sums or averages per token, as for `ipo`.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if not math.isfinite(tau):
         raise InputError(f"tau is {tau!r}; expected a finite number: 0.5 is the paper's target.")
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
@@ -134,7 +99,7 @@ def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Te
     The rank calibration loss of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425), on log-ratios to the reference
     as in RSO (Liu et al. 2023, arXiv:2309.06657, `hinge-norm`).
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return torch.relu(1 - beta * margin)
 
@@ -153,7 +118,9 @@ def robust(
     Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409): the expectation over flipped labels is the DPO loss
     on clean ones. It has no lower bound: it falls as -e beta m / (1 - 2 e).
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     # The same function by log s(-x) = log s(x) - x, without the difference of two nearly equal terms at x << 0.
     return -F.logsigmoid(x) - label_smoothing / (1 - 2 * label_smoothing) * x
@@ -173,7 +140,9 @@ def exo(
     Efficient exact optimisation on pairs (Ji et al. 2024, arXiv:2402.00856, eq. 16): the reverse KL from the policy's
     preference q to the smoothed label. Infinite at e = 0, which is therefore refused. TRL calls it `exo_pair`.
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     if label_smoothing == 0:
         raise InputError("label_smoothing is 0 and the exo loss is infinite there; the paper recommends 1e-3.")
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
@@ -189,7 +158,7 @@ def nca(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     Noise contrastive alignment on pairs (Chen et al. 2024, arXiv:2402.05369): raises the chosen
     log-probability itself, not only the margin. TRL calls it `nca_pair`.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     chosen_reward, rejected_reward = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     noise = F.logsigmoid(-chosen_reward) + F.logsigmoid(-rejected_reward)
     return -F.logsigmoid(chosen_reward) - 0.5 * noise
@@ -210,7 +179,7 @@ def bco_pair(
     one classifier. `delta`, a float or a scalar tensor, is the paper's reward shift, the running mean of
     (beta u + beta v) / 2 that the caller keeps; TRL's `bco_pair` has it 0.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     chosen_reward, rejected_reward = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     return -F.logsigmoid(chosen_reward - delta) - F.logsigmoid(delta - rejected_reward)
 
@@ -221,7 +190,7 @@ def sppo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Ten
     Self-play preference optimisation (Wu et al. 2024, arXiv:2405.00675, eq. 4.7) with hard win probabilities, 1 for
     chosen and 0 for rejected; beta is the paper's 1/eta. TRL calls it `sppo_hard`.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     target = 1 / (2 * beta)
     return (chosen - ref_chosen - target).square() + (rejected - ref_rejected + target).square()
 
@@ -234,8 +203,8 @@ def apo_zero(
     Anchored preference optimisation (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7): chosen up, rejected down;
     for chosen answers better than the model's own.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    return _sigmoid(-beta * (chosen - ref_chosen)) + _sigmoid(beta * (rejected - ref_rejected))
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    return sigmoid_loss(-beta * (chosen - ref_chosen)) + sigmoid_loss(beta * (rejected - ref_rejected))
 
 
 def apo_down(
@@ -246,9 +215,9 @@ def apo_down(
     Anchored preference optimisation (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8): both down, rejected
     further; for models better than the chosen answers.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
-    return _sigmoid(beta * chosen_ratio) + _sigmoid(-beta * (chosen_ratio - rejected_ratio))
+    return sigmoid_loss(beta * chosen_ratio) + sigmoid_loss(-beta * (chosen_ratio - rejected_ratio))
 
 
 def aot(
@@ -266,9 +235,11 @@ def aot(
     policy's margins should exceed the reference's. It sorts over the batch, so the entries follow the quantiles, not
     the pairs, and splitting a batch into micro-batches changes the loss.
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     margins, ref_margins = (chosen - rejected).sort().values, (ref_chosen - ref_rejected).sort().values
-    return _logistic(beta * (margins - ref_margins), label_smoothing)
+    return logistic(beta * (margins - ref_margins), label_smoothing)
 
 
 def aot_unpaired(
@@ -285,9 +256,11 @@ def aot_unpaired(
     Alignment via optimal transport, unpaired (Melnyk et al. 2024, arXiv:2406.05882): every quantile of the
     chosen log-ratios should exceed that of the rejected ones, which may answer other prompts. Sorts like `aot`.
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(
+        beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     chosen_ratios, rejected_ratios = (chosen - ref_chosen).sort().values, (rejected - ref_rejected).sort().values
-    return _logistic(beta * (chosen_ratios - rejected_ratios), label_smoothing)
+    return logistic(beta * (chosen_ratios - rejected_ratios), label_smoothing)
 
 
 def discopop(
@@ -304,13 +277,13 @@ def discopop(
     DiscoPOP, the log-ratio modulated loss (Lu et al. 2024, arXiv:2406.08414, eq. 5). tau lies in (0, 1]: above 1 the
     second term grows exponentially as the margin falls.
     """
-    _check(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if not 0 < discopop_tau <= 1:
         raise InputError(f"discopop_tau is {discopop_tau!r}; expected a number in (0, 1]: the paper uses 0.05.")
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     scaled = x / discopop_tau
     # w exp(-x) as one exponential: at x = -1e4 the product would be 0 times infinity.
-    return torch.exp(F.logsigmoid(scaled) - x) - _sigmoid(-scaled) * F.logsigmoid(x)
+    return torch.exp(F.logsigmoid(scaled) - x) - sigmoid_loss(-scaled) * F.logsigmoid(x)
 
 
 def simpo(
@@ -326,10 +299,10 @@ def simpo(
     Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734, eq. 6): no reference. `gamma_beta_ratio` is
     the target margin of the averages; TRL's `simpo_gamma` is beta times it.
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected)
+    check_logprobs(beta, label_smoothing, chosen=chosen, rejected=rejected)
     if not math.isfinite(gamma_beta_ratio):
         raise InputError(f"gamma_beta_ratio is {gamma_beta_ratio!r}; expected a finite number: 0.5 is the usual start.")
-    return _logistic(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
+    return logistic(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
 
 
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
@@ -338,8 +311,8 @@ def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing:
     The preference term of contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, eq. 3): no
     reference. The paper's second term, the NLL of the chosen completion, is the caller's to add.
     """
-    _check(beta, label_smoothing, chosen=chosen, rejected=rejected)
-    return _logistic(beta * (chosen - rejected), label_smoothing)
+    check_logprobs(beta, label_smoothing, chosen=chosen, rejected=rejected)
+    return logistic(beta * (chosen - rejected), label_smoothing)
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -349,7 +322,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     lambda: no reference. The NLL term is the caller's to add. An average that has rounded to 0 (probability one)
     counts as the largest one below it, with no gradient.
     """
-    _check(beta, chosen=chosen, rejected=rejected)
+    check_logprobs(beta, chosen=chosen, rejected=rejected)
     below_zero = -torch.finfo(chosen.dtype).tiny
     chosen, rejected = chosen.clamp(max=below_zero), rejected.clamp(max=below_zero)
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
-from fastalign.losses.preference import _check, _describe, _sigmoid
+from fastalign.losses.checks import check_logprobs, describe, sigmoid_loss
 
 
 def _check_labels(labels: Tensor, logprobs: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.bool or labels.shape != logprobs.shape:
         raise InputError(
-            f"labels is {_describe(labels)}; expected a {tuple(logprobs.shape)} bool tensor, True where the completion "
+            f"labels is {describe(labels)}; expected a {tuple(logprobs.shape)} bool tensor, True where the completion "
             "is desirable."
         )
 
@@ -41,13 +41,13 @@ def kto(
     tensor, is the reference point z0 of `kto_baseline`; with 0 this is TRL's `apo_zero_unpaired`. Raises InputError
     for unlike tensors, labels that are not bool, beta at or below 0 and negative weights.
     """
-    _check(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_logprobs(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
     _check_labels(labels, logprobs)
     desirable, undesirable = weights
     if not (0 <= desirable < math.inf and 0 <= undesirable < math.inf):
         raise InputError(f"weights is {weights!r}; expected (desirable, undesirable), both finite and at least 0.")
     x = beta * (logprobs - ref_logprobs - kl)
-    return torch.where(labels, desirable * _sigmoid(-x), undesirable * _sigmoid(x))
+    return torch.where(labels, desirable * sigmoid_loss(-x), undesirable * sigmoid_loss(x))
 
 
 def kto_baseline(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def kto_baseline(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
     The (B,) log-probability sums are of completions paired with other prompts of the batch (Ethayarajh et al. 2024,
     arXiv:2402.01306).
     """
-    _check(1.0, mismatched=mismatched, ref_mismatched=ref_mismatched)
+    check_logprobs(1.0, mismatched=mismatched, ref_mismatched=ref_mismatched)
     return (mismatched - ref_mismatched).mean().clamp(min=0).detach()
 
 
@@ -74,7 +74,7 @@ def bco(
     the paper's reward shift: half the sum of the running mean rewards beta u of either label, which the caller keeps.
     Raises InputError for unlike tensors, labels that are not bool and beta at or below 0.
     """
-    _check(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_logprobs(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
     _check_labels(labels, logprobs)
     x = beta * (logprobs - ref_logprobs) - delta
     return -F.logsigmoid(torch.where(labels, x, -x))

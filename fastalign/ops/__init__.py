@@ -1,5 +1,7 @@
 """The ops: one file each, holding schema, fake, autograd and the public function, top to bottom."""
 
+from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.ewc import ewc_penalty, ewc_penalty_, lora_ewc_penalty
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.logits_divergence import logits_divergence
@@ -10,9 +12,13 @@ from fastalign.ops.sparse_divergence import sparse_divergence
 from fastalign.ops.sparse_logits_divergence import sparse_logits_divergence
 
 __all__ = [
+    "accumulate_fisher_",
+    "ewc_penalty",
+    "ewc_penalty_",
     "linear_divergence",
     "linear_logprobs",
     "logits_divergence",
+    "lora_ewc_penalty",
     "preference_loss",
     "segment_sum",
     "selective_logprobs",

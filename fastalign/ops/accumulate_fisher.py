@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import gpu, native
+from fastalign.ops.backends import cpu, pick
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 # Of the tile of F, and of the product beside it: both stay in a core's cache.
@@ -40,7 +40,7 @@ def accumulate_fisher_(
     _check(fisher, grad_output, input, cu_seqlens)
     auto = backend == "auto"
     if auto:
-        backend = gpu.pick(fisher, grad_output, input, cu_seqlens) or backend
+        backend = pick.pick(fisher, grad_output, input, cu_seqlens) or backend
     looks = _looks(backend, auto, input.shape[0], cu_seqlens)
     _check_offsets(cu_seqlens, input.shape[0], looks=looks)
     if backend not in BACKENDS:
@@ -50,11 +50,11 @@ def accumulate_fisher_(
         grad_output, input = grad_output.to(common), input.to(common)
     if backend == "reference":
         return fisher.copy_(reference.accumulate_fisher(fisher, grad_output, input, cu_seqlens))
-    if backend in gpu.KERNELS:
-        why = gpu.KERNELS[backend].why_not(fisher, grad_output, input, cu_seqlens)
+    if backend in pick.KERNELS:
+        why = pick.KERNELS[backend].why_not(fisher, grad_output, input, cu_seqlens)
     else:
-        why = native.why_not(fisher, grad_output, input) or native.why_no_kernel("accumulate_fisher")
-    if backend in ("cpu", *gpu.KERNELS) and why:
+        why = cpu.why_not(fisher, grad_output, input) or cpu.why_no_kernel("accumulate_fisher")
+    if backend in ("cpu", *pick.KERNELS) and why:
         raise BackendError(f"backend={backend!r} cannot run accumulate_fisher_ here: {why}")
     if cu_seqlens.numel() == 1 or not fisher.numel():
         return fisher
@@ -62,15 +62,15 @@ def accumulate_fisher_(
         if looks and int(cu_seqlens.diff().max()) <= 1:
             return _one_token_each(fisher, grad_output, input, cu_seqlens)
         run = _torch if backend == "torch" or why else _native
-        if backend in gpu.KERNELS:
-            run = gpu.KERNELS[backend].accumulate_fisher
+        if backend in pick.KERNELS:
+            run = pick.KERNELS[backend].accumulate_fisher
         run(fisher, grad_output, input, cu_seqlens)
     return fisher
 
 
 def _looks(backend: str, auto: bool, tokens: int, cu_seqlens: Tensor) -> bool:
     """Whether to look at the offsets, for which a GPU has to be waited for."""
-    if backend not in gpu.KERNELS or cu_seqlens.device.type == "cpu":
+    if backend not in pick.KERNELS or cu_seqlens.device.type == "cpu":
         return True
     # Worth it where sequences may have a token each: a kernel's tiles would use 1 row of 32.
     return auto and cu_seqlens.numel() - 1 >= tokens and not torch.cuda.is_current_stream_capturing()
@@ -102,8 +102,8 @@ def _native(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tens
     grad_output = grad_output if grad_output.stride(1) == 1 else grad_output.contiguous()
     input = input if input.stride(1) == 1 else input.contiguous()
     cu_seqlens = cu_seqlens.contiguous()
-    native.run(
-        "accumulate_fisher", native.dtype_code(input.dtype), fisher.data_ptr(), fisher.stride(0),
+    cpu.run(
+        "accumulate_fisher", cpu.dtype_code(input.dtype), fisher.data_ptr(), fisher.stride(0),
         grad_output.data_ptr(), grad_output.stride(0), input.data_ptr(), input.stride(0),
         cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, *fisher.shape,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import gpu, native
+from fastalign.ops.backends import cpu, pick
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 # Of one block of the plain torch version: three of them stay in a core's cache.
@@ -106,8 +106,8 @@ def _like(parameters: Sequence[Tensor]) -> list[Tensor]:
 def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:
     """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-    if backend in gpu.KERNELS:
-        total = gpu.KERNELS[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
+    if backend in pick.KERNELS:
+        total = pick.KERNELS[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
         return (total * (strength / 2)).to(dtype)
     if backend == "cpu":
         return torch.tensor(_run_native(parameters, anchors, fishers, strength, grads, fresh), dtype=dtype)
@@ -127,11 +127,10 @@ def _run_native(parameters, anchors, fishers, strength, grads, fresh) -> float:
         addresses = [0 if t is None else t.data_ptr() for t in (parameter, anchor, fisher, grads and grads[i])]
         new = bool(grads and fresh[i])
         if new:  # its pages are not there yet: one by one they would take longer than what is written to them
-            native.on_huge_pages(grads[i])
+            cpu.on_huge_pages(grads[i])
         kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, new))
     sums = [
-        native.run("ewc_penalty", *map(native.dtype_code, kind), float(strength), tensors)
-        for kind, tensors in kinds.items()
+        cpu.run("ewc_penalty", *map(cpu.dtype_code, kind), float(strength), tensors) for kind, tensors in kinds.items()
     ]
     return sum(sums) * strength / 2
 
@@ -216,12 +215,12 @@ class _LoraPenalty(torch.autograd.Function):
 def _why_not(backend, parameters, anchors, fishers, grads) -> str | None:
     """Why the kernel of this backend cannot take these tensors, or None."""
     tensors = [*parameters, *anchors, *(fishers or ()), *grads]
-    if backend in gpu.KERNELS:
-        why = gpu.KERNELS[backend].why_not(*tensors)
+    if backend in pick.KERNELS:
+        why = pick.KERNELS[backend].why_not(*tensors)
         if why is None and any(f.dtype != torch.float32 for f in fishers or ()):
             why = "a Fisher diagonal is not float32"
     else:
-        why = native.why_not(*tensors) or native.why_no_kernel("ewc_penalty")
+        why = cpu.why_not(*tensors) or cpu.why_no_kernel("ewc_penalty")
     if why:
         return why
     if not all(t.is_contiguous() for t in tensors):
@@ -261,7 +260,7 @@ def _checked(parameters, anchors, fishers, strength, backend, grads=()) -> str:
         raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
-    on_gpu = gpu.pick(*parameters, *anchors, *(fishers or ())) if backend == "auto" else None
+    on_gpu = pick.pick(*parameters, *anchors, *(fishers or ())) if backend == "auto" else None
     if on_gpu and _why_not(on_gpu, parameters, anchors, fishers, grads) is None:
         return on_gpu
     why = _why_not(backend, parameters, anchors, fishers, grads)

@@ -5,8 +5,6 @@ Schema, fake, autograd and the public function, top to bottom; the arithmetic is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -15,31 +13,34 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops import gpu, native
-from fastalign.ops.linear_logprobs import _capturing, _gather, _scatter
-
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+from fastalign.errors import BackendError
+from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import without_autocast
+from fastalign.ops.head import divergence_tiles as tiles
+from fastalign.ops.head.checks import check_devices, check_divergence_options, check_side, check_teacher_rows
+from fastalign.ops.head.options import head_numbers
+from fastalign.ops.head.rows import gather_rows, is_capturing, kept_rows, scatter_rows
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
+
+
 _SIDES = (
     "Tensor hidden, Tensor weight, Tensor? bias, float[] head, "
     "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float[] teacher_head"
 )
+
+
 _library.define(
     f"linear_divergence({_SIDES}, Tensor? mask, Tensor? coefficients, str divergence, float jsd_beta, bool grads, "
     "bool[2] needs, int memory_budget, *, str backend='torch') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
 _library.define(
     f"linear_divergence_backward(Tensor grad, {_SIDES}, Tensor? mask, Tensor? coefficients, Tensor stats, "
     "Tensor formed_weight, Tensor formed_bias, str divergence, float jsd_beta, bool[2] needs, *, str backend='torch') "
     "-> (Tensor, Tensor)"
 )
-
-
-def _head(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float, float]:
-    return float(logit_scale), float(softcap or 0.0), float(temperature)
 
 
 class _Scored(NamedTuple):
@@ -52,20 +53,17 @@ class _Scored(NamedTuple):
 def _scored(mask: Tensor | None, coefficients: Tensor | None) -> _Scored:
     if coefficients is not None:
         mask = coefficients != 0 if mask is None else mask & (coefficients != 0)
-    if mask is not None and _capturing(mask.device):
+    if mask is not None and is_capturing(mask.device):
         return _Scored(None, ~mask)
-    return _Scored(_kept(mask))
-
-
-def _kept(mask: Tensor | None) -> Tensor | None:
-    """The numbers of the unmasked rows, None for all of them."""
-    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+    return _Scored(kept_rows(mask))
 
 
 def _side(hidden, weight, bias, head, scored, vocab) -> tiles.Side:
     scale, softcap, temperature = head
     bias = None if bias is None else bias[:vocab]
-    return tiles.Side(_gather(hidden, scored), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature))
+    return tiles.Side(
+        gather_rows(hidden, scored), weight[:vocab], bias, tiles.Head(scale, softcap or None, temperature)
+    )
 
 
 def _shared_vocab(weight: Tensor, teacher_weight: Tensor) -> int:
@@ -87,11 +85,11 @@ def _linear_divergence(
     if backend == "cpu":
         formed = needs if coefficients is not None else (False, False)
         sides = (hidden, weight, bias, head), (teacher_hidden, teacher_weight, teacher_bias, teacher_head)
-        *found, d_weight, d_bias = native.linear_divergence(
+        *found, d_weight, d_bias = cpu.linear_divergence(
             *_to_length(vocab, *sides), scored.rows, divergence, jsd_beta, grads, memory_budget, coefficients, formed
         )
         return *found, *_whole(d_weight, d_bias, weight, bias, found[0])
-    own = None if coefficients is None else _gather(coefficients, scored).to(reference.compute_dtype(hidden))
+    own = None if coefficients is None else gather_rows(coefficients, scored).to(reference.compute_dtype(hidden))
     out = tiles.forward(
         _side(hidden, weight, bias, head, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, scored, vocab),
@@ -100,13 +98,13 @@ def _linear_divergence(
         coefficients=own,
         needs=(needs[0] and own is not None, needs[1] and own is not None),
         budget=memory_budget,
-        epilogue=gpu.KERNELS[backend].divergence_epilogue() if backend in gpu.KERNELS else None,
+        epilogue=pick.KERNELS[backend].divergence_epilogue() if backend in pick.KERNELS else None,
     )
     empty = out.values.new_empty(0)
     return (
-        _scatter(out.values, scored, n),
-        _scatter(out.grad_hidden, scored, n) if grads else empty,
-        _scatter(out.stats, scored._replace(ignored=None), n),
+        scatter_rows(out.values, scored, n),
+        scatter_rows(out.grad_hidden, scored, n) if grads else empty,
+        scatter_rows(out.stats, scored._replace(ignored=None), n),
         *_whole(out.d_weight, out.d_bias, weight, bias, empty),
     )
 
@@ -147,7 +145,7 @@ def _linear_divergence_backward(
     """The weight's and bias's gradients: those formed with the coefficients, where `grad` is the same for all rows."""
     empty, scored = hidden.new_empty(0), _scored(mask, coefficients)
     kept = grad if scored.rows is None else grad[scored.rows]
-    looks = coefficients is not None and not _capturing(grad.device)
+    looks = coefficients is not None and not is_capturing(grad.device)
     if looks and (kept.numel() == 0 or bool((kept == kept[0]).all())):
         factor = kept[0] if kept.numel() else 0.0
         return formed_weight * factor if needs[0] else empty, formed_bias * factor if needs[1] else empty.clone()
@@ -155,18 +153,18 @@ def _linear_divergence_backward(
     if backend == "cpu":
         sides = (hidden, weight, bias, head), (teacher_hidden, teacher_weight, teacher_bias, teacher_head)
         budget = tiles.default_budget(hidden.device)
-        *_, d_weight, d_bias = native.linear_divergence(
+        *_, d_weight, d_bias = cpu.linear_divergence(
             *_to_length(vocab, *sides), scored.rows, divergence, jsd_beta, False, budget, coefficients, needs
         )
         return _whole(d_weight, d_bias, weight, bias, empty)
     d_weight, d_bias = tiles.backward(
-        _gather(coefficients, scored),
+        gather_rows(coefficients, scored),
         _side(hidden, weight, bias, head, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_head, scored, vocab),
         tiles.Divergence(divergence, jsd_beta),
-        _padded_stats(_gather(stats, scored._replace(ignored=None)), kept.shape[0]),
+        _padded_stats(gather_rows(stats, scored._replace(ignored=None)), kept.shape[0]),
         needs=tuple(needs),
-        epilogue=gpu.KERNELS[backend].divergence_epilogue() if backend in gpu.KERNELS else None,
+        epilogue=pick.KERNELS[backend].divergence_epilogue() if backend in pick.KERNELS else None,
     )
     return _whole(d_weight, d_bias, weight, bias, empty)
 
@@ -188,20 +186,15 @@ def _linear_divergence_backward_fake(
     )
 
 
-def _without_autocast(kernel: Callable) -> Callable:
-    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits."""
-
-    @wraps(kernel)
-    def run(first: Tensor, *args, **options):
-        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
-            return kernel(first, *args, **options)
-
-    return run
+_library.impl("linear_divergence", without_autocast(_linear_divergence), "CompositeExplicitAutograd")
 
 
-_library.impl("linear_divergence", _without_autocast(_linear_divergence), "CompositeExplicitAutograd")
-_library.impl("linear_divergence_backward", _without_autocast(_linear_divergence_backward), "CompositeExplicitAutograd")
+_library.impl("linear_divergence_backward", without_autocast(_linear_divergence_backward), "CompositeExplicitAutograd")
+
+
 torch.library.register_fake("fastalign::linear_divergence", _linear_divergence_fake, lib=_library)
+
+
 torch.library.register_fake("fastalign::linear_divergence_backward", _linear_divergence_backward_fake, lib=_library)
 
 
@@ -315,11 +308,11 @@ def linear_divergence(
     shape, dtype, device or option; BackendError an unknown backend. While a CUDA graph is captured nothing is dropped,
     ignored rows are computed as zeros, and a trainable head's gradient is formed in the backward pass.
     """
-    _check_options(divergence, temperature, jsd_beta, memory_budget, backend)
-    _check_side("", hidden, weight, bias, softcap)
-    _check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    _check_rows(hidden, teacher_hidden=teacher_hidden, mask=mask, token_weights=token_weights)
-    _check_devices(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weights)
+    check_divergence_options(divergence, temperature, jsd_beta, memory_budget, backend)
+    check_side("", hidden, weight, bias, softcap)
+    check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    check_teacher_rows(hidden, teacher_hidden=teacher_hidden, mask=mask, token_weights=token_weights)
+    check_devices(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weights)
     if backend == "reference":
         values = reference.linear_divergence(
             hidden, weight, teacher_hidden, teacher_weight, bias=bias, teacher_bias=teacher_bias, mask=mask,
@@ -332,8 +325,8 @@ def linear_divergence(
     shape, needs_grad = hidden.shape[:-1], torch.is_grad_enabled()
     backend = _resolve(backend, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
     options = _Options(
-        _head(logit_scale, softcap, temperature),
-        _head(teacher_logit_scale, teacher_softcap, temperature),
+        head_numbers(logit_scale, softcap, temperature),
+        head_numbers(teacher_logit_scale, teacher_softcap, temperature),
         divergence,
         float(jsd_beta),
         needs_grad and hidden.requires_grad,
@@ -359,23 +352,23 @@ def _resolve(backend: str, hidden: Tensor, *others: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
     if backend == "torch":
         return backend
-    if backend == "auto" and (on_gpu := gpu.pick(hidden, *others)):
+    if backend == "auto" and (on_gpu := pick.pick(hidden, *others)):
         return on_gpu
-    if backend in gpu.KERNELS:
-        if why := gpu.KERNELS[backend].why_not(hidden, *others):
+    if backend in pick.KERNELS:
+        if why := pick.KERNELS[backend].why_not(hidden, *others):
             raise BackendError(f"backend={backend!r} cannot run linear_divergence here: {why}")
         return backend
-    why = native.why_not(hidden, *others) or native.why_no_kernel("divergence")
+    why = cpu.why_not(hidden, *others) or cpu.why_no_kernel("divergence")
     teacher_dtypes = {t.dtype for t in (others[0], others[2], others[3])}
     if why is None and teacher_dtypes != {hidden.dtype}:
         why = f"student and teacher are {hidden.dtype} and {others[2].dtype}; it takes one dtype"
     if backend == "cpu":
         if why:
-            raise BackendError(f"backend='cpu' cannot run linear_divergence here: {native.refused or why}")
+            raise BackendError(f"backend='cpu' cannot run linear_divergence here: {cpu.refused or why}")
         return "cpu"
-    if native.refused and hidden.device.type == "cpu":
-        raise BackendError(f"backend='auto' cannot run linear_divergence here: {native.refused}")
-    return "cpu" if why is None and native.is_fast(hidden.dtype) else "torch"
+    if cpu.refused and hidden.device.type == "cpu":
+        raise BackendError(f"backend='auto' cannot run linear_divergence here: {cpu.refused}")
+    return "cpu" if why is None and cpu.is_fast(hidden.dtype) else "torch"
 
 
 def _common_dtypes(hidden, weight, teacher_hidden, teacher_weight) -> list[Tensor]:
@@ -385,57 +378,3 @@ def _common_dtypes(hidden, weight, teacher_hidden, teacher_weight) -> list[Tenso
         return [t.double() for t in tensors]
     student, teacher = (torch.promote_types(h.dtype, w.dtype) for h, w in ((hidden, weight), tensors[2:]))
     return [hidden.to(student), weight.to(student), teacher_hidden.to(teacher), teacher_weight.to(teacher)]
-
-
-def _check_options(divergence, temperature, jsd_beta, memory_budget, backend):
-    if divergence not in reference.DIVERGENCES:
-        raise InputError(f"divergence is {divergence!r}; it must be one of {', '.join(reference.DIVERGENCES)}")
-    if not temperature > 0:
-        raise InputError(f"temperature is {temperature}; it must be above 0")
-    if divergence == "jsd" and not 0 < jsd_beta < 1:
-        raise InputError(
-            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand forward_kl and reverse_kl"
-        )
-    if memory_budget is not None and memory_budget < 0:
-        raise InputError(f"memory_budget is {memory_budget}; it must be a number of bytes, or 0 for as few as possible")
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; linear_divergence has {', '.join(BACKENDS)}")
-
-
-def _check_side(of: str, hidden, weight, bias, softcap):
-    for name, t in (("hidden", hidden), ("weight", weight)):
-        if not t.is_floating_point():
-            raise InputError(f"{of}{name} is {t.dtype}; it must be a floating dtype, dequantise it first")
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise InputError(
-            f"{of}hidden is {tuple(hidden.shape)} and {of}weight {tuple(weight.shape)}; "
-            "they must be (..., H) and (V, H)"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise InputError(
-            f"{of}bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per row"
-        )
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"{of}softcap is {softcap}; it must be above 0, or None for no cap")
-
-
-def _check_rows(hidden, teacher_hidden, mask, token_weights):
-    expected = tuple(hidden.shape[:-1])
-    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise InputError(
-            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and its "
-            "own width"
-        )
-    for name, t in (("mask", mask), ("token_weights", token_weights)):
-        if t is not None and tuple(t.shape) != expected:
-            raise InputError(f"{name} is {tuple(t.shape)}; it must be hidden's shape without the last, {expected}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"mask is {mask.dtype}; it must be bool, write mask != 0")
-    if token_weights is not None and not token_weights.is_floating_point():
-        raise InputError(f"token_weights is {token_weights.dtype}; it must be floating, call token_weights.float()")
-
-
-def _check_devices(*tensors):
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise InputError(f"inputs lie on {sorted(map(str, devices))}; move them to one device")

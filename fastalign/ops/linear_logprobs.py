@@ -7,8 +7,6 @@ in csrc/cpu, and for GPUs in kernels/ and csrc/cuda.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -18,19 +16,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import gpu, native, tiles
-from fastalign.ops.epilogue import TORCH, Epilogue
+from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import BACKENDS, without_autocast
+from fastalign.ops.head import logprobs_tiles
+from fastalign.ops.head.epilogue import TORCH, Epilogue
+from fastalign.ops.head.rows import find_scored_rows, gather_rows, pad_rows, scatter_rows
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 # Probability tiles kept for a trainable head when the caller names no budget, in bytes.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
+
 _library = torch.library.Library("fastalign", "DEF")
+
+
 _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
     "float temperature, int? ignore_index, bool grads, bool entropy, int cache_rows, *, str backend='torch') "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
 _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
     "Tensor targets, Tensor? bias, Tensor stats, Tensor cache, Tensor shifts, float logit_scale, float? softcap, "
@@ -38,68 +43,8 @@ _library.define(
 )
 
 
-class _Scored(NamedTuple):
-    """The rows that have a target."""
-
-    rows: Tensor | None  # their numbers, None for all
-    targets: Tensor  # theirs
-    ignored: Tensor | None  # (N,) rows that stay, as zeros, although they have none
-
-
-def _scored(targets: Tensor, ignore_index: int | None, vocab: int) -> _Scored:
-    """Sort out the rows without a target, and check targets against the vocabulary.
-
-    On a GPU, where ignored rows are to be found, the host has to wait for their number.
-    """
-    if ignore_index is None:
-        _check_targets(targets, ignore_index, vocab)
-        return _Scored(None, targets.contiguous(), None)
-    kept = targets != ignore_index
-    if _capturing(targets.device):
-        targets = targets.masked_fill(~kept, 0)
-        _check_targets(targets, ignore_index, vocab)
-        return _Scored(None, targets, ~kept)
-    rows = kept.nonzero().squeeze(1)
-    everything = rows.numel() == targets.numel()
-    targets = targets.contiguous() if everything else targets[rows]
-    _check_targets(targets, ignore_index, vocab)
-    return _Scored(None if everything else rows, targets, None)
-
-
-def _check_targets(targets: Tensor, ignore_index: int | None, vocab: int) -> None:
-    inside = targets.clamp(0, vocab - 1) == targets
-    if targets.device.type != "cpu":
-        torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
-    elif not inside.all():
-        bad = targets[~inside][0].item()
-        or_ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise InputError(
-            f"targets holds {bad}, but weight has {vocab} rows; give token ids in [0, {vocab}){or_ignored}"
-        )
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: then shapes may not depend on values, and no row can be dropped."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _gather(t: Tensor, scored: _Scored) -> Tensor:
-    if scored.ignored is not None:
-        t = t.masked_fill(scored.ignored.view(-1, *[1] * (t.dim() - 1)), 0)
-    return tiles.pad_rows(t if scored.rows is None else t[scored.rows])
-
-
-def _scatter(values: Tensor, scored: _Scored, n: int) -> Tensor:
-    """The inverse of `_gather`: rows that were dropped are 0."""
-    if scored.ignored is not None:
-        return values[:n].masked_fill(scored.ignored.view(-1, *[1] * (values.dim() - 1)), 0)
-    if scored.rows is None:
-        return values if values.shape[0] == n else values[:n].clone()
-    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, scored.rows, values[: scored.rows.shape[0]])
-
-
 def _epilogue(backend: str) -> Epilogue:
-    return gpu.KERNELS[backend].epilogue() if backend in gpu.KERNELS else TORCH
+    return pick.KERNELS[backend].epilogue() if backend in pick.KERNELS else TORCH
 
 
 def _linear_logprobs(
@@ -107,17 +52,17 @@ def _linear_logprobs(
     *, backend="torch",
 ):  # fmt: skip
     n = targets.shape[0]
-    scored = _scored(targets, ignore_index, weight.shape[0])
+    scored = find_scored_rows(targets, ignore_index, weight.shape[0])
     if backend == "cpu":
-        return native.linear_logprobs(
+        return cpu.linear_logprobs(
             hidden, weight, targets, scored.rows, bias, logit_scale, softcap, temperature, grads, entropy, cache_rows
         )
-    out = tiles.forward(
-        _gather(hidden, scored),
+    out = logprobs_tiles.forward(
+        gather_rows(hidden, scored),
         weight,
-        tiles.pad_rows(scored.targets),
+        pad_rows(scored.targets),
         None if bias is None else bias.contiguous(),
-        tiles.Head(logit_scale, softcap, temperature),
+        logprobs_tiles.Head(logit_scale, softcap, temperature),
         grads=grads,
         entropy=entropy,
         cache_rows=cache_rows,
@@ -126,11 +71,11 @@ def _linear_logprobs(
     empty = out.logprobs.new_empty(0)
     cache, shifts = out.cache or (hidden.new_empty(0), empty.clone())
     return (
-        _scatter(out.logprobs, scored, n),
-        _scatter(out.entropy, scored, n) if entropy else empty,
-        _scatter(out.grad_logprobs, scored, n) if grads else empty.clone(),
-        _scatter(out.grad_entropy, scored, n) if grads and entropy else empty.clone(),
-        _scatter(torch.stack(out.stats, 1), scored, n),
+        scatter_rows(out.logprobs, scored, n),
+        scatter_rows(out.entropy, scored, n) if entropy else empty,
+        scatter_rows(out.grad_logprobs, scored, n) if grads else empty.clone(),
+        scatter_rows(out.grad_entropy, scored, n) if grads and entropy else empty.clone(),
+        scatter_rows(torch.stack(out.stats, 1), scored, n),
         cache,
         shifts,
     )
@@ -143,13 +88,13 @@ def _linear_logprobs_fake(
     n, width = hidden.shape
     new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
     vocab = weight.shape[0]
-    shifts = native.cache_shifts(vocab) if backend == "cpu" else len(tiles.vocabulary_tiles(vocab, hidden.device))
+    shifts = cpu.cache_shifts(vocab) if backend == "cpu" else len(logprobs_tiles.vocabulary_tiles(vocab, hidden.device))
     return (
         new.new_empty(n),
         new.new_empty(n if entropy else 0),
         new.new_empty((n, width) if grads else 0),
         new.new_empty((n, width) if grads and entropy else 0),
-        new.new_empty(n, len(tiles.Stats._fields)),
+        new.new_empty(n, len(logprobs_tiles.Stats._fields)),
         hidden.new_empty((cache_rows, vocab) if cache_rows else 0),
         new.new_empty((cache_rows, shifts) if cache_rows else 0),
     )
@@ -160,35 +105,35 @@ def _linear_logprobs_backward(
     logit_scale, softcap, temperature, ignore_index, needs, *, backend="torch",
 ):  # fmt: skip
     n = targets.shape[0]
-    scored = _scored(targets, ignore_index, weight.shape[0])
+    scored = find_scored_rows(targets, ignore_index, weight.shape[0])
     empty = hidden.new_empty(0)
     if backend == "cpu":
-        grads = native.linear_logprobs_backward(
+        grads = cpu.linear_logprobs_backward(
             grad_logprobs, grad_entropy, hidden, weight, targets, scored.rows, bias, stats, cache, shifts,
             logit_scale, softcap, temperature, needs,
         )  # fmt: skip
         return tuple(empty.clone() if g is None else g for g in grads)
-    row_stats = tiles.Stats(*_gather(stats, scored).t().contiguous().unbind(0))
+    row_stats = logprobs_tiles.Stats(*gather_rows(stats, scored).t().contiguous().unbind(0))
     padding = (row_stats.others + row_stats.target) == 0
     # Else 0 / 0, and 0 times the overflow of a logit.
     row_stats = row_stats._replace(
         others=row_stats.others.masked_fill(padding, 1.0), shift=row_stats.shift.masked_fill(padding, math.inf)
     )
-    d_hidden, d_weight, d_bias = tiles.backward(
-        _gather(grad_logprobs, scored),
-        None if grad_entropy is None else _gather(grad_entropy, scored),
-        _gather(hidden, scored),
+    d_hidden, d_weight, d_bias = logprobs_tiles.backward(
+        gather_rows(grad_logprobs, scored),
+        None if grad_entropy is None else gather_rows(grad_entropy, scored),
+        gather_rows(hidden, scored),
         weight,
-        tiles.pad_rows(scored.targets),
+        pad_rows(scored.targets),
         None if bias is None else bias.contiguous(),
-        tiles.Head(logit_scale, softcap, temperature),
+        logprobs_tiles.Head(logit_scale, softcap, temperature),
         row_stats,
-        tiles.Cache(cache, shifts) if cache.numel() else None,
+        logprobs_tiles.Cache(cache, shifts) if cache.numel() else None,
         needs=tuple(needs),
         epilogue=_epilogue(backend),
     )
     return (
-        _scatter(d_hidden, scored, n).to(hidden.dtype) if needs[0] else empty,
+        scatter_rows(d_hidden, scored, n).to(hidden.dtype) if needs[0] else empty,
         d_weight if needs[1] else empty.clone(),
         d_bias if needs[2] else empty.clone(),
     )
@@ -205,21 +150,15 @@ def _linear_logprobs_backward_fake(
     )
 
 
-def _without_autocast(kernel: Callable) -> Callable:
-    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits; with
-    its tensors' GPU the current one, which Triton launches on."""
-
-    @wraps(kernel)
-    def run(first: Tensor, *args, **options):
-        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
-            return kernel(first, *args, **options)
-
-    return run
+_library.impl("linear_logprobs", without_autocast(_linear_logprobs), "CompositeExplicitAutograd")
 
 
-_library.impl("linear_logprobs", _without_autocast(_linear_logprobs), "CompositeExplicitAutograd")
-_library.impl("linear_logprobs_backward", _without_autocast(_linear_logprobs_backward), "CompositeExplicitAutograd")
+_library.impl("linear_logprobs_backward", without_autocast(_linear_logprobs_backward), "CompositeExplicitAutograd")
+
+
 torch.library.register_fake("fastalign::linear_logprobs", _linear_logprobs_fake, lib=_library)
+
+
 torch.library.register_fake("fastalign::linear_logprobs_backward", _linear_logprobs_backward_fake, lib=_library)
 
 
@@ -359,29 +298,29 @@ def linear_logprobs(
 def _cacheable_rows(targets, ignore_index, dtype, row_bytes: int, budget: int, backend: str) -> int:
     rows = targets.numel()
     if backend != "cpu":  # counting would wait for the GPU
-        return tiles.cacheable_rows(rows, row_bytes, budget)
+        return logprobs_tiles.cacheable_rows(rows, row_bytes, budget)
     if ignore_index is not None and not torch.compiler.is_compiling():  # a compiler cannot know how many are scored
         rows = int(targets.ne(ignore_index).sum())
-    return native.cacheable_rows(rows, dtype, row_bytes, budget)
+    return cpu.cacheable_rows(rows, dtype, row_bytes, budget)
 
 
 def _resolve(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where a backend was asked for by name and cannot run."""
     if backend == "torch":
         return backend
-    if backend in gpu.KERNELS:
-        why = gpu.KERNELS[backend].why_not(hidden, weight, bias)
+    if backend in pick.KERNELS:
+        why = pick.KERNELS[backend].why_not(hidden, weight, bias)
         if why:
             raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {why}")
         return backend
-    if backend == "auto" and (on_gpu := gpu.pick(hidden, weight, bias, prefer="triton")):
+    if backend == "auto" and (on_gpu := pick.pick(hidden, weight, bias, prefer="triton")):
         return on_gpu
-    why = native.why_not(hidden, weight, bias)
-    if backend == "cpu" or (native.refused and hidden.device.type == "cpu"):
+    why = cpu.why_not(hidden, weight, bias)
+    if backend == "cpu" or (cpu.refused and hidden.device.type == "cpu"):
         if why:
-            raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {native.refused or why}")
+            raise BackendError(f"backend={backend!r} cannot run linear_logprobs here: {cpu.refused or why}")
         return "cpu"
-    return "cpu" if why is None and native.is_fast(hidden.dtype) else "torch"
+    return "cpu" if why is None and cpu.is_fast(hidden.dtype) else "torch"
 
 
 def _check(hidden, weight, targets, bias, softcap, temperature):

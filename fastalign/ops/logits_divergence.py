@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops.linear_divergence import _check_devices, _check_options
+from fastalign.ops.head import divergence_tiles as tiles
+from fastalign.ops.head.checks import check_devices, check_divergence_options
 
 BACKENDS = ("auto", "reference", "torch")
 # Rows taken at a time fill this many logits of each side, so that no second [tokens, V] float32 tensor ever exists.
@@ -145,7 +145,7 @@ def logits_divergence(
     Returns (...) float32, or float64 for float64 logits; computed in that dtype a chunk of rows at a time. InputError
     names a wrong shape, dtype, device or option; BackendError an unknown backend.
     """
-    _check_options(divergence, temperature, jsd_beta, None, "auto")
+    check_divergence_options(divergence, temperature, jsd_beta, None, "auto")
     _check_logits(student_logits, teacher_logits, mask, token_weights)
     student_logits, teacher_logits = _cut_alike(student_logits, teacher_logits)
     if backend not in BACKENDS:
@@ -189,4 +189,4 @@ def _check_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, token_w
         if not right or (t is not None and t.shape != student.shape[:-1]):
             shape = tuple(student.shape[:-1])
             raise InputError(f"{name} is {tuple(t.shape)} {t.dtype}; it must be {wanted} and {shape}")
-    _check_devices(student, teacher, mask, token_weights)
+    check_devices(student, teacher, mask, token_weights)

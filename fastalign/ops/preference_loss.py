@@ -19,12 +19,13 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
-from fastalign.losses.preference import _check, log1mexp
-from fastalign.ops import gpu, native
-from fastalign.ops.segment_sum import _check_offsets
+from fastalign.losses.checks import check_logprobs
+from fastalign.losses.preference import log1mexp
+from fastalign.ops.backends import cpu, pick
+from fastalign.ops.segment_sum import check_offsets
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_KERNELS = {"cpu": native, **gpu.KERNELS}
+_KERNELS = {"cpu": cpu, **pick.KERNELS}
 
 
 class Form(IntEnum):
@@ -91,7 +92,7 @@ def _preference_loss(
         return _KERNELS[backend].preference_loss(
             logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope
         )
-    _check_offsets(logprobs, cu_seqlens)
+    check_offsets(logprobs, cu_seqlens)
     spans = cu_seqlens.diff()
     sums = torch.segment_reduce(logprobs, "sum", offsets=cu_seqlens, axis=0, initial=0.0)
     ratios = sums.clone() if ref_sums is None else sums - ref_sums
@@ -257,7 +258,7 @@ def preference_loss(
     options = _options(name, loss.__kwdefaults__, options)
     averaged = name in LENGTH_NORMALISED if averaged is None else averaged
     _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name)
-    _check(options["beta"], options.get("label_smoothing", 0.0), logprobs=logprobs)
+    check_logprobs(options["beta"], options.get("label_smoothing", 0.0), logprobs=logprobs)
     backend = _pick(backend, logprobs)
     if labels is not None:
         if not isinstance(kl, Tensor):
@@ -320,16 +321,14 @@ def _pick(backend: str, logprobs: Tensor) -> str:
     if backend not in BACKENDS:
         raise BackendError(f"backend is {backend!r}; preference_loss has {', '.join(BACKENDS)}")
     on_cpu = logprobs.device.type == "cpu"
-    if backend == "auto" and (on_gpu := gpu.pick(logprobs)):
+    if backend == "auto" and (on_gpu := pick.pick(logprobs)):
         return on_gpu
     if backend == "auto":
-        return "cpu" if on_cpu and native.module is not None else "torch"
-    if backend in gpu.KERNELS and (why := _KERNELS[backend].why_not(logprobs)):
+        return "cpu" if on_cpu and cpu.module is not None else "torch"
+    if backend in pick.KERNELS and (why := _KERNELS[backend].why_not(logprobs)):
         raise BackendError(f"backend={backend!r} cannot run preference_loss here: {why}")
-    if backend == "cpu" and (native.module is None or not on_cpu):
-        why = (
-            f"logprobs lies on {logprobs.device}" if native.module else "the native module is missing, run `make build`"
-        )
+    if backend == "cpu" and (cpu.module is None or not on_cpu):
+        why = f"logprobs lies on {logprobs.device}" if cpu.module else "the native module is missing, run `make build`"
         raise BackendError(f"backend='cpu' cannot run preference_loss here: {why}")
     return backend
 
@@ -337,7 +336,7 @@ def _pick(backend: str, logprobs: Tensor) -> str:
 def _by_definition(
     logprobs, cu_seqlens, ref_sums, lengths, labels, kl, name, averaged, alternating, options
 ) -> PreferenceLosses:
-    _check_offsets(logprobs, cu_seqlens)
+    check_offsets(logprobs, cu_seqlens)
     with torch.enable_grad():
         leaf = logprobs if logprobs.requires_grad else logprobs.detach().requires_grad_()
         sums = reference.segment_sum(leaf, cu_seqlens)

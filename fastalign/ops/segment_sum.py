@@ -20,7 +20,7 @@ _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("segment_sum(Tensor values, Tensor cu_seqlens, str backend) -> Tensor")
 
 
-def _check_offsets(values: Tensor, cu_seqlens: Tensor) -> None:
+def check_offsets(values: Tensor, cu_seqlens: Tensor) -> None:
     """Looks at values, so it runs inside the op, where a compiler does not look; on a GPU it would wait for them."""
     if values.device.type != "cpu":
         return
@@ -30,7 +30,7 @@ def _check_offsets(values: Tensor, cu_seqlens: Tensor) -> None:
 
 
 def _segment_sum(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
-    _check_offsets(values, cu_seqlens)
+    check_offsets(values, cu_seqlens)
     if backend == "cpu":
         values, cu_seqlens = values.contiguous(), cu_seqlens.contiguous()
         out = values.new_empty(cu_seqlens.numel() - 1)
@@ -83,7 +83,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
         backend = "cpu" if on_cpu and native is not None else "torch"
     values = values.to(reference.compute_dtype(values))
     if backend == "reference":
-        _check_offsets(values, cu_seqlens)
+        check_offsets(values, cu_seqlens)
         return reference.segment_sum(values, cu_seqlens)
     if backend == "cpu" and (native is None or not on_cpu):
         why = "the native module is missing, run `make build`" if native is None else f"values lies on {values.device}"

@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import gpu, native
+from fastalign.ops.backends import cpu, pick
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_BY_NAME = {"cpu": native, **gpu.KERNELS}
+_BY_NAME = {"cpu": cpu, **pick.KERNELS}
 # Rows that the torch backend takes at a time fill this many logits, so that no second [tokens, V] tensor ever exists.
 _CHUNK = 1 << 22
 
@@ -59,7 +59,7 @@ def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
 def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
     _check_targets(targets, logits.shape[-1], ignore_index)
     if backend == "cpu":
-        return native.selective_logprobs(logits, targets, temperature, ignore_index)
+        return cpu.selective_logprobs(logits, targets, temperature, ignore_index)
     if backend in ("triton", "cuda"):
         return _on_gpu(backend, logits, targets, temperature, ignore_index)
     dtype, vocab = reference.compute_dtype(logits), logits.shape[-1]
@@ -113,7 +113,7 @@ def _backward_into(out, grad, logits, targets, stats, temperature, ignore_index)
 def _selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, backend):
     if backend == "cpu":
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits)
+        cpu.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits)
         return d_logits
     if backend in ("triton", "cuda"):
         d_logits = _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=False)
@@ -127,7 +127,7 @@ def _selective_logprobs_backward(grad, logits, targets, stats, temperature, igno
 
 def _selective_logprobs_backward_(grad, logits, targets, stats, temperature, ignore_index, backend):
     if backend == "cpu":
-        native.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, None)
+        cpu.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, None)
         return torch.autograd.graph.increment_version(logits)  # autograd does not see what is written by address
     if backend in ("triton", "cuda"):
         _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=True)
@@ -218,11 +218,11 @@ def selective_logprobs(
         _check_targets(targets, logits.shape[-1], ignore_index)
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
     if backend == "auto":
-        backend = gpu.pick(logits, targets) or backend
-    why_not = _BY_NAME.get(backend, native).why_not(logits, targets)
+        backend = pick.pick(logits, targets) or backend
+    why_not = _BY_NAME.get(backend, cpu).why_not(logits, targets)
     if backend in _BY_NAME and why_not:
         raise BackendError(f"backend={backend!r} cannot run selective_logprobs here: {why_not}")
     if backend == "auto":
-        backend = "cpu" if why_not is None and native.is_fast(logits.dtype) else "torch"
+        backend = "cpu" if why_not is None and cpu.is_fast(logits.dtype) else "torch"
     in_place = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()
     return _SelectiveLogprobs.apply(logits, targets, float(temperature), ignore_index, in_place, backend)

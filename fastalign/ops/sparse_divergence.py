@@ -22,10 +22,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops import native
-from fastalign.ops.linear_divergence import _check_devices, _check_options, _check_side, _head, _kept, _without_autocast
-from fastalign.ops.tiles import _accumulate, _operand, pad_rows
+from fastalign.ops.backends import cpu
+from fastalign.ops.backends.pick import without_autocast
+from fastalign.ops.head import divergence_tiles as tiles
+from fastalign.ops.head.checks import check_devices, check_divergence_options, check_side
+from fastalign.ops.head.options import head_numbers
+from fastalign.ops.head.products import accumulate, operand
+from fastalign.ops.head.rows import kept_rows, pad_rows
 
 BACKENDS = ("auto", "reference", "torch", "cpu")
 _GATHERED = 1 << 24  # bytes of gathered weight rows at a time
@@ -83,7 +86,7 @@ def _scan(side: tiles.Side, indices: Tensor, grads: bool, like: Tensor) -> tuple
         tail = tail * shrink + z.sub_(m.unsqueeze(1)).exp_().sum(1)
         if grads:
             z = z if slope is None else z.mul_(slope)
-            _accumulate(expected.mul_(shrink.unsqueeze(1)), z, _operand(side.weight[v0:v1]))
+            accumulate(expected.mul_(shrink.unsqueeze(1)), z, operand(side.weight[v0:v1]))
     if grads:
         factor = side.head.factor if side.head.softcap is None else 1.0
         expected.mul_((factor / tail.clamp(min=torch.finfo(tail.dtype).tiny)).unsqueeze(1))
@@ -117,11 +120,11 @@ def _check_indices(indices: Tensor, vocab: int) -> None:
 
 
 def _linear_topk_logprobs(hidden, weight, bias, indices, mask, head, grads, *, backend="torch"):
-    n, rows = hidden.shape[0], _kept(mask)
+    n, rows = hidden.shape[0], kept_rows(mask)
     _check_indices(indices if rows is None else indices[rows], weight.shape[0])
     if backend == "cpu":
         targets, order = indices.sort(-1)
-        rising, expected, stats = native.linear_topk_logprobs(hidden, weight, targets, rows, bias, head, grads)
+        rising, expected, stats = cpu.linear_topk_logprobs(hidden, weight, targets, rows, bias, head, grads)
         picked = torch.empty_like(rising).scatter_(1, order, rising)
         logprobs = _normalise(picked, *stats.unbind(1))
         return logprobs if rows is None else logprobs.masked_fill_(~mask.unsqueeze(1), 0.0), expected, picked, stats
@@ -155,7 +158,7 @@ def _linear_topk_logprobs_fake(hidden, weight, bias, indices, mask, head, grads,
 def _linear_topk_logprobs_backward(
     grad, hidden, weight, bias, indices, mask, logprobs, expected, picked, stats, options, needs, *, backend="torch"
 ):  # fmt: skip
-    n, rows = hidden.shape[0], _kept(mask)
+    n, rows = hidden.shape[0], kept_rows(mask)
     head = tiles.Head(options[0], options[1] or None, options[2])
     kept = (grad, logprobs, picked, stats, indices, hidden)
     grad, logprobs, picked, stats, kept_indices, kept_hidden = (t if rows is None else t[rows] for t in kept)
@@ -172,7 +175,7 @@ def _linear_topk_logprobs_backward(
     if backend == "cpu" and any(needs[1:]):
         targets, order = kept_indices.sort(-1)
         grads = own.gather(1, order), coefficients[:, -1]
-        found = native.linear_topk_logprobs_backward(
+        found = cpu.linear_topk_logprobs_backward(
             *grads, kept_hidden, weight, targets, None, bias, stats, options, needs[1:]
         )
         d_weight, d_bias = (empty.clone() if d is None else d for d in found)
@@ -229,9 +232,9 @@ def _linear_topk_logprobs_backward_fake(
     )
 
 
-_library.impl("linear_topk_logprobs", _without_autocast(_linear_topk_logprobs), "CompositeExplicitAutograd")
+_library.impl("linear_topk_logprobs", without_autocast(_linear_topk_logprobs), "CompositeExplicitAutograd")
 _library.impl(
-    "linear_topk_logprobs_backward", _without_autocast(_linear_topk_logprobs_backward), "CompositeExplicitAutograd"
+    "linear_topk_logprobs_backward", without_autocast(_linear_topk_logprobs_backward), "CompositeExplicitAutograd"
 )
 torch.library.register_fake("fastalign::linear_topk_logprobs", _linear_topk_logprobs_fake, lib=_library)
 torch.library.register_fake(
@@ -326,11 +329,11 @@ def sparse_divergence(
     (U = 2 N V H), 4U with a trainable one; extra memory O(rows x (H + k)) + a tile. InputError names a wrong shape,
     dtype, device, index or option; BackendError an unknown backend.
     """
-    _check_options(divergence, temperature, jsd_beta, None, "auto")
-    _check_side("", hidden, weight, bias, softcap)
+    check_divergence_options(divergence, temperature, jsd_beta, None, "auto")
+    check_side("", hidden, weight, bias, softcap)
     shape, k = hidden.shape[:-1], teacher_indices.shape[-1]
     _check_teacher(shape, weight.shape[0], teacher_indices, teacher_logprobs, mask, token_weights)
-    _check_devices(hidden, weight, bias, teacher_indices, teacher_logprobs, mask, token_weights)
+    check_devices(hidden, weight, bias, teacher_indices, teacher_logprobs, mask, token_weights)
     if tail not in ("lump", "drop"):
         raise InputError(f"tail is {tail!r}; it must be lump or drop")
     if backend not in BACKENDS:
@@ -349,7 +352,7 @@ def sparse_divergence(
     needs = tuple(needs_grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     logprobs = _TopkLogprobs.apply(
         hidden.to(common).reshape(-1, hidden.shape[-1]), weight.to(common), bias, teacher_indices.reshape(-1, k),
-        kept, _head(logit_scale, softcap, temperature), needs, backend,
+        kept, head_numbers(logit_scale, softcap, temperature), needs, backend,
     )  # fmt: skip
     values = divergence_of_buckets(
         logprobs, teacher_logprobs.detach().reshape(-1, k), divergence, jsd_beta, with_tail=with_tail, mask=kept,
@@ -362,12 +365,12 @@ def _resolve(backend: str, dtype: torch.dtype, *tensors: Tensor | None) -> str:
     """What "auto" stands for here; BackendError where "cpu" was asked for by name and cannot run."""
     if backend == "torch":
         return backend
-    why = native.why_not(*tensors) or native.why_no_kernel("picked")
-    if backend == "cpu" or (native.refused and tensors[0].device.type == "cpu"):
+    why = cpu.why_not(*tensors) or cpu.why_no_kernel("picked")
+    if backend == "cpu" or (cpu.refused and tensors[0].device.type == "cpu"):
         if why:
-            raise BackendError(f"backend={backend!r} cannot run sparse_divergence here: {native.refused or why}")
+            raise BackendError(f"backend={backend!r} cannot run sparse_divergence here: {cpu.refused or why}")
         return "cpu"
-    return "cpu" if why is None and native.is_fast(dtype) else "torch"
+    return "cpu" if why is None and cpu.is_fast(dtype) else "torch"
 
 
 def _check_teacher(shape: torch.Size, vocab: int, indices: Tensor, logprobs: Tensor, mask, token_weights):

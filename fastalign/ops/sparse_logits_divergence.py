@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles as tiles
-from fastalign.ops.linear_divergence import _check_devices, _check_options
+from fastalign.ops.head import divergence_tiles as tiles
+from fastalign.ops.head.checks import check_devices, check_divergence_options
 from fastalign.ops.sparse_divergence import (
     BACKENDS,
     _check_indices,
@@ -122,13 +122,13 @@ def sparse_logits_divergence(
     Returns (...) float32, or float64 for float64 logits. InputError names a wrong shape, dtype, device, index or
     option; BackendError an unknown backend.
     """
-    _check_options(divergence, temperature, jsd_beta, None, "auto")
+    check_divergence_options(divergence, temperature, jsd_beta, None, "auto")
     if not student_logits.is_floating_point() or student_logits.dim() == 0:
         found = f"{student_logits.dtype} {tuple(student_logits.shape)}"
         raise InputError(f"student_logits is {found}; it must be (..., V) of a floating dtype")
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     _check_teacher(shape, vocab, teacher_indices, teacher_logprobs, mask, token_weights)
-    _check_devices(student_logits, teacher_indices, teacher_logprobs, mask, token_weights)
+    check_devices(student_logits, teacher_indices, teacher_logprobs, mask, token_weights)
     if tail not in ("lump", "drop"):
         raise InputError(f"tail is {tail!r}; it must be lump or drop")
     if backend not in BACKENDS:

@@ -7,8 +7,9 @@ import torch
 
 from bench import model
 from fastalign import linear_logprobs
-from fastalign.ops import divergence_tiles, tiles
-from fastalign.ops.epilogue import TORCH, Head
+from fastalign.ops.head import divergence_tiles, logprobs_tiles
+from fastalign.ops.head.epilogue import TORCH, Head
+from fastalign.ops.head.products import product_into
 
 N, H, V, TILE = 48, 8, 72, (32, 32)
 
@@ -63,12 +64,12 @@ def counted(monkeypatch):
 
         return run
 
-    original = {"product": tiles._product, "accumulate": tiles._accumulate}
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: TILE)
-    monkeypatch.setattr(tiles, "_product", product)
-    monkeypatch.setattr(tiles, "_accumulate", accumulate)
-    monkeypatch.setattr(tiles, "forward", recorded(tiles.forward))
-    monkeypatch.setattr(tiles, "backward", recorded(tiles.backward))
+    original = {"product": product_into, "accumulate": accumulate}
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(logprobs_tiles, "_product", product)
+    monkeypatch.setattr(logprobs_tiles, "_accumulate", accumulate)
+    monkeypatch.setattr(logprobs_tiles, "forward", recorded(logprobs_tiles.forward))
+    monkeypatch.setattr(logprobs_tiles, "backward", recorded(logprobs_tiles.backward))
     return passes
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench import scale
 from bench.__main__ import chosen
-from fastalign.packing import pack
+from fastalign.data.packing import pack
 
 
 def sizes(axis, point):

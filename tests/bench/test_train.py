@@ -64,7 +64,7 @@ def counts(rows, tokenizer, side):
 
 @pytest.mark.slow
 def test_words_of_the_real_tokenizer_are_one_token_each():
-    from fastalign.models import load_tokenizer
+    from fastalign.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(train.MODEL)
     for row in train.rows("dialogue", tokenizer, 20):
@@ -261,7 +261,7 @@ def test_last_bits_drawn_for_every_run():
 
 
 def test_peft_s_own_layers(monkeypatch):
-    from fastalign import scoring
+    from fastalign.models.loading import scoring
 
     monkeypatch.setattr(scoring, "speed_up_linear", scoring.speed_up_linear)
     layer = torch.nn.Linear(3, 3).half()

@@ -69,10 +69,10 @@ def emulated(objects, tmp_path_factory):
 @pytest.fixture
 def cuda(emulated, monkeypatch):
     """fastalign.ops.native_cuda on the emulated extension."""
-    from fastalign.ops import native_cuda
+    from fastalign.ops.backends import cuda
 
-    monkeypatch.setattr(native_cuda, "module", emulated)
-    return native_cuda
+    monkeypatch.setattr(cuda, "module", emulated)
+    return cuda
 
 
 @pytest.fixture(scope="session")

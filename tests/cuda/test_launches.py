@@ -7,9 +7,10 @@ import torch
 
 from bench import model
 from fastalign import linear_divergence, linear_logprobs, preference_loss, selective_logprobs
-from fastalign.ops import divergence_tiles, gpu, tiles
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.backends import pick
 from fastalign.ops.ewc import ewc_penalty
+from fastalign.ops.head import divergence_tiles, logprobs_tiles
 
 N, H, G, V, TILE = 48, 8, 4, 72, (32, 32)
 
@@ -17,7 +18,7 @@ N, H, G, V, TILE = 48, 8, 4, 72, (32, 32)
 @pytest.fixture
 def launches(cuda, emulated, monkeypatch):
     """A function that runs one and says how many kernels that launched."""
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: TILE)
     monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: TILE)
 
     def count(run):
@@ -94,5 +95,5 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_auto_asks_which_kernels_a_gpu_has(op, launches, monkeypatch):
     assert launches(OPS[op])[1] == 0  # on the CPU there are others
-    monkeypatch.setattr(gpu, "pick", lambda *tensors, **options: "cuda")
+    monkeypatch.setattr(pick, "pick", lambda *tensors, **options: "cuda")
     assert launches(OPS[op])[1] > 0

@@ -9,8 +9,8 @@ import torch
 
 from fastalign import linear_divergence, linear_logprobs, preference_loss, reference, selective_logprobs
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native_cuda
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.backends import cuda
 
 N, V, H = 19, 601, 24
 
@@ -18,7 +18,7 @@ N, V, H = 19, 601, 24
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles of rows and of the vocabulary even of a small problem."""
-    monkeypatch.setattr("fastalign.ops.tiles.tile_shape", lambda device: (16, 256))
+    monkeypatch.setattr("fastalign.ops.head.logprobs_tiles.tile_shape", lambda device: (16, 256))
 
 
 def head_problem(dtype=torch.float32):
@@ -102,9 +102,9 @@ def test_logprobs_may_be_changed_in_place(cuda, n):
 
 def test_a_transposed_weight_is_read_as_it_is_and_only_copied_for_gradients(cuda, monkeypatch):
     hidden, weight, targets = head_problem()
-    transposed, picked, pick_rows = weight.T.contiguous().T, [], native_cuda.pick_rows
+    transposed, picked, pick_rows = weight.T.contiguous().T, [], cuda.pick_rows
     assert transposed.stride(1) != 1
-    monkeypatch.setattr(native_cuda, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
+    monkeypatch.setattr(cuda, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
     expected = linear_logprobs(hidden, weight, targets, backend="cuda")
     got = linear_logprobs(hidden, transposed, targets, backend="cuda")
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -147,21 +147,21 @@ def test_the_emulation_rounds_as_torch_does(cuda, dtype):
 
 
 def test_not_built_says_so_and_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(native_cuda, "module", None)
+    monkeypatch.setattr(cuda, "module", None)
     with pytest.raises(
         BackendError, match=r"backend='cuda' cannot run linear_logprobs here: .*install nvcc .*make build"
     ):
         linear_logprobs(*head_problem(), backend="cuda")
-    assert native_cuda.describe() == "built without CUDA: install nvcc (the CUDA toolkit) and run `make build`"
+    assert cuda.describe() == "built without CUDA: install nvcc (the CUDA toolkit) and run `make build`"
 
 
 def test_built_but_on_another_device(cuda, monkeypatch, emulated):
     class Built:
         device_type, compiler = "cuda", "NVIDIA"
 
-    monkeypatch.setattr(native_cuda, "module", Built)
-    assert native_cuda.why_not(torch.ones(1)) == "a tensor lies on cpu, and the kernels run on cuda"
-    assert native_cuda.describe() == "built with NVIDIA"
+    monkeypatch.setattr(cuda, "module", Built)
+    assert cuda.why_not(torch.ones(1)) == "a tensor lies on cpu, and the kernels run on cuda"
+    assert cuda.describe() == "built with NVIDIA"
 
 
 def test_float64_and_mixed_devices_are_refused(cuda):

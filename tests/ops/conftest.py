@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastalign.ops import native
+from fastalign.ops.backends import cpu
 
 
-@pytest.fixture(params=native.describe()["kernels_available"])
+@pytest.fixture(params=cpu.describe()["kernels_available"])
 def isa(request):
     """Each instruction set that this machine runs, chosen by name."""
-    native.select(request.param)
+    cpu.select(request.param)
     yield request.param
-    native.select(None)
+    cpu.select(None)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import accumulate_fisher as module
-from fastalign.ops import native
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.backends import cpu
 
 BACKENDS = ["cpu", "torch", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -56,16 +56,16 @@ def test_error_budget(backend, dtype, shape):
     assert_within_budget(fisher, start, g, x, cu_seqlens)
 
 
-@pytest.mark.parametrize("isa", native.module.available())
+@pytest.mark.parametrize("isa", cpu.module.available())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):
     cu_seqlens = offsets(LENGTHS)
     start, g, x = operands(197, 205, int(cu_seqlens[-1]), dtype)
-    native.select(isa)
+    cpu.select(isa)
     try:
         fisher = accumulate_fisher_(start.clone(), g, x, cu_seqlens, backend="cpu")
     finally:
-        native.select(None)
+        cpu.select(None)
     assert_within_budget(fisher, start, g, x, cu_seqlens)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastalign import linear_divergence, reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles
+from fastalign.ops.head import divergence_tiles
 
 EPS = torch.finfo(torch.float32).eps
 N, H, V = 37, 24, 53

@@ -9,7 +9,7 @@ import torch
 
 from fastalign import linear_logprobs, reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import tiles
+from fastalign.ops.head import logprobs_tiles
 
 EPS = torch.finfo(torch.float32).eps
 N, H, V = 37, 24, 53
@@ -35,7 +35,7 @@ OPTIONS_AND_DTYPES = [(option, torch.float64) for option in OPTIONS] + [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three blocks of rows and four of the vocabulary, the last ones ragged; too small to share between threads."""
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 16))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -171,7 +171,7 @@ def test_confident_rows_keep_their_relative_accuracy(dtype, budget):
 @pytest.mark.parametrize("budget", ["cached", "partly cached", "recomputed"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 def test_gradcheck(entropy, budget, monkeypatch):
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: (16, 3))
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 3))
     options = {"logit_scale": -0.6, "softcap": 3.0, "temperature": 0.7}
     hidden, weight, targets, bias = problem(torch.float64, n=19, ignored=0.1, bias=True)
     hidden, weight, bias, targets = hidden[:, :2], weight[:7, :2], bias[:7], targets.clamp(max=6)
@@ -269,7 +269,7 @@ def test_another_ignore_index():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "threads"), [((16, 16), 1), ((512, 4096), 2)], ids=["small tiles", "real tiles"])
 def test_a_row_is_the_same_bits_in_any_batch(shape, threads, dtype, budget, monkeypatch):
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: shape)
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: shape)
     torch.set_num_threads(threads)
     hidden, weight, targets, _ = problem(dtype, n=100)
 

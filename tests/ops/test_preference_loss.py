@@ -7,7 +7,7 @@ import torch
 
 from fastalign.errors import BackendError, InputError
 from fastalign.losses import LENGTH_NORMALISED
-from fastalign.ops import native
+from fastalign.ops.backends import cpu
 from fastalign.ops.preference_loss import FORMULAS, preference_loss
 
 FUSED = ["cpu", "torch"]
@@ -303,6 +303,6 @@ def test_backends_that_cannot_run(monkeypatch):
         preference_loss(logprobs, CU_SEQLENS, ref_sums, backend="tpu")
     with pytest.raises(BackendError, match=r"backend='cpu'.*meta"):
         preference_loss(*(t.to("meta") for t in (logprobs, CU_SEQLENS, ref_sums)), backend="cpu")
-    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(cpu, "module", None)
     with pytest.raises(BackendError, match="make build"):
         preference_loss(logprobs, CU_SEQLENS, ref_sums, backend="cpu")

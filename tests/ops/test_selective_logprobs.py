@@ -10,10 +10,10 @@ import torch
 
 from fastalign import reference, selective_logprobs
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import native
+from fastalign.ops.backends import cpu
 
 N, V = 23, 31
-ISAS = native.describe()["kernels_available"]
+ISAS = cpu.describe()["kernels_available"]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -23,9 +23,9 @@ def backend(request):
     if request.param == "torch":
         yield "torch"
         return
-    native.select(request.param)
+    cpu.select(request.param)
     yield "cpu"
-    native.select(None)
+    cpu.select(None)
 
 
 def test_the_kernels_are_built():
@@ -281,7 +281,7 @@ def test_logits_with_gaps_are_left_alone(backend):
 
 
 def test_a_gradient_too_large_for_the_caches(backend, monkeypatch):
-    monkeypatch.setattr(native, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr(cpu, "_STREAMED_BYTES", 0)
     for dtype in (torch.float32, torch.bfloat16):
         assert_within_budget(*many(5, 1031, dtype), backend)
 
@@ -315,7 +315,7 @@ def test_compiles_in_one_graph(backend, in_place):
 def test_auto_takes_the_kernels_where_they_are_fast():
     logits, targets = many(7, 3001)
     for isa in ISAS:
-        native.select(isa)
+        cpu.select(isa)
         want = selective_logprobs(logits, targets, backend="torch" if isa == "plain" else "cpu")
         assert torch.equal(selective_logprobs(logits, targets), want)
-    native.select(None)
+    cpu.select(None)

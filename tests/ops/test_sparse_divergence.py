@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign import linear_divergence, reference, sparse_divergence
 from fastalign.errors import BackendError, InputError
-from fastalign.ops import divergence_tiles
+from fastalign.ops.head import divergence_tiles
 
 op = sys.modules["fastalign.ops.sparse_divergence"]  # the name in fastalign.ops is the function's
 EPS = torch.finfo(torch.float32).eps

@@ -9,10 +9,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from fastalign.fisher import Fisher
-from fastalign.layerwise import LayerWise
+from fastalign.fisher.storage import Fisher
 from fastalign.recipes.tax import compare
 from fastalign.recipes.tax.compare import RUNS, Run, report, split_topics, spread
+from fastalign.regularizers.layerwise import LayerWise
 
 
 def test_text_that_is_measured_is_seen_by_no_method():

@@ -21,20 +21,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalign.config import PreferenceConfig
-from fastalign.data import load_rows
-from fastalign.fisher import Fisher, fisher_diagonal
-from fastalign.layerwise import LayerWise
-from fastalign.models import load_model, load_tokenizer
+from fastalign.config.preference import PreferenceConfig
+from fastalign.data.files import load_rows
+from fastalign.data.text import text_windows
+from fastalign.evaluation.tax import asks, compare_tokens, summarise
+from fastalign.files import read_json, write_json, write_text
+from fastalign.fisher.diagonal import fisher_diagonal
+from fastalign.fisher.storage import Fisher
+from fastalign.models.loading import load_model, load_tokenizer
+from fastalign.models.scoring import prepare
 from fastalign.ops.ewc import ewc_penalty
-from fastalign.regularizers import EWC
-from fastalign.replay import Replay
-from fastalign.runfolder import read_json, write_json, write_text
-from fastalign.scoring import prepare
-from fastalign.tax import asks, measure, summarise
-from fastalign.teachers import Distillation
-from fastalign.texts import text_windows
-from fastalign.trainer import PreferenceTrainer
+from fastalign.regularizers.distillation import Distillation
+from fastalign.regularizers.ewc import EWC
+from fastalign.regularizers.layerwise import LayerWise
+from fastalign.regularizers.replay import Replay
+from fastalign.training.preference import PreferenceTrainer
 
 MODEL = "smollm2-135m-instruct"
 DATA = Path(__file__).parent.parent / "concise"
@@ -139,7 +140,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     trainer.train()
     seconds = time.monotonic() - begin
     preference = trainer.evaluate()
-    tokens = measure(setting.base, asks(setting.model), setting.held_out, trainer.layout, progress=False)
+    tokens = compare_tokens(setting.base, asks(setting.model), setting.held_out, trainer.layout, progress=False)
     result = {
         "method": run.method, "strength": run.strength, "learning_rate": config.learning_rate, "seconds": seconds,
         "steps": STEPS, "rows_a_step": ROWS_A_STEP, "tax": summarise(tokens),
@@ -171,7 +172,7 @@ def answers_of_the_start(model: nn.Module, rows: list[dict]) -> Callable:
         answers[packed.targets.numpy().tobytes()] = scores, head._replace(weight=head.weight.clone())
         return scores, head
 
-    measure(remember, remember, rows, prepare(model))
+    compare_tokens(remember, remember, rows, prepare(model))
     return lambda packed: answers[packed.targets.numpy().tobytes()]
 
 

@@ -10,8 +10,8 @@ import torch
 
 from fastalign import linear_divergence
 from fastalign.kernels import linear_divergence as kernels
-from fastalign.ops import divergence_tiles as definition
-from fastalign.ops.epilogue import Head
+from fastalign.ops.head import divergence_tiles as definition
+from fastalign.ops.head.epilogue import Head
 
 EPS = torch.finfo(torch.float32).eps
 R, T = 5, 37

@@ -12,8 +12,10 @@ import torch
 
 from fastalign import linear_logprobs
 from fastalign.kernels import linear_logprobs as kernels
-from fastalign.ops import epilogue, native_triton, tiles
-from fastalign.ops.epilogue import START, Coefficients, Head, Sums
+from fastalign.ops.backends import triton
+from fastalign.ops.head import epilogue, logprobs_tiles
+from fastalign.ops.head.epilogue import START, Coefficients, Head, Sums
+from fastalign.ops.head.products import in_place
 
 EPS = torch.finfo(torch.float32).eps
 R, T, H = 5, 37, 11
@@ -98,7 +100,7 @@ def test_absorb_in_place_reads_before_it_writes_and_stays_in_its_columns(dtype):
     kernels.absorb(u[:, :T].clone(), targets, 0, None, Head(), expected, entropy=True, e=beside, ze=apart)
     sums = Sums(*(torch.full((R,), value) for value in (START, 0.0, 0.0, 0.0)))
     tile = memory[:, :T]
-    inside, e = tiles._in_place(tile, dtype), torch.empty(R, T)
+    inside, e = in_place(tile, dtype), torch.empty(R, T)
     kernels.absorb(tile, targets, 0, None, Head(), sums, entropy=True, e=e, ze=inside)
     assert torch.equal(inside, apart) and torch.equal(e, beside) and all(map(torch.equal, sums, expected))
     assert (memory[:, T:] == 1e9).all()
@@ -124,7 +126,7 @@ def test_absorb_of_masked_entries_and_argmax():
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("head", HEADS)
 def test_finish(head, entropy, gradients, check_finish):
-    check_finish(native_triton.epilogue().finish, HEADS[head], entropy, gradients)
+    check_finish(triton.epilogue().finish, HEADS[head], entropy, gradients)
 
 
 def coefficients(entropy):
@@ -147,7 +149,7 @@ def test_softmax_gradient(head, with_bias, entropy, out):
         u.double(), targets, first, None if bias is None else bias.double(), head,
         Coefficients(*(None if t is None else t.double() for t in c)), exact,
     )  # fmt: skip
-    du = tiles._in_place(u, out)
+    du = in_place(u, out)
     kernels.softmax_gradient(u, targets, first, bias, head, c, du)
     largest = exact.abs().amax(1, keepdim=True)
     assert ((du.double() - exact).abs() <= (64 * EPS + torch.finfo(out).eps) * largest).all()
@@ -162,7 +164,7 @@ def test_kept_gradient(dtype):
     kept, targets = cache[:, T : 2 * T], torch.tensor([T, 2 * T - 1, T + 5, T - 1, 2 * T])
     before, c = cache.clone(), coefficients(False)
     memory = torch.full((R, T + 3), 1e9)
-    du = tiles._in_place(memory[:, :T], dtype)
+    du = in_place(memory[:, :T], dtype)
     kernels.kept_gradient(kept, targets, T, c.logprobs, c.target, du)
     exact = torch.empty(R, T, dtype=torch.float64)
     epilogue.kept_gradient(kept, targets, T, c.logprobs.double(), c.target.double(), exact)
@@ -204,7 +206,7 @@ shared = shared_tests()
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: (16, 32))
+    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 32))
 
 
 @pytest.mark.parametrize("budget", shared.BUDGETS)
@@ -290,9 +292,9 @@ def test_logprobs_may_be_changed_in_place(n):
 def test_a_transposed_weight_is_read_as_it_is_and_only_copied_for_gradients(monkeypatch):
     hidden, weight, targets, _ = shared.problem(n=21)
     expected = shared.evaluate(shared.fast, hidden, weight, targets)
-    transposed, picked, pick_rows = weight.T.contiguous().T, [], native_triton.pick_rows
+    transposed, picked, pick_rows = weight.T.contiguous().T, [], triton.pick_rows
     assert transposed.stride(1) != 1
-    monkeypatch.setattr(native_triton, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
+    monkeypatch.setattr(triton, "pick_rows", lambda *args: picked.append(args) or pick_rows(*args))
     torch.testing.assert_close(shared.fast(hidden, transposed, targets), expected[0][0], rtol=1e-5, atol=1e-5)
     assert not picked
     for frozen in (True, False):
@@ -302,6 +304,6 @@ def test_a_transposed_weight_is_read_as_it_is_and_only_copied_for_gradients(monk
 
 
 def test_what_the_kernels_cannot_take_is_said():
-    assert native_triton.why_not(torch.zeros(1), None, torch.zeros(1, dtype=torch.int64)) is None
-    assert "meta" in native_triton.why_not(torch.zeros(1, device="meta"))
-    assert "float64" in native_triton.why_not(torch.zeros(1, dtype=torch.float64))
+    assert triton.why_not(torch.zeros(1), None, torch.zeros(1, dtype=torch.int64)) is None
+    assert "meta" in triton.why_not(torch.zeros(1, device="meta"))
+    assert "float64" in triton.why_not(torch.zeros(1, dtype=torch.float64))

@@ -1,0 +1,21 @@
+"""The options of each training method."""
+
+from typing import TYPE_CHECKING
+
+from fastalign.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fastalign.config.base import AlignmentConfig as AlignmentConfig
+    from fastalign.config.distillation import DistillationConfig as DistillationConfig
+    from fastalign.config.preference import PreferenceConfig as PreferenceConfig
+    from fastalign.config.sft import SFTConfig as SFTConfig
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "AlignmentConfig": "fastalign.config.base",
+        "DistillationConfig": "fastalign.config.distillation",
+        "PreferenceConfig": "fastalign.config.preference",
+        "SFTConfig": "fastalign.config.sft",
+    },
+)

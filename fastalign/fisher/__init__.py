@@ -1,0 +1,17 @@
+"""The diagonal of the Fisher information of a model."""
+
+from typing import TYPE_CHECKING
+
+from fastalign.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fastalign.fisher.diagonal import fisher_diagonal as fisher_diagonal
+    from fastalign.fisher.storage import Fisher as Fisher
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Fisher": "fastalign.fisher.storage",
+        "fisher_diagonal": "fastalign.fisher.diagonal",
+    },
+)

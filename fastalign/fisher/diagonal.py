@@ -1,0 +1,324 @@
+"""The diagonal of the Fisher information: how much each parameter matters to what a model knows, for EWC to hold it.
+
+`fisher_diagonal` squares the gradient of every single sequence, but makes one ordinary backward pass over packed
+batches of them. Hooks on the layers see inputs and the gradients of outputs, and hand them to `accumulate_fisher_`,
+whose product takes the place of the weight's gradient and never leaves a sequence's gradient anywhere. The output layer
+has no logits to hook: its part is recomputed a tile of the vocabulary at a time. Where it shares its weight with the
+embedding, the two roles' gradients are added up before they are squared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from fastalign.data.files import load_rows
+from fastalign.data.packing import PackedBatch, lay_out
+from fastalign.data.tokenization import tokenize
+from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.fisher.eight_bit import ByteSums, add_products_, add_rows_
+from fastalign.fisher.output_layer import VOCAB_TILE, HeadFisher, add_sums, logits_tile
+from fastalign.fisher.storage import Fisher
+from fastalign.models.adapters import causal_lm
+from fastalign.models.head import Head, output_head
+from fastalign.models.scoring import prepare
+from fastalign.ops.linear_logprobs import linear_logprobs
+
+__all__ = ["Fisher", "fisher_diagonal"]
+
+ESTIMATORS = ("empirical", "sampled", "batch")
+PER = ("sequence", "token")
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data,
+    *,
+    tokenizer=None,
+    estimator: str = "empirical",
+    per: str = "sequence",
+    tokens_per_batch: int = 2048,
+    max_length: int | None = None,
+    bits: int = 32,
+    seed: int = 0,
+) -> Fisher:
+    """Mean squared gradient of the negative log-likelihood, for every parameter that requires a gradient.
+
+    model: a causal language model of transformers, or a PeftModel around one; computed in evaluation mode. Covered are
+        linear layers, embeddings, norms (LayerNorm, RMSNorm), their biases, LoRA factors, the output layer, and an
+        output layer tied to the embedding. ModelError names trainable parameters of other kinds: freeze them.
+    data: a file, list of dicts or Dataset with `prompt_ids` and `completion_ids`, or rows of any format of
+        `fastalign.data`, for which `tokenizer` (and `max_length`) is needed. Each completion with its prompt is one
+        sequence; its scored tokens' log-likelihoods are summed. DataError: nothing to score.
+    estimator: "empirical": gradients at the data's own tokens. "sampled": at tokens drawn (with `seed`) from the
+        model's own distribution, the data giving the contexts: unbiased for the Fisher information (Kunstner et al.
+        2019, arXiv:1905.12558). "batch": the squared gradient of a batch's mean, as much teaching code has it:
+        biased towards the mean gradient's square, and dependent on `tokens_per_batch`.
+    per: "sequence": gradients of sequences are squared. "token": each position's contribution to them is squared by
+        itself, without its effect through other positions (the "expand" setting of Eschenhagen et al. 2023,
+        arXiv:2311.00636); the mean is over scored tokens.
+    tokens_per_batch: packed at a time. Memory beside the accumulators is that of a backward pass over so many tokens.
+    bits: of an entry of the accumulators. 8: matrices take a quarter of the memory, and are rounded at random (with
+        `seed`) after each batch. Every entry stays right in the mean; its standard error is 3 % of it after the first
+        batch, and 18 % after many, whatever their number. Fewer, larger batches err less, and are rounded in less time.
+
+    Returns float32 tensors (float64 for a float64 model) by parameter name, as `named_parameters` has them.
+    """
+    if estimator not in ESTIMATORS or per not in PER:
+        raise ConfigError(
+            f"estimator is {estimator!r} and per is {per!r}; they must be one of {ESTIMATORS} and of {PER}"
+        )
+    if estimator == "batch" and per == "token":
+        raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
+    if bits not in (8, 32):
+        raise ConfigError(f"bits is {bits}; Fisher information is added up in 32 or 8")
+    rows = _tokenized(data, tokenizer, max_length)
+    layout = prepare(model)
+    fisher = Fisher(estimator=estimator, per=per)
+    backward = _Pass(model, fisher, bits, seed)
+    device = next(model.parameters()).device
+    with _recording(model, backward):
+        for examples in _batches(rows, 1 if layout == "padded" else tokens_per_batch):
+            pad_token_id = model.config.pad_token_id or 0
+            backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
+    if not fisher.samples:
+        raise DataError("No token of the data is scored, so there is no gradient: give rows with completions.")
+    for stored in fisher.stored.values():
+        stored.div_(fisher.samples)
+    return fisher
+
+
+def _tokenized(data, tokenizer, max_length: int | None):
+    rows = load_rows(data) if not isinstance(data, list) or not data or "completion_ids" not in data[0] else data
+    if not len(rows):
+        raise DataError("The data for the Fisher information holds no rows: it needs at least one.")
+    if "completion_ids" in rows[0]:
+        return rows
+    if tokenizer is None:
+        raise ConfigError(f"The rows hold {sorted(rows[0])}, not token ids: pass the model's tokenizer.")
+    return tokenize(rows, tokenizer, max_length=max_length)[0]
+
+
+def _batches(rows, tokens_per_batch: int) -> Iterator[list[dict]]:
+    """Sequences, one completion each, as many as fit the tokens."""
+    batch, tokens = [], 0
+    for row in rows:
+        masks = row.get("completion_mask") or [None] * len(row["completion_ids"])
+        for completion, mask in zip(row["completion_ids"], masks, strict=True):
+            length = len(row["prompt_ids"]) + len(completion)
+            if batch and tokens + length > tokens_per_batch:
+                yield batch
+                batch, tokens = [], 0
+            sequence = {"prompt_ids": row["prompt_ids"], "completion_ids": [completion]}
+            batch.append(sequence if mask is None else {**sequence, "completion_mask": [mask]})
+            tokens += length
+    if batch:
+        yield batch
+
+
+class _Pass:
+    """Backward passes over packed batches, and what their hooks need to know of the batch at hand."""
+
+    def __init__(self, model: nn.Module, fisher: Fisher, bits: int, seed: int):
+        self.model, self.fisher = model, fisher
+        self.estimator, self.per, self.sums = fisher.estimator, fisher.per, fisher.stored
+        self.base = causal_lm(model)
+        names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        if not names:
+            raise ModelError("No parameter of the model requires a gradient: set requires_grad on those to measure.")
+        device = next(model.parameters()).device
+        self.generator, rounding = (torch.Generator(device).manual_seed(seed + i) for i in range(2))
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                if bits == 8 and p.dim() == 2:
+                    self.sums[name] = ByteSums.zeros(p, wide, rounding)
+                else:
+                    self.sums[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
+        self.head = HeadFisher(self.base.get_output_embeddings(), names, self.sums)
+        self.layers = _layers(model, self.head.layer, names)
+        tied = id(self.base.get_input_embeddings().weight) == id(self.head.weight)
+        self.tied = self.base.get_input_embeddings() if tied else None
+        self.bounds, self.roles, self.calls, self.busy = None, None, Counter(), False
+
+    def run(self, batch: PackedBatch) -> None:
+        """Add the squared gradients of a batch's samples: sequences, tokens, or the batch as a whole."""
+        self.bounds = self._bounds(batch)
+        self.calls.clear()
+        hidden = self.model(packed=replace(batch, targets=None)).hidden  # (N, H); no logits: nothing is scored yet
+        leaf, head = hidden.detach().requires_grad_(), output_head(self.base).detach()
+        targets = self._sample(leaf.detach(), head) if self.estimator == "sampled" else batch.targets
+        logprobs = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
+        scored = batch.cu_seqlens.diff().gt(0).sum().item()
+        share = 1.0
+        if self.estimator == "batch":
+            share, count = 1 / max(scored, 1), 1 if scored else 0
+        else:
+            count = scored if self.per == "sequence" else targets.numel()
+        self.fisher.samples += count
+        (grad,) = torch.autograd.grad(logprobs.sum(), leaf)
+        self.roles = None
+        if hidden.requires_grad:
+            hidden.backward(grad.mul_(-share))
+        with torch.no_grad():
+            cu_seqlens = torch.searchsorted(batch.score_index, self.bounds)
+            self.head.add(leaf.detach(), targets, logprobs.detach(), head, cu_seqlens, share, self.roles)
+
+    def _bounds(self, batch: PackedBatch) -> Tensor:
+        """(S + 1,) int64 offsets of the samples into the batch's tokens."""
+        tokens, device = batch.input_ids.numel(), batch.input_ids.device
+        if self.estimator == "batch":
+            return torch.tensor([0, tokens], device=device)
+        if self.per == "token":
+            return torch.arange(tokens + 1, device=device)
+        if batch.layout is None:  # padded: one row at a time
+            return torch.tensor([0, tokens], device=device)
+        return torch.tensor([0, *(group.completions[-1][1] for group in batch.layout)], device=device)
+
+    def _sample(self, hidden: Tensor, head: Head) -> Tensor:
+        """A token for each hidden state, by the largest of logit + Gumbel noise, tile by tile."""
+        best = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        with torch.no_grad():
+            for start in range(0, head.weight.shape[0], VOCAB_TILE):
+                z, _ = logits_tile(hidden, head, slice(start, start + VOCAB_TILE))
+                noise = torch.empty_like(z).exponential_(generator=self.generator).log_().neg_()
+                value, index = (z + noise).max(1)
+                targets = torch.where(value > best, index + start, targets)
+                best = torch.maximum(best, value)
+        return targets
+
+    def watch(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """Forward hook of a layer: its part is added when the gradient of its output is there."""
+        if self.busy:
+            return output
+        self.calls[module] += 1
+        if self.calls[module] > 1:
+            raise ModelError(
+                f"The layer of {next(iter(self.layers[module].values()))} runs more than once a pass, and the "
+                "gradients of its uses would be squared apart: freeze its parameters."
+            )
+        if not output.requires_grad:  # everything below it is frozen: backward ends here
+            output = output.detach().requires_grad_()
+        x = inputs[0].detach()
+        output.register_hook(lambda grad: self._add(module, x, grad.detach()))
+        return output
+
+    @torch.no_grad()
+    def _add(self, module: nn.Module, x: Tensor, grad: Tensor) -> None:
+        names = self.layers[module]
+        fishers = {own: self.sums[name] for own, name in names.items()}
+        tokens = int(self.bounds[-1])
+        repeats = grad[..., 0].numel() // tokens  # heads of a norm over heads
+        if grad.shape[0] * (grad.shape[1] if grad.dim() > 2 else 1) != tokens:
+            raise ModelError(
+                f"The layer of {next(iter(names.values()))} sees {tuple(grad.shape)} for {tokens} tokens, so its "
+                "gradient cannot be told apart by sequence: freeze its parameters."
+            )
+        if isinstance(module, nn.Embedding):
+            self._add_embedding(module, fishers.get("weight"), x.reshape(-1), grad.reshape(tokens, -1))
+            return
+        bounds, g = self.bounds * repeats, grad.reshape(-1, grad.shape[-1])
+        if isinstance(module, (nn.Linear, Conv1D)):
+            x = x.reshape(-1, x.shape[-1])
+            if "weight" in fishers and isinstance(module, Conv1D):
+                add_products_(fishers["weight"], x, g, bounds)
+            elif "weight" in fishers:
+                add_products_(fishers["weight"], g, x, bounds)
+            if "bias" in fishers:
+                add_sums(fishers["bias"], g, bounds)
+            return
+        self.busy = True  # the layer is called again
+        try:
+            for name, values in _elementwise_gradients(module, fishers, x, grad).items():
+                add_sums(fishers[name], values.reshape(-1, values.shape[-1]), bounds)
+        finally:
+            self.busy = False
+
+    def _add_embedding(self, module: nn.Embedding, fisher: Tensor | ByteSums, ids: Tensor, grad: Tensor) -> None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.to(wide) * getattr(module, "scalar_embed_scale", 1.0)
+        if module.padding_idx is not None:  # its row gets no gradient
+            grad = grad.masked_fill((ids == module.padding_idx).unsqueeze(1), 0.0)
+        sample = torch.repeat_interleave(self.bounds.diff())
+        pairs, index = torch.unique(sample * module.num_embeddings + ids, return_inverse=True)
+        sums = grad.new_zeros(pairs.numel(), grad.shape[1]).index_add_(0, index, grad)  # one a (sample, token)
+        if module is self.tied:
+            self.roles = pairs // module.num_embeddings, pairs % module.num_embeddings, sums
+        else:
+            add_rows_(fisher, pairs % module.num_embeddings, sums.square_())
+
+
+def _elementwise_gradients(module: nn.Module, wanted, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Gradients in a norm's weight and bias of each token by itself, (..., n)."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        normalize = nn.functional.layer_norm if isinstance(module, nn.LayerNorm) else nn.functional.rms_norm
+        options = {"eps": module.eps}
+        out = {"weight": grad * normalize(x, module.normalized_shape, **options), "bias": grad}
+        return {name: out[name] for name in wanted}
+    # Norms of transformers compute `f(weight) * normalised(x)` each in their own way: give each token its own weight.
+    leaves = {name: getattr(module, name).detach().expand(x.shape).requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        out = functional_call(module, leaves, (x,))
+        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+
+def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "scalar_embed_scale")
+        return plain and module.max_norm is None and not module.scale_grad_by_freq
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return module.weight.is_floating_point()
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    parameters = list(module.parameters(recurse=False))
+    takes_one = len(inspect.signature(type(module).forward).parameters) == 2  # self and the hidden states
+    return type(module).__name__.endswith("Norm") and takes_one and all(p.dim() == 1 for p in parameters)
+
+
+def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict[nn.Module, dict[str, str]]:
+    """Modules to be watched -> {their parameter: its name in the model}; ModelError for what is not understood."""
+    inside_head, layers, unknown = set(head.modules()), {}, []
+    for module in model.modules():
+        own = {n: names[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in names}
+        if not own or module in inside_head:
+            continue
+        layers[module] = own
+        if not _is_known(module):
+            unknown += own.values()
+    if unknown:
+        raise ModelError(
+            f"How to take the Fisher information of {len(unknown)} parameters ({unknown[0]}, ...) is not known, only "
+            "of linear layers, embeddings, norms and LoRA on linear layers: freeze them with requires_grad_(False)."
+        )
+    shared = [name for name, n in Counter(name for own in layers.values() for name in own.values()).items() if n > 1]
+    if shared:
+        raise ModelError(
+            f"{shared[0]} is shared by several layers, whose gradients would be squared apart; only an output layer "
+            "may share the embedding's: freeze it with requires_grad_(False)."
+        )
+    return layers
+
+
+@contextmanager
+def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
+    """Hooks in place, in evaluation mode; no weight takes a gradient, since the hooks' product stands for it."""
+    training, frozen = model.training, [p for p in model.parameters() if p.requires_grad]
+    hooks = [module.register_forward_hook(backward.watch) for module in backward.layers]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in frozen:
+            p.requires_grad_()
+        model.train(training)

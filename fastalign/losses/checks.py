@@ -1,0 +1,49 @@
+"""What every loss over log-probabilities checks, and the two functions that most of them are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign.errors import InputError
+
+
+def check_logprobs(beta: float, label_smoothing: float = 0.0, /, **logprobs: Tensor) -> None:
+    """Raise InputError unless the named tensors are alike, beta is above 0 and label smoothing is in [0, 0.5)."""
+    first_name, first = next(iter(logprobs.items()))
+    for name, tensor in logprobs.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{name} is {describe(tensor)}; expected one log-probability per sequence, a (B,) tensor of float32 "
+                "or float64: sum the token log-probabilities of each sequence, in float32."
+            )
+        if (tensor.shape, tensor.dtype, tensor.device) != (first.shape, first.dtype, first.device):
+            raise InputError(
+                f"{name} is {describe(tensor)} but {first_name} is {describe(first)}; expected the same shape, dtype "
+                "and device: pass one entry per pair in each."
+            )
+    if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
+        raise InputError(f"beta is {beta!r}; expected a finite number above 0: 0.1 is the usual start.")
+    if not 0 <= label_smoothing < 0.5:
+        raise InputError(
+            f"label_smoothing is {label_smoothing!r}; expected a probability in [0, 0.5): where half the labels or "
+            "more are flipped, swap chosen and rejected."
+        )
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} tensor on {value.device}"
+    return f"a {type(value).__name__}"
+
+
+def logistic(x: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+
+
+def sigmoid_loss(x: Tensor) -> Tensor:
+    # torch.sigmoid rounds to 1 above x = 17 in float32 and its gradient s(1 - s) to 0; this gradient stays accurate.
+    return F.logsigmoid(x).exp()

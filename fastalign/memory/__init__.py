@@ -1,0 +1,17 @@
+"""Memory that a training step needs, predicted and measured."""
+
+from typing import TYPE_CHECKING
+
+from fastalign.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fastalign.memory.measure import peak_bytes as peak_bytes
+    from fastalign.memory.measure import predict as predict
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "peak_bytes": "fastalign.memory.measure",
+        "predict": "fastalign.memory.measure",
+    },
+)

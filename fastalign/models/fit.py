@@ -1,0 +1,28 @@
+"""Whether a tokenised data set fits a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from fastalign.errors import DataError, ModelError
+
+
+def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+    """ModelError or DataError unless the model knows every token and has a position for the longest row."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
+    if largest >= vocab:
+        raise ModelError(
+            f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
+            "call model.resize_token_embeddings(len(tokenizer))."
+        )
+    longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
+    if longest > positions:
+        raise DataError(
+            f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
+            f"max_length={positions} with on_truncate='drop' or 'keep_end'."
+        )

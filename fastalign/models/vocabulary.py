@@ -1,0 +1,29 @@
+"""Whether two tokenizers give every token the same number."""
+
+from __future__ import annotations
+
+import hashlib
+
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.errors import ModelError
+
+
+def check_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str] = ("student", "teacher")
+) -> None:
+    """ModelError unless both tokenizers give every token the same number."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differ = [token for token in ours if ours[token] != theirs.get(token)] or [t for t in theirs if t not in ours]
+    token = differ[0]
+    raise ModelError(
+        f"The {names[0]} and the {names[1]} have different tokenizers: {len(differ):,} of {len(ours):,} tokens differ "
+        f"({token!r} is {ours.get(token, 'unknown')} to the {names[0]} and {theirs.get(token, 'unknown')} to the "
+        f"{names[1]}). Use models that share one."
+    )
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=16).hexdigest()

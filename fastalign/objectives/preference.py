@@ -1,0 +1,77 @@
+"""The objective of losses over pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign.config.preference import PreferenceConfig
+from fastalign.data.batch import Batch
+from fastalign.losses import implicit_rewards, pairwise_loss
+from fastalign.objectives.base import Metrics, Totals, mean_of
+from fastalign.ops import segment_sum
+
+
+class PreferenceObjective:
+    """A loss over pairs, or a weighted mixture, plus the chosen completions' NLL where it is asked for."""
+
+    def __init__(self, config: PreferenceConfig):
+        self.config = config
+        self.needs_reference = config.needs_reference
+
+    def totals(self, batch: Batch) -> Totals:
+        bounds = batch.packed.cu_seqlens
+        lengths = bounds.diff()
+        tokens = lengths[0::2].sum() + batch.prompt_tokens
+        return Totals(lengths.new_tensor(lengths.numel() // 2), tokens, bounds[-1])
+
+    def weight(self, totals: Totals) -> Tensor:
+        return totals.items
+
+    def __call__(
+        self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: Batch, totals: Totals
+    ) -> tuple[Tensor, Metrics]:
+        config, bounds = self.config, batch.packed.cu_seqlens
+        scored = logprobs.shape[0] - batch.prompt_tokens
+        sums, lengths = segment_sum(logprobs[:scored], bounds), bounds.diff()
+        chosen, rejected = sums[0::2], sums[1::2]
+        references = (None, None)
+        if ref_logprobs is not None:
+            ref_sums = segment_sum(ref_logprobs, bounds)
+            references = ref_sums[0::2], ref_sums[1::2]
+        loss = 0.0
+        if config.pairwise:
+            losses = pairwise_loss(
+                list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,
+                lengths_chosen=lengths[0::2], lengths_rejected=lengths[1::2], options=config.loss_options,
+            )  # fmt: skip
+            loss = losses.sum() / totals.items
+        metrics = self._metrics(chosen, rejected, references, batch)
+        nll = -(chosen.sum() + logprobs[scored:].sum())
+        if config.nll_coefficient:
+            loss = loss + config.nll_coefficient * nll / totals.tokens
+        metrics["nll_loss"] = (nll.detach(), self.totals(batch).tokens)
+        return loss, metrics
+
+    def _metrics(self, chosen: Tensor, rejected: Tensor, references: tuple, batch: Batch) -> Metrics:
+        zero = torch.zeros_like(chosen)
+        ref_chosen, ref_rejected = references if references[0] is not None else (zero, zero)
+        beta, lengths = self.config.reward_beta, batch.packed.completion_lengths
+        rewards = (
+            implicit_rewards(chosen.detach(), ref_chosen, beta),
+            implicit_rewards(rejected.detach(), ref_rejected, beta),
+        )
+        margins = rewards[0] - rewards[1]
+        scored = batch.packed.cu_seqlens.diff().clamp(min=1)
+        per_token = chosen / scored[0::2] - rejected / scored[1::2]
+        return {
+            "rewards/chosen": mean_of(rewards[0]),
+            "rewards/rejected": mean_of(rewards[1]),
+            "rewards/margins": mean_of(margins),
+            "rewards/accuracies": mean_of((margins > 0).float()),
+            "logps/chosen": mean_of(chosen),
+            "logps/rejected": mean_of(rejected),
+            "logps/accuracies": mean_of((per_token > 0).float()),
+            "lengths/chosen": mean_of(lengths[0::2]),
+            "lengths/rejected": mean_of(lengths[1::2]),
+        }

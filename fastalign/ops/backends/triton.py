@@ -1,0 +1,102 @@
+"""The Triton kernels (kernels/) seen from the ops: whether they can run, and which stand in where.
+
+Triton is imported when a kernel is first asked for, never with fastalign. With TRITON_INTERPRET=1 in the environment
+before that, kernels are interpreted on the CPU: slow, and what the tests check them with.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.head import divergence_tiles
+from fastalign.ops.head.epilogue import Epilogue, Stats, pick_rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA, or pip install triton"
+    from fastalign.kernels.linear_logprobs import DEVICE as device
+
+    given = [t for t in tensors if t is not None]
+    for t in given:
+        if t.device.type != device:
+            how = "" if device == "cpu" else "; TRITON_INTERPRET=1 in the environment interprets them on the CPU"
+            return f"a tensor lies on {t.device}, and the kernels run on {device}{how}"
+        if t.is_floating_point() and t.dtype not in DTYPES:
+            return f"a tensor is {t.dtype}; it takes float32, bfloat16 and float16"
+    devices = {t.device for t in given}
+    if len(devices) > 1:
+        return f"tensors lie on {sorted(map(str, devices))}; move them to one device"
+    return None
+
+
+def epilogue() -> Epilogue:
+    """What `tiles.forward` and `tiles.backward` of `linear_logprobs` run between their products."""
+    from fastalign.kernels import linear_logprobs as kernels
+
+    def finish(weight, targets, head, sums, **options) -> tuple[Tensor, Tensor, Stats]:
+        picked = pick_rows(weight, targets) if options.get("a") is not None else (weight, targets)
+        logprobs, entropies, stats = kernels.finish(*picked, head, sums, **options)
+        return logprobs, entropies, Stats(sums.shift, sums.others, *stats.unbind(0))
+
+    return Epilogue(kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
+
+
+def divergence_epilogue() -> divergence_tiles.Epilogue:
+    """The same of `linear_divergence`."""
+    from fastalign.kernels import linear_divergence as kernels
+
+    return divergence_tiles.Epilogue(kernels.normalise, kernels.terms, kernels.gradient)
+
+
+def selective_logprobs(*args) -> tuple[Tensor, Tensor]:
+    from fastalign.kernels import selective_logprobs as kernels
+
+    return kernels.selective_logprobs(*args)
+
+
+def selective_logprobs_backward(*args, **options) -> Tensor:
+    from fastalign.kernels import selective_logprobs as kernels
+
+    return kernels.selective_logprobs_backward(*args, **options)
+
+
+def preference_loss(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastalign.kernels import preference_loss as kernels
+
+    with torch.cuda.device_of(args[0]):
+        return kernels.preference_loss(*args)
+
+
+def preference_loss_backward(grad_losses, grad_sums, coefficients, *args) -> Tensor:
+    from fastalign.kernels import preference_loss as kernels
+
+    with torch.cuda.device_of(coefficients):
+        return kernels.preference_loss_backward(grad_losses, grad_sums, coefficients, *args)
+
+
+def accumulate_fisher(fisher: Tensor, *args) -> None:
+    from fastalign.kernels import accumulate_fisher as kernels
+
+    with torch.cuda.device_of(fisher):
+        kernels.accumulate_fisher(fisher, *args)
+
+
+def ewc_penalty(parameters, *args) -> Tensor:
+    from fastalign.kernels import ewc as kernels
+
+    with torch.cuda.device_of(parameters[0]):
+        return kernels.ewc_penalty(list(parameters), *args)
+
+
+def add_squares_(fishers, grads) -> None:
+    from fastalign.kernels import ewc as kernels
+
+    with torch.cuda.device_of(fishers[0]):
+        kernels.add_squares_(fishers, grads)

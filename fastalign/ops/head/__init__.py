@@ -1,0 +1,1 @@
+"""What the ops over an output layer share: options, checks, scored rows, tiles of the vocabulary."""

@@ -1,0 +1,21 @@
+"""The trainers, one file per method."""
+
+from typing import TYPE_CHECKING
+
+from fastalign.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fastalign.training.distillation import DistillationTrainer as DistillationTrainer
+    from fastalign.training.preference import PreferenceTrainer as PreferenceTrainer
+    from fastalign.training.sft import SFTTrainer as SFTTrainer
+    from fastalign.training.trainer import AlignmentTrainer as AlignmentTrainer
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "AlignmentTrainer": "fastalign.training.trainer",
+        "DistillationTrainer": "fastalign.training.distillation",
+        "PreferenceTrainer": "fastalign.training.preference",
+        "SFTTrainer": "fastalign.training.sft",
+    },
+)

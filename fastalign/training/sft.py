@@ -1,0 +1,23 @@
+"""The trainer of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from fastalign.config.sft import SFTConfig
+from fastalign.errors import DataError
+from fastalign.objectives.sft import SFTObjective
+from fastalign.training.trainer import AlignmentTrainer
+
+
+class SFTTrainer(AlignmentTrainer):
+    """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`."""
+
+    def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,
+                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
+            objective=lambda _: SFTObjective(), **trainer_options,
+        )  # fmt: skip
+
+    def _check_rows(self, dataset, found: str) -> None:
+        if len(dataset[0]["completion_ids"]) != 1:
+            raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")

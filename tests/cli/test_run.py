@@ -1,0 +1,123 @@
+"""Runs by `fastalign.cli.run.run`: the ways they differ from the one in test_cli.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+
+from fastalign.cli.run import RunOptions, quartiles, run
+from fastalign.config.preference import PreferenceConfig
+from fastalign.config.sft import SFTConfig
+from fastalign.errors import ConfigError
+from fastalign.evaluation.answers import Answers
+from fastalign.files import append_metrics
+
+
+@pytest.fixture
+def options(tmp_path, pairs, model_dir):
+    """Options of a run over pairs, or over rows given, with files in place."""
+
+    def options(rows=pairs, **over):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return RunOptions(**{"model": str(model_dir), "train": str(tmp_path / "rows.jsonl"), **over})
+
+    return options
+
+
+@pytest.fixture
+def config(tmp_path):
+    def config(kind=PreferenceConfig, **over):
+        cache = {"ref_cache_dir": str(tmp_path / "cache")} if kind is PreferenceConfig else {}
+        defaults = {
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "max_steps": 1,
+            "save_strategy": "no", "logging_steps": 1,
+        }  # fmt: skip
+        return kind(**{**defaults, **cache, **over})
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"model": None}, "model is missing"),
+        ({"train": ""}, "train is missing"),
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"samples": -2}, "samples -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_options_are_checked(options, over, said):
+    with pytest.raises(ConfigError, match=said):
+        options(**over)
+
+
+def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pairs):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    folder = run(options(rows, lora_rank=0), config(SFTConfig, learning_rate=1e-3))
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept["lora_rank"] == 0 and kept["learning_rate"] == 1e-3
+    model = tf.AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert isinstance(model, tf.LlamaForCausalLM)
+    assert tf.AutoTokenizer.from_pretrained(folder / "model").chat_template
+    assert (folder / "samples.jsonl").exists() is False  # no held-out rows, nothing to answer
+    assert "learning_rate" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("targets", "layers"), [("q_proj", {"q_proj"}), ("q_proj, up_proj", {"q_proj", "up_proj"})])
+def test_adapters_are_where_they_were_asked_for(options, config, targets, layers):
+    folder = run(options(lora_targets=targets, lora_rank=2, lora_alpha=6), config())
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == layers
+    assert (adapter["r"], adapter["lora_alpha"]) == (2, 6)
+
+
+def test_chat_rows_are_shown_by_their_question(options, config, tmp_path):
+    def row(question, i):
+        return {
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "Well" * (i + 1)}],
+        }
+
+    rows = [row("Is it?", 0), row("Is it?", 1), row("Was it?", 2)]
+    made = options(rows, eval=str(tmp_path / "rows.jsonl"), samples=5, max_new_tokens=3)
+    folder = run(made, config(num_train_epochs=1))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["Is it?", "Was it?"]  # each question once
+
+
+def test_run_goes_on_from_a_checkpoint(options, config, tmp_path):
+    def steps(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    whole = run(options(), config(output_dir=str(tmp_path / "whole"), max_steps=2, lr_scheduler_type="constant"))
+    saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    folder = run(options(), config(**saving))
+    append_metrics(folder / "metrics.jsonl", {"step": 1, "note": "kept"})
+    run(options(), config(max_steps=2, resume_from_checkpoint=str(folder / "checkpoint-1"), **saving))
+    assert steps(folder) == steps(whole)
+    assert len(steps(folder)) == 2
+    assert '"kept"' in (folder / "metrics.jsonl").read_text()  # it did not begin again
+    with pytest.raises(ConfigError, match="no folder"):
+        run(options(), config(resume_from_checkpoint=str(folder / "checkpoint-9")))
+
+
+def test_same_seed_same_run(options, config, tmp_path):
+    weights = []
+    for name in ("a", "b"):
+        torch.manual_seed(len(weights))  # whatever was drawn before
+        folder = run(options(lora_rank=2), config(output_dir=str(tmp_path / name), seed=7, max_steps=2))
+        weights.append((folder / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_shown_answers_are_the_quartiles_of_the_change_in_length():
+    old = Answers(["a"] * 5, [100, 100, 100, 100, 100], [True] * 5)
+    new = Answers(["b"] * 5, [90, 10, 100, 50, 70], [True] * 5)
+    assert quartiles(old, new) == [3, 4, 0]  # changes -50, -30, -10 of -90, -50, -30, -10, 0
+    assert quartiles(Answers(["a"], [5], [True]), Answers(["b"], [5], [True])) == [0]
