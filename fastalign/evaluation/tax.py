@@ -28,6 +28,7 @@ from fastalign.errors import DataError, ModelError
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head, token_divergence
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
+from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import Scores, prepare
 from fastalign.models.vocabulary import check_vocabulary
 
@@ -90,12 +91,9 @@ def asks(model: nn.Module, weights=nullcontext) -> Ask:
     """How a prepared model is asked; weights: makes the context in which it is, `model.disable_adapter`, say."""
 
     def ask(packed: PackedBatch) -> tuple[Scores, Head]:
-        training, _ = model.training, model.eval()
-        with weights():
+        with evaluation_mode(model), weights():
             scores = model(packed=packed, entropy=True, keep_hidden=True)
-            head = output_head(causal_lm(model)).detach()
-        model.train(training)
-        return scores, head
+            return scores, output_head(causal_lm(model)).detach()
 
     return ask
 

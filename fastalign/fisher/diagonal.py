@@ -29,6 +29,7 @@ from fastalign.fisher.output_layer import VOCAB_TILE, HeadFisher, add_sums, logi
 from fastalign.fisher.storage import Fisher
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
+from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import prepare
 from fastalign.ops.linear_logprobs import linear_logprobs
 
@@ -311,14 +312,14 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
 @contextmanager
 def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
     """Hooks in place, in evaluation mode; no weight takes a gradient, since the hooks' product stands for it."""
-    training, frozen = model.training, [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if p.requires_grad]
     hooks = [module.register_forward_hook(backward.watch) for module in backward.layers]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
         for p in frozen:
             p.requires_grad_()
-        model.train(training)

@@ -12,6 +12,7 @@ from fastalign.data.packing import PackedBatch, pack, pad
 from fastalign.errors import ModelError
 from fastalign.models.attention import NAME, logger, packed_attention
 from fastalign.models.linear import has_native_matmul
+from fastalign.models.modes import evaluation_mode
 
 
 def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
@@ -31,13 +32,8 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
         ModelError: not a transformers model, an encoder-decoder, not causal, or an adapter that adds virtual tokens.
     """
     base = _base_model(model)
-    modes = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
+    with evaluation_mode(base):
         layout, reason = _find_layout(base)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if layout != "shared":
         how = "packed without sharing" if layout == "packed" else "padded"
         logger.warning("%s cannot share prompts (%s): batches will be %s.", type(base).__name__, reason, how)

@@ -22,6 +22,7 @@ from fastalign.models.attention import packed_attention
 from fastalign.models.head import output_head
 from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
+from fastalign.models.modes import evaluation_mode
 from fastalign.models.norms import speed_up_body
 from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
@@ -76,16 +77,13 @@ def _check_head(model: PreTrainedModel, layout: str) -> None:
     vocab = model.get_input_embeddings().weight.shape[0]
     example = {"prompt_ids": [vocab // 3], "completion_ids": [[vocab // 3 + 1, vocab // 2, vocab // 5]]}
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
-    training, _ = model.training, model.eval()
-    try:
+    with evaluation_mode(model):
         # Models scale or cap between body and logits in ways of their own: compare the logits, not the code.
         hidden = model(packed=batch, keep_hidden=True).hidden
         head = output_head(model)
         ours = linear_logits(hidden, head.weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)
-    finally:
-        model.train(training)
     error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
     limit = torch.finfo(hidden.dtype).eps ** 0.5 * max(1.0, theirs.abs().max().item())
     if not error <= limit:

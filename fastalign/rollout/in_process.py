@@ -9,6 +9,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastalign.models.modes import evaluation_mode
+
 
 @torch.no_grad()
 def generate(
@@ -24,26 +26,25 @@ def generate(
     """Tokens of an answer to each tokenised prompt, up to and with EOS; greedy, or drawn at a temperature.
 
     Prompts of like length share a batch, padded on the left. label: of a progress bar; None shows none. The model is
-    put in eval mode and back.
+    in evaluation mode meanwhile.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[]] * len(prompts)
     stop, device = tokenizer.eos_token_id, next(model.parameters()).device
     fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    training, _ = model.training, model.eval()
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):
-        rows = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in rows)
-        padding = [width - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=temperature is not None,
-            max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stop, temperature=temperature, top_p=None,
-            top_k=None if temperature is None else 0,
-        )[:, width:].tolist()  # fmt: skip
-        for i, tokens in zip(rows, out, strict=True):
-            answers[i] = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
-    model.train(training)
+    with evaluation_mode(model):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):
+            rows = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            padding = [width - len(prompts[i]) for i in rows]
+            ids = torch.tensor([[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)])
+            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+            out = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=temperature is not None,
+                max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stop, temperature=temperature,
+                top_p=None, top_k=None if temperature is None else 0,
+            )[:, width:].tolist()  # fmt: skip
+            for i, tokens in zip(rows, out, strict=True):
+                answers[i] = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
     return answers

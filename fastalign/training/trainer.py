@@ -32,6 +32,7 @@ from fastalign.models.fit import check_fit
 from fastalign.models.head import output_head, token_divergence
 from fastalign.models.linear import keep_few_primitives
 from fastalign.models.loading import load_model, load_tokenizer
+from fastalign.models.modes import evaluation_mode
 from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights, fingerprint
@@ -169,10 +170,9 @@ class AlignmentTrainer(Trainer):
     def _score(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
         packed = lay_out(rows, self.layout, self.data_collator.pad_token_id)
         packed = pad_to_multiple(packed, self.data_collator.multiple)
-        training, _ = self.model.training, self.model.eval()
-        with self.accelerator.autocast():  # it wraps the model's forward only once training starts
+        # Autocast wraps the model's forward only once training starts.
+        with evaluation_mode(self.model), self.accelerator.autocast():
             scores = self.model(packed=packed.to(self.args.device))
-        self.model.train(training)
         return packed, scores.logprobs
 
     def keep_start(self) -> ReferenceWeights:
@@ -185,12 +185,9 @@ class AlignmentTrainer(Trainer):
     @torch.no_grad()
     def _under(self, model: nn.Module, packed: PackedBatch, weights: ReferenceWeights | None):
         """Scores and output layer under other weights, by a forward pass over the same batch, without dropout."""
-        training, _ = model.training, model.eval()
-        with weights.in_place() if weights else nullcontext():
+        with evaluation_mode(model), weights.in_place() if weights else nullcontext():
             scores = model(packed=packed, keep_hidden=True)
-            head = output_head(causal_lm(model)).detach()
-        model.train(training)
-        return scores, head
+            return scores, output_head(causal_lm(model)).detach()
 
     def _reference_logprobs(self, batch: Batch, logprobs: Tensor, under: Callable) -> Tensor | None:
         if not self.objective.needs_reference:
