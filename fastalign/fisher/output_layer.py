@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.fisher.eight_bit import ByteSums, add_products_, add_rows_
+from fastalign.models.adapters import unwrap_layer
 from fastalign.models.head import Head
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 
@@ -23,15 +24,11 @@ class HeadFisher:
 
     def __init__(self, layer: nn.Module, names: Mapping[int, str], fisher: Mapping[str, Tensor | ByteSums]):
         self.layer = layer
-        if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole layer
-            layer = layer.modules_to_save[layer.active_adapters[0]]
+        layer, adapters = unwrap_layer(layer)
         self.adapters = []
-        if hasattr(layer, "base_layer"):
-            for name in layer.active_adapters:
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                found = [fisher.get(names.get(id(p))) for p in (a, b)]
-                self.adapters.append((a.detach(), b.detach(), layer.scaling[name], *found))
-            layer = layer.base_layer
+        for lora in adapters:
+            found = [fisher.get(names.get(id(p))) for p in (lora.a, lora.b)]
+            self.adapters.append((lora.a.detach(), lora.b.detach(), lora.scaling, *found))
         self.weight = layer.weight
         self.weight_fisher = fisher.get(names.get(id(layer.weight)))
         self.bias_fisher = fisher.get(names.get(id(getattr(layer, "bias", None))))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fastalign.data.packing import PackedBatch, pack, pad
 from fastalign.errors import ModelError
+from fastalign.models.adapters import causal_lm, check_packable
 from fastalign.models.attention import NAME, logger, packed_attention
 from fastalign.models.linear import has_native_matmul
 from fastalign.models.modes import evaluation_mode
@@ -59,18 +60,13 @@ def _find_layout(base: PreTrainedModel) -> tuple[Literal["shared", "packed", "pa
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:
-    if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"The adapter type {model.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
-                "which packed batches have no place for: use LoRA."
-            )
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"Expected a transformers PreTrainedModel or a PeftModel, got {type(model).__name__}.")
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder: only causal language models are supported.")
-    return model
+    check_packable(model)
+    base = causal_lm(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ModelError(f"Expected a transformers PreTrainedModel or a PeftModel, got {type(base).__name__}.")
+    if base.config.is_encoder_decoder:
+        raise ModelError(f"{type(base).__name__} is an encoder-decoder: only causal language models are supported.")
+    return base
 
 
 # Two groups of (prompt, completions); tokens count from the middle of the vocabulary, away from special tokens.

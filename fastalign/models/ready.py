@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import has_adapter, is_adapter_name
 from fastalign.models.loading import logger
 
 
@@ -16,7 +17,7 @@ def check_trainable(model: nn.Module) -> None:
     if not trainable:
         raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
     low = [name for name, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
-    if low and hasattr(model, "peft_config"):
+    if low and has_adapter(model):
         for _, parameter in trainable:
             parameter.data = parameter.data.float()
     elif low:
@@ -41,7 +42,7 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 def disable_dropout(model: nn.Module) -> None:
     """Turns every dropout off but those of adapters."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+        if isinstance(module, nn.Dropout) and not is_adapter_name(name):
             module.p = 0.0
         for attribute in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, attribute, None), float):

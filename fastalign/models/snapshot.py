@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.data.keys import KEY_BYTES
+from fastalign.models.adapters import adapter_settings, changes_nothing, is_adapter_name, plain_name
 
 _FORMAT = "1"  # part of every key: a change of what is stored makes old files unread
 
@@ -46,22 +47,18 @@ def fingerprint(model: nn.Module, precision: str = "") -> str:
     Fresh LoRA adapters (B = 0) change nothing and are left out: their random A differs from run to run.
     """
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    lora = {name: value for name, value in state.items() if "lora_" in name}
-    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
-    scales = [(sorted(layer.scaling.items()), layer.active_adapters, layer.disable_adapters) for layer in layers]
-    # An adapter on embeddings starts with A = 0 instead: rare enough to be hashed as it is.
-    if not any("lora_embedding" in name or ("lora_B" in name and value.any()) for name, value in lora.items()):
-        state = {name: value for name, value in state.items() if name not in lora}
-        scales = []
+    settings = adapter_settings(model)
+    if changes_nothing(state):
+        state = {name: value for name, value in state.items() if not is_adapter_name(name)}
+        settings = []
     config = model.config.to_dict()
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(name, None)
-    heading = f"{_FORMAT} {precision} {sorted(config.items(), key=str)} {scales}"
+    heading = f"{_FORMAT} {precision} {sorted(config.items(), key=str)} {settings}"
     digest = hashlib.blake2b(heading.encode(), digest_size=KEY_BYTES)
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
-        # the same model with and without an adapter around it has the same names
-        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
-        digest.update(f"{plain} {value.dtype} {tuple(value.shape)}".encode())
+        # By plain names, so that a model has one fingerprint with and without a new adapter around it.
+        digest.update(f"{plain_name(name)} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
