@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Lora(NamedTuple):
-    """One LoRA adapter on a layer, which then computes with `weight + scaling * b a` (Hu et al. 2021, arXiv:2106.09685)."""
+    """One LoRA adapter on a layer. The layer computes with `weight + scaling * b a`.
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685.
+    """
 
     name: str
     base: Any  # the layer that the adapter is on
@@ -73,7 +77,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
 
 
 def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "all-linear") -> LoraConfig:
-    """peft's configuration of a LoRA adapter for a causal language model.
+    """The configuration of a LoRA adapter for a causal language model, as peft takes it.
 
     Args:
         rank: r of the factors (r, in) and (out, r).
@@ -158,7 +162,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Lora]]:
 def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
     """The layer inside what peft wrapped around it, and the adapters that add to its output now.
 
-    The list is empty where adapters are disabled, or merged into the layer's weight.
+    Args:
+        layer: the output layer of a model.
+
+    Returns:
+        The plain layer, and its adapters. The list is empty where they are disabled, or merged into the weight.
 
     Raises:
         ModelError: the layer has an adapter of another kind than LoRA, whose effect on the weight is not known here.

@@ -13,8 +13,8 @@ as autocast does.
 - CPU without them: 16-bit products would be several times slower than float32 ones. Operands are widened to float32.
 - float32 on an AMD CPU with AVX-512: oneDNN's product. torch multiplies float32 with MKL, which does not use AVX-512 on
   AMD processors, where oneDNN is twice as fast.
-- GPU, 16 bits: `x W'` is added onto `(x A') (s B)'`. This copies no weight and takes half as many kernel launches, which
-  small models wait for.
+- GPU, 16 bits: `x W'` is added onto `(x A') (s B)'`. This copies no weight and takes half as many kernel launches, on
+  which small models wait.
 """
 
 from __future__ import annotations

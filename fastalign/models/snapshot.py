@@ -1,4 +1,4 @@
-"""The weights of a model at one moment: a copy of what is trained, and a fingerprint of everything."""
+"""A model's weights at one moment: a copy of those that are trained, and a fingerprint of all of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from fastalign.data.keys import KEY_BYTES
 from fastalign.models.adapters import adapter_settings, changes_nothing, is_adapter_name, plain_name
 
-_FORMAT = "1"  # part of every key: a change of what is stored makes old files unread
+_FORMAT = "1"  # Part of every fingerprint. Raise it when the content of cached files changes: old ones are not read.
 
 
 class ReferenceWeights:
-    """A copy of a model's trainable weights, to be put in place while the reference is asked."""
+    """A copy of a model's trainable weights, to compute with while they train on. Frozen weights are not copied.
+
+    Attributes:
+        parameters: the model's trainable parameters.
+        values: the copies, in the same order.
+    """
 
     def __init__(self, model: nn.Module):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -24,7 +29,10 @@ class ReferenceWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model computes with the reference's weights inside; use it under `torch.no_grad`."""
+        """A context in which the model computes with the copied weights. Use it under `torch.no_grad`.
+
+        Model and copy exchange their storage, so nothing is copied, and they exchange it back after an error as well.
+        """
         self._swap()
         try:
             yield
@@ -36,15 +44,27 @@ class ReferenceWeights:
             parameter.data, self.values[i] = self.values[i], parameter.data
 
     def move_towards_model(self, share: float) -> None:
-        """`reference = share * model + (1 - share) * reference` (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+        """Sets `reference = share * model + (1 - share) * reference`.
+
+        References:
+            TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656.
+        """
         for parameter, value in zip(self.parameters, self.values, strict=True):
             value.lerp_(parameter.data, share)
 
 
 def fingerprint(model: nn.Module, precision: str = "") -> str:
-    """A hash of everything that the model computes with: configuration, weights, and the precision of its products.
+    """A hash of everything that decides the model's outputs: configuration, weights, and the precision of products.
 
-    Fresh LoRA adapters (B = 0) change nothing and are left out: their random A differs from run to run.
+    New LoRA adapters (B = 0) change no output and are left out: their random A differs from run to run. So a model has
+    the same fingerprint with and without a new adapter.
+
+    Args:
+        model: a transformers model or a PeftModel around one.
+        precision: what products are rounded to, for example autocast's dtype. It becomes part of the hash.
+
+    Returns:
+        A hexadecimal string.
     """
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     settings = adapter_settings(model)

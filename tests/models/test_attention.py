@@ -17,7 +17,7 @@ from fastalign import reference
 from fastalign.data.packing import pack, pad
 from fastalign.errors import ModelError
 from fastalign.models import attention
-from fastalign.models.attention import NAME, Options, PackedMask, explicit_attention, packed_attention
+from fastalign.models.attention import NAME, AttentionOptions, PackedMask, explicit_attention, packed_attention
 from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
 from fastalign.models.loading import load_model
@@ -257,7 +257,7 @@ def test_autocast_decides_in_what_attention_is_computed():
     layout = pack(make_examples()).layout
     packed = PackedMask(layout, None)
     query, key, value = (torch.randn(1, heads, packed.length, 8) for heads in (4, 2, 2))
-    options = Options(0.0, 0.3, None, None)
+    options = AttentionOptions(0.0, 0.3, None, None)
     with torch.autocast("cpu", torch.bfloat16):
         out = attention._packed_attention(query, key, value, packed, options)
     halves = (t.bfloat16() for t in (query, key, value))
@@ -346,7 +346,7 @@ def test_attention_dropout_is_respected():
     model.train()
     assert not torch.equal(run(), run())
     # Dropped probabilities are scaled up: with values of one, rows sum to multiples of 1 / (1 - p) parts.
-    kept = explicit_attention(query, key, value, None, Options(0.5, 1.0, 5.0, None))[0, :, 0, 0]
+    kept = explicit_attention(query, key, value, None, AttentionOptions(0.5, 1.0, 5.0, None))[0, :, 0, 0]
     assert set(kept.tolist()) <= {0.0, 2.0}
 
 
