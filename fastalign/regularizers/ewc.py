@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,48 +15,77 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.storage import Fisher
 from fastalign.models.adapters import Lora, lora_layers, plain_name
 from fastalign.ops.ewc import ewc_penalty, lora_ewc_penalty
+from fastalign.options import help_field
 from fastalign.regularizers.base import Term, check_positive, once_a_step
 
 
 @dataclass
 class EWC:
-    """`strength / 2 * sum F (theta - theta_start)^2` over what is trained, adapters by the weight they merge to.
+    """Elastic weight consolidation: adds `strength / 2 * sum F (theta - theta_start)^2` over the trained parameters.
 
-    fisher: how much each weight matters to what must be kept, by parameter name (`fastalign.fisher.fisher_diagonal` of
-        the model without adapters), or the safetensors file of it; several, oldest first, are added up with weights 1,
-        decay, decay^2, ... from the newest back (online EWC, Schwarz et al. 2018, arXiv:1805.06370).
+    Adapters count by the weight that they merge to.
 
-    Kirkpatrick et al. 2017, arXiv:1612.00796.
+    Args:
+        fisher: F, how much each weight matters to what must be kept: a mapping from parameter names to tensors of their
+            shapes (`fastalign.fisher_diagonal` of the model without adapters), or its safetensors file. Or a list of
+            several, oldest first. They are added up with factors 1, decay, decay^2, ... from the newest to the oldest
+            (online EWC, Schwarz et al. 2018, arXiv:1805.06370).
+        strength: factor of the penalty, above 0.
+        decay: above 0 and at most 1; see `fisher`.
+
+    References:
+        Kirkpatrick et al. 2017, arXiv:1612.00796.
     """
 
-    fisher: str | list[str] | Mapping[str, Tensor] | list[Mapping[str, Tensor]]
-    strength: float
-    decay: float = 1.0
+    fisher: str | list[str] | Mapping[str, Tensor] | list[Mapping[str, Tensor]] = field(
+        metadata={"path": True, "help": "Safetensors file of Fisher information, or several of them, oldest first."}
+    )
+    strength: float = field(metadata={"help": "Factor of the penalty."})
+    decay: float = help_field(1.0, "Factor of older Fisher information for each newer one.")
 
-    def start(self, trainer) -> Term:
+    def start(self, trainer: Any) -> Term:
+        """The term for a trainer, whose model has the weights that training starts from.
+
+        Raises:
+            ConfigError: an option has a wrong value.
+            DataError: a file of Fisher information is missing or damaged.
+            ModelError: the Fisher information is of another model.
+        """
         check_positive("EWC", strength=self.strength, decay=self.decay)
         if self.decay > 1:
             raise ConfigError(f"decay of EWC is {self.decay}; it must be at most 1, which forgets nothing")
         return once_a_step("ewc", distance_penalty(trainer, self._fishers(), self.strength))
 
     def _fishers(self) -> Fisher:
+        """All Fisher information, added up."""
         several = self.fisher if isinstance(self.fisher, list) else [self.fisher]
         if not several:
             raise ConfigError("fisher of EWC is an empty list; give one file of Fisher information or more")
-        read = [Fisher.load(fisher) if isinstance(fisher, (str, Path)) else Fisher(fisher) for fisher in several]
-        return functools.reduce(lambda older, newer: older.merged(newer, self.decay), read)
+        fishers = [Fisher.load(fisher) if isinstance(fisher, (str, Path)) else Fisher(fisher) for fisher in several]
+        return functools.reduce(lambda older, newer: older.merged(newer, self.decay), fishers)
 
 
 @dataclass
 class L2SP:
-    """`strength / 2 * sum (theta - theta_start)^2` over what is trained, adapters by the weight they merge to.
+    """Adds `strength / 2 * sum (theta - theta_start)^2` over the trained parameters.
 
-    Li et al. 2018, arXiv:1802.01483.
+    Adapters count by the weight that they merge to.
+
+    Args:
+        strength: factor of the penalty, above 0.
+
+    References:
+        Li et al. 2018, arXiv:1802.01483.
     """
 
-    strength: float
+    strength: float = field(metadata={"help": "Factor of the penalty."})
 
-    def start(self, trainer) -> Term:
+    def start(self, trainer: Any) -> Term:
+        """The term for a trainer, whose model has the weights that training starts from.
+
+        Raises:
+            ConfigError: `strength` is not a number above 0.
+        """
         check_positive("L2SP", strength=self.strength)
         return once_a_step("l2_sp", distance_penalty(trainer, None, self.strength))
 
@@ -142,6 +171,7 @@ def _trained_adapters(
 
 
 def _check_names(fishers: Mapping[str, Tensor], model: nn.Module, trained: Mapping[str, tuple]) -> None:
+    """ModelError unless F names parameters of the model only, and has every trained weight in its shape."""
     known = {plain_name(name) for name, _ in model.named_parameters()}
     again = "compute it again, for this model without adapters (fastalign fisher)"
     if gone := [name for name in fishers if name not in known]:
