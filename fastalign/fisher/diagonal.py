@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def fisher_diagonal(
     device = next(model.parameters()).device
     with _recording(model, backward):
         for examples in _batches(rows, 1 if layout == "padded" else tokens_per_batch):
-            pad_token_id = model.config.pad_token_id or 0
+            pad_token_id = causal_lm(model).config.pad_token_id or 0
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
     if not fisher.samples:
         raise DataError("No token of the data is scored, so there is no gradient: give rows with completions.")
@@ -177,7 +178,8 @@ class _Pass:
                     self.sums[name] = ByteSums.zeros(p, wide, rounding)
                 else:
                     self.sums[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
-        self.head = HeadFisher(self.base.get_output_embeddings(), names, self.sums)
+        output_layer: Any = self.base.get_output_embeddings()
+        self.head = HeadFisher(output_layer, names, self.sums)
         self.layers = _layers(model, self.head.layer, names)
         tied = id(self.base.get_input_embeddings().weight) == id(self.head.weight)
         self.tied = self.base.get_input_embeddings() if tied else None
@@ -194,9 +196,9 @@ class _Pass:
         # The graph is cut at the hidden states: the body's backward pass needs their gradient, and the output layer's
         # part needs them as plain numbers.
         leaf, head = hidden.detach().requires_grad_(), output_head(self.base).detach()
-        targets = self._sample(leaf.detach(), head) if self.estimator == "sampled" else batch.targets
-        logprobs = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
-        scored = batch.cu_seqlens.diff().gt(0).sum().item()
+        targets: Any = self._sample(leaf.detach(), head) if self.estimator == "sampled" else batch.targets
+        logprobs: Any = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
+        scored = int(batch.cu_seqlens.diff().gt(0).sum())
         share = 1.0
         if self.estimator == "batch":
             share, count = 1 / max(scored, 1), 1 if scored else 0
@@ -286,7 +288,7 @@ class _Pass:
         finally:
             self.busy = False
 
-    def _add_embedding(self, module: nn.Embedding, fisher: Tensor | ByteSums, ids: Tensor, grad: Tensor) -> None:
+    def _add_embedding(self, module: nn.Embedding, fisher: Any, ids: Tensor, grad: Tensor) -> None:
         """Adds the squares of an embedding's gradients: of a sample, a row's gradient is the sum over its tokens."""
         wide = torch.promote_types(grad.dtype, torch.float32)
         # Gemma's embedding returns its rows times sqrt(hidden size), so their gradient has that factor as well.
@@ -305,9 +307,8 @@ class _Pass:
 def _elementwise_gradients(module: nn.Module, wanted, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """The gradients (..., n) of a norm's weight and bias (n,), for each token alone."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        normalize = nn.functional.layer_norm if isinstance(module, nn.LayerNorm) else nn.functional.rms_norm
-        options = {"eps": module.eps}
-        out = {"weight": grad * normalize(x, module.normalized_shape, **options), "bias": grad}
+        normalize: Any = nn.functional.layer_norm if isinstance(module, nn.LayerNorm) else nn.functional.rms_norm
+        out = {"weight": grad * normalize(x, module.normalized_shape, eps=module.eps), "bias": grad}
         return {name: out[name] for name in wanted}
     # Each norm of transformers computes `f(weight) * normalised(x)` in another way, for example with `1 + weight`. So
     # the module itself is called, with a separate copy of the weight for each token, and autograd does the rest.

@@ -8,7 +8,7 @@ logsumexp over the whole vocabulary, which follows from the forward pass: `logsu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class HeadFisher:
 
     def __init__(self, layer: nn.Module, names: Mapping[int, str], fisher: Mapping[str, Tensor | ByteSums]):
         self.layer = layer
-        layer, adapters = unwrap_layer(layer)
+        plain, adapters = unwrap_layer(layer)
 
         def accumulator(parameter: Tensor | None) -> Tensor | ByteSums | None:
             return fisher.get(names.get(id(parameter), ""))
@@ -46,9 +46,9 @@ class HeadFisher:
             _HeadAdapter(lora.a.detach(), lora.b.detach(), lora.scaling, accumulator(lora.a), accumulator(lora.b))
             for lora in adapters
         ]
-        self.weight: Tensor = layer.weight
+        self.weight: Tensor = plain.weight
         self.weight_fisher = accumulator(self.weight)
-        self.bias_fisher = accumulator(getattr(layer, "bias", None))
+        self.bias_fisher = accumulator(getattr(plain, "bias", None))
 
     def add(
         self, hidden: Tensor, targets: Tensor, logprobs: Tensor, head: Head, cu_seqlens: Tensor, share: float,
@@ -102,6 +102,7 @@ class HeadFisher:
         A sample has few different tokens, so these rows are computed for one sample after another.
         """
         samples, tokens, sums = roles
+        weight_fisher: Any = self.weight_fisher
         numbers, counts = torch.unique_consecutive(samples, return_counts=True)
         parts = zip(numbers.tolist(), tokens.split(counts.tolist()), sums.split(counts.tolist()), strict=True)
         for sample, inputs, embedding_gradient in parts:  # inputs (n,), embedding_gradient (n, H)
@@ -110,7 +111,7 @@ class HeadFisher:
                 h = hidden[span]
                 g = _gradient_tile(h, head, targets[span], log_sum[span], inputs).mul_(share)
                 gradient = gradient + g.T @ h.to(g.dtype)
-            add_rows_(self.weight_fisher, inputs, gradient.square())
+            add_rows_(weight_fisher, inputs, gradient.square())
 
 
 class _HeadAdapter(NamedTuple):
@@ -184,13 +185,13 @@ def _gradient_tile(hidden: Tensor, head: Head, targets: Tensor, log_sum: Tensor,
     return p if isinstance(slope, float) and slope == 1.0 else p.mul_(slope)
 
 
-def add_sums(fisher: Tensor, values: Tensor, bounds: Tensor) -> None:
+def add_sums(fisher: Any, values: Tensor, bounds: Tensor) -> None:
     """`fisher += sum_s (sum of sample s's rows of values)^2`, for a bias or a norm's weight.
 
     A bias is a weight whose input is always 1, so this is `accumulate_fisher_` with a column of ones.
 
     Args:
-        fisher: (n,).
+        fisher: (n,), a tensor: accumulators of vectors are never in 8 bits.
         values: (T, n) gradients of single rows.
         bounds: (samples + 1,) offsets of the samples into the T rows.
     """

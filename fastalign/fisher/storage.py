@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,9 +33,14 @@ class Fisher(MutableMapping):
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor] = (), *, samples: int = 0, estimator: str = "empirical", per="sequence"
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        *,
+        samples: int = 0,
+        estimator: str = "empirical",
+        per: str = "sequence",
     ):
-        self.stored: dict[str, Tensor | ByteSums] = dict(values)
+        self.stored: dict[str, Any] = dict(values or {})  # each a Tensor or ByteSums
         self.samples, self.estimator, self.per = samples, estimator, per
 
     def __getitem__(self, name: str) -> Tensor:

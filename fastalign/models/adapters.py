@@ -44,12 +44,12 @@ class Lora(NamedTuple):
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside the wrappers of DDP, accelerate and peft."""
-    model = _without_module_wrappers(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _without_module_wrappers(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether the model is a PeftModel."""
+    """Whether peft has put an adapter on the model; peft marks the PeftModel and the model inside it."""
     return hasattr(model, "peft_config")
 
 
@@ -100,10 +100,10 @@ def peft_version() -> str:
 
 def check_packable(model: nn.Module) -> None:
     """ModelError if an adapter puts virtual tokens in front of every sequence (prompt tuning and its relatives)."""
-    model = _without_module_wrappers(model)
-    if hasattr(model, "get_base_model") and model.active_peft_config.is_prompt_learning:
+    inner = _without_module_wrappers(model)
+    if hasattr(inner, "get_base_model") and inner.active_peft_config.is_prompt_learning:
         raise ModelError(
-            f"The adapter type {model.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
+            f"The adapter type {inner.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
             "which packed batches have no place for: use LoRA."
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def _folded(grad: Tensor, varlen: Varlen) -> Tensor:
 @cache
 def _flash_attn() -> Callable | None:
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  # optional
     except ImportError:
         return None
     return flash_attn_varlen_func
@@ -165,9 +165,10 @@ def attend(
         k, v = _Keys.apply(k, v, varlen)
     sizes = varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.longest_q, varlen.longest_k
     before = -1 if window is None else window - 1
+    run: Any = _torch_varlen() if name == "torch" else _flash_attn()
     if name == "torch":
-        return _torch_varlen()(q, k, v, *sizes, scale=scaling, window_size=(before, 0)).unsqueeze(0)
-    return _flash_attn()(
+        return run(q, k, v, *sizes, scale=scaling, window_size=(before, 0)).unsqueeze(0)
+    return run(
         q, k, v, *sizes, dropout_p=dropout, softmax_scale=scaling, causal=True,
         window_size=(-1, -1) if window is None else (before, 0), softcap=softcap or 0.0,
     ).unsqueeze(0)  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from fastalign.errors import DataError, ModelError
+from fastalign.models.vocabulary import embedding_rows
 
 
 def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
@@ -21,7 +22,7 @@ def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
         ModelError: a token's number is not below the number of embeddings.
         DataError: a prompt and its longest completion have more tokens than the model has positions.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = embedding_rows(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
     if largest >= vocab:

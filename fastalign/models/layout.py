@@ -8,7 +8,7 @@ must equal those of separate rows, in which nothing can leak between sequences.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastalign.models.adapters import causal_lm, check_packable
 from fastalign.models.attention import NAME, logger, packed_attention
 from fastalign.models.linear import has_native_matmul
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.vocabulary import embedding_rows
 
 
 def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
@@ -53,7 +54,8 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
 
 def _find_layout(base: PreTrainedModel) -> tuple[Literal["shared", "packed", "padded"], str | None]:
     """The layout, and why it is not "shared"."""
-    body, stock = base.base_model, base.config._attn_implementation
+    body: Any = base.base_model
+    stock: Any = base.config._attn_implementation  # transformers annotates it wider than its setter takes
     if type(base)._can_set_attn_implementation() and base.device.type == "cpu" and not has_native_matmul(base.dtype):
         # fastalign's attention widens to float32 here. The stock attention rounds more coarsely, and that difference
         # would look like a wrong layout, so the baseline is computed by fastalign's attention as well.
@@ -96,7 +98,7 @@ _OTHER_CONTEXT = (
 
 
 def _examples(body: PreTrainedModel, probe: tuple) -> list[dict]:
-    vocabulary = body.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(body)
 
     def tokens(offsets):
         return [(vocabulary // 3 + offset) % vocabulary for offset in offsets]
@@ -107,7 +109,7 @@ def _examples(body: PreTrainedModel, probe: tuple) -> list[dict]:
 @torch.no_grad()
 def _hidden(body: PreTrainedModel, batch: PackedBatch, *, positions: bool = True) -> Tensor:
     """Hidden states (S, H) that predict the batch's scored tokens; without `positions` the model counts them itself."""
-    batch = batch.to(body.get_input_embeddings().weight.device)
+    batch = batch.to(next(body.get_input_embeddings().parameters()).device)
     inputs = batch.model_inputs() if positions else {"input_ids": batch.input_ids}
     with packed_attention(batch.layout):
         hidden = body(**inputs, use_cache=False)[0]

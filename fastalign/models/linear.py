@@ -174,9 +174,12 @@ class LoraLinearCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
         """The result, (..., out)."""
-        wide, w, bias_ = (None if t is None else _operand(t, dtype) for t in (_rows(x), weight, bias))
+        wide, w = _operand(_rows(x), dtype), _operand(weight, dtype)  # (T, in), (out, in)
+        bias_ = None if bias is None else _operand(bias, dtype)
+        xa: Any = None
         with torch.autocast(x.device.type, enabled=False):
-            xa = None if a is None else _linear_product(wide, _operand(a, dtype))  # (T, r)
+            if a is not None:
+                xa = _linear_product(wide, _operand(a, dtype))  # (T, r)
             if a is None:
                 out = _linear_product(wide, w, bias_)  # (T, out)
             elif _fuses_adapter(dtype):  # (T, in + r) x (out, in + r)'
@@ -186,7 +189,7 @@ class LoraLinearCpu(torch.autograd.Function):
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
         # The input is kept once, in its own dtype, and only if a gradient needs it.
         ctx.save_for_backward(x if of_weight or of_a or of_b else None, weight, a, b, xa if of_b else None)
-        ctx.scaling, ctx.dtype, ctx.x = scaling, dtype, (x.shape, x.dtype)
+        ctx.scaling, ctx.dtype, ctx.x, ctx.has_adapter = scaling, dtype, (x.shape, x.dtype), a is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -198,13 +201,16 @@ class LoraLinearCpu(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         product = linear if twice else _linear_product
         of_x, of_weight, of_bias, of_a, of_b, *_ = ctx.needs_input_grad
-        d_weight = d_bias = d_a = d_b = d_x = None
+        d_weight = d_bias = d_a = d_b = None
+        d_x: Any = None
         with torch.autocast(grad.device.type, enabled=False):
             g, w = _operand(_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out), (out, in)
-            wide = None if x is None else _operand(_rows(x), ctx.dtype)  # (T, in)
+            wide: Any = None if x is None else _operand(_rows(x), ctx.dtype)  # (T, in)
             # The gradient of x A', (T, r).
-            ga = product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if a is not None and (of_x or of_a) else None
-            if of_x and a is None:
+            ga: Any = (
+                product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if ctx.has_adapter and (of_x or of_a) else None
+            )
+            if of_x and not ctx.has_adapter:
                 d_x = product(g, w.t())
             elif of_x and _fuses_adapter(ctx.dtype):
                 d_x = torch.mm(torch.cat([g, ga], 1), torch.cat([w, _operand(a, ctx.dtype)]))
@@ -257,11 +263,11 @@ class LoraLinearGpu(torch.autograd.Function):
         x, weight, a, b, a16, b16, xa = ctx.saved_tensors
         of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
         g, d_x, d_bias, d_a, d_b = _rows(grad), None, None, None, None  # (T, out)
-        wide = None if x is None else _rows(x).to(weight.dtype)
+        wide: Any = None if x is None else _rows(x).to(weight.dtype)  # (T, in)
         if torch.is_grad_enabled():  # a second derivative is wanted: compute from the factors, not from kept copies
             a16, b16 = a.to(weight.dtype), (b * (2 * ctx.scaling)).to(weight.dtype)
             xa = None if wide is None else torch.mm(wide, a16.t())
-        ga = torch.mm(g, b16) if of_x or of_a else None  # (T, r), twice the gradient of x A'
+        ga: Any = torch.mm(g, b16) if of_x or of_a else None  # (T, r), twice the gradient of x A'
         if of_x:
             d_x = torch.mm(ga, a16).addmm_(g, weight, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
@@ -273,7 +279,7 @@ class LoraLinearGpu(torch.autograd.Function):
         return d_x, None, d_bias, d_a, d_b, None
 
 
-def _factor_gradient(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def _factor_gradient(factor: Tensor, left: Tensor, right: Any, scaling: float) -> Tensor:
     """The gradient `scaling * left right` of an adapter's factor, in its dtype.
 
     On a GPU bfloat16 operands give a float32 result in one launch, without rounding to 16 bits in between. float16 is

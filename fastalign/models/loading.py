@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +140,7 @@ def _packaged(name: str) -> tuple[Path, str]:
     return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: Any) -> None:
     """Removes the marks of a quantised model, which forbid saving and training: its weights are plain floats by now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

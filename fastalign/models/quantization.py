@@ -29,6 +29,6 @@ def float_weight(weight: Tensor) -> Tensor:
             "(llm_int8_skip_modules=['lm_head'])."
         )
     # Imported here: not every machine has it, and its import may load a binary.
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]  # optional
 
     return dequantize_4bit(weight.data, state)

@@ -11,7 +11,7 @@ trainer called the body and the output layer itself, their gradients would stay 
 from __future__ import annotations
 
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.norms import speed_up_body
+from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
 
@@ -70,7 +71,7 @@ def prepare(model: nn.Module) -> str:
     speed_up_linear(model)
     speed_up_body(model)
     layout = prepare_model(model)
-    base = causal_lm(model)
+    base: Any = causal_lm(model)
     if not hasattr(base, "_fastalign_forward"):
         base._fastalign_forward = base.forward
         base.forward = types.MethodType(_forward, base)
@@ -92,7 +93,7 @@ def _forward(
     head = output_head(self)
     # `score_index` left out every hidden state without a target, so no target has to be looked at again.
     options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
-    out = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
+    out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, hidden if keep_hidden else None)
 
@@ -104,7 +105,7 @@ def _check_head(model: PreTrainedModel, layout: str) -> None:
     Architectures scale, shift or cap between body and logits in many ways, and not all of them show in the
     configuration. So the numbers are compared.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = embedding_rows(model)
     example = {"prompt_ids": [vocab // 3], "completion_ids": [[vocab // 3 + 1, vocab // 2, vocab // 5]]}
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class ReferenceWeights:
             value.lerp_(parameter.data, share)
 
 
-def fingerprint(model: nn.Module, precision: str = "") -> str:
+def fingerprint(model: Any, precision: str = "") -> str:
     """A hash of everything that decides the model's outputs: configuration, weights, and the precision of products.
 
     New LoRA adapters (B = 0) change no output and are left out: their random A differs from run to run. So a model has
@@ -80,5 +81,5 @@ def fingerprint(model: nn.Module, precision: str = "") -> str:
         value = state[name].detach().cpu().contiguous()
         # By plain names, so that a model has one fingerprint with and without a new adapter around it.
         digest.update(f"{plain_name(name)} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

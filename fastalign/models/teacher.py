@@ -11,6 +11,7 @@ import hashlib
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,7 @@ from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import fingerprint
-from fastalign.models.vocabulary import check_vocabulary, vocabulary_digest
+from fastalign.models.vocabulary import check_vocabulary, embedding_rows, vocabulary_digest
 from fastalign.reference import linear_logits
 
 _ROWS = 128  # rows of logits that exist at a time while a teacher's top k is computed
@@ -44,7 +45,7 @@ class Teacher:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.layout = prepare(model)
-        self.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.pad_token_id: Any = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
     @classmethod
     def load(cls, source: str | Path | nn.Module, trainer) -> Teacher:
@@ -64,7 +65,7 @@ class Teacher:
         if isinstance(source, nn.Module):
             if causal_lm(source) is causal_lm(trainer.model):
                 raise ConfigError("The teacher is the model that is trained; for its start, set teacher='start'")
-            known = causal_lm(source).get_input_embeddings().weight.shape[0]
+            known = embedding_rows(causal_lm(source))
             if known < len(tokenizer):
                 raise ModelError(
                     f"The teacher knows {known:,} tokens and the student's tokenizer has {len(tokenizer):,}: they have "
@@ -85,7 +86,7 @@ class Teacher:
         Args:
             rows: tokenised, with `prompt_ids` and `completion_ids`.
         """
-        packed = lay_out(rows, self.layout, self.pad_token_id).to(self.model.device)
+        packed = lay_out(rows, self.layout, self.pad_token_id).to(causal_lm(self.model).device)
         return self.model(packed=packed, keep_hidden=True).hidden, output_head(causal_lm(self.model)).detach()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
 
@@ -32,6 +33,12 @@ def check_vocabulary(
         f"({token!r} is {ours.get(token, 'unknown')} to the {names[0]} and {theirs.get(token, 'unknown')} to the "
         f"{names[1]}). Use models that share one."
     )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of tokens that a model has embeddings for; it may be larger than its tokenizer's vocabulary."""
+    weight: Any = model.get_input_embeddings().weight
+    return weight.shape[0]
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

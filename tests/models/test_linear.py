@@ -11,12 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalign.models.linear import (  # fmt: skip
+    LoraLinearCpu,
     LoraLinearGpu,
-    _is_fast_on_gpu,
     _factor_gradient,
+    _is_fast_on_gpu,
     _onednn_for_float32,
     _operand,
-    LoraLinearCpu,
     has_native_matmul,
     speed_up_linear,
 )
