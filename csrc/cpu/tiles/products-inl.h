@@ -6,7 +6,7 @@
 // softmax needs no horizontal reduction, a row of the tile is read in order by every product, and a token gets the
 // same bits wherever it stands in the batch. Sums run in the order of the contracted index, whatever the blocking.
 
-#include "simd.h"
+#include "cpu/base/simd-inl.h"
 
 #ifndef FASTALIGN_VECTORS
 #define FASTALIGN_VECTORS 3

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "linear_logprobs.h"
+#include "cpu/kernels/linear_logprobs-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

@@ -1,7 +1,7 @@
 #pragma once
 
 // Attention over the segments of a packed row: a query sees its segment's prefix, which are keys of an earlier segment,
-// and its own segment up to itself. To the products of a head (tiles.h), queries are hidden states and keys the
+// and its own segment up to itself. To the products of a head (tiles-inl.h), queries are hidden states and keys the
 // vocabulary: a tile of scores is (keys, queries), its softmax runs down vectors of queries, tile after tile (Milakov
 // and Gimelshein, 2018; Dao et al., 2022). Backward makes the probabilities again from the logarithms of their sums.
 // Tiles are counted from the first key of the prefix, so an output has the same bits whether the prefix is shared or not.
@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "pool.h"
-#include "tiles.h"
+#include "cpu/base/pool.h"
+#include "cpu/tiles/tiles-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

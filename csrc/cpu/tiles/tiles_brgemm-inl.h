@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "brgemm.h"
-#include "tiles.h"
+#include "cpu/tiles/brgemm.h"
+#include "cpu/tiles/tiles-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

@@ -3,9 +3,9 @@
 // The tile machinery of a linear head: one worker's view of (rows, vocabulary) tiles and the three products on them.
 // linear_logprobs is built on it; whatever walks over a vocabulary can be.
 
-#include "problem.h"
-#include "products.h"
-#include "workspace.h"
+#include "cpu/base/problem.h"
+#include "cpu/base/workspace.h"
+#include "cpu/tiles/products-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

@@ -11,10 +11,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "pool.h"
-#include "problem.h"
-#include "products.h"
-#include "workspace.h"
+#include "cpu/base/pool.h"
+#include "cpu/base/problem.h"
+#include "cpu/base/workspace.h"
+#include "cpu/tiles/products-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

@@ -1,16 +1,16 @@
 // Included once by each kernels_<isa>.cpp, which defines FASTALIGN_ISA and FASTALIGN_VECTOR_BYTES.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 #ifdef FASTALIGN_BRGEMM
-#include "tiles_brgemm.h"
+#include "cpu/tiles/tiles_brgemm-inl.h"
 #endif
-#include "attention.h"
-#include "body.h"
-#include "ewc.h"
-#include "fisher.h"
-#include "linear_divergence.h"
-#include "linear_logprobs_backward.h"
-#include "selective_logprobs.h"
+#include "cpu/kernels/attention-inl.h"
+#include "cpu/kernels/body-inl.h"
+#include "cpu/kernels/ewc-inl.h"
+#include "cpu/kernels/fisher-inl.h"
+#include "cpu/kernels/linear_divergence-inl.h"
+#include "cpu/kernels/linear_logprobs_backward-inl.h"
+#include "cpu/kernels/selective_logprobs-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

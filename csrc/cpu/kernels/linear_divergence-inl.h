@@ -8,11 +8,11 @@
 //     measure   the terms of the divergence and of K, over the held tiles, which become what the gradient is made of
 //     fold      the gradient in the student's logits, times its weight; and times its rows, for a trainable head
 //
-// What a chunk adds to a row is computed apart and added in the order of the vocabulary, as in linear_logprobs.h; what a
-// row adds to a trainable head's chunk, in the order of the rows: there one worker takes a whole chunk.
+// What a chunk adds to a row is computed apart and added in the order of the vocabulary, as in linear_logprobs-inl.h; what
+// a row adds to a trainable head's chunk, in the order of the rows: there one worker takes a whole chunk.
 
-#include "divergence_terms.h"
-#include "linear_logprobs.h"
+#include "cpu/kernels/divergence_terms-inl.h"
+#include "cpu/kernels/linear_logprobs-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

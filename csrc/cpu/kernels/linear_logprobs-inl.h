@@ -5,9 +5,9 @@
 // rows); what a chunk adds to a row is computed apart from all other chunks, by whichever worker, and added in the order
 // of the vocabulary. So a token's result depends neither on the batch nor on the number of threads.
 
-#include "pool.h"
-#include "softmax.h"
-#include "tiles.h"
+#include "cpu/base/pool.h"
+#include "cpu/tiles/softmax-inl.h"
+#include "cpu/tiles/tiles-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

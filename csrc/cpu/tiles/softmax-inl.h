@@ -3,7 +3,7 @@
 // What happens to a panel of logits (tile, panel) while it lies in cache: one column is one token. The mathematics,
 // and why the target stays out of every sum, are told at the head of fastalign/ops/tiles.py.
 
-#include "products.h"
+#include "cpu/tiles/products-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

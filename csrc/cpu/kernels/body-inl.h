@@ -7,9 +7,9 @@
 #include <atomic>
 #include <cmath>
 
-#include "pool.h"
-#include "problem.h"
-#include "simd.h"
+#include "cpu/base/pool.h"
+#include "cpu/base/problem.h"
+#include "cpu/base/simd-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {

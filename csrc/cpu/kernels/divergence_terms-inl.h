@@ -2,8 +2,8 @@
 
 // What happens to a panel of both sides' logits (tile, panel) in linear_divergence: one column is one token.
 
-#include "problem.h"
-#include "softmax.h"
+#include "cpu/base/problem.h"
+#include "cpu/tiles/softmax-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {
