@@ -37,7 +37,7 @@ bench: $(VENV)/.bench  ## fastalign beside TRL, Liger and torch, the small cases
 	@$(BIN)/python -m bench $(BENCH)
 
 gpu-check: $(VENV)/.dev  ## every GPU kernel built for every architecture, its machine code read; no GPU needed, but nvcc
-	@$(BIN)/python -m bench.gpu_check
+	@$(BIN)/python -m bench.suites.gpu_check
 
 build: $(VENV)/.build  ## the package and its native module, editable in .venv
 
