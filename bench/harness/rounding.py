@@ -42,7 +42,7 @@ def change(model: torch.nn.Module, run: str, draw: bool) -> None:
             noise = torch.rand(p.shape, generator=generator) * 2 - 1
             p.data = (p.data.float() * (1 + torch.finfo(torch.bfloat16).eps * noise.to(p.device))).to(p.dtype)
     if run == PEFT:
-        from fastalign.models.loading import scoring
+        from fastalign.models import scoring
 
         scoring.speed_up_linear = lambda model: None
 

@@ -7,7 +7,7 @@ import torch
 
 from fastalign.errors import BackendError
 from fastalign.ops.head import epilogue
-from fastalign.ops.head.epilogue import Coefficients, Head, START, Sums
+from fastalign.ops.head.epilogue import START, Coefficients, Head, Sums
 
 ROWS, WIDTH, FIRST = 6, 11, 64
 EPS32 = torch.finfo(torch.float32).eps

@@ -10,7 +10,7 @@ import torch
 
 from fastalign import linear_divergence
 from fastalign.ops.head import divergence_tiles as tiles
-from fastalign.ops.head.epilogue import Head, START
+from fastalign.ops.head.epilogue import START, Head
 
 ROWS, COLUMNS = 5, 1043
 HEADS = {"plain": Head(), "scaled": Head(0.5, None, 0.7), "capped": Head(1.3, 8.0, 0.7)}

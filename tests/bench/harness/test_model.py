@@ -8,7 +8,7 @@ import torch
 from bench.harness import model
 from fastalign import linear_logprobs
 from fastalign.ops.head import divergence_tiles, logprobs_tiles
-from fastalign.ops.head.epilogue import Head, TORCH
+from fastalign.ops.head.epilogue import TORCH, Head
 from fastalign.ops.head.products import product_into
 
 N, H, V, TILE = 48, 8, 72, (32, 32)
