@@ -1,12 +1,15 @@
-"""README's tables and plot of results, between markers, from measurements alone; the tax recipe's from its own JSON."""
+"""Tables of results in README and in the documentation, between markers, made from the records alone.
+
+README has one short table, `docs/benchmarks.md` has all of them, `docs/how-to/keeping-abilities.md` the tax recipe's.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 from bench.harness.measure import FLOOR, ROOT, Measurement
 from bench.pages.report import aligned, groups, seconds
@@ -14,6 +17,8 @@ from bench.pages.report import aligned, groups, seconds
 BEGIN, END = "<!-- results: python -m bench report -->", "<!-- end of results -->"
 TAX_BEGIN, TAX_END = "<!-- tax: python -m bench report -->", "<!-- end of tax -->"
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+ABILITIES = ROOT / "docs" / "how-to" / "keeping-abilities.md"
 TAX = ROOT / "fastalign" / "recipes" / "tax" / "results" / "tax.json"
 # (case of `ops`, what to call it)
 OPS = (
@@ -48,28 +53,83 @@ OTHERS = (
     ("fisher", "body-32x64", "Fisher information of 4 layers, 32 sequences of 64 tokens"),
     ("fisher", "ewc", "EWC's penalty and gradient, 135M weights"),
 )
+_HALF = "float32-2048x576x49152-mask50"
+# README's rows: (suite, case, what to call it)
+SHORT = (
+    *(("train", case, f"DPO step, {name}") for case, name in TRAIN[:4]),
+    ("ops", "frozen-float32-2048x576x49152-mask0", "`linear_logprobs` and gradient, frozen output layer"),
+    ("ops", "trainable-float32-2048x576x49152-mask0", "`linear_logprobs` and gradients, trained output layer"),
+    ("ops", "frozen-bfloat16-2048x576x49152-mask50", "`linear_logprobs`, bfloat16, half of the tokens prompt"),
+    ("divergences", f"forward_kl-{_HALF}", "forward KL to a teacher, half of the tokens prompt"),
+    ("divergences", f"reverse_kl-{_HALF}", "reverse KL to a teacher, half of the tokens prompt"),
+    ("divergences", f"jsd-{_HALF}", "JSD to a teacher, half of the tokens prompt"),
+)
 SHOWN = {case: name for *_, case, name in (*OPS, *TRAIN, *OTHERS)}
 PLOT = "zen5/memory-frozen-float32-2048x576-mask0.png"  # where all of it was measured with two threads
-SHOWN_PLOT = f"![Memory against vocabulary](bench/results/{PLOT})"
+SHOWN_PLOT = f"![Memory against vocabulary](../bench/results/{PLOT})"
 
 
 def update(measurements: list[Measurement]) -> None:
-    """Rewrites what stands between the markers, atomically; without them, or any of its cases, it ends with a word."""
+    """Rewrites what stands between the markers, each file atomically.
+
+    Raises:
+        SystemExit: the measurements hold none of the cases that are shown, or a file lacks its markers.
+    """
     tables = by_machine(measurements)
     if not tables:
-        sys.exit("the results hold none of the cases of README's table: " + ", ".join(SHOWN))
-    text = between(README.read_text(encoding="utf-8"), BEGIN, END, "\n\n".join([*tables, SHOWN_PLOT]))
-    text = between(text, TAX_BEGIN, TAX_END, tax_table(json.loads(TAX.read_text(encoding="utf-8"))["runs"]))
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, README)
+        sys.exit("the results hold none of the cases that are shown: " + ", ".join(SHOWN))
+    runs = json.loads(TAX.read_text(encoding="utf-8"))["runs"]
+    texts = {
+        README: between(README, BEGIN, END, short_section(measurements)),
+        BENCHMARKS: between(BENCHMARKS, BEGIN, END, "\n\n".join([*tables, SHOWN_PLOT])),
+        ABILITIES: between(ABILITIES, TAX_BEGIN, TAX_END, tax_table(runs)),
+    }
+    for path, text in texts.items():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
 
-def between(text: str, begin: str, end: str, new: str) -> str:
-    """The text with `new` between its two markers."""
+def between(path: Path, begin: str, end: str, new: str) -> str:
+    """The text of a file with `new` between its two markers."""
+    text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        sys.exit(f"{README} must hold {begin!r} and then {end!r}, once each; what is between them is written here")
+        sys.exit(f"{path} must hold {begin!r} and then {end!r}, once each; what is between them is written here")
     return f"{text.split(begin)[0]}{begin}\n\n{new}\n\n{end}{text.split(end)[1]}"
+
+
+def short_section(measurements: list[Measurement]) -> str:
+    """README's one table: fastalign beside the fastest of the others, on the CPU that was measured last."""
+    for device in dict.fromkeys(m.device for m in sorted(measurements, key=lambda m: m.date, reverse=True)):
+        of_device = [m for m in measurements if m.device == device]
+        rows = [row for suite, case, name in SHORT if (row := _short_row(groups(of_device), suite, case, name))]
+        if " cores, " in device and rows:
+            break
+    else:
+        sys.exit("the results hold none of the cases of README's table: " + ", ".join(case for _, case, _ in SHORT))
+    heading = ("time, or pairs/s (memory)", "fastalign", "the fastest of the others", "times as fast")
+    shown = {case for _, case, _ in SHORT}
+    days = sorted({m.date[:10] for m in of_device if m.case in shown})
+    about = (
+        "Training steps are DPO of SmolLM2-135M-Instruct (memory: the whole process). Single calls are of 2048 tokens, "
+        "width 576,\nvocabulary 49152 (memory: beyond the inputs). "
+        f"{device}; {' to '.join(dict.fromkeys((days[0], days[-1])))}."
+    )
+    return f"{aligned([heading, *rows])}\n\n{about}"
+
+
+def _short_row(cases: dict, suite: str, case: str, name: str) -> tuple[str, ...] | None:
+    """One row of the short table, or None where the case was not measured beside another implementation."""
+    rows = cases.get((suite, case), [])
+    if suite == "train":
+        row = _train_row(rows, name)
+        return row and (row[0], row[1], f"TRL: {row[2]}", row[3])
+    ours = [m for m in rows if m.implementation.startswith("fastalign")]
+    others = [m for m in rows if not m.implementation.startswith("fastalign") and FLOOR not in m.implementation]
+    if not ours or not others:
+        return None
+    best, other = (min(found, key=lambda m: m.median_s) for found in (ours, others))
+    return name, _cell(best), f"{other.implementation}: {_cell(other)}", f"{other.median_s / best.median_s:.1f}x"
 
 
 def tax_table(runs: list[dict]) -> str:
@@ -156,7 +216,7 @@ def _about(used: list[Measurement], train_rows: list[tuple[str, ...]]) -> str:
         f"Steps are of SmolLM2-135M-Instruct, single calls of random values in its shapes. {newest.device}, "
         f"{newest.threads} threads;\n{versions}; {days[0] if days[0] == days[-1] else f'{days[0]} to {days[-1]}'}.\n"
         f"Medians of {runs[0]} to {runs[-1]} interleaved runs.\n"
-        "More, with errors against float64, in [bench/results](bench/results)."
+        "More, with errors against float64, in `bench/results`."
     )
     if len(train_rows) > 1:
         text += (
