@@ -301,11 +301,6 @@ def _variants(dtype: torch.dtype, n: int, v: int, device: str) -> Iterator[tuple
             zeros = None if loss == "orpo" else torch.zeros(len(offsets) - 1, device=offsets.device)
             pairs = partial(preference_loss, cu_seqlens=offsets, loss_type=loss)
 
-            def losses_of(p, backend, pairs=pairs, zeros=zeros):
-                return pairs(p, ref_sums=zeros if zeros is None else zeros.to(p.dtype), backend=backend).losses
-
-            yield f"preference_loss {loss}", PREFERENCE, losses_of, [draw(n).abs().neg()]
-
 
 def compare(function: Callable, tensors: list[Tensor], backend: str) -> float:
     """The largest error of outputs and gradients, over its budget: twice what plain code in these dtypes is off from
