@@ -21,6 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastalign"
 MARK = re.compile(r"^<!-- generated: (\w+)((?: [\w.-]+)*) -->$", re.MULTILINE)
+# A picture outside of docs/, by its path from the page, as the repository's own viewer wants it.
+PICTURE = re.compile(r"\]\((\.\./[^)\s]*(?:bench|fastalign)/[^)\s]+\.png)\)")
 # A paragraph of a loss's docstring that holds one of these is its formula.
 FORMULA = re.compile(r"log s\(|\^2|exp\(|max\(|\bs\(")
 GREEK = {
@@ -33,9 +35,29 @@ class ReferenceProblem(Exception):
     """A page asks for something that the sources do not hold."""
 
 
-def on_page_markdown(markdown: str, **_) -> str:
+def on_files(files, config):
+    """Pictures of the repository that lie outside of docs/ join the site. mkdocs calls this once."""
+    from mkdocs.structure.files import File
+
+    for page in files.documentation_pages():
+        for link in PICTURE.findall(Path(page.abs_src_path).read_text(encoding="utf-8")):
+            path = (Path(page.abs_src_path).parent / link).resolve()
+            uri = f"pictures/{path.relative_to(ROOT).as_posix()}"
+            if files.get_file_from_path(uri) is None:
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
     """The page with every mark replaced by its table. mkdocs calls this for each page."""
-    return expand(markdown)
+    folder = Path(page.file.abs_src_path).parent
+    top = "../" * page.file.src_uri.count("/")
+
+    def picture(link: re.Match) -> str:
+        path = (folder / link[1]).resolve()
+        return f"]({top}pictures/{path.relative_to(ROOT).as_posix()})"
+
+    return expand(PICTURE.sub(picture, markdown))
 
 
 def expand(markdown: str) -> str:

@@ -125,3 +125,11 @@ def test_yaml_files_hold_options_that_exist(page, known_options, options_of_runs
 def test_blocks_are_of_a_language_that_says_whether_they_run():
     languages = {fence[2] for page in PAGES for fence in FENCE.finditer(page.read_text(encoding="utf-8"))}
     assert languages <= {"python", "py", "sh", "yaml", "json", "text"}
+
+
+def test_code_fits_the_page_without_scrolling():
+    for page in PAGES:
+        for language in ("python", "py", "sh"):
+            for line, block in blocks(page, language):
+                too_long = [text for text in block.splitlines() if len(text) > 88]
+                assert not too_long, f"{page}:{line}: {too_long}"
