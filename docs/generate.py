@@ -8,6 +8,8 @@ Definitions are looked for by name in the whole package, so that a file that mov
 found, or has no formula, ends the build with `ReferenceProblem`.
 """
 
+# ruff: noqa: RUF001  formulas have Greek letters
+
 from __future__ import annotations
 
 import ast
@@ -165,14 +167,17 @@ class Loss(NamedTuple):
 
     @property
     def parameters(self) -> list[str]:
+        """Names of the arguments that are log-probabilities."""
         return [argument.arg for argument in self.function.args.args]
 
     @property
     def reference(self) -> bool:
+        """Whether it takes log-probabilities of a reference."""
         return any(name.startswith("ref_") for name in self.parameters)
 
     @property
     def options(self) -> dict[str, str]:
+        """Name and default of its keyword-only arguments."""
         arguments = self.function.args
         pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         return {argument.arg: ast.unparse(default) for argument, default in pairs if default is not None}
@@ -183,12 +188,12 @@ def losses(table: str) -> list[Loss]:
     averaged = {node.value for node in ast.walk(assigned("LENGTH_NORMALISED") or ast.Dict()) if hasattr(node, "value")}
     found = []
     for name, value in entries(table).items():
-        flags = {}
-        if isinstance(value, ast.Call):
+        function, flags = value, {}
+        if isinstance(value, ast.Call):  # a row with more than the function
+            function = value.args[0]
             flags = {keyword.arg: getattr(keyword.value, "value", None) for keyword in value.keywords}
-            value = value.args[0]
         is_averaged = bool(flags.get("averaged")) or name in averaged
-        found.append(Loss(name, definition(value.id, ast.FunctionDef, "losses"), is_averaged))
+        found.append(Loss(name, definition(function.id, ast.FunctionDef, "losses"), is_averaged))
     return found
 
 
@@ -209,7 +214,9 @@ def papers(loss: Loss) -> str:
     doc = " ".join((ast.get_docstring(loss.function) or "").split())
     found = re.findall(r"([A-Z][\w'’]+(?: & [A-Z]\w+)?(?: et al\.)? \d{4})[^()]{0,9}arXiv:(\d{4}\.\d{5})", doc)
     if not found:
-        raise ReferenceProblem(f"The docstring of the loss {loss.name!r} names no paper as 'Author et al. 2024, arXiv:'.")
+        raise ReferenceProblem(
+            f"The docstring of the loss {loss.name!r} names no paper as 'Author et al. 2024, arXiv:'."
+        )
     return ", ".join(f"[{author}](https://arxiv.org/abs/{number})" for author, number in dict.fromkeys(found))
 
 
@@ -284,8 +291,9 @@ def _commands_of(function: ast.FunctionDef, stem: str, found: dict[str, list[ast
                 parsers[node.targets[0].id] = f"{above} {name}" if above else name
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            if command := parsers.get(_root(node.func)):
-                found.setdefault(command, []).append(node)
+            name = parsers.get(_root(node.func))
+            if name:
+                found.setdefault(name, []).append(node)
 
 
 def _root(node: ast.expr) -> str:

@@ -1,11 +1,13 @@
 """The generated parts of the reference say what the package holds."""
 
+# ruff: noqa: RUF001  formulas have Greek letters
+
 from __future__ import annotations
 
 import re
 from dataclasses import fields
 from importlib.util import module_from_spec, spec_from_file_location
-from inspect import signature
+from inspect import get_annotations, signature
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def cells(table: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", ["SFTConfig", "DistillationConfig", "PreferenceConfig"])
 def test_options_are_the_fields_with_their_defaults(generate, name):
     config = getattr(fastalign, name)
-    own = [f for f in fields(config) if f.name in config.__dict__.get("__annotations__", {})]
+    own = [f for f in fields(config) if f.name in get_annotations(config)]
     table = cells(generate.options(name))
     assert [row[0] for row in table] == [f.name for f in own]
     for field, (_, _, default, meaning) in zip(own, table, strict=True):
@@ -82,3 +84,9 @@ def test_every_mark_of_the_pages_is_replaced(generate):
 def test_what_is_not_there_ends_the_build(generate, mark):
     with pytest.raises(generate.ReferenceProblem):
         generate.expand(f"<!-- generated: {mark} -->")
+
+
+def test_files_that_the_pages_of_explanation_name_are_there():
+    for page in (ROOT / "docs" / "explanation").glob("*.md"):
+        named = re.findall(r"`((?:fastalign|csrc|kernels|tests|bench)/[\w/.-]+)`", page.read_text(encoding="utf-8"))
+        assert not [path for path in named if not (ROOT / path).exists()], page

@@ -90,9 +90,8 @@ def commands(page: Path) -> list[tuple[int, list[str]]]:
     """(line, words) of every call of `fastalign` in a page's sh blocks."""
     found = []
     for line, block in blocks(page, "sh"):
-        for command in block.replace("\\\n", " ").splitlines():
-            if command.startswith("fastalign "):
-                found.append((line, shlex.split(command, comments=True)[1:]))
+        calls = (call for call in block.replace("\\\n", " ").splitlines() if call.startswith("fastalign "))
+        found += [(line, shlex.split(call, comments=True)[1:]) for call in calls]
     return found
 
 
