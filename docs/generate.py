@@ -149,7 +149,8 @@ def options(name: str) -> str:
         if isinstance(default, ast.Call) and getattr(default.func, "id", "") == "help_field":
             default, help_text = default.args[:2]
         shown = "required" if default is None else f"`{ast.unparse(default)}`"
-        lines.append((f"`{field.target.id}`", f"`{ast.unparse(field.annotation)}`", shown, text(help_text)))
+        kind = ast.unparse(field.annotation).replace(" | ", " or ")  # a bar would end the cell
+        lines.append((f"`{field.target.id}`", f"`{kind}`", shown, text(help_text)))
     if len(lines) == 1:
         raise ReferenceProblem(f"{name} has no fields.")
     return rows(*lines)
@@ -221,18 +222,21 @@ def papers(loss: Loss) -> str:
 
 
 def loss_table(table: str) -> str:
-    """Name, formula, paper, reference, averages, options and the other names of each loss."""
-    aliases: dict[str, list[str]] = {}
-    for alias, name in entries("ALIASES").items():
-        aliases.setdefault(name.value, []).append(f"`{alias}`")
-    lines = [("loss", "formula", "paper", "reference", "averaged", "options", "also named")]
+    """Name, formula, paper, reference, averages and options of each loss."""
+    lines = [("loss", "formula", "paper", "reference", "averaged", "options")]
     for loss in losses(table):
         given = ", ".join(f"`{name}={value}`" for name, value in loss.options.items())
         lines.append((
             f"[`{loss.name}`](#fastalign.losses.{loss.function.name})", f"`{formula(loss)}`", papers(loss),
             "yes" if loss.reference else "no", "yes" if loss.averaged else "no", given,
-            ", ".join(aliases.get(loss.name, [])),
         ))  # fmt: skip
+    return rows(*lines)
+
+
+def aliases() -> str:
+    """Names of other libraries that mean one of the losses."""
+    lines = [("name", "is")]
+    lines += [(f"`{alias}`", f"`{name.value}`") for alias, name in entries("ALIASES").items()]
     return rows(*lines)
 
 
@@ -321,8 +325,8 @@ def command(*words: str) -> str:
 
 
 KINDS: dict[str, Callable[..., str]] = {
-    "options": options, "losses": loss_table, "loss_functions": loss_functions, "fused": fused_calls,
-    "regularizers": regularizers, "command": command,
+    "options": options, "losses": loss_table, "aliases": aliases, "loss_functions": loss_functions,
+    "fused": fused_calls, "regularizers": regularizers, "command": command,
 }  # fmt: skip
 
 
