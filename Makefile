@@ -36,7 +36,8 @@ lint: $(VENV)/.dev  ## ruff: rules and format
 
 docs: $(DOCS)/.ready  ## the documentation, in site/: open site/index.html
 	$(STEP) "mkdocs build --strict"
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet --clean
+	@# mkdocs' own --quiet would hide warnings from --strict.
+	$(QUIET) env NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean
 	@echo "   site/index.html"
 
 bench: $(VENV)/.bench  ## fastalign beside TRL, Liger and torch, the small cases; BENCH=ops is all of them
