@@ -3,7 +3,7 @@
 The statement is exact: tests/bench/harness/test_model.py counts the driver's own calls, FLOP and bytes and holds them
 to it, tests/cuda/test_launches.py the launches of every op. A step's time is the largest of its FLOP at the rate of a
 good matrix product, and its operands and tiles at the rate of the memory; steps follow one another. What was measured
-on a GPU is in bench/LOG.md.
+on a GPU is in docs/explanation/gpu.md.
 """
 
 from __future__ import annotations
