@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from fastalign.errors import DataError, ModelError
+from fastalign.files import read_jsonl, write_jsonl
 from fastalign.recipes.concise.judge import pick_pair
 
 HERE = Path(__file__).parent
@@ -79,19 +78,6 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """(train, test): every `HELD_OUT_EVERY`-th prompt goes to test."""
     test = list(prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     return [prompt for prompt in prompts if prompt not in set(test)], test
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows to `path` in one step: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -177,8 +163,7 @@ def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> li
 
 def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) -> list[dict]:
     """Draw every answer that `path` does not hold yet, adding to it after each batch; returns all samples."""
-    rows = read_jsonl(path) if path.exists() else []
-    samples = {Job(row["prompt"], row["style"], row["repeat"]): row for row in rows}
+    samples = {Job(row["prompt"], row["style"], row["repeat"]): row for row in read_jsonl(path)}
     by_length = sorted(prompts, key=len)  # neighbors in a batch need little padding
     for style in STYLES:
         jobs = [Job(prompt, style.name, repeat) for prompt in by_length for repeat in range(style.repeats)]
