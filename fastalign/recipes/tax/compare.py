@@ -23,8 +23,9 @@ from torch import nn
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.files import load_rows
+from fastalign.data.packing import PackedBatch
 from fastalign.data.text import text_windows
-from fastalign.evaluation.tax import asks, compare_tokens, summarise
+from fastalign.evaluation.tax import Scorer, TokenScores, compare_tokens, model_scorer, summarise
 from fastalign.files import read_json, write_json, write_text
 from fastalign.fisher.diagonal import fisher_diagonal
 from fastalign.fisher.storage import Fisher
@@ -67,7 +68,7 @@ class Setting:
     start: dict[str, torch.Tensor]
     replay: list[dict]
     held_out: list[dict]
-    base: Callable
+    base: Scorer
 
     def ewc(self, factor: float) -> EWC:
         """EWC so strong that the plain run's weights would cost `factor` times DPO's loss at the start."""
@@ -108,7 +109,7 @@ def settle(folder: Path) -> Setting:
     replay, measured = split_topics()
     held_out = spread(text_windows(measured, tokenizer, length=WINDOW), TAX_WINDOWS)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Setting(folder, model, tokenizer, start, replay, held_out, answers_of_the_start(model, held_out))
+    return Setting(folder, model, tokenizer, start, replay, held_out, remember_start(model, held_out))
 
 
 def compute_fisher(setting: Setting) -> None:
@@ -140,7 +141,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     trainer.train()
     seconds = time.monotonic() - begin
     preference = trainer.evaluate()
-    tokens = compare_tokens(setting.base, asks(setting.model), setting.held_out, trainer.layout, progress=False)
+    tokens = compare_tokens(setting.base, model_scorer(setting.model), setting.held_out, trainer.layout, progress=False)
     result = {
         "method": run.method, "strength": run.strength, "learning_rate": config.learning_rate, "seconds": seconds,
         "steps": STEPS, "rows_a_step": ROWS_A_STEP, "tax": summarise(tokens),
@@ -162,18 +163,23 @@ def fisher_distance(setting: Setting) -> float:
         return ewc_penalty(*columns).item()
 
 
-def answers_of_the_start(model: nn.Module, rows: list[dict]) -> Callable:
-    """The model as it is now, asked about the held-out text once and for all."""
-    answers: dict[bytes, Any] = {}
-    ask = asks(model)
+def remember_start(model: nn.Module, rows: list[dict]) -> Scorer:
+    """A scorer that repeats what the model says now about the held-out text, after the model has changed."""
+    scores: dict[bytes, TokenScores] = {}
+    score = model_scorer(model)
 
-    def remember(packed):
-        scores, head = ask(packed)
-        answers[packed.targets.numpy().tobytes()] = scores, head._replace(weight=head.weight.clone())
-        return scores, head
+    def key(packed: PackedBatch) -> bytes:
+        assert packed.targets is not None
+        return packed.targets.numpy().tobytes()
+
+    def remember(packed: PackedBatch) -> TokenScores:
+        now = score(packed)
+        # Training changes the weight in place.
+        scores[key(packed)] = now._replace(head=now.head._replace(weight=now.head.weight.clone()))
+        return now
 
     compare_tokens(remember, remember, rows, prepare(model))
-    return lambda packed: answers[packed.targets.numpy().tobytes()]
+    return lambda packed: scores[key(packed)]
 
 
 HEADINGS = ("method", "strength", "tax, nats a token", "perplexity", "prefers chosen, %", "margin", "seconds")
