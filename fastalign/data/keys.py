@@ -29,7 +29,7 @@ def row_keys(row: dict) -> list[bytes]:
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
         # Each part starts with its length: otherwise a token could move from the prompt to the completion unnoticed.
         for part in (row["prompt_ids"], completion, mask or []):
-            digest.update(np.asarray([len(part), *part], dtype=np.int64))
+            digest.update(np.asarray([len(part), *part], dtype=np.int64).tobytes())
         keys.append(digest.digest())
     return keys
 

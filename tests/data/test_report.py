@@ -42,7 +42,7 @@ def test_the_table_names_what_was_found():
         r"dropped: too long +1 \(row 7\)",
         r"dropped: empty completion +2 \(rows 3, 1100\)",
         r"prompt tokens +min 3   mean 10.2   95 % 20   max 31",
-        r"tokens +30,000 with each prompt once, 42,000 with one per completion",
+        r"tokens +30,000 with each prompt once, 42,000 with a prompt per completion",
         r"scored tokens +18,000 \(60.0% of the tokens\)",
         r"duplicate BOS +none",
         r"token merges +none",

@@ -144,7 +144,7 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', "row 2 has a value in 'text' that no table can hold"),
         ("a.jsonl", GOOD + b'{"id": 1' + b"0" * 30 + b"}", "row 2 has a value in 'id' that no table can hold"),
         ("a.jsonl", b"\n\n", "a.jsonl holds no rows"),
-        ("a.json", GOOD * 2, "if it has an object a line, name it .jsonl"),
+        ("a.json", GOOD * 2, "if it has one object per line, name it .jsonl"),
         ("a.json", b'{"data": []}', "a.json: expected a list, found dict"),
         ("a.json", b'[{"text": "a"}, 3]', "a.json, row 2: expected a dict, found int"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: 1 cells where the header names 2 columns"),
@@ -312,7 +312,7 @@ def test_a_generation_prompt_that_no_answer_begins_with_is_counted():
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer = byte_level("{{ messages | length }}" + CHATML)
-    with pytest.raises(DataError, match="the template writes the prompt otherwise"):
+    with pytest.raises(DataError, match="the template writes the prompt differently"):
         tokenize([PAIR], tokenizer)
 
 
