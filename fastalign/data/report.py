@@ -114,7 +114,7 @@ class DataReport:
             (
                 "end of sequence",
                 f"exactly one EOS ends each of {self.completions:,} completions: "
-                f"{self.eos_present:,} had it, to {self.eos_added:,} it was added",
+                f"{self.eos_present:,} had it already, and it was added to {self.eos_added:,}",
             ),
             ("duplicate BOS", f"removed in {self.duplicate_bos:,} rows" if self.duplicate_bos else "none"),
             (
