@@ -35,7 +35,7 @@ from bench.harness.measure import ROOT, load
 from bench.harness.suite import draw_head
 from bench.suites import losses, ops, selective, train
 from fastalign import reference
-from fastalign.models.linear import _Added, speed_up_linear
+from fastalign.models.linear import LoraLinearGpu, speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.backends.pick import BACKENDS as DIVERGENCE
@@ -285,7 +285,7 @@ def _variants(dtype: torch.dtype, n: int, v: int, device: str) -> Iterator[tuple
         weight = frozen.to(x.dtype)
         if backend == "reference":
             return x @ weight.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
-        return _Added.apply(x, weight, None, a, b, 0.5)
+        return LoraLinearGpu.apply(x, weight, None, a, b, 0.5)
 
     yield "linear_logprobs capped, biased, entropy", LINEAR, capped, [hidden, weight, draw(v)]
     yield "linear_logprobs recomputed", LINEAR, recomputed, [hidden, weight]

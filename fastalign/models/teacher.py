@@ -1,9 +1,15 @@
-"""Distillation as a regulariser: whom the model learns from, live or by top-k log-probs computed once."""
+"""Teachers of distillation: a live model, or its top-k log-probs, computed once and read from a file.
+
+Teacher(rows)                    -> hidden states and output layer, computed at every step
+store_topk(teacher, data, k)     -> a file, computed once
+TopK(file)(rows)                 -> the k entries and their log-probs, read at every step
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +26,44 @@ from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import fingerprint
-from fastalign.models.vocabulary import check_vocabulary, vocabulary_digest
+from fastalign.models.vocabulary import check_vocabulary, embedding_rows, vocabulary_digest
 from fastalign.reference import linear_logits
 
-_ROWS = 128  # of logits at a time, when a teacher's top k is looked for
+_ROWS = 128  # rows of logits that exist at a time while a teacher's top k is computed
 
 
 class Teacher:
-    """A frozen model that answers with the hidden states and the output layer of its next-token distributions."""
+    """A frozen model that gives the hidden states and the output layer of its next-token distributions.
+
+    Args:
+        model: a causal language model; it is prepared, frozen and put in evaluation mode, in place.
+        tokenizer: that of the student, which has the same vocabulary.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.layout = prepare(model)
-        self.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.pad_token_id: Any = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
     @classmethod
     def load(cls, source: str | Path | nn.Module, trainer) -> Teacher:
-        """The teacher of a trainer's model, on its device; ModelError where their vocabularies differ."""
+        """Loads the teacher of a trainer's model and puts it on the trainer's device.
+
+        Args:
+            source: a model, or what `load_model` takes.
+            trainer: gives the student, its tokenizer and the device.
+
+        Raises:
+            ConfigError: the teacher is the model that is trained.
+            ModelError: the vocabularies differ, or the teacher cannot be loaded. The tokenizer of a model object is
+                looked for in the local folder that it was loaded from. Without one it must have at least as many
+                entries as the student's tokenizer.
+        """
         tokenizer = trainer.processing_class
         if isinstance(source, nn.Module):
             if causal_lm(source) is causal_lm(trainer.model):
                 raise ConfigError("The teacher is the model that is trained; for its start, set teacher='start'")
-            known = causal_lm(source).get_input_embeddings().weight.shape[0]
+            known = embedding_rows(causal_lm(source))
             if known < len(tokenizer):
                 raise ModelError(
                     f"The teacher knows {known:,} tokens and the student's tokenizer has {len(tokenizer):,}: they have "
@@ -57,19 +79,39 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> tuple[Tensor, Head]:
-        """(S, G) hidden states that predict the rows' scored tokens, in their order, and the output layer."""
-        packed = lay_out(rows, self.layout, self.pad_token_id).to(self.model.device)
+        """Hidden states (S, G) that predict the rows' S scored tokens, in their order, and the output layer.
+
+        Args:
+            rows: tokenised, with `prompt_ids` and `completion_ids`.
+        """
+        packed = lay_out(rows, self.layout, self.pad_token_id).to(causal_lm(self.model).device)
         return self.model(packed=packed, keep_hidden=True).hidden, output_head(causal_lm(self.model)).detach()
 
 
 def store_topk(
     teacher: Teacher, dataset, k: int, temperature: float = 1.0, cache_dir: str | Path | None = None
 ) -> Path:
-    """A safetensors file of the teacher's k largest log-probs at every scored token of a tokenised data set.
+    """Computes the teacher's k largest log-probs at every scored token of a data set, and stores them in a file.
 
-    It is named by the teacher's weights, k, temperature and the rows, and not computed again where it is there.
-    Tensors: keys (C, 16) uint8 of the completions, offsets (C + 1,), indices (T, k) int32, logprobs (T, k) float32, of
-    the softmax over the whole vocabulary at that temperature.
+    Its name is made of the teacher's weights, k, the temperature and the rows. If it exists, nothing is computed.
+
+    Args:
+        teacher: the model to ask.
+        dataset: tokenised rows, with C different completions of prompts, and T scored tokens in them.
+        k: entries stored per token.
+        temperature: divides the logits before the softmax.
+        cache_dir: folder of the file; None for ~/.cache/fastalign.
+
+    Returns:
+        The path of a safetensors file with the tensors
+
+        - keys (C, 16) uint8: a hash of each completion with its prompt,
+        - offsets (C + 1,) int64: the scored tokens of each,
+        - indices (T, k) int32: the entries with the largest log-probs,
+        - logprobs (T, k) float32: their log-probs, in nats, of the softmax over the tokenizer's whole vocabulary.
+
+    Raises:
+        ConfigError: k is larger than the vocabulary.
     """
     if k > len(teacher.tokenizer):
         raise ConfigError(f"top_k of Distillation is {k}, but the vocabulary has {len(teacher.tokenizer):,} entries")
@@ -83,7 +125,7 @@ def store_topk(
     for batch in tqdm(list(batch_rows(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
-        head = head.first(len(teacher.tokenizer))  # no token has the entries behind it, which pad the matrix
+        head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix
         logprobs, indices = _topk(hidden, head, k, temperature)
         bounds = lay_out(rows, teacher.layout, teacher.pad_token_id).cu_seqlens.tolist()
         flat = [key for i in batch for key in keys[i]]
@@ -100,6 +142,7 @@ def store_topk(
 
 @torch.no_grad()
 def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The k largest log-probs (S, k) float32 of each row, and their entries (S, k) int32, on the CPU."""
     parts = [
         linear_logits(part, head.weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
         for part in hidden.split(_ROWS)
@@ -108,7 +151,14 @@ def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tenso
 
 
 class TopK:
-    """A file that `store_topk` wrote, read span by span."""
+    """Reads a file that `store_topk` wrote, one completion at a time.
+
+    Args:
+        path: the safetensors file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -118,7 +168,18 @@ class TopK:
             raise DataError(f"The teacher's log-probs {error}: store them again.") from error
 
     def check(self, tokenizer: PreTrainedTokenizerBase, temperature: float, dataset) -> None:
-        """ModelError, ConfigError or DataError unless the file is for this vocabulary, temperature and data."""
+        """Checks that the file was made for this vocabulary, temperature and data.
+
+        Args:
+            tokenizer: that of the student.
+            temperature: that of the distillation.
+            dataset: tokenised training rows.
+
+        Raises:
+            ModelError: another vocabulary.
+            ConfigError: another temperature.
+            DataError: rows that the file lacks.
+        """
         metadata, stored = self.stored.metadata, f"The teacher's log-probs {self.path}"
         if metadata.get("vocabulary") != vocabulary_digest(tokenizer):
             raise ModelError(
@@ -137,7 +198,7 @@ class TopK:
             )
 
     def __call__(self, rows: list[dict]) -> tuple[Tensor, Tensor]:
-        """The k entries (S, k) int64 and their log-probs (S, k) at the rows' scored tokens."""
+        """The k entries (S, k) int64 and their log-probs (S, k) float32 at the S scored tokens of tokenised rows."""
         keys = [key for row in rows for key in row_keys(row)]
         indices, logprobs = (
             torch.cat([torch.from_numpy(self.stored.read(name, key)) for key in keys])
