@@ -86,7 +86,7 @@ def fused_linear_preference(
     backend: str = "auto",
     **loss_options: float,
 ) -> PreferenceOutput:
-    """mean over pairs of `sum_k loss_weights[k] loss_type[k](pair)`, plus `nll_weight` times the NLL of the chosen.
+    """Mean over pairs of `sum_k loss_weights[k] loss_type[k](pair)`, plus `nll_weight` times the NLL of the chosen.
 
     hidden, weight (V, H), targets, cu_seqlens, ref_*: see the head of this file. `loss_type` is a name in
     fastalign.losses.PAIRWISE, TRL's name for one, or several of these for a mixture (MPO, arXiv:2411.10442); those in
@@ -211,31 +211,36 @@ def _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, weight, bias, 
 
 def fused_linear_dpo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Direct preference optimisation (arXiv:2305.18290). Options: beta, label_smoothing (conservative DPO), and those
-    of fused_linear_preference."""
+    of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="dpo", **options)
 
 
 def fused_linear_ipo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Identity preference optimisation (arXiv:2310.12036), on averages per token as its authors and TRL run it;
-    `length_normalised=()` gives the paper's sums. Options: beta, and those of fused_linear_preference."""
+    `length_normalised=()` gives the paper's sums. Options: beta, and those of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="ipo", **options)
 
 
 def fused_linear_hinge(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """SLiC's hinge on log-ratios (arXiv:2305.10425, arXiv:2309.06657). Options: beta, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="hinge", **options)
 
 
 def fused_linear_robust(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Robust DPO under flipped labels (arXiv:2403.00409). Options: beta, label_smoothing, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="robust", **options)
 
 
 def fused_linear_exo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Efficient exact optimisation (arXiv:2402.00856). Options: beta, label_smoothing above 0, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="exo", **options)
 
 
@@ -246,43 +251,50 @@ def fused_linear_nca(hidden: Tensor, weight: Tensor, targets: Tensor, **options)
 
 def fused_linear_sppo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Self-play preference optimisation, hard wins (arXiv:2405.00675). Options: beta, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="sppo", **options)
 
 
 def fused_linear_apo_zero(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Anchored preference optimisation, chosen up and rejected down (arXiv:2408.06266). Options: beta, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="apo_zero", **options)
 
 
 def fused_linear_apo_down(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Anchored preference optimisation, both down (arXiv:2408.06266). Options: beta, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="apo_down", **options)
 
 
 def fused_linear_aot(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Alignment via optimal transport, paired (arXiv:2406.05882); sorts over the batch. Options: beta,
-    label_smoothing, and those of fused_linear_preference."""
+    label_smoothing, and those of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="aot", **options)
 
 
 def fused_linear_discopop(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """The discovered, log-ratio modulated loss (arXiv:2406.08414). Options: beta, discopop_tau, and those of
-    fused_linear_preference."""
+    fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="discopop", **options)
 
 
 def fused_linear_bco_pair(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Binary classifier optimisation on pairs (arXiv:2404.04656). Options: beta, delta (the reward shift), and those
-    of fused_linear_preference."""
+    of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="bco_pair", **options)
 
 
 def fused_linear_simpo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
     """Simple preference optimisation, on averages per token, no reference (arXiv:2405.14734). Options: beta,
-    gamma_beta_ratio, label_smoothing, and those of fused_linear_preference."""
+    gamma_beta_ratio, label_smoothing, and those of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="simpo", **options)
 
 
@@ -290,7 +302,8 @@ def fused_linear_cpo(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, nll_weight: float = 1.0, **options
 ) -> PreferenceOutput:
     """Contrastive preference optimisation with its NLL term, no reference (arXiv:2401.08417). Options: beta,
-    label_smoothing, and those of fused_linear_preference."""
+    label_smoothing, and those of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="cpo", nll_weight=nll_weight, **options)
 
 
@@ -299,7 +312,8 @@ def fused_linear_orpo(
 ) -> PreferenceOutput:
     """NLL plus beta times the odds ratio term, no reference (arXiv:2403.07691). The NLL is over the chosen completion;
     with `nll_targets` (prompt and completion) it is the paper authors' and TRL's. Options: beta (the paper's lambda),
-    and those of fused_linear_preference."""
+    and those of fused_linear_preference.
+    """
     return fused_linear_preference(hidden, weight, targets, loss_type="orpo", nll_weight=nll_weight, **options)
 
 

@@ -120,7 +120,8 @@ class LigerFusedLinearCPOLoss(nn.Module):
 
 class LigerFusedLinearKTOLoss(nn.Module):
     """KTO over single rows (B, T, H) with `preference_labels` (B,) bool. Returns `(loss, (sum of chosen logps, of
-    rejected logps, of chosen logits, of rejected logits, of chosen rewards, of rejected rewards))`."""
+    rejected logps, of chosen logits, of rejected logits, of chosen rewards, of rejected rewards))`.
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,

@@ -131,7 +131,7 @@ class PreferenceConfig(AlignmentConfig):
 
     @property
     def reward_beta(self) -> float:
-        """beta of the implicit rewards that are logged: the first loss's own where none is set."""
+        """Beta of the implicit rewards that are logged: the first loss's own where none is set."""
         first = next(name for name in self.loss_type if name != "sft")
         return (PAIRWISE | UNPAIRED)[first].__kwdefaults__["beta"] if self.beta is None else self.beta
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from fastalign.data.batching import batches_within, token_count
 from fastalign.data.files import load_rows
 from fastalign.data.packing import PackedBatch, lay_out
 from fastalign.data.tokenization import tokenize
@@ -116,7 +117,8 @@ def fisher_diagonal(
     backward = _Pass(model, fisher, bits, seed)
     device = next(model.parameters()).device
     with _recording(model, backward):
-        for examples in _batches(rows, 1 if layout == "padded" else tokens_per_batch):
+        # A budget of one token puts each sequence into a batch of its own.
+        for examples in batches_within(_sequences(rows), token_count, 1 if layout == "padded" else tokens_per_batch):
             pad_token_id = causal_lm(model).config.pad_token_id or 0
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
     if not fisher.samples:
@@ -138,21 +140,13 @@ def _tokenized(data, tokenizer, max_length: int | None):
     return tokenize(rows, tokenizer, max_length=max_length)[0]
 
 
-def _batches(rows, tokens_per_batch: int) -> Iterator[list[dict]]:
-    """Sequences, one completion each, as many as fit the tokens."""
-    batch, tokens = [], 0
+def _sequences(rows) -> Iterator[dict]:
+    """The rows with one completion each: a row of two completions gives two, each with the prompt."""
     for row in rows:
         masks = row.get("completion_mask") or [None] * len(row["completion_ids"])
         for completion, mask in zip(row["completion_ids"], masks, strict=True):
-            length = len(row["prompt_ids"]) + len(completion)
-            if batch and tokens + length > tokens_per_batch:
-                yield batch
-                batch, tokens = [], 0
             sequence = {"prompt_ids": row["prompt_ids"], "completion_ids": [completion]}
-            batch.append(sequence if mask is None else {**sequence, "completion_mask": [mask]})
-            tokens += length
-    if batch:
-        yield batch
+            yield sequence if mask is None else {**sequence, "completion_mask": [mask]}
 
 
 class _Pass:

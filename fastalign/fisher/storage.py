@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.files import atomic_write
 from fastalign.fisher.eight_bit import ByteSums
 
 _SCALE = ":scale"  # ends the name of the scales of a matrix in 8 bits; the matrix itself has the parameter's name
@@ -111,12 +111,8 @@ class Fisher(MutableMapping):
         about = {"samples": self.samples, "estimator": self.estimator, "per": self.per, "bits": bits}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"fisher": json.dumps(about)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:

@@ -24,7 +24,8 @@ from fastalign.losses.checks import check_logprobs, logistic, sigmoid_loss
 
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, elementwise, accurate for every x (Maechler 2012, "Accurately computing log(1 -
-    exp(-|a|))"); -inf at 0, nan above. Any shape, any floating dtype."""
+    exp(-|a|))"); -inf at 0, nan above. Any shape, any floating dtype.
+    """
     near_zero = x > -math.log(2)
     # Each branch sees a harmless value where the other one is taken: an infinite gradient times zero would be nan.
     near, far = torch.where(near_zero, x, -1.0), torch.where(near_zero, -1.0, x)
@@ -32,8 +33,9 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def implicit_rewards(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """beta * (policy - reference), detached: the reward that DPO's policy implies, up to a term of the prompt alone
-    (Rafailov et al. 2023, arXiv:2305.18290). (B,) log-probability sums in, (B,) rewards out."""
+    """Beta * (policy - reference), detached: the reward that DPO's policy implies, up to a term of the prompt alone
+    (Rafailov et al. 2023, arXiv:2305.18290). (B,) log-probability sums in, (B,) rewards out.
+    """
     check_logprobs(beta, policy=policy, reference=reference)
     return beta * (policy - reference).detach()
 
@@ -135,7 +137,7 @@ def exo(
     beta: float = 0.1,
     label_smoothing: float = 1e-3,
 ) -> Tensor:
-    """q log(q / (1 - e)) + (1 - q) log((1 - q) / e) with q = s(beta m).
+    """Q log(q / (1 - e)) + (1 - q) log((1 - q) / e) with q = s(beta m).
 
     Efficient exact optimisation on pairs (Ji et al. 2024, arXiv:2402.00856, eq. 16): the reverse KL from the policy's
     preference q to the smoothed label. Infinite at e = 0, which is therefore refused. TRL calls it `exo_pair`.

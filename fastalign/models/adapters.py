@@ -10,6 +10,7 @@ sees. Such a layer is therefore annotated as `Any` here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fastalign.errors import ModelError
 if TYPE_CHECKING:
     from peft import LoraConfig as LoraConfig
     from peft import PeftConfig as PeftConfig
+    from peft import PeftModel as PeftModel
 
 
 class Lora(NamedTuple):
@@ -113,6 +115,25 @@ def _without_module_wrappers(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with the adapter that a folder holds, which is switched on.
+
+    Args:
+        model: the base model; peft puts the adapter's layers into it.
+        folder: an adapter that was saved as safetensors.
+
+    Raises:
+        ModelError: the adapter cannot be read, or it does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # peft has no common error for adapters that do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path or 'the model'}: {reason}") from error
 
 
 # Names and settings

@@ -8,21 +8,19 @@ TopK(file)(rows)                 -> the k entries and their log-probs, read at e
 from __future__ import annotations
 
 import hashlib
-import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.keys import by_tokens, cache_folder, row_keys
+from fastalign.data.batching import batch_rows
+from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import lay_out
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.files import KeyedTensors, write_keyed
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
@@ -124,7 +122,7 @@ def store_topk(
     if path.exists():
         return path
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for batch in tqdm(list(by_tokens(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
+    for batch in tqdm(list(batch_rows(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
         head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix
@@ -133,17 +131,12 @@ def store_topk(
         flat = [key for i in batch for key in keys[i]]
         for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
             found[key] = indices[start:end], logprobs[start:end]
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(len(found), -1),
-        "offsets": torch.tensor([0, *(len(indices) for indices, _ in found.values())]).cumsum(0),
-        "indices": torch.cat([indices for indices, _ in found.values()]),
-        "logprobs": torch.cat([logprobs for _, logprobs in found.values()]),
+    values = {
+        "indices": [indices.numpy() for indices, _ in found.values()],
+        "logprobs": [logprobs.numpy() for _, logprobs in found.values()],
     }
     metadata = {"temperature": repr(float(temperature)), "vocabulary": vocabulary_digest(teacher.tokenizer)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    temporary.replace(path)
+    write_keyed(path, list(found), values, metadata)
     return path
 
 
@@ -169,14 +162,10 @@ class TopK:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        stored = f"The teacher's log-probs {self.path}"
         try:
-            self.file = safe_open(self.path, "pt")
-            keys, offsets = self.file.get_tensor("keys"), self.file.get_tensor("offsets").tolist()
-            self.indices, self.logprobs = self.file.get_slice("indices"), self.file.get_slice("logprobs")
-        except Exception as error:  # the library raises many kinds for missing and damaged files
-            raise DataError(f"{stored} cannot be read ({' '.join(str(error).split())}): store them again.") from error
-        self.spans = {bytes(key.tolist()): span for key, span in zip(keys, pairwise(offsets), strict=True)}
+            self.stored = KeyedTensors(self.path, ["indices", "logprobs"])
+        except DataError as error:
+            raise DataError(f"The teacher's log-probs {error}: store them again.") from error
 
     def check(self, tokenizer: PreTrainedTokenizerBase, temperature: float, dataset) -> None:
         """Checks that the file was made for this vocabulary, temperature and data.
@@ -191,7 +180,7 @@ class TopK:
             ConfigError: another temperature.
             DataError: rows that the file lacks.
         """
-        metadata, stored = self.file.metadata() or {}, f"The teacher's log-probs {self.path}"
+        metadata, stored = self.stored.metadata, f"The teacher's log-probs {self.path}"
         if metadata.get("vocabulary") != vocabulary_digest(tokenizer):
             raise ModelError(
                 f"{stored} were stored with another tokenizer than the student's: store them again, from a teacher "
@@ -202,7 +191,7 @@ class TopK:
                 f"{stored} are at temperature {metadata['temperature']}, but Distillation's is {temperature:g}: set "
                 "the same, or store them again"
             )
-        missing = sum(any(key not in self.spans for key in row_keys(row)) for row in dataset)
+        missing = sum(any(key not in self.stored for key in row_keys(row)) for row in dataset)
         if missing:
             raise DataError(
                 f"{stored} lack {missing:,} of {len(dataset):,} training rows: store them again for this data set."
@@ -210,6 +199,9 @@ class TopK:
 
     def __call__(self, rows: list[dict]) -> tuple[Tensor, Tensor]:
         """The k entries (S, k) int64 and their log-probs (S, k) float32 at the S scored tokens of tokenised rows."""
-        spans = [self.spans[key] for row in rows for key in row_keys(row)]
-        indices = torch.cat([self.indices[start:end] for start, end in spans])
-        return indices.long(), torch.cat([self.logprobs[start:end] for start, end in spans])
+        keys = [key for row in rows for key in row_keys(row)]
+        indices, logprobs = (
+            torch.cat([torch.from_numpy(self.stored.read(name, key)) for key in keys])
+            for name in ("indices", "logprobs")
+        )
+        return indices.long(), logprobs

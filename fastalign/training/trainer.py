@@ -205,7 +205,8 @@ class AlignmentTrainer(Trainer):
 
     def _check_start(self, reference: Tensor, policy: Tensor, stored: Tensor | None) -> None:
         """Before the first update, policy and reference are the same weights: margins are exactly 0. On a GPU they may
-        be 0 within rounding: the library that multiplies chooses kernels by more than the numbers."""
+        be 0 within rounding: the library that multiplies chooses kernels by more than the numbers.
+        """
         off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
         if not off <= limit:
             within = f" within {limit:.3g}" if limit else ""
