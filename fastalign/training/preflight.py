@@ -6,6 +6,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError
@@ -14,7 +15,7 @@ from fastalign.memory import measure
 _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt per completion", "padded": "padded rows"}
 
 
-def check_options(args: AlignmentConfig, has_eval_rows: bool) -> None:
+def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
     """ConfigError for options that the Trainer would refuse only after everything is loaded."""
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
@@ -23,9 +24,8 @@ def check_options(args: AlignmentConfig, has_eval_rows: bool) -> None:
         # This imports what the optimiser needs, for example bitsandbytes.
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
-        raise ConfigError(
-            f"optim is {str(args.optim)!r}, and cannot run here: {' '.join(str(error).split())}"
-        ) from error
+        name = OptimizerNames(args.optim).value
+        raise ConfigError(f"optim is {name!r}, and cannot run here: {' '.join(str(error).split())}") from error
     except ValueError:  # some optimisers want the model here, which is not loaded yet
         return
 
