@@ -5,6 +5,7 @@ What takes seconds to import is imported where it is used: tests of ops and loss
 """
 
 import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,23 +154,19 @@ def check_finish():
 def make_trainer(tokenizer, tmp_path):
     """A trainer of one SGD step after another, with everything that could differ between runs turned off."""
 
-    from fastalign.config.distillation import DistillationConfig
-    from fastalign.config.preference import PreferenceConfig
-    from fastalign.config.sft import SFTConfig
-    from fastalign.training.distillation import DistillationTrainer
     from fastalign.training.preference import PreferenceTrainer
 
     def make(
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
         teacher=None, **options,
     ):  # fmt: skip
-        config = {PreferenceTrainer: PreferenceConfig, DistillationTrainer: DistillationConfig}.get(kind, SFTConfig)
+        config = typing.get_type_hints(kind.__init__)["args"]  # every trainer says which options it takes
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
             "learning_rate": 0.01, "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
         }  # fmt: skip
-        if kind is PreferenceTrainer:
+        if "ref_cache_dir" in config.__dataclass_fields__:
             defaults["ref_cache_dir"] = str(tmp_path / "cache")
         return kind(
             model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config, callbacks,
