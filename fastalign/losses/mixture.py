@@ -79,8 +79,7 @@ def pairwise_loss(
         logprobs = averages if name in averaged else sums
         taken = {key: options[key] for key in options_of(name) if key in options}
         terms.append(weight * row.function(*(logprobs if row.reference else logprobs[:2]), **taken))
-    # A pair that is won by far has the loss -0.0. Adding 0.0 drops the sign, which would look wrong in a log.
-    return sum(terms[1:], start=0.0 + terms[0])
+    return sum(terms[1:], start=terms[0])
 
 
 def _averages(

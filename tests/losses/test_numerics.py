@@ -31,7 +31,7 @@ def test_sigmoid_has_a_gradient_where_its_value_has_rounded_to_one():
     with mpmath.workdps(60):
         exact = [float(mpmath.exp(-at) / (1 + mpmath.exp(-at)) ** 2) for at in x.tolist()]
     assert values[0] == 1.0
-    assert slopes.tolist() == pytest.approx(exact, rel=1e-5)
+    assert slopes.tolist() == pytest.approx(exact, rel=1e-5, abs=0.0)
 
 
 def test_logistic_loss_is_finite_at_any_argument_and_weighs_both_labels():
