@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from bench import divergences, fisher, gpu, losses, machine, model, ops, readme, report, scale, selective, train
-from bench.measure import load, save, say
+from bench.harness import machine, model
+from bench.harness.measure import load, save, say
+from bench.pages import readme, report
+from bench.suites import divergences, fisher, gpu, losses, ops, scale, selective, train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = {

@@ -10,11 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/brgemm.h"
+#include "cpu/base/workspace.h"
 #include "cpu/kernels.h"
-#include "cpu/preference_loss.h"
-#include "cpu/segment_sum.h"
-#include "cpu/workspace.h"
+#include "cpu/kernels/preference_loss.h"
+#include "cpu/kernels/segment_sum.h"
+#include "cpu/tiles/brgemm.h"
 
 namespace py = pybind11;
 using fastalign::AttentionProblem;

@@ -3,4 +3,4 @@
 #define FASTALIGN_VECTOR_BYTES 16
 #define FASTALIGN_VECTORS 4
 #define FASTALIGN_BRGEMM
-#include "cpu/kernels_for_isa.h"
+#include "cpu/kernels_for_isa-inl.h"

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-std=c++17 -O1 -g -ffp-contract=fast -Wall -Wextra -I. -pthread"
-sources="check/check.cpp check/kernels_emulated.cpp cpu/kernels.cpp cpu/kernels_plain.cpp"
+sources="check/check.cpp check/heads.cpp check/kernels_emulated.cpp cpu/kernels.cpp cpu/kernels_plain.cpp"
 for sanitizer in address,undefined thread; do
     echo "== -fsanitize=$sanitizer"
     objects=""

@@ -1,6 +1,6 @@
-#include "kernels.h"
+#include "cpu/kernels.h"
 
-#include "brgemm.h"
+#include "cpu/tiles/brgemm.h"
 
 namespace fastalign {
 

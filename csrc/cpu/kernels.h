@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "pool.h"
-#include "problem.h"
+#include "cpu/base/pool.h"
+#include "cpu/base/problem.h"
 
 namespace fastalign {
 

@@ -1,3 +1,3 @@
 #define FASTALIGN_ISA avx2
 #define FASTALIGN_VECTOR_BYTES 32
-#include "kernels_for_isa.h"
+#include "cpu/kernels_for_isa-inl.h"

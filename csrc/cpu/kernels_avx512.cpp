@@ -1,3 +1,3 @@
 #define FASTALIGN_ISA avx512
 #define FASTALIGN_VECTOR_BYTES 64
-#include "kernels_for_isa.h"
+#include "cpu/kernels_for_isa-inl.h"

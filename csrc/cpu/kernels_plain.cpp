@@ -1,3 +1,3 @@
 #define FASTALIGN_ISA plain
 #define FASTALIGN_VECTOR_BYTES 16
-#include "kernels_for_isa.h"
+#include "cpu/kernels_for_isa-inl.h"

@@ -285,10 +285,10 @@ def _brgemm(found: Mapping[str, Any]) -> str:
 def _info(args: argparse.Namespace) -> None:
     import platform
 
-    import peft
     import torch
     import transformers
 
+    from fastalign.models.adapters import peft_version
     from fastalign.models.loading import default_dtype
     from fastalign.ops.backends import cpu, cuda
 
@@ -296,7 +296,7 @@ def _info(args: argparse.Namespace) -> None:
     lines = {
         "fastalign": __version__,
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "transformers": f"{transformers.__version__}, peft {peft.__version__}",
+        "transformers": f"{transformers.__version__}, peft {peft_version()}",
         "device": device,
         "weights": f"{default_dtype(True)} under an adapter, {default_dtype(False)} when trained".replace("torch.", ""),
         "native module": "not built: run `make build`",

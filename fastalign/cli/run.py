@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
+from fastalign.models.adapters import lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.options import from_mapping, help_field, nearest
 from fastalign.regularizers.distillation import Distillation
@@ -101,8 +101,11 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
+    lora = lora_config(
+        rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout, targets=options.lora_targets
+    ) if options.lora_rank else None  # fmt: skip
     trainer = TRAINERS[type(config)](
-        options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype,
+        options.model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
         regularizers=build_regularizers(options.regularizers),
     )  # fmt: skip
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
@@ -124,18 +127,6 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
     _show(console, summary, questions, old, new)
     console.print(f"Run folder {folder}, report {report}")
     return folder
-
-
-def _lora(options: RunOptions) -> LoraConfig | None:
-    if options.lora_rank == 0:
-        return None
-    targets = options.lora_targets
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",")]
-    return LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules=targets,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
 
 
 def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int]], list[str]]:

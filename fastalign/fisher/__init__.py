@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information of a model."""
+"""The diagonal of the Fisher information of a model: how much each parameter matters to what the model knows."""
 
 from typing import TYPE_CHECKING
 

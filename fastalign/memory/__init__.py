@@ -1,4 +1,4 @@
-"""Memory that a training step needs, predicted and measured."""
+"""The memory that a training step needs, predicted and measured."""
 
 from typing import TYPE_CHECKING
 

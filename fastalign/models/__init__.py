@@ -1,4 +1,4 @@
-"""Models: loaded, made ready for packed training, scored."""
+"""Models: load one, make it ready for packed training, score batches, read its output layer."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,6 @@
 """The exact per-sequence diagonal of a linear layer's Fisher information, without per-sequence gradients: the public
-function, and its plain torch driver; C++ in csrc/cpu/fisher.h, for GPUs kernels/ and csrc/cuda/accumulate_fisher.cu.
+function, and its plain torch driver; C++ in csrc/cpu/kernels/fisher-inl.h, for GPUs kernels/ and
+csrc/cuda/accumulate_fisher.cu.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What holds a model near what it knew while it is trained."""
+"""Terms that hold a model near what it knew while it is trained; they can be added to any objective."""
 
 from typing import TYPE_CHECKING
 

@@ -8,19 +8,19 @@ per scored token, on disk, keyed by the token ids and the weights: a change of l
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastalign.data.keys import KEY_BYTES, by_tokens, cache_folder, row_keys
+from fastalign.data.batching import batch_rows
+from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import PackedBatch
+from fastalign.errors import DataError
+from fastalign.files import KeyedTensors, write_keyed
 
 logger = logging.getLogger("fastalign")
 
@@ -41,42 +41,24 @@ def precompute(
     keys = [row_keys(row) for row in dataset]
     missing = [i for i, own in enumerate(keys) if any(key not in known for key in own)]
     if missing:
-        for rows in tqdm(list(by_tokens(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
+        for rows in tqdm(list(batch_rows(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()
             flat = [key for i in rows for key in keys[i]]
             for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
                 known[key] = values[start:end]
-        _write(path, known)
+        write_keyed(path, list(known), {"logprobs": list(known.values())})
     column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
     return dataset.add_column("ref_logprobs", column)
 
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:
+    """The stored log-probs of every completion, by key; none where there is no file that can be read."""
     if not path.exists():
         return {}
     try:
-        tensors = load_file(path)
-        keys, offsets, logprobs = tensors["keys"], tensors["offsets"], tensors["logprobs"]
-        if keys.shape[1:] != (KEY_BYTES,) or len(offsets) != len(keys) + 1 or offsets[-1] != len(logprobs):
-            raise ValueError("its tensors do not fit together")
-    except Exception as error:  # a damaged cache is no reason to stop: it is computed again
-        logger.warning("The reference cache %s cannot be read (%s); it is computed again.", path, error)
+        return KeyedTensors(path, ["logprobs"]).read_all("logprobs")
+    except DataError as error:  # a damaged cache is no reason to stop: it is computed again
+        logger.warning("The reference cache is computed again: %s.", error)
         return {}
-    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    return {key.tobytes(): logprobs[start:end] for key, (start, end) in zip(keys, bounds, strict=True)}
-
-
-def _write(path: Path, known: dict[bytes, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = list(known.values())
-    tensors = {
-        "keys": np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, KEY_BYTES).copy(),
-        "offsets": np.cumsum([0, *map(len, values)]).astype(np.int64),
-        "logprobs": np.concatenate(values).astype(np.float32),
-    }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file(tensors, temporary)
-    os.replace(temporary, path)

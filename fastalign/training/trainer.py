@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,7 +27,7 @@ from fastalign.data.collate import Collator
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.memory import measure
-from fastalign.models.adapters import causal_lm
+from fastalign.models.adapters import add_adapter, causal_lm, has_adapter
 from fastalign.models.fit import check_fit
 from fastalign.models.head import output_head, token_divergence
 from fastalign.models.linear import keep_few_primitives
@@ -41,6 +41,9 @@ from fastalign.regularizers.base import Step, count_of
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import MetricsWriter, Progress
 from fastalign.training.reference import precompute
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
 
 _MOVING = "fastalign.safetensors"  # in a checkpoint
 
@@ -97,7 +100,7 @@ class AlignmentTrainer(Trainer):
         for dataset in (train_dataset, eval_dataset or ()):
             check_fit(dataset, causal_lm(model))
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args.seed)
+            model = add_adapter(model, peft_config, args.seed)
         check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
@@ -153,7 +156,7 @@ class AlignmentTrainer(Trainer):
     def _prepare_reference(self) -> ReferenceWeights | None:
         """Keep the weights in hand as the reference: a copy where adapters make it small, log-probs of every row."""
         args = self.args
-        adapter = hasattr(self.model, "peft_config")
+        adapter = has_adapter(self.model)
         weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
         if args.precompute_ref_log_probs:
             key = fingerprint(self.model, str(self._autocast_dtype()))
@@ -202,7 +205,8 @@ class AlignmentTrainer(Trainer):
 
     def _check_start(self, reference: Tensor, policy: Tensor, stored: Tensor | None) -> None:
         """Before the first update, policy and reference are the same weights: margins are exactly 0. On a GPU they may
-        be 0 within rounding: the library that multiplies chooses kernels by more than the numbers."""
+        be 0 within rounding: the library that multiplies chooses kernels by more than the numbers.
+        """
         off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
         if not off <= limit:
             within = f" within {limit:.3g}" if limit else ""
@@ -381,11 +385,3 @@ def _check_optimizer(args: AlignmentConfig) -> None:
         ) from error
     except ValueError:  # it is asked without the model here, which some optimisers want
         return
-
-
-def _with_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
-    set_seed(seed)  # as the Trainer does, but for the adapter's random numbers as well
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"The adapter does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.measure import Measurement
+from bench.harness.measure import Measurement
 
 DEFAULTS = {
     "suite": "ops", "case": "frozen-float32-4x2x8-mask0", "sizes": {"n": 4, "h": 2, "v": 8, "mask": 0},

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from bench import __main__ as bench
-from bench import divergences
+from bench.suites import divergences
 
 
 def test_the_list_names_every_suite_case_and_implementation(capsys, monkeypatch):

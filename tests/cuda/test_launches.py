@@ -1,11 +1,11 @@
-"""Every op launches what bench/model.py states, no more: counted on the emulation, forward and backward."""
+"""Every op launches what bench/harness/model.py states, no more: counted on the emulation, forward and backward."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench import model
+from bench.harness import model
 from fastalign import linear_divergence, linear_logprobs, preference_loss, selective_logprobs
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.backends import pick

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.packing import pack
 from fastalign.errors import DataError
-from fastalign.models.snapshot import ReferenceWeights, fingerprint
+from fastalign.models.snapshot import ReferenceWeights
 from fastalign.training.preference import PreferenceTrainer
 from fastalign.training.reference import precompute
 
@@ -275,46 +275,3 @@ def test_precompute_cuts_long_data_into_batches(tmp_path):
     values = precompute(dataset, score, "weights", tmp_path)["ref_logprobs"][:]
     assert values == [[[-i - 0.5, -i - 0.5]] for i in range(7)]  # in the order of the rows
     assert len(seen) == 4 and max(seen) <= 2048
-
-
-# What the key is made of
-
-
-def test_fingerprint_is_of_content(tiny_llama, model_dir):
-    model = tiny_llama()
-    key = fingerprint(model)
-    assert fingerprint(tiny_llama()) == key
-    assert fingerprint(tf.AutoModelForCausalLM.from_pretrained(model_dir)) == key
-    assert fingerprint(get_peft_model(tiny_llama(), LoraConfig(**LORA))) == key  # B = 0
-    others = [
-        fingerprint(model, "bfloat16"),
-        fingerprint(tiny_llama(dtype=torch.bfloat16)),
-        fingerprint(tiny_llama(seed=1)),
-        fingerprint(tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
-        fingerprint(trained_adapter(tiny_llama())),
-        fingerprint(trained_adapter(tiny_llama(), seed=1)),
-    ]
-    with torch.no_grad():
-        model.model.norm.weight[0] += 2**-20
-    assert len({key, fingerprint(model), *others}) == len(others) + 2
-
-
-def test_fingerprint_knows_the_scale_of_an_adapter_and_whether_it_is_on(tiny_llama):
-    model = trained_adapter(tiny_llama())
-    key = fingerprint(model)
-    with model.disable_adapter():
-        off = fingerprint(model)
-    for layer in model.modules():
-        if isinstance(getattr(layer, "scaling", None), dict):
-            layer.scaling["default"] *= 2
-    assert len({key, off, fingerprint(model)}) == 3
-
-
-def test_fingerprint_sees_an_adapter_on_the_embeddings(tiny_llama):
-    def key(init_lora_weights):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            lora = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=init_lora_weights)
-            return fingerprint(get_peft_model(tiny_llama(tied=False), lora))
-
-    assert key(False) != fingerprint(tiny_llama(tied=False))

@@ -22,7 +22,7 @@ try:
 except ImportError:  # a checkout that was not built; `fastalign info` says so, and backend="cpu" raises
     module = None
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/cpu/problem.h
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/cpu/base/problem.h
 # A gradient of this size would push everything else out of the caches, so it is written past them.
 _STREAMED_BYTES = 8 << 20
 _kernels = None
@@ -159,7 +159,7 @@ def run(name: str, *arguments):
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """DType of csrc/cpu/problem.h."""
+    """DType of csrc/cpu/base/problem.h."""
     return _DTYPES[dtype]
 
 

@@ -1,0 +1,1 @@
+"""How the bench measures: candidates, their checks, times and memory, and what the suites share."""

@@ -1,0 +1,35 @@
+"""What the suites share: cases by name, packages that may be missing, and the tensors of an output layer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bench.harness.measure import Missing
+
+Case = TypeVar("Case")
+
+
+def by_name(cases: Iterable[Case]) -> dict[str, Case]:
+    """The cases of a suite by their `name`, in order, as `CASES` and `QUICK` hold them."""
+    return {case.name: case for case in cases}
+
+
+def peer(module: str, function: Callable) -> Callable:
+    """The function, if the module that it needs is installed; Missing says how to install it."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise Missing(f"{error}; pip install 'fastalign[bench]'") from error
+    return function
+
+
+def draw_head(generator: torch.Generator, n: int, h: int, v: int) -> tuple[Tensor, Tensor]:
+    """Random hidden states (n, h) and weight (v, h) in float32, whose logits have standard deviation 3."""
+    hidden = torch.randn(n, h, generator=generator)
+    return hidden, torch.randn(v, h, generator=generator).mul_(3 / math.sqrt(h))

@@ -1,0 +1,1 @@
+"""What the bench writes from its records: tables, plots, report.html and README's tables."""

@@ -1,0 +1,166 @@
+"""Suite `scale`: how cost grows with N, V, T, the batch and the share of prompts, on 1 and 2 threads of a CPU.
+
+Each case is one curve. `n` and `v` are `linear_logprobs` with a frozen head, forward and backward; `t`, `batch` and
+`prompt` are forward and backward of a LoRA step on SmolLM2-135M-Instruct: one pair of longer and longer completions,
+more and more pairs, and one pair of constant length of which more and more is prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from bench.harness.measure import Checked, Measurement, WrongResult, environment, interleaved, quartiles, say
+from bench.harness.suite import by_name
+from bench.suites import ops
+from bench.suites.train import LORA, MODEL
+from fastalign.data.packing import PackedBatch, pack
+
+POINTS = {
+    "n": (128, 256, 512, 1024, 2048),
+    "v": (8192, 16384, 32768, 65536, 131072),
+    "t": (64, 128, 256, 512, 1024),
+    "batch": (1, 2, 4, 8),
+    "prompt": (0, 25, 50, 75, 90),
+}
+WIDTH, TOKENS, VOCABULARY = 576, 512, 49152  # H; N where V varies; V where N does
+PAIR = (120, 40)  # tokens of the prompt, and of each completion, where the batch varies
+THREADS = (1, 2)
+QUICK_POINTS = 2
+# The hidden states of a packed and a padded row are summed in another order, over 30 layers.
+AGREE = 1e-3  # nats; of the gradient's largest entry
+IMPLEMENTATIONS = ("fastalign",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`quick`: the first `QUICK_POINTS` of the curve alone."""
+
+    axis: str
+    threads: int
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        threads = f"{self.threads}-thread{'s' if self.threads > 1 else ''}"
+        return f"{self.axis}-{threads}{'-quick' if self.quick else ''}"
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        return POINTS[self.axis][: QUICK_POINTS if self.quick else None]
+
+
+CASES = by_name(Case(*parts) for parts in product(POINTS, THREADS))
+QUICK = by_name([Case("n", 1, quick=True), Case("v", 1, quick=True)])
+
+
+def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
+    """One record per point, all points interleaved, each checked first; `limit_s` goes unused: all are short."""
+    del limit_s
+    case = (CASES | QUICK)[case_name]
+    torch.set_num_threads(case.threads)
+    points = case.points
+    make = _op if case.axis in ("n", "v") else _step
+    runs, checked = {}, {}
+    for point in points:
+        say(f"    checking {case.axis} = {point}", same_line=True)
+        runs[str(point)], checked[point] = make(case.axis, point)
+    load_before = os.getloadavg()[0]
+    seconds = interleaved(runs, rounds)
+    about = environment()
+    measured = []
+    for point in points:
+        q1, median, q3 = quartiles(seconds[str(point)])
+        done = checked[point]
+        measured.append(Measurement(
+            "scale", case_name, {case.axis: point}, f"{case.axis} = {point}", median, q1, q3, rounds, None,
+            done.errors, done.scope, load=round(load_before, 2), **about,
+        ))  # fmt: skip
+    return measured
+
+
+def _op(axis: str, point: int) -> tuple[Callable, Checked]:
+    n, v = (point, VOCABULARY) if axis == "n" else (TOKENS, point)
+    inputs = ops.make_inputs(ops.Case("frozen", "float32", n, WIDTH, v, 0))
+    compute = ops.candidate("fastalign cpu", "frozen", inputs)
+    return compute, ops.Truth("frozen", inputs).check("fastalign cpu", compute())
+
+
+def _rows(axis: str, point: int) -> list[dict]:
+    """One or more pairs of random tokens."""
+    if axis == "t":
+        shapes = [(PAIR[0], point)]
+    elif axis == "batch":
+        shapes = [PAIR] * point
+    else:
+        whole = PAIR[0] + 2 * PAIR[1]
+        shapes = [(whole * point // 100, (whole - whole * point // 100) // 2)]
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1000, 40000, (count,), generator=generator).tolist()
+
+    return [{"prompt_ids": tokens(p), "completion_ids": [tokens(c), tokens(c)]} for p, c in shapes]
+
+
+def _step(axis: str, point: int) -> tuple[Callable, Checked]:
+    model, rows = _model(), _rows(axis, point)
+    batch = pack(rows)
+
+    def compute() -> Tensor:
+        logprobs = model(packed=batch).logprobs
+        logprobs.sum().backward()
+        return logprobs.detach()
+
+    def timed() -> Tensor:
+        logprobs = compute()
+        model.zero_grad()
+        return logprobs
+
+    logprobs, grads, own, own_grads = compute(), _gradient(model), _own(model, rows, batch), _gradient(model)
+    errors = {
+        "logprobs": (logprobs - own).abs().max().item(),
+        "gradient": ((grads - own_grads).abs().max() / own_grads.abs().max()).item(),
+    }
+    if not max(errors.values()) <= AGREE or any(map(math.isnan, errors.values())):
+        raise WrongResult(f"log-probs and gradient are off by {errors} from the model's own logits")
+    return timed, Checked(errors, "all log-probs and the adapters' gradient, against the model's own logits")
+
+
+def _gradient(model) -> Tensor:
+    """Of all adapters, in one vector; then there is none."""
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return grads
+
+
+def _own(model, rows: list[dict], batch: PackedBatch) -> Tensor:
+    """Log-probs of the scored tokens from the logits of the model called as ever, and their gradient with them."""
+    completions = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
+    found = []
+    for (prompt, completion), scored in zip(completions, batch.cu_seqlens.diff().tolist(), strict=True):
+        ids = torch.tensor([prompt + completion])
+        logits = model(input_ids=ids, use_cache=False).logits[0, -scored - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(1, ids[0, -scored:, None]).squeeze(1))
+        found[-1].sum().backward()
+    return torch.cat(found).detach()
+
+
+@cache
+def _model():
+    from peft import LoraConfig, get_peft_model
+
+    from fastalign.models.loading import load_model
+    from fastalign.models.scoring import prepare
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(MODEL, dtype="float32"), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    prepare(model)
+    return model
