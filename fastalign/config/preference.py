@@ -12,8 +12,6 @@ from fastalign.errors import ConfigError, InputError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
 from fastalign.options import help_field, nearest, one_of
 
-_DEFAULT_NLL_WEIGHTS = ", ".join(f"{row.nll_weight:g} for {name}" for name, row in PAIRWISE.items() if row.nll_weight)
-
 
 @dataclass
 class PreferenceConfig(AlignmentConfig):
@@ -32,7 +30,7 @@ class PreferenceConfig(AlignmentConfig):
     desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto).")
     undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto).")
     nll_weight: float | None = help_field(
-        None, f"Weight of the chosen completions' NLL per token (RPO's alpha); None: {_DEFAULT_NLL_WEIGHTS}, else 0."
+        None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: the loss's own, mostly 0."
     )
     nll_over: str = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
     precompute_ref_log_probs: bool = help_field(
