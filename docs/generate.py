@@ -165,6 +165,7 @@ class Loss(NamedTuple):
     name: str
     function: ast.FunctionDef
     averaged: bool
+    aliases: tuple[str, ...]
 
     @property
     def parameters(self) -> list[str]:
@@ -186,15 +187,18 @@ class Loss(NamedTuple):
 
 def losses(table: str) -> list[Loss]:
     """The losses that a table names: `PAIRWISE` or `UNPAIRED`."""
-    averaged = {node.value for node in ast.walk(assigned("LENGTH_NORMALISED") or ast.Dict()) if hasattr(node, "value")}
     found = []
     for name, value in entries(table).items():
         function, flags = value, {}
         if isinstance(value, ast.Call):  # a row with more than the function
             function = value.args[0]
-            flags = {keyword.arg: getattr(keyword.value, "value", None) for keyword in value.keywords}
-        is_averaged = bool(flags.get("averaged")) or name in averaged
-        found.append(Loss(name, definition(function.id, ast.FunctionDef, "losses"), is_averaged))
+            flags = {keyword.arg: ast.literal_eval(keyword.value) for keyword in value.keywords}
+        if not isinstance(function, ast.Attribute):
+            raise ReferenceProblem(f"The row of {name!r} in {table} does not begin with `module.function`.")
+        found.append(Loss(
+            name, definition(function.attr, ast.FunctionDef, "losses"), flags.get("averaged", False),
+            flags.get("aliases", ()),
+        ))  # fmt: skip
     return found
 
 
@@ -203,7 +207,7 @@ def formula(loss: Loss) -> str:
     for paragraph in (ast.get_docstring(loss.function) or "").split("\n\n"):
         line = " ".join(paragraph.split()).replace("`", "")
         if FORMULA.search(line):
-            line = re.sub(r"(: [A-Z]|, on averages per token).*", "", line).rstrip(".")
+            line = line.removeprefix("L = ")
             for pattern, letter in GREEK.items():
                 line = re.sub(pattern, letter, line)
             return line
@@ -236,7 +240,7 @@ def loss_table(table: str) -> str:
 def aliases() -> str:
     """Names of other libraries that mean one of the losses."""
     lines = [("name", "is")]
-    lines += [(f"`{alias}`", f"`{name.value}`") for alias, name in entries("ALIASES").items()]
+    lines += [(f"`{alias}`", f"`{loss.name}`") for loss in losses("PAIRWISE") for alias in loss.aliases]
     return rows(*lines)
 
 
@@ -248,14 +252,11 @@ def loss_functions() -> str:
 
 def fused_calls() -> str:
     """Which `fused_linear_*` there are, and the loss of each."""
-    init = ast.walk(sources()[PACKAGE / "__init__.py"])
-    exported = {node.value for node in init if isinstance(node, ast.Constant)}
     lines = [("call", "loss", "reference", "options of its own")]
     for loss in [*losses("PAIRWISE"), *losses("UNPAIRED")]:
-        if (name := f"fused_linear_{loss.name}") in exported:
-            given = ", ".join(f"`{option}={value}`" for option, value in loss.options.items())
-            link = f"[`{loss.name}`](losses.md#fastalign.losses.{loss.function.name})"
-            lines.append((f"`{name}`", link, "yes" if loss.reference else "no", given))
+        given = ", ".join(f"`{option}={value}`" for option, value in loss.options.items())
+        link = f"[`{loss.name}`](losses.md#fastalign.losses.{loss.function.name})"
+        lines.append((f"`fused_linear_{loss.name}`", link, "yes" if loss.reference else "no", given))
     return rows(*lines)
 
 

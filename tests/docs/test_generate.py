@@ -58,7 +58,7 @@ def test_every_loss_has_its_row(generate, table, losses):
         ("dpo_norm", "-(1 - ε) log σ(β m) - ε log σ(-β m)", "yes", "yes"),
         ("ipo_tau", "(β m - τ)²", "yes", "yes"),
         ("cpo", "-(1 - ε) log σ(x) - ε log σ(-x) with x = β (chosen - rejected)", "no", "no"),
-        ("simpo", "-(1 - ε) log σ(x) - ε log σ(-x) with x = β (chosen - rejected - γ/β)", "no", "yes"),
+        ("simpo", "-(1 - ε) log σ(x) - ε log σ(-x) with x = β (chosen - rejected - γ / β)", "no", "yes"),
     ],
 )
 def test_rows_of_losses(generate, name, formula, reference, averaged):
