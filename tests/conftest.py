@@ -5,6 +5,8 @@ What takes seconds to import is imported where it is used: tests of ops and loss
 """
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,23 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="Write the files that are derived from code anew.")
+
+
+@pytest.fixture
+def generated(pytestconfig: pytest.Config) -> Callable[[Path, str], None]:
+    """f(path, text): the file holds exactly this text; with --regenerate it is written instead."""
+
+    def check(path: Path, text: str) -> None:
+        if pytestconfig.getoption("regenerate"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file() and path.read_text(encoding="utf-8") == text, f"{path} is out of date: run make generated"
+
+    return check
 
 
 @pytest.fixture(scope="session")
