@@ -3,94 +3,42 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
+from fastalign.cli.methods import build_regularizers, load, method_of
+from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
-from fastalign.config.distillation import DistillationConfig
-from fastalign.config.preference import PreferenceConfig
-from fastalign.config.sft import SFTConfig
 from fastalign.data.files import load_rows
 from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.loading import load_tokenizer
-from fastalign.options import from_mapping, help_field, nearest
-from fastalign.regularizers.distillation import Distillation
-from fastalign.regularizers.ewc import EWC, L2SP
-from fastalign.regularizers.kl import KLToStart
-from fastalign.regularizers.layerwise import LayerWise
-from fastalign.regularizers.replay import Replay
 from fastalign.report.page import format_number, write_report
-from fastalign.training.distillation import DistillationTrainer
-from fastalign.training.preference import PreferenceTrainer
-from fastalign.training.sft import SFTTrainer
 from fastalign.training.trainer import AlignmentTrainer
 
-TRAINERS = {PreferenceConfig: PreferenceTrainer, DistillationConfig: DistillationTrainer, SFTConfig: SFTTrainer}
-# What a configuration file calls them: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
-REGULARIZERS = {
-    "ewc": EWC, "l2_sp": L2SP, "kl_to_start": KLToStart, "distillation": Distillation, "replay": Replay,
-    "layerwise": LayerWise,
-}  # fmt: skip
 
+def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
+    """Trains as the options say, and leaves everything in the run folder `config.output_dir`.
 
-@dataclass
-class RunOptions:
-    """What a run is made of, beside the trainer's own options."""
+    Args:
+        options: The model, the data, the adapter and what is shown at the end.
+        config: The options of the method; its class decides which trainer runs.
 
-    model: str | None = help_field(None, "A model folder, a .gguf file, a packaged model, or organisation/name.")
-    train: str | None = help_field(None, "Training rows: a .jsonl, .json, .parquet or .csv file.")
-    eval: str | None = help_field(None, "Held-out rows, for evaluation and for the answers before and after.")
-    title: str | None = help_field(None, "The report's title.")
-    dtype: str = help_field("auto", "Weights in float32, bfloat16, float16; auto picks by machine.")
-    lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
-    lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
-    lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
-    lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
-    samples: int = help_field(32, "Held-out prompts answered before and after; 0 for none.")
-    max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
-    regularizers: list[dict[str, Any]] | None = help_field(
-        None, "What keeps old knowledge, as [{name: l2_sp, strength: 0.1}]; names: " + ", ".join(REGULARIZERS) + "."
-    )
+    Returns:
+        The run folder. It holds the adapter, or a whole model in model/ (safetensors), and config.json, metrics.jsonl,
+        preflight.txt, summary.json, samples.jsonl and report.html.
 
-    def __post_init__(self):
-        for name in ("model", "train"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
-        if self.lora_rank < 0 or self.samples < 0:
-            raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
-        build_regularizers(self.regularizers)
-
-
-def build_regularizers(options: list[dict[str, Any]] | None) -> list:
-    """Regularisers from mappings of their `name` and options; ConfigError for an unknown name, option or value."""
-    built = []
-    for mapping in options or []:
-        own = dict(mapping)
-        name = own.pop("name", None)
-        if name not in REGULARIZERS:
-            raise ConfigError(f"name of a regularizer is {name!r}; {nearest(str(name), REGULARIZERS)}")
-        built.append(from_mapping(REGULARIZERS[name], own))
-    return built
-
-
-def run(options: RunOptions, config: AlignmentConfig) -> Path:
-    """Train as the options say, and leave everything in the run folder `config.output_dir`; returns the folder.
-
-    It then holds the adapter, or a whole model in model/ (safetensors), config.json, metrics.jsonl, preflight.txt,
-    summary.json, samples.jsonl and report.html.
+    Raises:
+        FastAlignError: Something that was given cannot be used. This is found before the first training step.
     """
     console = Console(highlight=False)
     folder = Path(config.output_dir)
+    regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
     train_rows = load_rows(options.train)
@@ -101,20 +49,20 @@ def run(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {options.model}")
     tokenizer = load_tokenizer(options.model)
-    trainer = TRAINERS[type(config)](
+    trainer = load(method_of(config).trainer)(
         options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype,
-        regularizers=build_regularizers(options.regularizers),
+        regularizers=regularizers,
     )  # fmt: skip
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, eval_rows, options.samples)
-    before, old = _look(trainer, tokenizer, prompts, options, "before")
+    before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
-    after, new = _look(trainer, tokenizer, prompts, options, "after")
-    # beside the run's own config.json, where a whole model would put one of its own
+    after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
+    # A whole model has a config.json of its own, which must not replace the run's: it goes into a folder of its own.
     trainer.save_model(str(folder if options.lora_rank else folder / "model"))
 
     summary = _summary(trainer, options, seconds, comparison(before, after, (old, new) if prompts else None))
@@ -156,7 +104,7 @@ def _last_question(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m.get("content")), "")
 
 
-def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
+def _evaluate_and_answer(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
     """Held-out metrics and answers of the model as it stands."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not prompts:
@@ -167,9 +115,8 @@ def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, fl
 
 def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
     state, config = trainer.state, trainer.args
-    losses = "distillation" if isinstance(config, DistillationConfig) else "sft"
-    if isinstance(config, PreferenceConfig):
-        losses = " + ".join(config.loss_type)
+    method = method_of(config)
+    losses = " + ".join(config.loss_type) if method.losses else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
     how = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     return {

@@ -14,13 +14,15 @@ from fastalign.options import help_field
 class DistillationConfig(SFTConfig):
     """Options of `DistillationTrainer`: `a NLL + (1 - a) tau^2 D(student, teacher)` on data or the student's own."""
 
-    teacher: str | None = help_field(None, "The teacher: a model, `start`, or a .safetensors file of its log-probs.")
+    teacher: str | None = help_field(
+        None, "The teacher: a model, `start`, or a .safetensors file of its log-probs.", path=True
+    )
     weight: float = help_field(0.5, "a, the weight of the data's NLL; the teacher's is 1 - a.")
     temperature: float = help_field(1.0, "tau, of both distributions.")
     divergence: str = help_field("forward_kl", "D: forward_kl (teacher || student), reverse_kl, or jsd.")
     jsd_beta: float = help_field(0.5, "The teacher's share in jsd.")
     top_k: int | None = help_field(None, "Compute the teacher's k largest log-probs once, and keep them on disk.")
-    cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.")
+    cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.", path=True)
     on_policy: float = help_field(0.0, "Share of steps on the student's own samples, from 0 to 1 (GKD's lambda).")
     sample_temperature: float = help_field(1.0, "Temperature of these samples.")
     sample_tokens: int = help_field(128, "Longest sample, in tokens.")

@@ -36,7 +36,7 @@ class PreferenceConfig(AlignmentConfig):
     precompute_ref_log_probs: bool = help_field(
         True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
     )
-    ref_cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.")
+    ref_cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.", path=True)
     sync_ref_model: bool = help_field(False, "Move the reference towards the model while training (TR-DPO).")
     ref_model_mixup_alpha: float = help_field(0.6, "Share of the model in each such move.")
     ref_model_sync_steps: int = help_field(512, "Optimiser steps between two such moves.")
@@ -131,7 +131,7 @@ class PreferenceConfig(AlignmentConfig):
 
     @property
     def reward_beta(self) -> float:
-        """beta of the implicit rewards that are logged: the first loss's own where none is set."""
+        """Beta of the implicit rewards that are logged: the first loss's own where none is set."""
         first = next(name for name in self.loss_type if name != "sft")
         return (PAIRWISE | UNPAIRED)[first].__kwdefaults__["beta"] if self.beta is None else self.beta
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,13 +37,13 @@ class Distillation:
         ~/.cache/fastalign) by token ids and weights, and let the teacher go. None: ask it at every step.
     """
 
-    teacher: str | PreTrainedModel
+    teacher: str | PreTrainedModel = field(metadata={"path": True})
     weight: float = 0.5
     temperature: float = 1.0
     divergence: str = "forward_kl"
     jsd_beta: float = 0.5
     top_k: int | None = None
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata={"path": True})
 
     def __post_init__(self):
         check_positive("Distillation", temperature=self.temperature, top_k=1 if self.top_k is None else self.top_k)

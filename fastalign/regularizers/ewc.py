@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class EWC:
     Kirkpatrick et al. 2017, arXiv:1612.00796.
     """
 
-    fisher: str | list[str] | Mapping[str, Tensor] | list[Mapping[str, Tensor]]
+    fisher: str | list[str] | Mapping[str, Tensor] | list[Mapping[str, Tensor]] = field(metadata={"path": True})
     strength: float
     decay: float = 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Replay:
     where it was.
     """
 
-    text: str | list[dict]
+    text: str | list[dict] = field(metadata={"path": True})
     share: float | str | Mapping[str, float] | Callable[[float], float] = "curriculum"
     weight: float = 1.0
     max_length: int = 256
