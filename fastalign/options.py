@@ -31,8 +31,10 @@ def help_field(default: Any, text: str, *, path: bool = False) -> Any:
         ... class Options:
         ...     train: str | None = help_field(None, "Training rows: a .jsonl file.", path=True)
     """
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text, "path": path})
+    metadata = {"help": text, "path": path}
+    if isinstance(default, list):  # each instance gets a list of its own
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def one_of(option: str, value: object, allowed: Iterable[str]) -> None:

@@ -33,7 +33,8 @@ def main(args: argparse.Namespace) -> int:
 
     rows = load_rows(args.file)
     # Rows that training would refuse are dropped here, so that the report can count all of them.
-    drop = {"on_truncate": "drop", "on_invalid": "drop"}
-    _, report = tokenize(rows, load_tokenizer(args.model), max_length=args.max_length, **drop)
+    _, report = tokenize(
+        rows, load_tokenizer(args.model), max_length=args.max_length, on_truncate="drop", on_invalid="drop"
+    )
     print(report)
     return 0

@@ -35,7 +35,9 @@ def main(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(args.model)
     rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
-    model = load_model(args.model, for_adapter=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.model, for_adapter=False)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # the type is lost in transformers' wrapper of `to`
     fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed)
     fisher.save(args.out, bits=args.bits)
     squared = "batches" if args.estimator == "batch" else "tokens" if args.per == "token" else "windows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from rich.console import Console
@@ -19,7 +20,6 @@ from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import format_number, write_report
-from fastalign.training.trainer import AlignmentTrainer
 
 
 def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
@@ -37,26 +37,26 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         FastAlignError: Something that was given cannot be used. This is found before the first training step.
     """
     console = Console(highlight=False)
-    folder = Path(config.output_dir)
+    folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
     regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
-    train_rows = load_rows(options.train)
+    train_rows = load_rows(train)
     eval_rows = load_rows(options.eval) if options.eval else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
-    console.print(f"Loading {options.model}")
-    tokenizer = load_tokenizer(options.model)
+    console.print(f"Loading {model}")
+    tokenizer = load_tokenizer(model)
     trainer = load(method_of(config).trainer)(
-        options.model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype,
+        model, config, train_rows, eval_rows, tokenizer, peft_config=_lora(options), dtype=options.dtype,
         regularizers=regularizers,
     )  # fmt: skip
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
-    prompts, questions = _prompts(trainer, eval_rows, options.samples)
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -65,11 +65,15 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     # A whole model has a config.json of its own, which must not replace the run's: it goes into a folder of its own.
     trainer.save_model(str(folder if options.lora_rank else folder / "model"))
 
-    summary = _summary(trainer, options, seconds, comparison(before, after, (old, new) if prompts else None))
+    answers = (old, new) if old and new else None
+    summary = _summary(trainer, options, seconds, comparison(before, after, answers))
     write_json(folder / "summary.json", summary)
-    _write_samples(folder / "samples.jsonl", questions, old, new)
+    _write_samples(folder / "samples.jsonl", questions, answers)
     report = write_report(folder)
-    _show(console, summary, questions, old, new)
+    _show(console, summary)
+    if answers:
+        _show_answers(console, questions, *answers)
+    console.print()
     console.print(f"Run folder {folder}, report {report}")
     return folder
 
@@ -86,7 +90,7 @@ def _lora(options: RunOptions) -> LoraConfig | None:
     )  # fmt: skip
 
 
-def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int]], list[str]]:
+def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
     """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
     if trainer.eval_dataset is None:
         return [], []
@@ -94,7 +98,7 @@ def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int
     if len(rows) == len(tokens) and "prompt" in rows.column_names:
         texts = [_last_question(prompt) for prompt in rows["prompt"]]
     else:  # rows were dropped, or the prompt is implicit
-        texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     different = {tuple(ids): text.strip() for ids, text in zip(tokens, texts, strict=True) if ids}
     chosen = list(different.items())[:count]
     return [list(ids) for ids, _ in chosen], [text for _, text in chosen]
@@ -104,7 +108,9 @@ def _last_question(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m.get("content")), "")
 
 
-def _evaluate_and_answer(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
+def _evaluate_and_answer(
+    trainer: Any, tokenizer: Any, prompts: list[list[int]], options: RunOptions, when: str
+) -> tuple[dict[str, float], Answers | None]:
     """Held-out metrics and answers of the model as it stands."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not prompts:
@@ -113,7 +119,7 @@ def _evaluate_and_answer(trainer, tokenizer, prompts, options, when: str) -> tup
     return metrics, answer(trainer.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, label=label)
 
 
-def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
+def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
     state, config = trainer.state, trainer.args
     method = method_of(config)
     losses = " + ".join(config.loss_type) if method.losses else method.title
@@ -122,7 +128,7 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
     return {
         "title": options.title or f"{losses} of {options.model}",
         "model": options.model,
-        "dataset": Path(options.train).name,
+        "dataset": Path(str(options.train)).name,
         "method": losses,
         "rows": rows,
         "facts": {
@@ -136,16 +142,19 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
     }
 
 
-def _write_samples(path: Path, questions: list[str], old: Answers | None, new: Answers | None) -> None:
+def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Answers] | None) -> None:
     path.unlink(missing_ok=True)
-    for i, question in enumerate(questions):
-        append_metrics(path, {"prompt": question, "before": old.texts[i], "after": new.texts[i]})
+    if answers:
+        for question, before, after in zip(questions, answers[0].texts, answers[1].texts, strict=True):
+            append_metrics(path, {"prompt": question, "before": before, "after": after})
 
 
-def _show(console: Console, summary: dict, questions: list[str], old: Answers | None, new: Answers | None) -> None:
+def _show(console: Console, summary: dict) -> None:
     table = Table(title=summary["title"], title_justify="left", title_style="bold")
-    for heading, justify in (("held-out", "left"), ("before", "right"), ("after", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)
+    table.add_column("held-out")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("")
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
         table.add_row(row["metric"], *values, row["unit"])
@@ -153,14 +162,15 @@ def _show(console: Console, summary: dict, questions: list[str], old: Answers | 
     console.print(table)
     for label, value in summary["facts"].items():
         console.print(f"  {label:<16}{value}", markup=False)
-    shown = quartiles(old, new) if questions else []
-    if shown:
-        console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
+
+
+def _show_answers(console: Console, questions: list[str], old: Answers, new: Answers) -> None:
+    shown = quartiles(old, new)
+    console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
     for i in shown:
         console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
         console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
         console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
-    console.print()
 
 
 def quartiles(old: Answers, new: Answers) -> list[int]:
