@@ -7,14 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import fastalign
 from fastalign.cli import table
 from fastalign.cli.methods import METHODS
 from fastalign.cli.run_options import RunOptions
 from fastalign.errors import ConfigError
 from fastalign.options import nearest
 
-RECIPES = Path(fastalign.__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def recipes() -> list[str]:
