@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate", action="store_true", help="Write the files that are derived from code anew.")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("regenerate"):  # only the tests that write such files
+        items[:] = [item for item in items if "generated" in getattr(item, "fixturenames", ())]
+
+
 @pytest.fixture
 def generated(pytestconfig: pytest.Config) -> Callable[[Path, str], None]:
     """f(path, text): the file holds exactly this text; with --regenerate it is written instead."""

@@ -1,17 +1,67 @@
-"""Options as dataclass fields: converted from plain values, checked, suggested."""
+"""Options: declared, converted, checked, suggested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 import pytest
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
-from fastalign.errors import ConfigError
-from fastalign.options import convert, from_mapping, nearest
+from fastalign.errors import ConfigError, InputError
+from fastalign.options import check_keys, closest, convert, from_mapping, help_field, nearest, one_of
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Configurations make their run folder beside the tests otherwise."""
     monkeypatch.chdir(tmp_path)
+
+
+@dataclass
+class Options:
+    count: int
+    names: list[str] = help_field(["a"], "Some names.")
+    train: str | None = help_field(None, "A file.", path=True)
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise InputError("count is below 0")
+        if self.count > 9:
+            raise ValueError("too\nmany")
+
+
+def test_fields_carry_their_help_and_whether_they_are_paths():
+    _, names, train = fields(Options)
+    assert names.metadata == {"help": "Some names.", "path": False}
+    assert train.metadata == {"help": "A file.", "path": True}
+
+
+def test_a_default_list_is_not_shared():
+    one, other = Options(1), Options(2)
+    one.names.append("b")
+    assert other.names == ["a"]
+
+
+def test_from_mapping_converts_and_checks():
+    assert from_mapping(Options, {"count": "3", "train": "x"}) == Options(3, ["a"], "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"cuont": 1}, ConfigError, "Unknown option 'cuont' of Options; did you mean 'count'?"),
+        ({}, ConfigError, "count of Options is missing; give count"),
+        ({"count": 1.5}, ConfigError, "count is 1.5; expected int"),
+        ({"count": 1, "names": [3]}, ConfigError, "names is 3; expected str"),
+        ({"count": -1}, InputError, "count is below 0"),  # an error of fastalign stays what it is
+        ({"count": 10}, ConfigError, "too many"),  # another library's becomes one sentence
+    ],
+)
+def test_from_mapping_names_what_is_wrong(options, error, said):
+    with pytest.raises(error) as raised:
+        from_mapping(Options, options)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_from_mapping_converts_what_yaml_and_shells_write():
@@ -57,11 +107,25 @@ def test_from_mapping_converts_what_yaml_and_shells_write():
         ({"save_strategy": "sometimes"}, "sometimes"),
     ],
 )
-def test_from_mapping_names_what_is_wrong(options, said):
+def test_from_mapping_names_what_is_wrong_in_a_training_configuration(options, said):
     with pytest.raises(ConfigError) as error:
         from_mapping(PreferenceConfig, options)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_check_keys_names_the_nearest_known_and_what_is_missing():
+    check_keys("X", ["a"], ["a", "b"])
+    with pytest.raises(ConfigError, match="Unknown option 'c' of X; choose from a, b"):
+        check_keys("X", ["c"], ["a", "b"])
+    with pytest.raises(ConfigError, match="b of X is missing; give b"):
+        check_keys("X", ["a"], ["a", "b"], ["b"])
+
+
+def test_one_of():
+    one_of("divergence", "jsd", ("jsd", "forward_kl"))
+    with pytest.raises(ConfigError, match="divergence is 'jds'; did you mean 'jsd'"):
+        one_of("divergence", "jds", ("jsd", "forward_kl"))
 
 
 def test_convert_keeps_values_that_fit():
@@ -75,3 +139,8 @@ def test_convert_keeps_values_that_fit():
 def test_nearest():
     assert nearest("orp", ["orpo", "dpo"]) == "did you mean 'orpo'?"
     assert nearest("zzz", ["orpo", "dpo"]) == "choose from orpo, dpo"
+
+
+def test_closest():
+    assert closest("orp", ["orpo", "dpo"]) == "orpo"
+    assert closest("zzz", ["orpo", "dpo"]) is None

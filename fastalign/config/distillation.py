@@ -37,7 +37,9 @@ class DistillationConfig(SFTConfig):
     """
 
     teacher: str | None = help_field(
-        None, "The teacher: a model, `start` (the weights before training), or a .safetensors file of its log-probs."
+        None,
+        "The teacher: a model, `start` (the weights before training), or a .safetensors file of its log-probs.",
+        path=True,
     )
     weight: float = help_field(0.5, "Weight of the data's NLL. The teacher's term has the weight 1 - weight.")
     temperature: float = help_field(1.0, "Temperature of the student's and the teacher's distribution.")
@@ -48,7 +50,7 @@ class DistillationConfig(SFTConfig):
     top_k: int | None = help_field(
         None, "Store the teacher's k largest log-probs per token once, before training. None: run it at every step."
     )
-    cache_dir: str | None = help_field(None, "Folder of the stored log-probs. None: ~/.cache/fastalign.")
+    cache_dir: str | None = help_field(None, "Folder of the stored log-probs. None: ~/.cache/fastalign.", path=True)
     on_policy: float = help_field(0.0, "Share of steps on the student's own samples, from 0 to 1 (lambda of GKD).")
     sample_temperature: float = help_field(1.0, "Temperature of the student's samples.")
     sample_tokens: int = help_field(128, "The most tokens of a sample.")

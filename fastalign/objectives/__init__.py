@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastalign.objectives.sft import SFTObjective as SFTObjective
     from fastalign.objectives.unpaired import UnpairedObjective as UnpairedObjective
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Metrics": "fastalign.objectives.base",
