@@ -38,7 +38,7 @@ ONLY |= {
     "kernels": {"torch", "triton"},
     "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
     "config": {"torch", "transformers"},
-    "report": {"jinja2", "markupsafe", "matplotlib", "rich"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "rich"},
 }
 # The only modules that may import these.
 ALONE = {
