@@ -7,6 +7,7 @@ float64, and computes low-precision inputs in float32. Read this file to know wh
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -56,6 +57,51 @@ def selective_logprobs(
 
 def _ignored(targets: Tensor, ignore_index: int | None) -> Tensor:
     return torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(
@@ -188,7 +234,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, of one shape: SwiGLU between its products."""
     gate = gate.to(compute_dtype(gate, up))
     return gate * torch.sigmoid(gate) * up

@@ -127,22 +127,22 @@ def _shape(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def _outer(head) -> float | None:
-    return None if head.softcap is None else head.softcap / head.temperature
+def _outer(transform) -> float | None:
+    return None if transform.softcap is None else transform.softcap / transform.temperature
 
 
-def normalise(z: Tensor, bias: Tensor | None, head, top: Tensor, total: Tensor) -> None:
+def normalise(z: Tensor, bias: Tensor | None, transform, top: Tensor, total: Tensor) -> None:
     """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
     (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at START and 0."""
     rows, columns = z.shape
-    inner = None if head.softcap is None else head.logit_scale / head.softcap
+    inner = None if transform.softcap is None else transform.logit_scale / transform.softcap
     if rows:
         _normalise[(rows,)](
-            z, z.stride(0), bias, head.factor, inner, _outer(head), top, total, columns, **_shape(columns)
+            z, z.stride(0), bias, transform.factor, inner, _outer(transform), top, total, columns, **_shape(columns)
         )
 
 
-def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head, values: Tensor, moments: Tensor) -> None:
+def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, transform, values: Tensor, moments: Tensor) -> None:
     """Logits of student and teacher, a and b (R, T), are added to values and moments (R,), the divergence and K.
 
     Left in place, times dz/du of a soft cap: forward_kl `s - t` in a; reverse_kl, jsd s in a, and s times its log-ratio
@@ -151,7 +151,7 @@ def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head, val
     rows, columns = a.shape
     if rows:
         _terms[(rows,)](
-            a, a.stride(0), b, b.stride(0), stats, stats.stride(0), values, moments, beta, head.factor, _outer(head),
+            a, a.stride(0), b, b.stride(0), stats, stats.stride(0), values, moments, beta, transform.factor, _outer(transform),
             columns, KIND=KINDS[kind], **_shape(columns),
         )  # fmt: skip
 

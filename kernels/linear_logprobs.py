@@ -197,10 +197,10 @@ def _shape(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def _head(head) -> tuple[float, float | None, float | None]:
-    if head.softcap is None:
-        return head.factor, None, None
-    return head.factor, head.logit_scale / head.softcap, head.softcap / head.temperature
+def _numbers(transform) -> tuple[float, float | None, float | None]:
+    if transform.softcap is None:
+        return transform.factor, None, None
+    return transform.factor, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
 def _stride(t: Tensor | None) -> int:
@@ -212,7 +212,7 @@ def absorb(
     targets: Tensor,
     first: int,
     bias: Tensor | None,
-    head,
+    transform,
     sums,
     *,
     entropy: bool = False,
@@ -226,7 +226,7 @@ def absorb(
     rows, columns = u.shape
     if rows:
         _absorb[(rows,)](
-            u, u.stride(0), targets, first, bias, *_head(head), sums.shift, sums.others, sums.zothers, sums.target,
+            u, u.stride(0), targets, first, bias, *_numbers(transform), sums.shift, sums.others, sums.zothers, sums.target,
             e, _stride(e), ze, _stride(ze), a, _stride(a), b, _stride(b), *(best or (None, None)),
             columns, 0 if a is None else a.shape[1], ENTROPY=entropy, **_shape(columns),
         )  # fmt: skip
@@ -235,7 +235,7 @@ def absorb(
 def finish(
     weight: Tensor,
     targets: Tensor,
-    head,
+    transform,
     sums,
     *,
     entropy: bool = False,
@@ -249,18 +249,18 @@ def finish(
     block = min(WIDTH.value, max(16, triton.next_power_of_2(width)))
     if rows:
         _finish[(rows,)](
-            weight, weight.stride(0), targets, *_head(head), *sums, logprobs, entropies, stats, rows, a, _stride(a),
+            weight, weight.stride(0), targets, *_numbers(transform), *sums, logprobs, entropies, stats, rows, a, _stride(a),
             b, _stride(b), width, ENTROPY=entropy, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return logprobs, entropies, stats
 
 
-def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head, c, du: Tensor) -> None:
+def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, transform, c, du: Tensor) -> None:
     """The gradient in u of a tile, from its products, as fastalign/ops/epilogue.py says."""
     rows, columns = u.shape
     if rows:
         _softmax_gradient[(rows,)](
-            u, u.stride(0), targets, first, bias, *_head(head), *c, du, du.stride(0), columns, **_shape(columns)
+            u, u.stride(0), targets, first, bias, *_numbers(transform), *c, du, du.stride(0), columns, **_shape(columns)
         )
 
 
