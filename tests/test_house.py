@@ -50,7 +50,9 @@ ALONE = {
 # Not on every machine: imported where they are used, never when fastalign is.
 OPTIONAL = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "triton", "trl"}
 # Modules without a test file of their own, and where they are tested.
-TESTED_ELSEWHERE: dict[str, str] = {}
+TESTED_ELSEWHERE: dict[str, str] = {
+    "fastalign.ops.backends.cuda": "tests/cuda, which compiles the kernels for the CPU to run them",
+}
 MAX_LINES = 450
 
 
