@@ -128,7 +128,7 @@ def test_a_step_is_a_process_that_is_ended_with_its_children(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     assert gpu.run_step(["work"], 30) is None
     assert gpu.run_step(["fail"], 30) == "ended with 3"
-    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
         assert gpu.run_step(["hang"], 1) == "cut off after 1 s"
         os.set_blocking(reader.fileno(), True)
         assert reader.read() == b"", "the child lived on"
