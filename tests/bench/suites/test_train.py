@@ -262,7 +262,7 @@ def test_last_bits_drawn_for_every_run():
 
 
 def test_peft_s_own_layers(monkeypatch):
-    from fastalign.models.loading import scoring
+    from fastalign.models import scoring
 
     monkeypatch.setattr(scoring, "speed_up_linear", scoring.speed_up_linear)
     layer = torch.nn.Linear(3, 3).half()
