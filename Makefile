@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+DOCS   := .venv-docs
 BENCH  ?= ops --quick
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,7 +14,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint bench gpu-check build sanitize aarch64 clean
+.PHONY: help demo tax test lint generated docs bench gpu-check build import-path sanitize aarch64 clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
@@ -29,9 +30,22 @@ test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev  ## ruff: rules and format
+lint: $(VENV)/.dev  ## rules, format and docstrings by ruff, unused code by vulture, types by pyright
 	$(STEP) "ruff check, ruff format --check"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(STEP) "vulture"
+	@$(BIN)/vulture
+	$(STEP) "pyright"
+	@$(BIN)/python .ci/check_types.py
+
+generated: $(VENV)/.dev  ## write the files that are derived from code: the table of options, the text of --help
+	@$(BIN)/python -m pytest -q --regenerate
+
+docs: $(DOCS)/.ready  ## the documentation, in site/: open site/index.html
+	$(STEP) "mkdocs build --strict"
+	@# mkdocs' own --quiet would hide warnings from --strict.
+	$(QUIET) env NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean
+	@echo "   site/index.html"
 
 bench: $(VENV)/.bench  ## fastalign beside TRL, Liger and torch, the small cases; BENCH=ops is all of them
 	@$(BIN)/python -m bench $(BENCH)
@@ -53,8 +67,8 @@ aarch64:  ## the portable C++ kernels compiled for aarch64, by a cross compiler
 		$(CROSS) -std=c++17 -O3 -ffp-contract=fast -Wall -Wextra -Werror -Icsrc -c -o /dev/null csrc/cpu/$$source.cpp \
 		&& echo "   csrc/cpu/$$source.cpp" || exit 1; done
 
-clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build dist fastalign/_cpu*.so fastalign/_cuda*.so
+clean:  ## remove .venv, .venv-docs and what was built
+	rm -rf $(VENV) $(DOCS) build dist site fastalign/_cpu*.so fastalign/_cuda*.so
 
 $(VENV)/.torch:
 	$(STEP) "Python environment in $(VENV), with $(TORCH) unless a torch is there"
@@ -69,7 +83,8 @@ $(VENV)/.tools: $(VENV)/.torch
 	$(QUIET) $(PIP) install -q "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.25" ninja
 	@touch $@
 
-$(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
+# Without build/import, from where Python imports the editable install, it is built again.
+$(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE) $(if $(wildcard build/import/fastalign/__init__.py),,import-path)
 	$(STEP) "Build and install fastalign (editable) and what it needs"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e .
 	@$(BIN)/fastalign info | sed -n 's/^native module */   /p'  # pip shows no warning of a build that succeeds
@@ -91,4 +106,12 @@ $(VENV)/.bench: $(VENV)/.build
 	$(QUIET) $(PIP) install -q --no-build-isolation -e ".[bench]"
 	@# Without what it asks for: torchvision, and so another torch.
 	$(QUIET) $(PIP) install -q --no-deps backpack-for-pytorch==1.7.1 unfoldNd einops
+	@touch $@
+
+# The extra `docs` alone, without the package: its dependencies bring torch, which the site does not need.
+$(DOCS)/.ready: pyproject.toml
+	$(STEP) "Python environment of the documentation in $(DOCS)"
+	$(QUIET) $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python docs/generate.py --requirements >$(DOCS)/requirements.txt
+	$(QUIET) $(DOCS)/bin/python -m pip --disable-pip-version-check install -q -r $(DOCS)/requirements.txt
 	@touch $@

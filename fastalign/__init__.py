@@ -10,27 +10,9 @@ if TYPE_CHECKING:
     from fastalign.config import SFTConfig as SFTConfig
     from fastalign.fisher import Fisher as Fisher
     from fastalign.fisher import fisher_diagonal as fisher_diagonal
+    from fastalign.fused import *  # noqa: F403 -- `fused_linear_<loss>` of every loss, as fused.pyi lists them
     from fastalign.fused import PreferenceOutput as PreferenceOutput
     from fastalign.fused import UnpairedOutput as UnpairedOutput
-    from fastalign.fused import fused_linear_aot as fused_linear_aot
-    from fastalign.fused import fused_linear_apo_down as fused_linear_apo_down
-    from fastalign.fused import fused_linear_apo_zero as fused_linear_apo_zero
-    from fastalign.fused import fused_linear_bco as fused_linear_bco
-    from fastalign.fused import fused_linear_bco_pair as fused_linear_bco_pair
-    from fastalign.fused import fused_linear_cpo as fused_linear_cpo
-    from fastalign.fused import fused_linear_discopop as fused_linear_discopop
-    from fastalign.fused import fused_linear_dpo as fused_linear_dpo
-    from fastalign.fused import fused_linear_exo as fused_linear_exo
-    from fastalign.fused import fused_linear_hinge as fused_linear_hinge
-    from fastalign.fused import fused_linear_ipo as fused_linear_ipo
-    from fastalign.fused import fused_linear_kto as fused_linear_kto
-    from fastalign.fused import fused_linear_nca as fused_linear_nca
-    from fastalign.fused import fused_linear_orpo as fused_linear_orpo
-    from fastalign.fused import fused_linear_preference as fused_linear_preference
-    from fastalign.fused import fused_linear_robust as fused_linear_robust
-    from fastalign.fused import fused_linear_sft as fused_linear_sft
-    from fastalign.fused import fused_linear_simpo as fused_linear_simpo
-    from fastalign.fused import fused_linear_sppo as fused_linear_sppo
     from fastalign.ops import accumulate_fisher_ as accumulate_fisher_
     from fastalign.ops import ewc_penalty as ewc_penalty
     from fastalign.ops import ewc_penalty_ as ewc_penalty_
@@ -55,7 +37,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_exports(
+# The functions `fused_linear_<loss>` come from the table of losses: a name that ends in `*` stands for all of them.
+lazy_exports(
     __name__,
     {
         "Distillation": "fastalign.regularizers",
@@ -77,25 +60,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ewc_penalty": "fastalign.ops",
         "ewc_penalty_": "fastalign.ops",
         "fisher_diagonal": "fastalign.fisher",
-        "fused_linear_aot": "fastalign.fused",
-        "fused_linear_apo_down": "fastalign.fused",
-        "fused_linear_apo_zero": "fastalign.fused",
-        "fused_linear_bco": "fastalign.fused",
-        "fused_linear_bco_pair": "fastalign.fused",
-        "fused_linear_cpo": "fastalign.fused",
-        "fused_linear_discopop": "fastalign.fused",
-        "fused_linear_dpo": "fastalign.fused",
-        "fused_linear_exo": "fastalign.fused",
-        "fused_linear_hinge": "fastalign.fused",
-        "fused_linear_ipo": "fastalign.fused",
-        "fused_linear_kto": "fastalign.fused",
-        "fused_linear_nca": "fastalign.fused",
-        "fused_linear_orpo": "fastalign.fused",
-        "fused_linear_preference": "fastalign.fused",
-        "fused_linear_robust": "fastalign.fused",
-        "fused_linear_sft": "fastalign.fused",
-        "fused_linear_simpo": "fastalign.fused",
-        "fused_linear_sppo": "fastalign.fused",
+        "fused_linear_*": "fastalign.fused",
         "linear_divergence": "fastalign.ops",
         "linear_logprobs": "fastalign.ops",
         "logits_divergence": "fastalign.ops",

@@ -1,14 +1,18 @@
-"""The project's own errors: each carries one sentence with the value found, what was expected, and the remedy."""
+"""The errors that fastalign raises on purpose.
+
+Each message is one sentence with the value that was found, what was expected, and the remedy. Every class also derives
+from the built-in error of its kind, so that code which catches ValueError or RuntimeError works unchanged.
+"""
 
 from __future__ import annotations
 
 
 class FastAlignError(Exception):
-    """Any error that fastalign raises on purpose."""
+    """Any error that fastalign raises on purpose: catch this one for all of them."""
 
 
 class InputError(FastAlignError, ValueError):
-    """A tensor or an argument does not fit the function it was given to."""
+    """A tensor or an argument does not fit the function that it was passed to."""
 
 
 class DataError(FastAlignError, ValueError):
@@ -16,7 +20,7 @@ class DataError(FastAlignError, ValueError):
 
 
 class ConfigError(FastAlignError, ValueError):
-    """An option is unknown, or its value is."""
+    """An option is unknown, or its value is out of range."""
 
 
 class ModelError(FastAlignError, ValueError):
@@ -24,4 +28,4 @@ class ModelError(FastAlignError, ValueError):
 
 
 class BackendError(FastAlignError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend that was requested by name cannot run here."""

@@ -1,46 +1,48 @@
-"""Drop-in losses from hidden states: loss o segment_sum o linear_logprobs, with no `[tokens, vocabulary]` logits.
+"""Drop-in losses from hidden states, which never hold the `[tokens, vocabulary]` logits.
 
     from fastalign import fused_linear_dpo
     out = fused_linear_dpo(hidden, lm_head.weight, targets, ref_logps=ref_logps, beta=0.1)
     out.loss.backward()
 
-**Two layouts.** Padded: `hidden (2B, T, H)` and `targets (2B, T)`, the B chosen rows first, then the B rejected ones
-in the same order. Packed: `hidden (S, H)`, `targets (S,)` and `cu_seqlens (2B + 1,)`, chosen and rejected alternating:
-c0 r0 c1 r1 ... Losses of single completions take `(B, T, H)`, or packed rows with `cu_seqlens (B + 1,)`.
+Each call is three steps: `linear_logprobs` per token, `segment_sum` per sequence, and the loss. Every loss in
+`fastalign.losses` has its function `fused_linear_<loss>` here, with the options of the loss and the arguments of
+`fused_linear_preference`. These functions are made from the table of losses.
 
-**The shift is the caller's.** `targets[..., t]` is the token that `hidden[..., t]` predicts: the *next* one. From a
-model's `input_ids` of the same length, pass `hidden[:, :-1]` and `input_ids[:, 1:]`. Prompt and padding positions get
-`ignore_index` and cost nothing; None says that there are none.
+**Two layouts.**
 
-**The reference**, where a loss needs one: `ref_logps`, a log-probability sum per sequence in the order of the rows, or
-`ref_hidden` of a reference model at the same positions, with its `ref_weight` and `ref_bias` (the policy's own head
-where no ref_weight is given), scored here without gradients.
+- Padded: `hidden (2B, T, H)` and `targets (2B, T)`. The B chosen rows come first, then the B rejected ones in the same
+  order.
+- Packed: `hidden (S, H)`, `targets (S,)` and `cu_seqlens (2B + 1,)`, chosen and rejected alternating: c0 r0 c1 r1 ...
 
-Every function also takes linear_logprobs's `bias`, `logit_scale`, `softcap`, `temperature`, `ignore_index`,
-`memory_budget` and `backend`. InputError names whatever does not fit.
+Losses of single completions take `(B, T, H)`, or packed rows with `cu_seqlens (B + 1,)`.
+
+**The caller shifts.** `targets[..., t]` is the token that `hidden[..., t]` predicts, which is the *next* one. From a
+model's `input_ids` of the same length, pass `hidden[:, :-1]` and `input_ids[:, 1:]`. Unshifted `input_ids` have the
+right shape too, so no error can tell. Prompt and padding positions get `ignore_index` and cost nothing.
+
+**The reference**, where a loss needs one, is given in one of two ways:
+
+- `ref_logps`: a log-probability sum per sequence, in the order of the rows.
+- `ref_hidden`: the hidden states of a reference model at the same positions, with its `ref_weight` and `ref_bias`. They
+  are scored here without gradients. Without `ref_weight` the policy's output layer scores them.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.errors import InputError
-from fastalign.losses import (
-    LENGTH_NORMALISED,
-    PAIRWISE,
-    REFERENCE_FREE,
-    bco,
-    canonical,
-    implicit_rewards,
-    kto,
-    pairwise_loss,
-)
+from fastalign.losses import PAIRWISE, UNPAIRED, canonical, implicit_rewards, loss_function, options_of, pairwise_loss
 from fastalign.ops import linear_logprobs, segment_sum
+from fastalign.options import nearest
+
+_PREFIX = "fused_linear_"
 
 
 class PreferenceOutput(NamedTuple):
@@ -69,7 +71,7 @@ def fused_linear_preference(
     *,
     loss_type: str | Sequence[str] = "dpo",
     loss_weights: Sequence[float] | None = None,
-    length_normalised: Collection[str] = LENGTH_NORMALISED,
+    length_normalised: Collection[str] | None = None,
     cu_seqlens: Tensor | None = None,
     bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
@@ -84,25 +86,52 @@ def fused_linear_preference(
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
     backend: str = "auto",
-    **loss_options: float,
+    **loss_options: Any,
 ) -> PreferenceOutput:
-    """mean over pairs of `sum_k loss_weights[k] loss_type[k](pair)`, plus `nll_weight` times the NLL of the chosen.
+    """A loss over pairs, or a weighted mixture of several, from hidden states.
 
-    hidden, weight (V, H), targets, cu_seqlens, ref_*: see the head of this file. `loss_type` is a name in
-    fastalign.losses.PAIRWISE, TRL's name for one, or several of these for a mixture (MPO, arXiv:2411.10442); those in
-    `length_normalised` get averages per token, all others sums. `loss_options` (beta, label_smoothing, ...) are the
-    losses' own.
+        loss = mean over pairs of sum_k loss_weights[k] * loss_type[k](pair), plus nll_weight * nll
 
-    The NLL (RPO's, CPO's and ORPO's second term) is the mean over the tokens of the chosen completions. Pass
-    `nll_targets`, shaped like targets, to take it over more, such as prompt and completion: it holds the tokens to
-    count in the chosen rows (rejected rows are not read), and agrees with targets where both are set.
+    The head of this file describes the two layouts, the shift of the targets and the reference.
+
+    Args:
+        hidden: (2B, T, H) hidden states, or (S, H) packed.
+        weight: (V, H) weight of the output layer.
+        targets: (2B, T) or (S,) int64; `targets[..., t]` is the token that `hidden[..., t]` predicts.
+        loss_type: A name in `fastalign.losses.PAIRWISE`, TRL's name for one, or several of these for a mixture.
+        loss_weights: One weight per loss; None: 1 each.
+        length_normalised: Names of the losses that are given averages per token instead of sums; None: those that the
+            table of losses says.
+        cu_seqlens: (2B + 1,) int64 or int32 offsets of packed sequences, rising from 0 to S; None where padded.
+        bias: (V,) bias of the output layer.
+        ref_logps: (2B,) float32 or float64 log-probability sums under the reference.
+        ref_hidden: Hidden states of the reference, like `hidden`, instead of `ref_logps`.
+        ref_weight: The reference's output layer; None: `weight`, and then `bias` too.
+        ref_bias: The bias of `ref_weight`.
+        nll_weight: Weight of the NLL (the second term of RPO, CPO and ORPO): the mean over the tokens of the chosen
+            completions, in nats.
+        nll_targets: Shaped like `targets`, to take the NLL over more tokens, such as prompt and completion. It holds
+            the tokens to count in the chosen rows, and agrees with `targets` where both are set. Its rejected rows are
+            not read.
+        logit_scale: Factor of the logits.
+        softcap: c in `c * tanh(logits / c)`; None: no cap.
+        temperature: What the logits are divided by, after the cap.
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        memory_budget: Bytes of probability tiles that are stored for the gradient of a trainable output layer.
+        backend: As for `linear_logprobs`.
+        **loss_options: The options of the losses: beta, label_smoothing, ...
+
+    Returns:
+        The loss with its parts.
+
+    Raises:
+        InputError: Shapes, dtypes, options or the reference do not fit.
+
+    References:
+        Mixtures (MPO): Wang et al. 2024, arXiv:2411.10442.
     """
-    head = {
-        "logit_scale": logit_scale, "softcap": softcap, "temperature": temperature, "ignore_index": ignore_index,
-        "memory_budget": memory_budget, "backend": backend,
-    }  # fmt: skip
     names = [canonical(name) for name in ([loss_type] if isinstance(loss_type, str) else loss_type)]
-    _check_options(names, loss_options)
+    _check_options(names, loss_options, fused_linear_preference)
     bounds = _bounds(hidden, targets, cu_seqlens, group=2)
     scored = have_target(targets, ignore_index)
     lengths = segment_sum(scored.flatten().float(), bounds)
@@ -113,14 +142,18 @@ def fused_linear_preference(
         first, second = slice(0, None, 2), slice(1, None, 2)
     wanted, counted = _nll_tokens(targets, nll_targets, first, bounds, ignore_index)
 
-    logprobs = linear_logprobs(hidden, weight, wanted, bias=bias, **head)
+    score = partial(
+        linear_logprobs, logit_scale=logit_scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    logprobs = score(hidden, weight, wanted, bias=bias)
     sums = segment_sum(logprobs.masked_fill(~scored, 0.0).flatten(), bounds)
     nll = -logprobs.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
     ref = None
-    if not REFERENCE_FREE.issuperset(names):
-        ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
-        ref = _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, *ref_head, head)
+    if any(PAIRWISE[name].reference for name in names):
+        ref_layer = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+        ref = _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, *ref_layer, score)
     elif ref_logps is not None or ref_hidden is not None:
         raise InputError(f"ref_logps or ref_hidden is given, but {names} take no reference; leave it out")
     losses = pairwise_loss(
@@ -129,30 +162,132 @@ def fused_linear_preference(
         length_normalised=length_normalised,
     )  # fmt: skip
     loss = losses.mean() + nll_weight * nll if nll_weight else losses.mean()
-    beta = loss_options.get("beta", PAIRWISE[names[0]].__kwdefaults__["beta"])
+    beta = loss_options.get("beta", options_of(names[0])["beta"])
     sums = sums.detach()
     rewards = implicit_rewards(sums, torch.zeros_like(sums) if ref is None else ref, beta)
     return PreferenceOutput(loss, sums[first], sums[second], rewards[first], rewards[second], nll.detach())
 
 
+def _fused_linear_unpaired(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    *,
+    loss_type: str,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    **loss_options: Any,
+) -> UnpairedOutput:
+    """The mean of a loss over B completions with labels (B,) bool; `fused_linear_<loss>` is made from it."""
+    _check_options([loss_type], loss_options, _fused_linear_unpaired)
+    score = partial(
+        linear_logprobs, logit_scale=logit_scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
+        memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    bounds = _bounds(hidden, targets, cu_seqlens, group=1)
+    sums = segment_sum(score(hidden, weight, targets, bias=bias).flatten(), bounds)
+    ref_layer = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+    ref = _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, *ref_layer, score)
+    loss = UNPAIRED[loss_type](sums, ref, labels, **({_baseline_of(loss_type): 0.0} | loss_options)).mean()
+    beta = loss_options.get("beta", options_of(loss_type)["beta"])
+    return UnpairedOutput(loss, sums.detach(), implicit_rewards(sums, ref, beta))
+
+
+def _baseline_of(loss_type: str) -> str:
+    """The name of the baseline of a loss over completions, its fourth argument: `kl` of kto, `delta` of bco."""
+    return list(inspect.signature(UNPAIRED[loss_type]).parameters)[3]
+
+
+def fused_linear_sft(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    num_items: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Negative log-likelihood of supervised fine-tuning, from hidden states.
+
+        loss = -sum over scored tokens of log p(target) / num_items
+
+    Args:
+        hidden: (..., H) hidden states.
+        weight: (V, H) weight of the output layer.
+        targets: (...) int64; `targets[..., t]` is the token that `hidden[..., t]` predicts.
+        num_items: Number of scored tokens in the whole accumulated batch, so that the losses of micro-batches add up to
+            its mean; None: the number in this call.
+        bias: (V,) bias of the output layer.
+        logit_scale: Factor of the logits.
+        softcap: c in `c * tanh(logits / c)`; None: no cap.
+        temperature: What the logits are divided by, after the cap.
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        memory_budget: Bytes of probability tiles that are stored for the gradient of a trainable output layer.
+        backend: As for `linear_logprobs`.
+
+    Returns:
+        A scalar, in nats per token.
+
+    Raises:
+        InputError: Shapes, dtypes or options do not fit.
+    """
+    _check_shift(hidden, targets)
+    if num_items is None:
+        num_items = have_target(targets, ignore_index).sum().clamp(min=1)
+    logprobs = linear_logprobs(
+        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
+    return -logprobs.sum() / num_items
+
+
 def have_target(targets: Tensor, ignore_index: int | None) -> Tensor:
-    """Which positions have a target: all of them where ignore_index is None."""
-    # `targets != None` is no tensor, but a bool
+    """Which positions have a target, a bool tensor like `targets`: all of them where ignore_index is None."""
+    # `targets != None` would be the bool True, not a tensor.
     return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
 
 
-def _check_options(names: list[str], options: dict) -> None:
+def _check_options(names: list[str], options: Iterable[str], call: Callable) -> None:
     """Each option must be one that a loss in `names` takes: a misspelt one must not go unused."""
-    known = sorted({key for name in names for key in PAIRWISE[name].__kwdefaults__})
+    known = {option for name in names for option in options_of(name)}
+    known |= {_baseline_of(name) for name in names if name in UNPAIRED}
     for option in options:
         if option not in known:
-            nearest = difflib.get_close_matches(option, [*known, *fused_linear_preference.__kwdefaults__], n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"its options are {', '.join(known)}."
+            hint = nearest(option, [*sorted(known), *(call.__kwdefaults__ or {})])
             raise InputError(f"option {option!r} is not one of {', '.join(names)}; {hint}")
 
 
+def _check_shift(hidden: Tensor, targets: Tensor) -> None:
+    """InputError where the numbers of hidden states and targets differ by one: only one of the two was shifted."""
+    positions, tokens = hidden.shape[:-1], targets.shape
+    if not tokens or len(positions) != len(tokens) or abs(positions[-1] - tokens[-1]) != 1:
+        return
+    remedy = "hidden[..., :-1, :]" if positions[-1] > tokens[-1] else "targets[..., 1:]"
+    raise InputError(
+        f"hidden is {tuple(hidden.shape)} and targets {tuple(tokens)}, which differ by one position; targets[..., t] "
+        f"is the token that hidden[..., t] predicts, the next one: pass {remedy}"
+    )
+
+
 def _bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: int) -> Tensor:
-    """Offsets of the sequences into the flattened targets, `group` of them to an item: 2 for pairs."""
+    """Offsets of the sequences into the flattened targets. `group` sequences belong together: 2 for pairs."""
+    _check_shift(hidden, targets)
     rows, packed = ("2B", "(2B + 1,)") if group == 2 else ("B", "(B + 1,)")
     if targets.shape != hidden.shape[:-1] or targets.dim() != (2 if cu_seqlens is None else 1):
         raise InputError(
@@ -166,7 +301,8 @@ def _bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: i
             f"there are {count} sequences; give {'a chosen and a rejected one per pair' if group == 2 else 'some'}"
         )
     if cu_seqlens is not None:
-        return cu_seqlens
+        # flash-attn's offsets are int32, those of segment_sum int64.
+        return cu_seqlens.long() if cu_seqlens.dtype == torch.int32 else cu_seqlens
     return torch.arange(count + 1, device=targets.device) * targets.shape[1]
 
 
@@ -184,7 +320,7 @@ def _nll_tokens(
         raise InputError(f"nll_targets is {tuple(nll_targets.shape)}; it must be targets' {tuple(targets.shape)}")
     counted = is_chosen & have_target(nll_targets, ignore_index)
     differing = scored & counted & (targets != nll_targets)
-    if targets.device.type == "cpu" and differing.any():
+    if targets.device.type == "cpu" and differing.any():  # on a GPU, looking at values would wait for it
         raise InputError(
             f"nll_targets differs from targets at {int(differing.sum())} chosen tokens; both are the token that the "
             "hidden state predicts: build both from the same input_ids, shifted alike"
@@ -192,177 +328,90 @@ def _nll_tokens(
     return torch.where(counted, nll_targets, targets), counted
 
 
-def _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, weight, bias, head) -> Tensor:
+def _reference_sums(
+    sums: Tensor,
+    targets: Tensor,
+    bounds: Tensor,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    score: Callable[..., Tensor],
+) -> Tensor:
     """The reference's log-probability of each sequence, detached, in the dtype of the policy's `sums`."""
-    if (ref_logps is None) == (ref_hidden is None):
-        found = "ref_logps and ref_hidden are both " + ("None" if ref_logps is None else "given")
-        raise InputError(f"{found}; this loss needs a reference: pass one of them")
-    if ref_logps is not None:
+    if ref_logps is not None and ref_hidden is None:
         if ref_logps.shape != sums.shape or ref_logps.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"ref_logps is {tuple(ref_logps.shape)} {ref_logps.dtype}; it must be {tuple(sums.shape)}, one sum of "
                 "log-probabilities per sequence, in float32 or float64"
             )
         return ref_logps.detach().to(sums.dtype)
-    with torch.no_grad():
-        logprobs = linear_logprobs(ref_hidden, weight, targets, bias=bias, **head)
-        return segment_sum(logprobs.flatten(), bounds).to(sums.dtype)
+    if ref_hidden is not None and ref_logps is None:
+        with torch.no_grad():
+            return segment_sum(score(ref_hidden, weight, targets, bias=bias).flatten(), bounds).to(sums.dtype)
+    found = "ref_logps and ref_hidden are both " + ("None" if ref_logps is None else "given")
+    raise InputError(f"{found}; this loss needs a reference: pass one of them")
 
 
-def fused_linear_dpo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Direct preference optimisation (arXiv:2305.18290). Options: beta, label_smoothing (conservative DPO), and those
-    of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="dpo", **options)
+# The functions of the single losses. They are made from the table when they are first used, so that a loss needs no
+# line here. `fused.pyi` shows them to editors and type checkers; a test holds it equal to the signatures made below.
 
 
-def fused_linear_ipo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Identity preference optimisation (arXiv:2310.12036), on averages per token as its authors and TRL run it;
-    `length_normalised=()` gives the paper's sums. Options: beta, and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="ipo", **options)
+@cache
+def _function_of(loss_type: str) -> Callable[..., Any]:
+    """`fused_linear_<loss_type>`: the general function with its loss fixed, and a signature that shows the options."""
+    if loss_type in UNPAIRED:
+        general, defaults = _fused_linear_unpaired, {}
+    else:
+        general, defaults = fused_linear_preference, {"nll_weight": PAIRWISE[loss_type].nll_weight}
+
+    def function(*args: Any, **options: Any) -> Any:
+        return general(*args, loss_type=loss_type, **(defaults | options))
+
+    function.__name__ = function.__qualname__ = _PREFIX + loss_type
+    function.__doc__ = _docstring(loss_type)
+    # inspect and help() read this attribute, which type checkers do not know of.
+    function.__signature__ = _signature(loss_type, general, defaults)  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
-def fused_linear_hinge(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """SLiC's hinge on log-ratios (arXiv:2305.10425, arXiv:2309.06657). Options: beta, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="hinge", **options)
+def _signature(loss_type: str, general: Callable[..., Any], defaults: dict[str, Any]) -> inspect.Signature:
+    """The general function's signature with the options of the loss in place of `loss_type` and `**loss_options`."""
+    left_out = {"loss_type", "loss_weights", "loss_options"}
+    options = [p for p in inspect.signature(loss_function(loss_type)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if loss_type in UNPAIRED:
+        baseline = inspect.signature(UNPAIRED[loss_type]).parameters[_baseline_of(loss_type)]
+        options.insert(0, baseline.replace(kind=baseline.KEYWORD_ONLY, default=0.0))
+    elif not PAIRWISE[loss_type].reference:
+        left_out |= {"ref_logps", "ref_hidden", "ref_weight", "ref_bias"}
+    signature = inspect.signature(general)
+    shared = [p for p in signature.parameters.values() if p.name not in left_out]
+    shared = [p.replace(default=defaults.get(p.name, p.default)) for p in shared]
+    positional = [p for p in shared if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return signature.replace(parameters=[*positional, *options, *shared[len(positional) :]])
 
 
-def fused_linear_robust(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Robust DPO under flipped labels (arXiv:2403.00409). Options: beta, label_smoothing, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="robust", **options)
+def _docstring(loss_type: str) -> str:
+    """What the loss is, in the words of its function, and where the arguments are described."""
+    loss = loss_function(loss_type)
+    what = (inspect.getdoc(loss) or "").partition("\n\nArgs:")[0]
+    if loss_type in UNPAIRED:
+        how = "the mean over B completions.\n`labels` is (B,) bool, True where the completion is desirable"
+    else:
+        how = f'the mean over B pairs, as `fused_linear_preference` with `loss_type="{loss_type}"`'
+    return (
+        f"{what}\n\nComputed from hidden states: {how}.\n`fastalign.losses.{loss.__name__}` describes the options of "
+        "the loss and names its paper.\n`fused_linear_preference` describes all other arguments."
+    )
 
 
-def fused_linear_exo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Efficient exact optimisation (arXiv:2402.00856). Options: beta, label_smoothing above 0, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="exo", **options)
+def __getattr__(name: str) -> Any:
+    """`fused_linear_<loss>` of a loss in the table."""
+    loss_type = name.removeprefix(_PREFIX)
+    if name.startswith(_PREFIX) and loss_type in [*PAIRWISE, *UNPAIRED]:
+        return _function_of(loss_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 
-def fused_linear_nca(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Noise contrastive alignment (arXiv:2402.05369). Options: beta, and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="nca", **options)
-
-
-def fused_linear_sppo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Self-play preference optimisation, hard wins (arXiv:2405.00675). Options: beta, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="sppo", **options)
-
-
-def fused_linear_apo_zero(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Anchored preference optimisation, chosen up and rejected down (arXiv:2408.06266). Options: beta, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="apo_zero", **options)
-
-
-def fused_linear_apo_down(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Anchored preference optimisation, both down (arXiv:2408.06266). Options: beta, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="apo_down", **options)
-
-
-def fused_linear_aot(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Alignment via optimal transport, paired (arXiv:2406.05882); sorts over the batch. Options: beta,
-    label_smoothing, and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="aot", **options)
-
-
-def fused_linear_discopop(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """The discovered, log-ratio modulated loss (arXiv:2406.08414). Options: beta, discopop_tau, and those of
-    fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="discopop", **options)
-
-
-def fused_linear_bco_pair(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Binary classifier optimisation on pairs (arXiv:2404.04656). Options: beta, delta (the reward shift), and those
-    of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="bco_pair", **options)
-
-
-def fused_linear_simpo(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> PreferenceOutput:
-    """Simple preference optimisation, on averages per token, no reference (arXiv:2405.14734). Options: beta,
-    gamma_beta_ratio, label_smoothing, and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="simpo", **options)
-
-
-def fused_linear_cpo(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, nll_weight: float = 1.0, **options
-) -> PreferenceOutput:
-    """Contrastive preference optimisation with its NLL term, no reference (arXiv:2401.08417). Options: beta,
-    label_smoothing, and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="cpo", nll_weight=nll_weight, **options)
-
-
-def fused_linear_orpo(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, nll_weight: float = 1.0, **options
-) -> PreferenceOutput:
-    """NLL plus beta times the odds ratio term, no reference (arXiv:2403.07691). The NLL is over the chosen completion;
-    with `nll_targets` (prompt and completion) it is the paper authors' and TRL's. Options: beta (the paper's lambda),
-    and those of fused_linear_preference."""
-    return fused_linear_preference(hidden, weight, targets, loss_type="orpo", nll_weight=nll_weight, **options)
-
-
-def fused_linear_kto(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    labels: Tensor,
-    *,
-    kl: float | Tensor = 0.0,
-    beta: float = 0.1,
-    weights: tuple[float, float] = (1.0, 1.0),
-    **options,
-) -> UnpairedOutput:
-    """Kahneman-Tversky optimisation (arXiv:2402.01306) of B completions with labels (B,) bool, True for desirable.
-
-    `kl` is the reference point of fastalign.losses.kto_baseline; `weights` are those of desirable and undesirable
-    completions. Options: cu_seqlens (B + 1,), ref_logps (B,) or ref_hidden with ref_weight and ref_bias, and those of
-    linear_logprobs.
-    """
-    logps, ref = _policy_and_reference_sums(hidden, weight, targets, **options)
-    loss = kto(logps, ref, labels, kl, beta=beta, weights=weights).mean()
-    return UnpairedOutput(loss, logps.detach(), implicit_rewards(logps, ref, beta))
-
-
-def fused_linear_bco(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    labels: Tensor,
-    *,
-    delta: float | Tensor = 0.0,
-    beta: float = 0.1,
-    **options,
-) -> UnpairedOutput:
-    """Binary classifier optimisation (arXiv:2404.04656) of B completions with labels (B,) bool, True for desirable.
-
-    `delta` is the reward shift, half the sum of the running mean rewards of either label. Options as for
-    fused_linear_kto.
-    """
-    logps, ref = _policy_and_reference_sums(hidden, weight, targets, **options)
-    loss = bco(logps, ref, labels, delta, beta=beta).mean()
-    return UnpairedOutput(loss, logps.detach(), implicit_rewards(logps, ref, beta))
-
-
-def _policy_and_reference_sums(
-    hidden, weight, targets, *, cu_seqlens=None, bias=None, ref_logps=None, ref_hidden=None, ref_weight=None,
-    ref_bias=None, **head,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    bounds = _bounds(hidden, targets, cu_seqlens, group=1)
-    sums = segment_sum(linear_logprobs(hidden, weight, targets, bias=bias, **head).flatten(), bounds)
-    ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
-    return sums, _reference_sums(sums, targets, bounds, ref_logps, ref_hidden, *ref_head, head)
-
-
-def fused_linear_sft(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, num_items: float | Tensor | None = None, **options
-) -> Tensor:
-    """Negative log-likelihood, summed over the tokens that are not ignored and divided by `num_items`: a scalar.
-
-    hidden (..., H), weight (V, H), targets (...). `num_items` is the number of such tokens in the whole accumulated
-    batch, so that micro-batches add up to its mean; None counts this one's. Options are those of linear_logprobs.
-    """
-    if num_items is None:
-        num_items = have_target(targets, options.get("ignore_index", -100)).sum().clamp(min=1)
-    return -linear_logprobs(hidden, weight, targets, **options).sum() / num_items
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(_PREFIX + name for name in [*PAIRWISE, *UNPAIRED])})

@@ -1,11 +1,16 @@
-"""Plain PyTorch definitions of every op: the truth that the fast versions are held to.
+"""Plain PyTorch definitions of every op: the truth that the fast versions are tested against.
 
-Each function here materialises what the fast one avoids (the `[tokens, vocabulary]` logits, most of all), accepts
-float64, and computes low-precision inputs in float32. Read this file to know what an op means.
+Read this file to know what an op means. Each function holds in memory what the fast one avoids, above all the
+`[tokens, vocabulary]` logits. float64 inputs are computed in float64, all others in float32.
+
+Shapes: `...` any leading dimensions, H width of the hidden states, V vocabulary, T tokens of a packed row, S sequences
+in it. `cu_seqlens` (S + 1,) are the offsets of the sequences: sequence i is the tokens `cu_seqlens[i]` to
+`cu_seqlens[i + 1]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +20,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype an op computes in: float64 if any input is float64, else float32."""
+    """The dtype that an op computes in: float64 if any input is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -28,12 +33,24 @@ def linear_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`softcap * tanh(s * (h W' + b) / softcap) / temperature`, or `s * (h W' + b) / temperature` without a cap.
+    """The logits of an output layer.
 
-    hidden (..., H), weight (V, H), bias (V,) -> logits (..., V), float32 (float64 for float64 inputs).
+        u = logit_scale * (hidden weight' + bias)
+        z = softcap * tanh(u / softcap) / temperature, or u / temperature without a cap
+
+    Args:
+        hidden: (..., H) floating.
+        weight: (V, H) floating.
+        bias: (V,) floating.
+        logit_scale: Factor of the product.
+        softcap: Bound of the logits' size (Gemma 2); None: no bound.
+        temperature: What the logits are divided by, after the cap.
+
+    Returns:
+        (..., V) float32, or float64 for float64 inputs.
     """
     dtype = compute_dtype(hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the product to 16 bits
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the product to 16 bits
         z = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     z = z * logit_scale
     if softcap is not None:
@@ -44,9 +61,18 @@ def linear_logits(
 def selective_logprobs(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int | None = -100
 ) -> Tensor:
-    """`z_y - logsumexp(z)` with `z = logits / temperature`; 0 where the target is `ignore_index`.
+    """Token log-probabilities from logits.
 
-    logits (..., V), targets (...) int64 -> (...) float32 (float64 for float64 logits).
+        log p(y) = z_y - logsumexp(z)  with  z = logits / temperature
+
+    Args:
+        logits: (..., V) floating.
+        targets: (...) int64.
+        temperature: What the logits are divided by.
+        ignore_index: The target of positions whose result is 0; None: there are none.
+
+    Returns:
+        (...) float32 in nats, or float64 for float64 logits.
     """
     ignored = _ignored(targets, ignore_index)
     logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, dim=-1)
@@ -70,21 +96,47 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Token log-probabilities `z_y - logsumexp(z)` of `z = linear_logits(...)`, and the entropy `-sum p log p` of p.
+    """Token log-probabilities from hidden states, and the entropy of their distributions.
 
-    hidden (..., H), weight (V, H), bias (V,), targets (...) int64 -> (...) float32 (float64 for float64 inputs).
+        log p(y) = z_y - logsumexp(z)  with  z = linear_logits(hidden, weight, ...)
+        entropy = -sum_j p_j log p_j
+
+    Args:
+        hidden: (..., H) floating.
+        weight: (V, H) floating.
+        targets: (...) int64; `targets[..., t]` is the token that `hidden[..., t]` predicts.
+        bias: (V,) floating.
+        logit_scale: As for `linear_logits`.
+        softcap: As for `linear_logits`.
+        temperature: As for `linear_logits`.
+        ignore_index: The target of positions whose results are 0; None: there are none.
+        entropy: Whether to return the entropies as well.
+
+    Returns:
+        (...) log-probabilities in nats, float32 or float64; with `entropy` also the entropies, shaped alike.
     """
     z = linear_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     logprobs = selective_logprobs(z, targets, ignore_index=ignore_index)
     if not entropy:
         return logprobs
     log_p = torch.log_softmax(z, dim=-1)
-    p_log_p = log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)  # a masked entry (-inf) adds nothing
+    # An entry that the bias masks has log p = -inf and p = 0: it adds nothing, where 0 * -inf would be nan.
+    p_log_p = log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)
     return logprobs, (-p_log_p.sum(-1)).masked_fill(_ignored(targets, ignore_index), 0.0)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])`; values (N,), cu_seqlens (S + 1,) -> (S,)."""
+    """The sum of each sequence's values.
+
+        out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])
+
+    Args:
+        values: (T,) floating.
+        cu_seqlens: (S + 1,) offsets that rise from 0 to T.
+
+    Returns:
+        (S,) in the dtype of `values`; 0 for an empty sequence.
+    """
     bounds = cu_seqlens.tolist()
     sums = [values[start:end].sum() for start, end in pairwise(bounds)]
     return torch.stack(sums) if sums else values.new_zeros(0)
@@ -98,11 +150,24 @@ def logits_divergence(
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
 ) -> Tensor:
-    """Divergence of two next-token distributions, per token: `(..., V)` logits -> `(...)`.
+    """Divergence of the student's next-token distribution s from the teacher's t, per token.
 
-    With s, t the student's and teacher's softmax at `temperature` and `m = jsd_beta * t + (1 - jsd_beta) * s`:
-    forward_kl `KL(t || s)`, reverse_kl `KL(s || t)`, jsd `jsd_beta * KL(t || m) + (1 - jsd_beta) * KL(s || m)`
-    (Agarwal et al. 2024, arXiv:2306.13649).
+        forward_kl: KL(t || s)
+        reverse_kl: KL(s || t)
+        jsd:        jsd_beta * KL(t || m) + (1 - jsd_beta) * KL(s || m)  with  m = jsd_beta * t + (1 - jsd_beta) * s
+
+    Args:
+        student_logits: (..., V) floating.
+        teacher_logits: (..., V) floating.
+        divergence: One of DIVERGENCES.
+        temperature: What both logits are divided by.
+        jsd_beta: The teacher's share in `jsd`.
+
+    Returns:
+        (...) float32 in nats, or float64 for float64 inputs.
+
+    References:
+        Agarwal et al. 2024, arXiv:2306.13649.
     """
     dtype = compute_dtype(student_logits, teacher_logits)
     s = torch.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
@@ -111,18 +176,19 @@ def logits_divergence(
 
 
 def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
-    """`sum_j p_j difference_j`, where an entry of probability 0 (a masked one) adds nothing."""
+    """`sum_j p_j difference_j`, where a masked entry (p = 0, difference nan or infinite) adds nothing."""
     return (log_p.exp() * difference.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
 def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
-    """The divergence of two distributions given by their log-probabilities (..., V)."""
+    """`logits_divergence` from the log-probabilities (..., V) of student and teacher."""
     if divergence == "forward_kl":
         return _expect(t, t - s)
     if divergence == "reverse_kl":
         return _expect(s, s - t)
     if divergence != "jsd":
         raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
+    # Where both probabilities are 0, the gradient of log m would be infinity times 0, which is nan. The clamp stops it.
     m = (jsd_beta * t.exp() + (1 - jsd_beta) * s.exp()).clamp(min=torch.finfo(s.dtype).tiny).log()
     return jsd_beta * _expect(t, t - m) + (1 - jsd_beta) * _expect(s, s - m)
 
@@ -144,10 +210,28 @@ def linear_divergence(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
 ) -> Tensor:
-    """`logits_divergence` of `linear_logits(hidden, weight)` and `linear_logits(teacher_hidden, teacher_weight)`.
+    """`logits_divergence` of the logits of two models, from their hidden states. The teacher gets no gradient.
 
-    hidden (..., H), weight (V, H), teacher_hidden (..., G), teacher_weight (U, G) -> (...); 0 where the mask is False.
-    Of vocabularies that differ in length the shorter one counts. The teacher is a constant.
+    Where the vocabularies differ in length, both are cut to the shorter one.
+
+    Args:
+        hidden: (..., H) hidden states of the student.
+        weight: (V, H) output layer of the student.
+        teacher_hidden: (..., G) hidden states of the teacher at the same positions.
+        teacher_weight: (U, G) output layer of the teacher.
+        bias: (V,) bias of the student's output layer.
+        teacher_bias: (U,) bias of the teacher's.
+        mask: (...) bool; the result is 0 where it is False.
+        divergence: As for `logits_divergence`.
+        temperature: As for `logits_divergence`.
+        jsd_beta: As for `logits_divergence`.
+        logit_scale: As for `linear_logits`, of the student.
+        softcap: As for `linear_logits`, of the student.
+        teacher_logit_scale: As for `linear_logits`, of the teacher.
+        teacher_softcap: As for `linear_logits`, of the teacher.
+
+    Returns:
+        (...) float32 in nats, or float64 for float64 inputs.
     """
     vocab = min(weight.shape[0], teacher_weight.shape[0])
     bias, teacher_bias = (b if b is None else b[:vocab] for b in (bias, teacher_bias))
@@ -162,10 +246,21 @@ def linear_divergence(
 
 
 def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`F + sum_s (G_s' X_s)^2`, G_s and X_s the rows `cu_seqlens[s]` to `cu_seqlens[s + 1]` of grad_output and inputs.
+    """Fisher information of a linear layer's weight: the sum of squared per-sequence gradients.
 
-    fisher (out, in), grad_output (T, out), inputs (T, in), cu_seqlens (S + 1,) -> (out, in). `G_s' X_s` is the gradient
-    of sequence s in the weight of a linear layer: the result is F plus the sum of squared per-sequence gradients.
+        out = fisher + sum_s (G_s' X_s)^2
+
+    G_s and X_s are the rows of `grad_output` and `inputs` that belong to sequence s, and G_s' X_s is the gradient of
+    that sequence in the weight.
+
+    Args:
+        fisher: (out, in) sums so far.
+        grad_output: (T, out) gradients of the layer's output.
+        inputs: (T, in) inputs of the layer.
+        cu_seqlens: (S + 1,) offsets of the sequences.
+
+    Returns:
+        (out, in) float32, or float64 for float64 inputs.
     """
     dtype = compute_dtype(fisher, grad_output, inputs)
     out = fisher.to(dtype, copy=True)
@@ -174,31 +269,62 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_se
     return out
 
 
-def ewc_penalty(parameters, anchors, fishers, strength: float = 1.0) -> Tensor:
-    """`strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over lists of tensors; fishers None: F = 1. A scalar."""
+def ewc_penalty(
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor] | None, strength: float = 1.0
+) -> Tensor:
+    """Penalty of elastic weight consolidation: squared distance to the anchors, weighted by Fisher information.
+
+        strength / 2 * sum_i F_i (theta_i - theta0_i)^2
+
+    Args:
+        parameters: theta, tensors of any shapes.
+        anchors: theta0, tensors of the same shapes.
+        fishers: F, tensors of the same shapes; None: 1 for every weight.
+        strength: Factor of the penalty.
+
+    Returns:
+        A scalar.
+    """
     dtype = compute_dtype(*parameters, *anchors)
-    fishers = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
-    terms = zip(parameters, anchors, fishers, strict=True)
-    return strength / 2 * sum((f * (p.to(dtype) - a.to(dtype)) ** 2).sum() for p, a, f in terms)
+    weights = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
+    terms = zip(parameters, anchors, weights, strict=True)
+    sums = [(f * (p.to(dtype) - a.to(dtype)) ** 2).sum() for p, a, f in terms]
+    return strength / 2 * sum(sums, start=torch.zeros((), dtype=dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x w / sqrt(mean(x^2) + eps)`, the mean over the last dimension. x (..., H), weight (H,) -> (..., H)."""
+    """Root mean square normalisation: `x * weight / sqrt(mean(x^2) + eps)`, the mean over the last dimension.
+
+    Args:
+        x: (..., H) floating.
+        weight: (H,) floating.
+        eps: Added to the mean square.
+
+    Returns:
+        (..., H) float32, or float64 for float64 inputs.
+    """
     x = x.to(compute_dtype(x, weight))
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, of one shape: SwiGLU between its products."""
+    """SwiGLU between its matrix products: `silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, both of one shape."""
     gate = gate.to(compute_dtype(gate, up))
     return gate * torch.sigmoid(gate) * up
 
 
 def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
-    """Which keys each token of a packed row sees, (T, T) bool.
+    """Which keys each token of a packed row attends to.
 
-    segments (S, 4): first token, length, first token of the prefix and its length. A token sees the prefix of its
-    segment and then its segment up to itself; of these, with a window, the last `window`.
+    A token sees the prefix of its segment, and its segment up to itself. With a window it sees the last `window` of
+    these.
+
+    Args:
+        segments: (S, 4) int64: first token, length, first token of the prefix, length of the prefix.
+        window: Most keys that a token sees; None: all.
+
+    Returns:
+        (T, T) bool, rows are queries and columns keys.
     """
     tokens = int(segments[:, 1].sum())
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -206,17 +332,29 @@ def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
         key = torch.arange(prefix + length)
         query = key[prefix:, None]
         sees = (key <= query) & (key > query - (window or tokens))
-        own = slice(start, start + length)
-        seen[own, prefix_start : prefix_start + prefix] = sees[:, :prefix]
-        seen[own, own] = sees[:, prefix:]
+        segment = slice(start, start + length)
+        seen[segment, prefix_start : prefix_start + prefix] = sees[:, :prefix]
+        seen[segment, segment] = sees[:, prefix:]
     return seen
 
 
-def segment_attention(query, key, value, segments: Tensor, window: int | None, scaling: float) -> Tensor:
-    """`softmax(scaling q k') v`, each token over `seen_keys`.
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None, scaling: float
+) -> Tensor:
+    """Attention in a packed row, each token over its `seen_keys`.
 
-    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). A key head
-    serves heads / key_heads heads in a row.
+        out = softmax(scaling * query key') value
+
+    Args:
+        query: (1, heads, T, D) floating.
+        key: (1, key_heads, T, D) floating. Each key head serves heads / key_heads neighbouring query heads.
+        value: (1, key_heads, T, Dv) floating.
+        segments: (S, 4) int64, as for `seen_keys`.
+        window: As for `seen_keys`.
+        scaling: Factor of the scores.
+
+    Returns:
+        (1, T, heads, Dv) float32, or float64 for float64 inputs.
     """
     dtype, shared = compute_dtype(query, key, value), query.shape[1] // key.shape[1]
     k, v = (t.to(dtype).repeat_interleave(shared, 1) for t in (key, value))
@@ -226,9 +364,17 @@ def segment_attention(query, key, value, segments: Tensor, window: int | None, s
 
 
 def with_tail(logprobs: Tensor) -> Tensor:
-    """Log-probabilities (..., k) of some entries, and behind them that of all others, `log(1 - sum exp)`.
+    """Log-probabilities of some entries, followed by the log-probability of all others together, the tail.
 
-    (..., k) -> (..., k + 1). The tail is 1e-7 at least: the sum is rounded, and a tail of 0 would make a KL infinite.
+        tail = log(1 - sum exp(logprobs))
+
+    The tail's probability is at least 1e-7: the sum is rounded, and a tail of 0 would make a KL infinite.
+
+    Args:
+        logprobs: (..., k) floating.
+
+    Returns:
+        (..., k + 1).
     """
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([logprobs, rest.log()], -1)
@@ -249,9 +395,24 @@ def sparse_divergence(
     softcap: float | None = None,
     tail: str = "lump",
 ) -> Tensor:
-    """Divergence over the teacher's top k entries and, unless tail is "drop", all others as one bucket.
+    """Divergence from a teacher of whom only the top k log-probabilities are known, from hidden states.
 
-    hidden (..., H), weight (V, H), teacher_indices and teacher_logprobs (..., k) -> (...); 0 where the mask is False.
+    Args:
+        hidden: (..., H) hidden states of the student.
+        weight: (V, H) output layer of the student.
+        teacher_indices: (..., k) int64, the entries of the vocabulary that the teacher scored.
+        teacher_logprobs: (..., k) floating, the teacher's log-probabilities of them at `temperature`.
+        bias: (V,) bias of the student's output layer.
+        mask: (...) bool; the result is 0 where it is False.
+        divergence: As for `logits_divergence`.
+        temperature: What the student's logits are divided by.
+        jsd_beta: As for `logits_divergence`.
+        logit_scale: As for `linear_logits`.
+        softcap: As for `linear_logits`.
+        tail: "lump" compares all other entries as one more entry, "drop" leaves them out.
+
+    Returns:
+        (...) float32 in nats, or float64 for float64 inputs.
     """
     z = linear_logits(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     out = sparse_logits_divergence(
@@ -270,7 +431,7 @@ def sparse_logits_divergence(
     jsd_beta: float = 0.5,
     tail: str = "lump",
 ) -> Tensor:
-    """The same from the student's logits (..., V)."""
+    """`sparse_divergence` from the student's logits (..., V)."""
     z = student_logits.to(compute_dtype(student_logits)) / temperature
     log_p = torch.log_softmax(z, dim=-1)
     s, t = log_p.gather(-1, teacher_indices), teacher_logprobs.to(z.dtype)

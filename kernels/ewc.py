@@ -28,8 +28,7 @@ def _at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 def _load(at, inside):
     if inside is None:
         return tl.load(at)
-    else:
-        return tl.load(at, mask=inside, other=0.0)
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -120,7 +119,8 @@ def ewc_penalty(
     fresh: list[bool] | None = None,
 ) -> Tensor:
     """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient, `strength F (theta -
-    theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32."""
+    theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32.
+    """
     device, sums = parameters[0].device, []
     kinds = {(p.dtype, a.dtype) for p, a in zip(parameters, anchors, strict=True)}
     for theta, anchor in sorted(kinds, key=str):  # tensors of the same dtypes go together

@@ -19,7 +19,7 @@ KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 @triton.jit
 def _tanh(x):
-    """tanh x, and x - tanh x with its digits where that is small: the series has converged there."""
+    """Tanh x, and x - tanh x with its digits where that is small: the series has converged there."""
     square = x * x
     near = tl.abs(x) < 0.25
     series = x * square * (1 / 3 + square * (-2 / 15 + square * (17 / 315 - square * (62 / 2835))))
@@ -133,7 +133,8 @@ def _outer(head) -> float | None:
 
 def normalise(z: Tensor, bias: Tensor | None, head, top: Tensor, total: Tensor) -> None:
     """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
-    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at START and 0."""
+    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at START and 0.
+    """
     rows, columns = z.shape
     inner = None if head.softcap is None else head.logit_scale / head.softcap
     if rows:
@@ -160,7 +161,8 @@ def gradient(
     a: Tensor, b: Tensor | None, moments: Tensor, scale: float, coefficients: Tensor | None, out: Tensor
 ) -> None:
     """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given; into out (R, T), which
-    may be a's own memory, row by row, in out's dtype."""
+    may be a's own memory, row by row, in out's dtype.
+    """
     rows, columns = a.shape
     if rows:
         _gradient[(rows,)](

@@ -40,11 +40,10 @@ def _log1p(x):
 
 @triton.jit
 def _logit(u, factor, inner, outer):
-    """inner = logit_scale / softcap and outer = softcap / temperature, or None without a cap."""
+    """Inner = logit_scale / softcap and outer = softcap / temperature, or None without a cap."""
     if outer is None:
         return u * factor
-    else:
-        return _tanh(u * inner) * outer
+    return _tanh(u * inner) * outer
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def _finish(
     a_ptr, a_stride, b_ptr, b_stride, width,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """stats (3, R): of `Stats` target, slope and mean."""
+    """Stats (3, R): of `Stats` target, slope and mean."""
     row = tl.program_id(0).to(tl.int64)
     shift, others, z_y = tl.load(shift_ptr + row), tl.load(others_ptr + row), tl.load(target_ptr + row)
     shifted = z_y - shift
@@ -243,7 +242,8 @@ def finish(
     b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums over the whole vocabulary become results, as fastalign/ops/epilogue.py says: log-probs (R,), entropies
-    (R,), and target, slope and mean of the stats (3, R); a and b become gradients."""
+    (R,), and target, slope and mean of the stats (3, R); a and b become gradients.
+    """
     rows, width = targets.shape[0], 0 if a is None else a.shape[1]
     logprobs, entropies, stats = (sums.shift.new_empty(*shape) for shape in ((rows,), (rows,), (3, rows)))
     block = min(WIDTH.value, max(16, triton.next_power_of_2(width)))

@@ -5,6 +5,9 @@ What takes seconds to import is imported where it is used: tests of ops and loss
 """
 
 import math
+import typing
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,28 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="Write the files that are derived from code anew.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("regenerate"):  # only the tests that write such files
+        items[:] = [item for item in items if "generated" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def generated(pytestconfig: pytest.Config) -> Callable[[Path, str], None]:
+    """f(path, text): the file holds exactly this text; with --regenerate it is written instead."""
+
+    def check(path: Path, text: str) -> None:
+        if pytestconfig.getoption("regenerate"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file() and path.read_text(encoding="utf-8") == text, f"{path} is out of date: run make generated"
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -134,23 +159,19 @@ def check_finish():
 def make_trainer(tokenizer, tmp_path):
     """A trainer of one SGD step after another, with everything that could differ between runs turned off."""
 
-    from fastalign.config.distillation import DistillationConfig
-    from fastalign.config.preference import PreferenceConfig
-    from fastalign.config.sft import SFTConfig
-    from fastalign.training.distillation import DistillationTrainer
     from fastalign.training.preference import PreferenceTrainer
 
     def make(
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
         teacher=None, **options,
     ):  # fmt: skip
-        config = {PreferenceTrainer: PreferenceConfig, DistillationTrainer: DistillationConfig}.get(kind, SFTConfig)
+        config = typing.get_type_hints(kind.__init__)["args"]  # every trainer says which options it takes
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
             "learning_rate": 0.01, "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
         }  # fmt: skip
-        if kind is PreferenceTrainer:
+        if "ref_cache_dir" in config.__dataclass_fields__:
             defaults["ref_cache_dir"] = str(tmp_path / "cache")
         return kind(
             model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config, callbacks,

@@ -1,4 +1,4 @@
-"""Run-folder files: strict JSON lines, atomic writes, tolerance of lines cut off by a killed run."""
+"""fastalign's own files: strict JSON lines, atomic writes, lines cut off by a killed run, and tensors by key."""
 
 import json
 import math
@@ -8,9 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastalign.errors import DataError
-from fastalign.files import append_metrics, read_json, read_jsonl, read_metrics, write_json, write_text
+from fastalign.files import (
+    KEY_BYTES,
+    KeyedTensors,
+    append_metrics,
+    atomic_write,
+    read_json,
+    read_jsonl,
+    read_metrics,
+    write_json,
+    write_jsonl,
+    write_keyed,
+    write_text,
+)
 
 
 def refuse_constant(name):
@@ -69,7 +82,7 @@ def test_scalars_of_numpy_and_torch_become_numbers_and_other_objects_strings(tmp
             "h": True,
         },
     )
-    expected = {"a": 0.5, "b": 3, "c": 0.25, "d": os.path.join("x", "y"), "e": "torch.bfloat16"}
+    expected = {"a": 0.5, "b": 3, "c": 0.25, "d": str(Path("x", "y")), "e": "torch.bfloat16"}
     assert read_json(path) == expected | {"f": ["k", "q"], "g": [1, 2], "h": True}
 
 
@@ -133,19 +146,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"beta": 0.2})
     assert read_json(path) == {"beta": 0.1}
-    assert os.listdir(tmp_path) == ["config.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_readers_never_see_a_file_half_written(tmp_path):
     """The new content appears under another inode: a reader who opened the old file reads it to its end."""
     path = tmp_path / "report.html"
     write_text(path, "old" * 100_000)  # more than a reader buffers
-    with open(path) as reader:
+    with path.open() as reader:
         assert reader.read(3) == "old"
         write_text(path, "new")
         assert reader.read() == "old" * 99_999
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["report.html"]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_written_files_follow_the_umask(tmp_path):
@@ -154,3 +167,116 @@ def test_written_files_follow_the_umask(tmp_path):
     write_text(path, "x")
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_lines_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "naïve\u2028\n", "n": 1}, {"text": "", "n": math.inf}]
+    write_jsonl(path, [{"old": 1}])
+    write_jsonl(path, rows)
+    assert read_metrics(path) == rows
+    assert "naïve" in path.read_text(encoding="utf-8")  # text, not escapes
+
+    def interrupted():
+        yield rows[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(path, interrupted())
+    assert read_metrics(path) == rows
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
+        temporary.write_text("half of the new")
+        assert temporary.parent == tmp_path  # a rename to another file system would not be atomic
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["weights"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "weights"
+    with atomic_write(path) as first, atomic_write(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the block that ended last
+    assert [file.name for file in tmp_path.iterdir()] == ["weights"]
+
+
+# Tensors by key
+
+KEYS = [bytes([n] * KEY_BYTES) for n in range(4)]
+LENGTHS = [2, 0, 3, 0]  # an empty one inside, and one at the end
+
+
+@pytest.fixture
+def keyed(tmp_path):
+    """The path of a file of two names, and what was written to it."""
+    values = {
+        "logprobs": [np.arange(n, dtype=np.float32) + i for i, n in enumerate(LENGTHS)],
+        "indices": [np.full((n, 5), i, dtype=np.int32) for i, n in enumerate(LENGTHS)],
+    }
+    path = tmp_path / "new" / "folder" / "values.safetensors"
+    write_keyed(path, KEYS, values, {"temperature": "2.0"})
+    return path, values
+
+
+def test_arrays_come_back_by_their_keys(keyed):
+    path, values = keyed
+    stored = KeyedTensors(path, ["logprobs", "indices"])
+    assert stored.metadata == {"temperature": "2.0"}
+    assert KEYS[3] in stored and bytes([9] * KEY_BYTES) not in stored
+    for name, arrays in values.items():
+        every = stored.read_all(name)
+        assert list(every) == KEYS
+        for key, array in zip(KEYS, arrays, strict=True):
+            for found in (stored.read(name, key), every[key]):
+                assert found.dtype == array.dtype and found.shape == array.shape and (found == array).all()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_layout_on_disk_is_that_of_the_docstring(keyed):
+    path, values = keyed
+    tensors = load_file(path)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        "keys": (torch.uint8, (4, KEY_BYTES)), "offsets": (torch.int64, (5,)),
+        "logprobs": (torch.float32, (5,)), "indices": (torch.int32, (5, 5)),
+    }  # fmt: skip
+    assert tensors["offsets"].tolist() == [0, 2, 2, 5, 5]
+    assert tensors["logprobs"].tolist() == [x for array in values["logprobs"] for x in array]
+
+
+def damage_bytes(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def damage_values(path):
+    tensors = load_file(path)
+    save_file({**tensors, "logprobs": tensors["logprobs"][:-1].clone()}, path)
+
+
+def damage_keys(path):
+    tensors = load_file(path)
+    save_file({**tensors, "keys": tensors["keys"][:, :8].clone()}, path)
+
+
+def damage_offsets(path):
+    tensors = load_file(path)
+    save_file({**tensors, "offsets": tensors["offsets"][1:].clone()}, path)
+
+
+@pytest.mark.parametrize("damage", [damage_bytes, damage_values, damage_keys, damage_offsets, Path.unlink])
+def test_a_damaged_file_is_one_clear_error(keyed, damage):
+    path, _ = keyed
+    damage(path)
+    with pytest.raises(DataError, match=r"values\.safetensors cannot be read \(.+\)$"):
+        KeyedTensors(path, ["logprobs", "indices"])
+
+
+def test_a_missing_name_is_one_clear_error(keyed):
+    with pytest.raises(DataError, match="cannot be read"):
+        KeyedTensors(keyed[0], ["gradients"])

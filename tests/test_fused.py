@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,21 @@ import torch
 import fastalign
 from fastalign import fused, reference
 from fastalign.errors import InputError
-from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, REFERENCE_FREE, bco, kto, pairwise_loss
+from fastalign.losses import (
+    LENGTH_NORMALISED,
+    PAIRWISE,
+    REFERENCE_FREE,
+    UNPAIRED,
+    PairLoss,
+    bco,
+    kto,
+    loss_function,
+    options_of,
+    pairwise_loss,
+)
+from fastalign.losses.checks import check_logprobs
 
 B, T, H, V = 3, 7, 5, 19
-NAMES = ("dpo", "ipo", "hinge", "robust", "exo", "nca", "sppo", "apo_zero", "apo_down", "aot", "discopop", "bco_pair",
-         "simpo", "cpo", "orpo")  # fmt: skip
 # Of each padded row: where its completion starts and ends.
 SPANS = [(1, 4), (2, 7), (0, 1), (3, 7), (1, 2), (2, 5)]
 
@@ -53,7 +67,7 @@ def assert_same_gradients(loss, expected, *inputs):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_each_loss(name, layout):
     hidden, weight, targets, _, ref = problem()
     sums, lengths = by_hand(hidden, weight, targets)
@@ -61,7 +75,7 @@ def test_each_loss(name, layout):
     scale = lengths if name in LENGTH_NORMALISED else torch.ones_like(lengths)
     logprobs = [*(sums / scale).split(B), *(() if free else (ref / scale).split(B))]
     nll = -sums[:B].sum() / lengths[:B].sum()
-    expected = PAIRWISE[name](*logprobs, beta=0.3).mean() + (nll if name in ("cpo", "orpo") else 0.0)
+    expected = PAIRWISE[name].function(*logprobs, beta=0.3).mean() + (nll if name in ("cpo", "orpo") else 0.0)
 
     call = getattr(fastalign, f"fused_linear_{name}")
     if layout == "padded":
@@ -81,11 +95,10 @@ def test_each_loss(name, layout):
 
 def test_every_loss_has_its_own_defaults():
     hidden, weight, targets, _, ref = problem()
-    for name in NAMES:
+    for name in PAIRWISE:
         references = {} if name in REFERENCE_FREE else {"ref_logps": ref}
         out = getattr(fastalign, f"fused_linear_{name}")(hidden, weight, targets, **references)
-        beta = inspect.signature(PAIRWISE[name]).parameters["beta"].default
-        rewards = beta * (out.chosen_logps - (0 if name in REFERENCE_FREE else ref[:B]))
+        rewards = options_of(name)["beta"] * (out.chosen_logps - (0 if name in REFERENCE_FREE else ref[:B]))
         torch.testing.assert_close(out.chosen_rewards, rewards)
 
 
@@ -93,7 +106,7 @@ def test_ipo_on_sums():
     hidden, weight, targets, _, ref = problem()
     sums, _ = by_hand(hidden, weight, targets)
     out = fastalign.fused_linear_ipo(hidden, weight, targets, ref_logps=ref, length_normalised=())
-    torch.testing.assert_close(out.loss, PAIRWISE["ipo"](*sums.split(B), *ref.split(B)).mean())
+    torch.testing.assert_close(out.loss, PAIRWISE["ipo"].function(*sums.split(B), *ref.split(B)).mean())
 
 
 def test_mixture_with_an_nll_term():
@@ -124,7 +137,7 @@ def test_reference_from_hidden_states(own_head, layout):
         ref_hidden, ref_weight if own_head else weight, targets, bias=ref_bias if own_head else bias, **head
     )
     sums, _ = by_hand(hidden, weight, targets, bias=bias, **head)
-    expected = PAIRWISE["dpo"](*sums.split(B), *ref.detach().split(B)).mean()
+    expected = PAIRWISE["dpo"].function(*sums.split(B), *ref.detach().split(B)).mean()
     if layout == "padded":
         out = fastalign.fused_linear_dpo(hidden, weight, targets, bias=bias, ref_hidden=ref_hidden, **ref_head, **head)
     else:
@@ -149,7 +162,7 @@ def test_nll_over_prompt_and_completion():
     sums, lengths = by_hand(hidden, weight, targets)
     nll_sums, nll_lengths = by_hand(hidden, weight, nll_targets)
     nll = -nll_sums[:B].sum() / nll_lengths[:B].sum()
-    expected = PAIRWISE["orpo"](*(sums / lengths).split(B)).mean() + nll
+    expected = PAIRWISE["orpo"].function(*(sums / lengths).split(B)).mean() + nll
     out = fastalign.fused_linear_orpo(hidden, weight, targets, nll_targets=nll_targets)
     torch.testing.assert_close([out.loss, out.nll], [expected, nll.detach()], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close([*out[1:3]], [*sums.detach().split(B)], rtol=1e-12, atol=1e-12)
@@ -288,7 +301,143 @@ def test_errors_say_what_was_found_and_what_to_do(name):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_every_fused_function_is_exported_and_tested():
-    functions = {name for name in vars(fused) if name.startswith("fused_linear_")}
-    assert functions <= set(fastalign.__all__)
-    assert functions == {f"fused_linear_{name}" for name in (*NAMES, "preference", "kto", "bco", "sft")}
+HEAD = ["logit_scale", "softcap", "temperature", "ignore_index", "memory_budget", "backend"]
+REFERENCE = ["ref_logps", "ref_hidden", "ref_weight", "ref_bias"]
+
+
+@pytest.mark.parametrize("name", [*PAIRWISE, *UNPAIRED])
+def test_the_signature_shows_the_options_of_the_loss_and_every_other_argument(name):
+    function = getattr(fastalign, f"fused_linear_{name}")
+    parameters = inspect.signature(function).parameters
+    shared = ["cu_seqlens", "bias", *([] if name in REFERENCE_FREE else REFERENCE)]
+    if name in UNPAIRED:
+        expected = ["hidden", "weight", "targets", "labels", {"kto": "kl", "bco": "delta"}[name]]
+        expected += [*options_of(name), *shared, *HEAD]
+    else:
+        expected = ["hidden", "weight", "targets", *options_of(name)]
+        expected += ["length_normalised", *shared, "nll_weight", "nll_targets", *HEAD]
+        assert parameters["nll_weight"].default == (1.0 if name in ("cpo", "orpo") else 0.0)
+    assert list(parameters) == expected
+    assert {key: parameters[key].default for key in options_of(name)} == options_of(name)
+    assert function.__name__ == f"fused_linear_{name}" and function.__module__ == "fastalign.fused"
+    assert f"losses.{loss_function(name).__name__}" in function.__doc__ and "\n    L = " in function.__doc__
+    assert getattr(fastalign, f"fused_linear_{name}") is function
+
+
+@pytest.mark.parametrize("name", [*PAIRWISE, *UNPAIRED])
+def test_an_unknown_option_is_refused_with_the_nearest_one(name):
+    hidden, weight, targets, _, ref = problem()
+    labels = {"labels": torch.ones(2 * B, dtype=torch.bool)} if name in UNPAIRED else {}
+    with pytest.raises(InputError, match=f"option 'bta' is not one of {name}; did you mean 'beta'"):
+        getattr(fastalign, f"fused_linear_{name}")(hidden, weight, targets, **labels, ref_logps=ref, bta=0.1)
+
+
+def test_a_new_loss_is_a_function_and_a_row(monkeypatch):
+    def toy(chosen, rejected, *, beta: float = 0.7, label_smoothing: float = 0.0):
+        """A toy.
+
+        L = beta (rejected - chosen)
+        """
+        check_logprobs(beta, label_smoothing, chosen=chosen, rejected=rejected)
+        return beta * (rejected - chosen)
+
+    monkeypatch.setitem(
+        PAIRWISE, "toy", PairLoss(toy, reference=False, averaged=True, nll_weight=0.5, aliases=("trl_toy",))
+    )
+    hidden, weight, targets, _, ref = problem()
+    sums, lengths = by_hand(hidden, weight, targets)
+    averages, nll = (sums / lengths).split(B), -sums[:B].sum() / lengths[:B].sum()
+
+    assert "fused_linear_toy" in dir(fastalign)
+    call = fused.fused_linear_toy
+    assert "ref_logps" not in inspect.signature(call).parameters
+    assert inspect.signature(call).parameters["beta"].default == 0.7
+    out = call(hidden, weight, targets)
+    torch.testing.assert_close(out.loss, toy(*averages).mean() + 0.5 * nll, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.chosen_rewards, 0.7 * sums[:B].detach(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(InputError, match="take no reference"):
+        call(hidden, weight, targets, ref_logps=ref)
+
+    mixed = pairwise_loss(
+        ["trl_toy", "dpo"], [2.0, 1.0], *sums.split(B), *ref.split(B), lengths_chosen=lengths[:B],
+        lengths_rejected=lengths[B:], options={"beta": 0.2},
+    )  # fmt: skip
+    expected = 2 * toy(*averages, beta=0.2) + PAIRWISE["dpo"].function(*sums.split(B), *ref.split(B), beta=0.2)
+    torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
+
+    from fastalign.config import PreferenceConfig
+
+    config = PreferenceConfig(loss_type="trl_toy", label_smoothing=0.1)
+    assert config.loss_type == ["toy"] and config.loss_options == {"label_smoothing": 0.1}
+    assert (config.reward_beta, config.nll_coefficient, config.needs_reference) == (0.7, 0.5, False)
+
+
+class Annotation(str):
+    """An annotation that a signature shows without quotes."""
+
+    __repr__ = str.__str__
+
+
+def stub() -> str:
+    """The text of fused.pyi: what this module has at run time, as type checkers and editors can read it."""
+    names = [name for name in dir(fused) if name.startswith("fused_linear_")]
+    outputs = [fused.PreferenceOutput, fused.UnpairedOutput]
+    lines = [
+        '"""The functions of fused.py, those that it makes from the table of losses included. Written by a test."""',
+        "",
+        "from collections.abc import Collection, Sequence",
+        "from typing import Any, NamedTuple",
+        "",
+        "from torch import Tensor",
+        "",
+        f"__all__ = {sorted([*names, *(output.__name__ for output in outputs)])}",
+    ]
+    for output in outputs:
+        lines += [f"class {output.__name__}(NamedTuple):", f'    """{output.__doc__}"""', ""]
+        lines += [f"    {field}: {annotation.__forward_arg__}" for field, annotation in output.__annotations__.items()]
+    for name in [*names, "have_target"]:
+        function = getattr(fused, name)
+        signature = inspect.signature(function)
+        shown = [p.replace(annotation=Annotation(p.annotation)) for p in signature.parameters.values()]
+        signature = signature.replace(parameters=shown, return_annotation=Annotation(signature.return_annotation))
+        documentation = inspect.getdoc(function)
+        end = "\n" if "\n" in documentation else ""
+        documentation = textwrap.indent(f'"""{documentation}{end}"""', "    ")
+        lines += [f"def {name}{signature}:", documentation]
+    return "\n".join(lines) + "\n"
+
+
+def test_editors_and_type_checkers_see_every_function(generated):
+    path = Path(fused.__file__).with_suffix(".pyi")
+    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", path, "-"]
+    formatted = subprocess.run(ruff, input=stub(), capture_output=True, text=True, check=True, cwd=path.parent)
+    generated(path, formatted.stdout)
+
+
+@pytest.mark.parametrize("call", ["fused_linear_dpo", "fused_linear_kto", "fused_linear_sft"])
+@pytest.mark.parametrize("shifted", ["hidden", "targets"])
+def test_where_only_one_was_shifted_the_error_says_so(call, shifted):
+    hidden, weight, targets, _, ref = problem()
+    options = {"labels": torch.ones(2 * B, dtype=torch.bool)} if call == "fused_linear_kto" else {}
+    options |= {} if call == "fused_linear_sft" else {"ref_logps": ref}
+    if shifted == "hidden":
+        hidden, remedy = hidden[:, :-1], r"pass targets\[\.\.\., 1:\]"
+    else:
+        targets, remedy = targets[:, 1:], r"pass hidden\[\.\.\., :-1, :\]"
+    with pytest.raises(InputError, match=rf"is the token that hidden\[\.\.\., t\] predicts, the next one: {remedy}"):
+        getattr(fastalign, call)(hidden, weight, targets, **options)
+
+
+@pytest.mark.parametrize("call", ["fused_linear_orpo", "fused_linear_kto"])
+def test_offsets_in_int32_as_flash_attention_has_them(call):
+    hidden, weight, targets, _, ref = problem()
+    rows, row_targets, cu_seqlens, row_ref = packed(hidden, targets, ref)
+    options = {}
+    if call == "fused_linear_kto":
+        options = {"labels": torch.arange(2 * B) % 2 == 0, "ref_logps": row_ref}
+    out, expected = (
+        getattr(fastalign, call)(rows, weight, row_targets, cu_seqlens=offsets, **options)
+        for offsets in (cu_seqlens.int(), cu_seqlens)
+    )
+    assert all(map(torch.equal, out, expected))
+    assert_same_gradients(out.loss, expected.loss, hidden, weight)

@@ -1,1 +1,1 @@
-"""Drop-ins under the names and signatures of the libraries people call today; neither library is imported."""
+"""Drop-ins with the names and signatures of other libraries; neither Liger Kernel nor TRL is imported."""

@@ -2,32 +2,62 @@
 
     from fastalign.compat.liger import LigerFusedLinearDPOLoss
 
-Arguments that choose how Liger computes (`compiled`, `chunk_size`) are taken and have no effect. Inputs are padded,
-chosen rows first: `_input` (2B, T, H), `target` (2B, T), already shifted. Losses over pairs return
-`(loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss, ...))`, as Liger's do, here
-always in float32; `nll_loss` is there whether or not it enters the loss. Only the loss carries gradients.
+What to know before swapping the import:
+
+- `compiled` and `chunk_size` choose how Liger computes. They are accepted and have no effect.
+- Inputs are padded, chosen rows first: `_input` (2B, T, H), `target` (2B, T). The caller shifts: `target[:, t]` is the
+  token that `_input[:, t]` predicts.
+- Losses over pairs return `(loss, (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
+  ...))`, as Liger's do, here always in float32. `nll_loss` is there whether or not it enters the loss.
+- Only the loss carries gradients.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, InputError
 from fastalign.fused import fused_linear_kto, fused_linear_preference, have_target
 from fastalign.losses import canonical
 
 
 def _logits_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B,) the sum of each row's (T, V) logits, from the sums of hidden states and weights."""
+    """(B,) the sum of each row's (T, V) logits.
+
+    The logits are linear in both factors, so their sum is the product of the summed hidden states and the summed
+    weight rows. No logit is computed.
+    """
     hidden, weight = hidden.detach(), weight.detach()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = hidden.sum(1, dtype=dtype) @ weight.sum(0, dtype=dtype)
     return total if bias is None else total + hidden.shape[1] * bias.detach().sum(dtype=dtype)
 
 
-def _pairs(weight, hidden, target, bias, *, loss_type, average, ignore_index, nll_weight, **options):
-    """Liger's return values, and the rewards that its losses append to them."""
+def _reference(
+    use_ref_model: bool, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The reference as the fused calls take it; without a reference model its log-probabilities are 0, as in Liger."""
+    if use_ref_model:
+        return {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    return {"ref_logps": torch.zeros(target.shape[0], device=target.device)}
+
+
+def _pairs(
+    weight: Tensor,
+    hidden: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    *,
+    loss_type: str,
+    average: bool,
+    ignore_index: int | None,
+    nll_weight: float,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What Liger's losses over pairs return, rewards last."""
     name = canonical(loss_type)
     out = fused_linear_preference(
         hidden, weight, target, bias=bias, loss_type=name, length_normalised={name} if average else (),
@@ -44,7 +74,7 @@ def _pairs(weight, hidden, target, bias, *, loss_type, average, ignore_index, nl
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
-    """DPO and its kin, `loss_type` as in Liger; the tuple ends with chosen and rejected rewards."""
+    """DPO and its kin: `loss_type` takes Liger's names. The tuple ends with chosen and rejected rewards."""
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
@@ -53,33 +83,42 @@ class LigerFusedLinearDPOLoss(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.loss_type, self.use_ref_model = loss_type, use_ref_model
-        self.options = {"loss_type": loss_type, "average": average_log_prob, "ignore_index": ignore_index,
-                        "beta": beta, "nll_weight": alpha if compute_nll_loss else 0.0}  # fmt: skip
-        if loss_type in ("robust", "exo_pair"):  # Liger smooths these alone
+        self.options: dict[str, Any] = {
+            "loss_type": loss_type, "average": average_log_prob, "ignore_index": ignore_index, "beta": beta,
+            "nll_weight": alpha if compute_nll_loss else 0.0,
+        }  # fmt: skip
+        if loss_type in ("robust", "exo_pair"):  # the only two whose labels Liger smooths
             self.options["label_smoothing"] = label_smoothing
         if loss_type == "discopop":
             self.options["discopop_tau"] = discopop_tau
 
-    def forward(self, lin_weight, _input, target, bias=None, ref_input=None, ref_weight=None, ref_bias=None):
-        if self.use_ref_model:
-            reference = {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
-        else:
-            reference = {"ref_logps": torch.zeros(target.shape[0], device=target.device)}
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
+        ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The loss and the tuple that the head of this file describes; `ref_*` are the reference's."""
+        reference = _reference(self.use_ref_model, target, ref_input, ref_weight, ref_bias)
         return _pairs(lin_weight, _input, target, bias, **reference, **self.options)
 
 
 class LigerFusedLinearORPOLoss(nn.Module):
-    """ORPO; the tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio."""
+    """ORPO. The tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio."""
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, compute_nll_loss: bool = True, compiled: bool = True,
         chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.options = {"loss_type": "orpo", "average": True, "ignore_index": ignore_index, "beta": beta,
-                        "nll_weight": float(compute_nll_loss)}  # fmt: skip
+        self.options: dict[str, Any] = {
+            "loss_type": "orpo", "average": True, "ignore_index": ignore_index, "beta": beta,
+            "nll_weight": float(compute_nll_loss),
+        }  # fmt: skip
 
-    def forward(self, lin_weight, _input, target, bias=None, nll_target=None):
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
+        nll_target: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The loss and the tuple; `nll_target` (2B, T) holds the tokens that the NLL counts, if not `target`'s."""
         loss, aux = _pairs(lin_weight, _input, target, bias, nll_targets=nll_target, **self.options)
         chosen, rejected = aux[:2]
         log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
@@ -87,40 +126,48 @@ class LigerFusedLinearORPOLoss(nn.Module):
 
 
 class LigerFusedLinearSimPOLoss(nn.Module):
-    """SimPO, with `gamma` on the scale of beta times the averages; the tuple ends with chosen and rejected rewards."""
+    """SimPO, with `gamma` on the scale of beta times the averages. The tuple ends with chosen and rejected rewards."""
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
         compute_nll_loss: bool = True, compiled: bool = True, gamma: float = 0.5, chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.options = {"loss_type": "simpo", "average": True, "ignore_index": ignore_index, "beta": beta,
-                        "nll_weight": alpha if compute_nll_loss else 0.0, "gamma_beta_ratio": gamma / beta,
-                        "label_smoothing": label_smoothing}  # fmt: skip
+        self.options: dict[str, Any] = {
+            "loss_type": "simpo", "average": True, "ignore_index": ignore_index, "beta": beta,
+            "nll_weight": alpha if compute_nll_loss else 0.0, "gamma_beta_ratio": gamma / beta,
+            "label_smoothing": label_smoothing,
+        }  # fmt: skip
 
-    def forward(self, lin_weight, _input, target, bias=None):
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and the tuple that the head of this file describes."""
         return _pairs(lin_weight, _input, target, bias, **self.options)
 
 
 class LigerFusedLinearCPOLoss(nn.Module):
-    """CPO; the tuple ends with chosen and rejected rewards."""
+    """CPO. The tuple ends with chosen and rejected rewards."""
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
         compute_nll_loss: bool = True, compiled: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.options = {"loss_type": "cpo", "average": average_log_prob, "ignore_index": ignore_index, "beta": beta,
-                        "nll_weight": alpha if compute_nll_loss else 0.0,
-                        "label_smoothing": label_smoothing}  # fmt: skip
+        self.options: dict[str, Any] = {
+            "loss_type": "cpo", "average": average_log_prob, "ignore_index": ignore_index, "beta": beta,
+            "nll_weight": alpha if compute_nll_loss else 0.0, "label_smoothing": label_smoothing,
+        }  # fmt: skip
 
-    def forward(self, lin_weight, _input, target, bias=None):
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and the tuple that the head of this file describes."""
         return _pairs(lin_weight, _input, target, bias, **self.options)
 
 
 class LigerFusedLinearKTOLoss(nn.Module):
-    """KTO over single rows (B, T, H) with `preference_labels` (B,) bool. Returns `(loss, (sum of chosen logps, of
-    rejected logps, of chosen logits, of rejected logits, of chosen rewards, of rejected rewards))`."""
+    """KTO over single rows: `_input` (B, T, H), `target` (B, T), `preference_labels` (B,) bool."""
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,
@@ -132,16 +179,20 @@ class LigerFusedLinearKTOLoss(nn.Module):
         self.ignore_index, self.beta, self.use_ref_model = ignore_index, beta, use_ref_model
 
     def forward(
-        self, _input, lin_weight, target, bias=None, preference_labels=None, ref_input=None, ref_weight=None,
-        ref_bias=None, kl=None,
-    ):  # fmt: skip
-        if self.use_ref_model:
-            reference = {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
-        else:
-            reference = {"ref_logps": torch.zeros(target.shape[0], device=target.device)}
+        self, _input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None = None,
+        preference_labels: Tensor | None = None, ref_input: Tensor | None = None, ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None, kl: float | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The loss, and six sums: logps, logits and rewards, each of the chosen and then of the rejected rows.
+
+        `kl` is KTO's reference point; None: 0.
+        """
+        if preference_labels is None:
+            raise InputError("preference_labels is None; pass a (B,) bool tensor, True where the row is desirable")
+        reference = _reference(self.use_ref_model, target, ref_input, ref_weight, ref_bias)
+        options: dict[str, Any] = {"kl": 0.0 if kl is None else kl, "beta": self.beta, **reference}
         out = fused_linear_kto(
-            _input, lin_weight, target, preference_labels, kl=0.0 if kl is None else kl, beta=self.beta, bias=bias,
-            ignore_index=self.ignore_index, **reference,
-        )  # fmt: skip
+            _input, lin_weight, target, preference_labels, bias=bias, ignore_index=self.ignore_index, **options
+        )
         each = (out.logps, _logits_sum(_input, lin_weight, bias), out.rewards)
         return out.loss, tuple(t[rows].sum() for t in each for rows in (preference_labels, ~preference_labels))

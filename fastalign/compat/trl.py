@@ -11,16 +11,27 @@ from fastalign.ops import selective_logprobs
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """`log_softmax(logits / temperature)` at `index`, shaped like `index`.
+    """Log-probabilities of some vocabulary entries.
 
-    logits: (..., V). index: (...) int64, or (..., K) for K log-probabilities a position. row_mask, shaped like index:
-    entries where it is zero are zero, without gradient. Always float32 (float64 for float64 logits), where TRL returns
-    the logits' dtype: a sum of a few hundred bfloat16 log-probabilities is off by whole units.
+        log_softmax(logits / temperature) at index
+
+    The result is float32 (float64 for float64 logits), where TRL returns the dtype of the logits: a sum of a few
+    hundred bfloat16 log-probabilities is off by whole units.
+
+    Args:
+        logits: (..., V) floating.
+        index: (...) int64, or (..., K) for K log-probabilities per position.
+        temperature: What the logits are divided by.
+        row_mask: Shaped like `index`. Entries where it is zero are zero, without gradient.
+
+    Returns:
+        Log-probabilities in nats, shaped like `index`.
     """
     if index.dim() == logits.dim() - 1:
         targets = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
         return selective_logprobs(logits, targets, temperature=temperature)
-    # All K hang on the largest logit, which is finite, so that one pass over the vocabulary is enough.
+    # One pass over the vocabulary gives the log-probability of the largest logit, which is finite even where others are
+    # -inf. The K log-probabilities differ from it by the differences of the logits.
     top = logits.argmax(-1, keepdim=True)
     anchor = selective_logprobs(logits, top.squeeze(-1), temperature=temperature).unsqueeze(-1)
     above = (logits.gather(-1, index).to(anchor.dtype) - logits.gather(-1, top).to(anchor.dtype)) / temperature

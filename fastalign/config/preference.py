@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError, InputError
-from fastalign.losses import ALIASES, PAIRWISE, REFERENCE_FREE, UNPAIRED, canonical, pairwise_loss
+from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
 from fastalign.options import help_field, nearest, one_of
 
 
@@ -20,7 +20,7 @@ class PreferenceConfig(AlignmentConfig):
     loss_type: str | list[str] = help_field(
         ["dpo"], "One loss or several (a mixture, as in MPO): " + ", ".join([*PAIRWISE, *UNPAIRED]) + ", sft."
     )
-    loss_weights: list[float] | None = help_field(None, "One weight a loss of a mixture; None: 1 each.")
+    loss_weights: list[float] | None = help_field(None, "One weight per loss of a mixture; None: 1 each.")
     beta: float | None = help_field(None, "Strength of the pull to the reference; None: the loss's own, mostly 0.1.")
     label_smoothing: float | None = help_field(None, "Probability that a preference label is wrong (dpo, robust, ...).")
     alpha: float | None = help_field(None, "Coefficient of the alpha divergence (dpo_alpha).")
@@ -30,13 +30,15 @@ class PreferenceConfig(AlignmentConfig):
     desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto).")
     undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto).")
     nll_weight: float | None = help_field(
-        None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: 1 for orpo and cpo, else 0."
+        None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: the loss's own, mostly 0."
     )
-    nll_over: str = help_field("completion", "Tokens of that NLL: completion, or prompt_and_completion.")
+    nll_over: str = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
     precompute_ref_log_probs: bool = help_field(
         True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
     )
-    ref_cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.")
+    ref_cache_dir: str | None = help_field(
+        None, "Folder of the stored reference log-probs; None: ~/.cache/fastalign.", path=True
+    )
     sync_ref_model: bool = help_field(False, "Move the reference towards the model while training (TR-DPO).")
     ref_model_mixup_alpha: float = help_field(0.6, "Share of the model in each such move.")
     ref_model_sync_steps: int = help_field(512, "Optimiser steps between two such moves.")
@@ -59,16 +61,17 @@ class PreferenceConfig(AlignmentConfig):
             self._check_sync()
 
     def _check_loss_options(self) -> None:
-        """The losses know which options they take, and in which range: ask them now, not at the first step."""
+        """Call the losses once on made-up numbers: they refuse a bad option now, not at the first step."""
         names = self.loss_type
         if len(set(names)) < len(names):
             raise ConfigError(f"loss_type {names} names a loss twice; name it once, with the sum of the weights")
-        taken = {key for name in names if name != "sft" for key in (PAIRWISE | UNPAIRED)[name].__kwdefaults__}
+        taken = {option for name in names if name != "sft" for option in options_of(name)}
         if self.unpaired is None:
             taken.add("nll_weight")
-        for key in ("label_smoothing", "alpha", "tau", "discopop_tau", "gamma_beta_ratio", "nll_weight"):
-            if getattr(self, key) and key not in taken:
-                raise ConfigError(f"{key} is {getattr(self, key)}, but {' + '.join(names)} has no such option")
+        given = self._options_given(*PAIRWISE, *UNPAIRED) | {"nll_weight": self.nll_weight}
+        for option, value in given.items():
+            if value and option not in taken:
+                raise ConfigError(f"{option} is {value}, but {' + '.join(names)} has no such option")
         if self.unpaired and self.nll_over != "completion":
             raise ConfigError(f"nll_over is {self.nll_over!r}, but {self.unpaired} has no NLL term")
         logp, one = torch.full((1,), -1.0), torch.ones(1)
@@ -94,49 +97,63 @@ class PreferenceConfig(AlignmentConfig):
                 f"{self.ref_model_mixup_alpha}; the first must be at least 1, the second from 0 to 1"
             )
 
+    def _options_given(self, *names: str) -> dict[str, Any]:
+        """The options of the named losses that are fields of this class and were set.
+
+        A new option of a loss is a keyword of its function and a field here: this method matches the two by name.
+        """
+        options = {option for name in names for option in options_of(name)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name in options}
+        return {option: value for option, value in values.items() if value is not None}
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Weight of each loss by its name, `sft` (the NLL term) included."""
+        return dict(zip(self.loss_type, self.loss_weights or [], strict=True))
+
     @property
     def pairwise(self) -> dict[str, float]:
         """Weight of each loss over pairs."""
-        return {n: w for n, w in zip(self.loss_type, self.loss_weights, strict=True) if n in PAIRWISE}
+        return {name: weight for name, weight in self.mixture.items() if name in PAIRWISE}
 
     @property
     def unpaired(self) -> str | None:
-        """The loss over labelled rows, if it is one."""
+        """The name of the loss over labelled rows; None where the losses are over pairs."""
         return self.loss_type[0] if self.loss_type[0] in UNPAIRED else None
 
     @property
     def needs_reference(self) -> bool:
-        return self.unpaired is not None or not REFERENCE_FREE.issuperset(self.pairwise)
+        """Whether any of the losses compares the policy with a reference."""
+        return self.unpaired is not None or any(PAIRWISE[name].reference for name in self.pairwise)
 
     @property
     def nll_coefficient(self) -> float:
-        """Weight of the NLL term, `sft` of a mixture included."""
-        named = sum(w for n, w in zip(self.loss_type, self.loss_weights, strict=True) if n == "sft")
-        if self.nll_weight is not None:
-            return self.nll_weight + named
-        return named + (1.0 if {"orpo", "cpo"} & set(self.loss_type) else 0.0)
+        """Weight of the NLL term: `nll_weight`, or what the losses have by default, plus the weight of `sft`."""
+        own = max((PAIRWISE[name].nll_weight for name in self.pairwise), default=0.0)
+        return self.mixture.get("sft", 0.0) + (own if self.nll_weight is None else self.nll_weight)
 
     @property
-    def loss_options(self) -> dict[str, float]:
-        """What the losses over pairs are called with: the options that were set."""
-        names = ("beta", "label_smoothing", "alpha", "tau", "discopop_tau", "gamma_beta_ratio")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def loss_options(self) -> dict[str, Any]:
+        """The options for losses over pairs that were set."""
+        return self._options_given(*PAIRWISE)
 
     @property
     def unpaired_options(self) -> dict[str, Any]:
-        """What the loss over labelled rows is called with."""
-        beta = {} if self.beta is None else {"beta": self.beta}
-        weights = {"weights": (self.desirable_weight, self.undesirable_weight)} if self.unpaired == "kto" else {}
-        return beta | weights
+        """The options for the loss over labelled rows: those that were set, and the weights of both labels."""
+        if self.unpaired is None:
+            return {}
+        weights = {"weights": (self.desirable_weight, self.undesirable_weight)}
+        return self._options_given(self.unpaired) | (weights if "weights" in options_of(self.unpaired) else {})
 
     @property
     def reward_beta(self) -> float:
-        """beta of the implicit rewards that are logged: the first loss's own where none is set."""
+        """The beta of the rewards that are logged: the default of the first loss where `beta` is not set."""
         first = next(name for name in self.loss_type if name != "sft")
-        return (PAIRWISE | UNPAIRED)[first].__kwdefaults__["beta"] if self.beta is None else self.beta
+        return options_of(first)["beta"] if self.beta is None else self.beta
 
 
 def _loss_name(name: str) -> str:
+    """The name of a loss in the table, from that name or TRL's; ConfigError with the nearest name for any other."""
     if name in UNPAIRED or name == "sft":
         return name
     try:

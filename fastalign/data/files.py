@@ -1,4 +1,8 @@
-"""Rows of a data set from a local file or from Python; nothing here reaches the network or writes a cache."""
+"""Rows of a data set, from a local file or from Python.
+
+Nothing here reaches the network or writes a cache. That is why the files are not read by `datasets.load_dataset`, which
+copies every file into a cache. Its errors also do not say which line of a file is damaged.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,22 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet
 from datasets.table import InMemoryTable
+from pyarrow import parquet
 
 from fastalign.errors import DataError
 
 
 def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Dataset:
-    """The rows of a local file (.jsonl, .json, .parquet, .csv), a list of dicts, or a `datasets.Dataset` (as it is).
+    """The rows of a local file, of a list, or of a data set.
 
-    Raises DataError for a missing, empty, damaged or unknown file (a damaged line with its number, counted from 1), for
-    a list that holds anything but dicts, and for values that no table can hold. Nothing is downloaded.
+    Args:
+        source: the path of a file (.jsonl, .json, .csv, .parquet), a list of dicts, or a `datasets.Dataset`, which is
+            returned as it is.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or of an unknown type (the error names the damaged line, counted
+            from 1); the list holds something other than dicts; or a value fits into no table.
     """
     if isinstance(source, datasets.Dataset):
         return source
@@ -63,12 +72,13 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def _read_json(path: Path) -> list[dict]:
-    remedy = "the file must hold one list of objects (if it has an object a line, name it .jsonl)"
+    remedy = "the file must hold one list of objects (if it has one object per line, name it .jsonl)"
     return _parse_json(path.read_bytes(), str(path), remedy, list)
 
 
 def _parse_json(text: bytes, where: str, remedy: str, expected: type):
-    try:
+    """The JSON value in a text, which must be of the type expected; DataError with the place and a remedy otherwise."""
+    try:  # utf-8-sig: some editors put a byte order mark at the head of a file
         value = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not valid UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from error
@@ -81,7 +91,8 @@ def _parse_json(text: bytes, where: str, remedy: str, expected: type):
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
+    # The default limit refuses cells of more than 128 KiB. It is a setting of the whole process: it is put back below.
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
@@ -106,7 +117,7 @@ def _read_csv(path: Path) -> Iterator[dict]:
 
 def _read_parquet(path: Path) -> datasets.Dataset:
     try:
-        rows = datasets.Dataset(InMemoryTable(pa.parquet.read_table(path)))
+        rows = datasets.Dataset(InMemoryTable(parquet.read_table(path)))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error!s:.200}): write it again.") from error
     if not len(rows):
@@ -114,7 +125,8 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _from_dicts(rows: list[dict], where: str) -> datasets.Dataset:
+def _from_dicts(rows: list, where: str) -> datasets.Dataset:
+    """A data set of some dicts; a field that a row lacks is null there."""
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{where}, row {number}: expected a dict, found {type(row).__name__}.")
@@ -124,18 +136,24 @@ def _from_dicts(rows: list[dict], where: str) -> datasets.Dataset:
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
         return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
-    except Exception as error:  # whatever Arrow and its converters make of a hostile value
+    except Exception as error:  # Arrow and its converters raise many kinds of errors for hostile values
         raise DataError(f"{where}: {_explain_columns(columns, error)}") from error
 
 
 def _explain_columns(columns: dict[str, list], error: Exception) -> str:
-    """Which value Arrow could not take: the first that fails on its own."""
+    """Which value Arrow could not take: the first that fails in a table of its own."""
     for name, values in columns.items():
         for number, value in enumerate(values, start=1):
-            try:
-                datasets.Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
-            except Exception as cause:
+            if cause := _table_error(name, value):
                 return (
                     f"row {number} has a value in {name!r} that no table can hold ({cause!s:.120}): mend or remove it."
                 )
     return f"the rows do not fit into one table ({error!s:.200}): give each field one type."
+
+
+def _table_error(name: str, value) -> Exception | None:
+    try:
+        datasets.Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+    except Exception as error:  # as in `_from_dicts`
+        return error
+    return None

@@ -1,7 +1,8 @@
-"""From a row in any of the field's formats to one prompt text and its completion texts.
+"""From a row in any of the common formats to one prompt text and its completion texts.
 
-Plain strings are taken as they are; chat messages go through the tokenizer's chat template. Either way a row becomes an
-`Example`, and what cannot become one raises `RowProblem`, which `fastalign.data` collects over the whole data set.
+Plain strings are taken as they are. Chat messages go through the tokenizer's chat template. Either way a row becomes an
+`Example`. A row that cannot become one raises `RowProblem`, and `fastalign.data.tokenize` collects these over the whole
+data set, so that one error can name all bad rows.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import datasets
 
 from fastalign.errors import DataError
 
-# The first format whose columns are all there is the data set's.
+# Name of each format and its columns. A data set has the first format whose columns it has.
 FORMATS = {
     "preference": ("prompt", "chosen", "rejected"),
     "preference with implicit prompt": ("chosen", "rejected"),
@@ -25,12 +27,16 @@ FORMATS = {
     "text": ("text",),
 }
 
-
-_REWRITTEN = ("chat template error", "the template rewrites earlier turns: keep one assistant turn a row")
+_REWRITTEN = ("chat template error", "the template rewrites earlier turns: keep one assistant turn per row")
 
 
 class RowProblem(Exception):
-    """A row that cannot be used: `kind` is counted over the data set, `detail` says what is wrong with this one."""
+    """A row that cannot be used.
+
+    Attributes:
+        kind: the kind of problem, which is counted over the data set.
+        detail: what is wrong with this row.
+    """
 
     def __init__(self, kind: str, detail: str):
         super().__init__(kind, detail)
@@ -39,13 +45,19 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """A data set's format: a key of `FORMATS`, and whether its rows hold chat messages or plain strings."""
+    """The format of a data set.
+
+    Attributes:
+        name: a key of `FORMATS`.
+        chat: whether the rows hold chat messages; otherwise they hold plain strings.
+    """
 
     name: str
     chat: bool
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that rows of this format have."""
         return FORMATS[self.name]
 
     def __str__(self) -> str:
@@ -56,8 +68,12 @@ class Format:
 class Example:
     """One prompt and its completions as text.
 
-    spans               per completion the scored ranges of its characters, or None where all of it is scored
-    template_mismatch   the chat template's generation prompt is not what its answers begin with
+    Attributes:
+        prompt: the text of the prompt; empty for plain text.
+        completions: the texts of the completions, chosen before rejected.
+        spans: for each completion the ranges of its characters that are scored, or None if all of it is scored.
+        label: of an unpaired row, whether the completion is desirable.
+        template_mismatch: whether the chat template's answers start differently than its generation prompt does.
     """
 
     prompt: str
@@ -68,9 +84,13 @@ class Example:
 
 
 def detect_format(rows: datasets.Dataset) -> Format:
-    """The format of a data set, from its columns (one that is null throughout counts as absent) and its first values.
+    """The format of a data set, from its columns and the first value in each.
 
-    Raises DataError if no format's columns are all there.
+    A column that is null in every row counts as missing. The rows hold chat messages if the first value of one of the
+    format's columns is a list.
+
+    Raises:
+        DataError: the data set has the columns of no format.
     """
     wanted = [name for name in dict.fromkeys(sum(FORMATS.values(), ())) if name in rows.column_names]
     first = {name: next((value for value in rows[name] if value is not None), None) for name in wanted}
@@ -85,7 +105,17 @@ def detect_format(rows: datasets.Dataset) -> Format:
 
 
 def to_example(row: dict, fmt: Format, tokenizer) -> Example:
-    """The row as an `Example`; raises `RowProblem` if it is incomplete, of a wrong type, empty or a pair of equals."""
+    """The row as an `Example`.
+
+    Args:
+        row: a row of the data set.
+        fmt: the format of the data set.
+        tokenizer: its chat template renders chat messages.
+
+    Raises:
+        RowProblem: the row lacks a field, has a value of a wrong type or an empty completion, is a pair of equal
+            completions, or cannot be rendered.
+    """
     for column in fmt.columns:
         if row.get(column) is None:
             raise RowProblem("missing field", f"{column!r} is missing or null")
@@ -126,12 +156,13 @@ def _string_example(row: dict, fmt: Format) -> Example:
 
 
 def _implicit_prompt_length(chosen: str, rejected: str) -> int:
-    """Characters of the prompt that both strings begin with: it ends before a space, within what they share.
+    """How many characters of the text that both strings start with are the prompt: up to the last space in that text.
 
-    A cut inside a word would give tokens that never occur in generation, and a cut after the space would part the space
-    from the word whose token holds it. Neither completion is left without a word.
+    The prompt ends before a space. A cut inside a word would give tokens that never occur in generation, and a cut
+    after the space would separate the space from the word, although one token usually holds both. Each completion must
+    have a word left.
     """
-    # A half that is blank after the cut would be an empty completion.
+    # The last character that is no space stays in the completion: a blank completion would be an empty one.
     shared = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
     shared = next((n for n in range(shared) if chosen[n] != rejected[n]), shared)
     for cut in range(shared, 0, -1):
@@ -168,7 +199,11 @@ def _chat_example(row: dict, fmt: Format, tokenizer) -> Example:
 
 
 def _messages(value, role: str, column: str) -> list[dict]:
-    """Checked messages without null entries, which Arrow fills in; a plain string is one message of `role`."""
+    """A value as messages, checked. A plain string becomes one message of the given role.
+
+    Arrow gives every message all keys that occur in the data set, null where a message lacks one. Nulls are removed,
+    since a chat template may ask only whether a key is there.
+    """
     if isinstance(value, str) and column != "messages":
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
@@ -183,21 +218,26 @@ def _messages(value, role: str, column: str) -> list[dict]:
     return [{"content": "", **_without_nulls(message)} for message in value]
 
 
-def _without_nulls(value):
+def _without_nulls(value) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _repeats_prompt(prompt: list[dict], prompt_is_string: bool, completions: list[list[dict]]) -> bool:
-    """Whether the completions are whole conversations: they repeat the prompt, or one given as a string beside them."""
+    """Whether the completions are whole conversations, which repeat the prompt."""
+    # The prompt as a string, and conversations that start with a system or user turn: the string is in them.
     if prompt_is_string and all(completion[0]["role"] != "assistant" for completion in completions):
         return True
     return all(completion[: len(prompt)] == prompt for completion in completions)
 
 
 def _shared_turns(completions: list[list[dict]]) -> int:
-    """Turns before the answers: for one conversation up to its first answer, for two up to where they part."""
+    """How many turns are the prompt.
+
+    Of one conversation these are all turns before its first answer. Of two these are all turns before the last answer
+    up to which both are equal.
+    """
     answers = [n for n in range(min(map(len, completions))) if all(c[n]["role"] == "assistant" for c in completions)]
     same = [n for n in answers if all(c[:n] == completions[0][:n] for c in completions)]
     if not same:
@@ -206,7 +246,7 @@ def _shared_turns(completions: list[list[dict]]) -> int:
 
 
 def _up_to_last_answer(turns: list[dict]) -> list[dict]:
-    """The turns without those after the last answer, which nothing scores."""
+    """The turns up to the last answer. The turns after it are not scored, so they are left out."""
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         raise RowProblem("empty completion", "a completion has no assistant turn")
@@ -218,7 +258,7 @@ def _up_to_last_answer(turns: list[dict]) -> list[dict]:
 
 
 def _tools(row: dict) -> list | None:
-    """The row's tool descriptions, given as a list or as the JSON text of one."""
+    """The row's tool descriptions, which may be a list or the JSON text of a list."""
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -233,27 +273,44 @@ def _tools(row: dict) -> list | None:
 def _apply_template(tokenizer, tools: list | None, turns: list[dict], generation: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # the template is foreign code, and may raise anything
+    except Exception as error:  # a chat template is code from elsewhere and may raise anything
         raise RowProblem("chat template error", f"the chat template refuses it: {error!s:.120}") from error
 
 
 def _render(prompt: list[dict], completions: list[list[dict]], template: Callable[..., str], eos: str) -> Example:
+    """The texts of prompt and completions: what the chat template writes for them together, cut behind the prompt.
+
+    The prompt's text should be what the template writes for generation, which ends where an answer starts. Some
+    templates add more there (a tag that makes the model think, for example) than they write before an answer that is
+    given. The prompt is cut without the generation prompt in that case, and the example is marked as a mismatch.
+
+    Args:
+        prompt: the turns of the prompt.
+        completions: the turns of each completion.
+        template: renders turns; a second argument says whether to add the generation prompt.
+        eos: the tokenizer's EOS token as text.
+    """
     wholes = [template(prompt + completion) for completion in completions]
     candidates = (template(prompt, generation) for generation in (True, False))
     start = next((text for text in candidates if all(whole.startswith(text) for whole in wholes)), None)
     if start is None:
-        raise RowProblem("chat template error", "the template writes the prompt otherwise once an answer follows it")
+        raise RowProblem("chat template error", "the template writes the prompt differently once an answer follows it")
     spans = [
         _answer_spans(prompt, completion, whole, len(start), template, eos)
         for completion, whole in zip(completions, wholes, strict=True)
     ]
-    # Templates put a newline between turns; nothing follows the last one.
+    # Templates write a newline between turns; behind the last turn it belongs to nothing.
     texts = [whole.rstrip()[len(start) :] for whole in wholes]
     return Example(start, texts, spans, template_mismatch=start != template(prompt, True))
 
 
-def _answer_spans(prompt, completion, whole: str, offset: int, template, eos: str) -> list[tuple[int, int]] | None:
-    """Character ranges of the assistant turns in `whole[offset:]`, end-of-turn included; None for a single turn."""
+def _answer_spans(
+    prompt: list[dict], completion: list[dict], whole: str, offset: int, template: Callable[..., str], eos: str
+) -> list[tuple[int, int]] | None:
+    """Where the assistant's turns are in `whole[offset:]`, end-of-turn included; None if there is just one turn.
+
+    Only the assistant's turns are scored. Where a turn starts and ends is found by rendering the conversation up to it.
+    """
     if len(completion) == 1:
         return None
     spans, turns = [], prompt + completion
@@ -265,6 +322,7 @@ def _answer_spans(prompt, completion, whole: str, offset: int, template, eos: st
 
 
 def _prefix_length(whole: str, candidates: Iterable[str]) -> int:
+    """The length of the first candidate that the text starts with."""
     for candidate in candidates:
         if whole.startswith(candidate):
             return len(candidate)
@@ -272,10 +330,11 @@ def _prefix_length(whole: str, candidates: Iterable[str]) -> int:
 
 
 def _answer_end(whole: str, start: int, so_far: str, eos: str) -> int:
-    """Where the answer that starts at `start` ends, given the conversation rendered up to and including it."""
+    """Where the answer that starts at `start` ends. `so_far` is the conversation rendered up to and including it."""
     if whole.startswith(so_far.rstrip()):
         return len(so_far.rstrip())
-    # Some templates write an answer otherwise (with its thoughts, say) while it is the last: then EOS tells its end.
+    # Some templates write an answer differently while it is the last one (with its thoughts, for example), so the
+    # rendering is of no use. Look for the EOS that ends the answer.
     end = whole.find(eos, start)
     if end < 0:
         raise RowProblem(*_REWRITTEN)

@@ -1,9 +1,20 @@
-"""Packing: tokenised prompts and completions become one unpadded row, or right-padded rows for models that need them.
+"""Packing: tokenised prompts and completions as one row without padding, or as padded rows for models that need them.
 
-A group is one prompt and its completions. In a packed row it lies as `prompt | completion 0 | completion 1 | ...`:
-the prompt is computed once, and every completion's positions continue where the prompt's end. Which token may see
-which is the layout's business (see attention.py). Only the hidden states that predict a scored token are needed
-afterwards; `score_index` names them, so that prompts and padding never reach the output layer.
+A group is one prompt and its completions. In a packed row the prompt lies once, followed by all its completions. The
+positions of each completion continue where the prompt's end, as if the others were not there. For a prompt of three
+tokens, a pair of completions, and the next prompt:
+
+    tokens      p0  p1  p2 | a0  a1 | b0 | q0  q1 ...        score_index  p2  a0  p2
+    positions    0   1   2 |  3   4 |  3 |  0   1 ...        targets      a0  a1  b0
+    sees        prompt     | prompt | prompt                 cu_seqlens   0       2   3
+                           | and a  | and b
+
+Two separate rows p a and p b would give the same hidden states, but compute the prompt twice. Which token may see which
+is enforced by the model's attention (fastalign/models/attention.py).
+
+A hidden state predicts the token after it, so the last prompt token predicts the first token of every completion.
+Only the hidden states that predict a scored token are needed for a loss. `score_index` lists their positions, so that
+prompts and padding never reach the output layer.
 """
 
 from __future__ import annotations
@@ -21,9 +32,9 @@ from fastalign.errors import InputError
 
 
 class Group(NamedTuple):
-    """One prompt and its completions as `(start, stop)` ranges of row positions, one after another without gaps.
+    """One prompt and its completions as ranges `(start, stop)` in the row, one after another without gaps.
 
-    A token of the prompt sees the prompt up to itself; a token of a completion sees the whole prompt and its own
+    A token of the prompt sees the prompt up to itself. A token of a completion sees the whole prompt, and that
     completion up to itself.
     """
 
@@ -33,22 +44,22 @@ class Group(NamedTuple):
 
 @dataclass
 class PackedBatch:
-    """One micro-batch of C completions with S scored tokens, packed into one row of T tokens or padded to R rows of L.
+    """One micro-batch of C completions with S scored tokens: one packed row of T tokens, or R padded rows of L tokens.
+
+    If a prompt is empty, nothing predicts the first token of its completions. That token is not scored.
 
     Attributes:
         input_ids: (1, T) or (R, L) int64.
-        position_ids: (1, T) int64; None for padded rows, whose positions are the default ones.
-        attention_mask: (R, L) int64, 1 on tokens; None for a packed row, which has no padding.
-        layout: the groups of the packed row, in order; None for padded rows.
-        score_index: (S,) int64, positions in the flattened hidden states that predict the scored tokens. The last
-            prompt token is there once per completion.
-        targets: (S,) int64, the scored tokens; None: nothing is scored, only hidden states are wanted.
-        cu_seqlens: (C + 1,) int64, offsets into the S scored tokens, one span per completion: group by group, each
-            group's completions in order.
+        position_ids: (1, T) int64; None for padded rows, whose positions are those that the model uses by default.
+        attention_mask: (R, L) int64, 1 on tokens and 0 on padding; None for a packed row, which has no padding.
+        layout: the groups of a packed row, in order; None for padded rows.
+        score_index: (S,) int64, positions in the flattened hidden states, (T, H) or (R * L, H), that predict the scored
+            tokens. The last prompt token is listed once per completion.
+        targets: (S,) int64, the scored tokens; None if only hidden states are wanted.
+        cu_seqlens: (C + 1,) int64, offsets into the S scored tokens: completion i has those from cu_seqlens[i] to
+            cu_seqlens[i + 1]. Completions are in the order of the groups, and of each group's completions.
         completion_lengths: (C,) int64, tokens of each completion, scored or not.
-        filling: how many of a packed row's last tokens are there for its length alone, see `filled`.
-
-    With an empty prompt nothing predicts the first token of a completion, so it is not scored.
+        filling: how many tokens at the end of a packed row are fillers that `pad_to_multiple` added.
     """
 
     input_ids: Tensor
@@ -62,12 +73,12 @@ class PackedBatch:
     filling: int = 0
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments for the model's forward: `input_ids` and what else of this batch the model needs."""
+        """Keyword arguments for the model's forward: `input_ids`, and `position_ids` or `attention_mask`."""
         inputs = {n: getattr(self, n) for n in ("input_ids", "position_ids", "attention_mask")}
         return {name: value for name, value in inputs.items() if value is not None}
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on a device. The copy to a GPU does not wait for its end."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in values.items() if torch.is_tensor(v)})
 
@@ -77,44 +88,44 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
 
     Args:
         examples: mappings with `prompt_ids` (list of ints, may be empty), `completion_ids` (list of k >= 1 non-empty
-            lists of ints) and, optionally, `completion_mask` (the same shape, 1 = scored; absent or None: all are).
-        share_prompts: each prompt once for all its completions; False gives each completion its own copy. Targets,
-            `cu_seqlens` and results are the same either way.
+            lists of ints) and perhaps `completion_mask` (the same shape, 1 for scored tokens). Without a mask all
+            tokens are scored.
+        share_prompts: whether a prompt lies in the row once for all its completions. If False, each completion gets its
+            own copy of the prompt. `targets`, `cu_seqlens` and the results are the same either way.
 
     Raises:
-        InputError: no examples, a missing field, no or an empty completion, a mask of another shape, a negative token.
+        InputError: there are no examples, a field is missing, a completion is missing or empty, a mask has another
+            shape than the completions, or a token id is negative.
     """
-    ids, positions, groups, scored = [], [], [], _Scored()
+    ids, positions, groups, scored = [], [], [], _ScoredTokens()
     for prompt, completions, masks in _checked(examples):
         pairs = list(zip(completions, masks, strict=True))
-        for sharers in [pairs] if share_prompts else [[pair] for pair in pairs]:
+        for group in [pairs] if share_prompts else [[pair] for pair in pairs]:
             prompt_range = (len(ids), len(ids) + len(prompt))
             ids.extend(prompt)
             positions.extend(range(len(prompt)))
             ranges = []
-            for completion, mask in sharers:
+            for completion, mask in group:
                 ranges.append((len(ids), len(ids) + len(completion)))
                 ids.extend(completion)
                 positions.extend(range(len(prompt), len(prompt) + len(completion)))
                 scored.add(prompt_range, ranges[-1], completion, mask)
             groups.append(Group(prompt_range, tuple(ranges)))
-    return PackedBatch(
-        input_ids=_tokens([ids]),
-        position_ids=torch.tensor([positions]),
-        attention_mask=None,
-        layout=tuple(groups),
-        **scored.tensors(),
-    )
+    return scored.batch(_tokens([ids]), position_ids=torch.tensor([positions]), layout=tuple(groups))
 
 
 def pad_to_multiple(batch: PackedBatch, multiple: int) -> PackedBatch:
-    """A packed row made as long as a multiple of so many tokens, by a completion of nothing that is not scored; padded
-    rows as they are.
+    """Makes a packed row's length a multiple of `multiple`, by one more group that is not scored.
 
-    For a GPU, where the library looks for the best kernel for each new number of rows, while everything waits.
+    On a GPU the matrix library searches for its best kernel for every new number of rows, and everything waits
+    meanwhile. Fewer lengths mean fewer searches.
+
+    Args:
+        batch: a packed row; padded rows are returned as they are.
+        multiple: what the length must be a multiple of.
     """
     length = batch.input_ids.shape[1]
-    if batch.layout is None or not (more := -length % multiple):
+    if batch.layout is None or batch.position_ids is None or not (more := -length % multiple):
         return batch
     return replace(
         batch,
@@ -126,13 +137,18 @@ def pad_to_multiple(batch: PackedBatch, multiple: int) -> PackedBatch:
 
 
 def pad(examples: Sequence[Mapping], pad_token_id: int) -> PackedBatch:
-    """Lays examples out as right-padded rows, `prompt | completion`, for models that cannot be packed.
+    """Lays examples out as rows `prompt | completion`, padded on the right, for models that cannot be packed.
 
-    Args and errors are those of `pack`; `score_index` points into the hidden states flattened to (R * L, H).
+    Args:
+        examples: as for `pack`. A prompt is repeated for each of its completions.
+        pad_token_id: the token that fills the rows; it is masked, so any token of the vocabulary will do.
+
+    Raises:
+        InputError: as for `pack`, and if `pad_token_id` is None or negative.
     """
     if pad_token_id is None or pad_token_id < 0:
         raise InputError(f"pad_token_id is {pad_token_id}; it must be a token of the vocabulary, for example EOS.")
-    rows, scored = [], _Scored()
+    rows, scored = [], _ScoredTokens()
     checked = list(_checked(examples))
     length = max(len(prompt) + max(map(len, completions)) for prompt, completions, _ in checked)
     for prompt, completions, masks in checked:
@@ -141,23 +157,29 @@ def pad(examples: Sequence[Mapping], pad_token_id: int) -> PackedBatch:
             stop = start + len(prompt)
             scored.add((start, stop), (stop, stop + len(completion)), completion, mask)
             rows.append([*prompt, *completion])
-    return PackedBatch(
-        input_ids=_tokens([row + [pad_token_id] * (length - len(row)) for row in rows]),
-        position_ids=None,
+    return scored.batch(
+        _tokens([row + [pad_token_id] * (length - len(row)) for row in rows]),
         attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        layout=None,
-        **scored.tensors(),
     )
 
 
-class _Scored:
+class _ScoredTokens:
     """Collects the scored tokens of one completion after another."""
 
     def __init__(self):
         self.index, self.targets, self.offsets, self.lengths = [], [], [0], []
 
     def add(self, prompt: tuple[int, int], span: tuple[int, int], completion: Sequence[int], mask: Sequence | None):
-        first = 1 if prompt[0] == prompt[1] else 0
+        """Adds a completion.
+
+        Args:
+            prompt: the range of its prompt in the flattened batch.
+            span: the range of the completion in the flattened batch.
+            completion: its tokens.
+            mask: 1 for scored tokens; None if all are.
+        """
+        first = 1 if prompt[0] == prompt[1] else 0  # nothing predicts the first token behind an empty prompt
+        # Each token is predicted at the position before it, which for the first token is the last one of the prompt.
         index = [prompt[1] - 1, *range(span[0], span[1] - 1)][first:]
         targets = completion[first:]
         if mask is not None:
@@ -167,13 +189,22 @@ class _Scored:
         self.offsets.append(len(self.index))
         self.lengths.append(len(completion))
 
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("score_index", "targets", "cu_seqlens", "completion_lengths")
+    def batch(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        layout: tuple[Group, ...] | None = None,
+    ) -> PackedBatch:
+        """The batch with these tokens, and everything that was collected about the scored ones."""
         lists = (self.index, self.targets, self.offsets, self.lengths)
-        return {name: torch.tensor(values, dtype=torch.int64) for name, values in zip(names, lists, strict=True)}
+        index, targets, offsets, lengths = (torch.tensor(values, dtype=torch.int64) for values in lists)
+        return PackedBatch(input_ids, position_ids, attention_mask, layout, index, targets, offsets, lengths)
 
 
 def _checked(examples: Sequence[Mapping]) -> Iterator[tuple[Sequence[int], Sequence, Sequence]]:
+    """Prompt, completions and masks of each example; InputError for an example that cannot be laid out."""
     if len(examples) == 0:
         raise InputError("There are no examples to lay out: pass at least one.")
     for number, example in enumerate(examples):
@@ -198,14 +229,24 @@ def _checked(examples: Sequence[Mapping]) -> Iterator[tuple[Sequence[int], Seque
 
 
 def _tokens(rows: list[list[int]]) -> Tensor:
+    """(R, L) int64; InputError for a negative token."""
     ids = torch.tensor(rows, dtype=torch.int64)
     if (lowest := int(ids.min())) < 0:
-        raise InputError(f"Found the token id {lowest}; token ids are 0 or more. Keep label fillers out of them.")
+        raise InputError(
+            f"Found the token id {lowest}; token ids are 0 or more. Leave labels such as -100 out of them."
+        )
     return ids
 
 
 def lay_out(examples: list[dict], layout: str, pad_token_id: int) -> PackedBatch:
-    """The micro-batch of some examples, in the layout that `prepare` found for the model."""
+    """The micro-batch of some examples in the layout of a model.
+
+    Args:
+        examples: as for `pack`.
+        layout: what `fastalign.models.prepare` returned for the model: "shared" (packed, each prompt once), "packed"
+            (each completion with its own prompt) or "padded".
+        pad_token_id: fills the rows if the layout is "padded".
+    """
     if layout == "padded":
         return pad(examples, pad_token_id)
     return pack(examples, share_prompts=layout == "shared")

@@ -1,4 +1,4 @@
-"""The preflight report: what tokenising did to a data set, said before the first training step."""
+"""The preflight report: what tokenising did to a data set, shown before the first training step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Lengths:
-        """The summary of `lengths (N,)`, N > 0. The percentile is a length that occurs (the next one above)."""
+        """The summary of `lengths (N,)`, N > 0. The percentile is rounded up to a length that occurs."""
         p95 = np.percentile(lengths, 95, method="higher")
         return cls(int(lengths.min()), float(lengths.mean()), int(p95), int(lengths.max()))
 
@@ -31,24 +31,28 @@ class Lengths:
 class DataReport:
     """Counts and lengths of one tokenised data set.
 
-    format             the format found, for example "preference, chat messages"
-    rows_in            rows given
-    rows_kept          rows of the tokenised data set
-    dropped            reason -> rows left out for it
-    dropped_rows       reason -> the first few of them, counted from 1
-    completions        completions kept (two a row for preference data)
-    eos_present        completions whose text already ended with EOS
-    eos_added          completions that had EOS added
-    eos_inside         single-turn completions that hold a further EOS before their end
-    token_merges       completions whose first characters merge with the prompt's last when tokenised as one text
-    duplicate_bos      rows whose text already began with the BOS that the tokenizer adds: it was made one
-    prompts_cut        rows whose prompt lost its beginning (on_truncate="keep_end")
-    template_mismatch  rows whose chat template starts an answer otherwise than its generation prompt does
-    prompt_length, completion_length   `Lengths` over rows and over completions
-    tokens_shared      tokens in all when each prompt is laid out once
-    tokens_unshared    tokens in all when each completion carries its own prompt
-    scored_tokens      tokens whose log-probability is used: unmasked and with a token before them
-    max_length         the longest prompt + completion allowed, or None
+    Attributes:
+        format: the format that was detected, for example "preference, chat messages".
+        rows_in: rows given.
+        rows_kept: rows of the tokenised data set.
+        dropped: for each reason, how many rows were left out for it.
+        dropped_rows: for each reason, the numbers of the first few of these rows, counted from 1.
+        prompt_length: lengths of the prompts of the rows kept, BOS included.
+        completion_length: lengths of their completions, EOS included.
+        completions: completions of the rows kept (two per row for preference data).
+        tokens_shared: tokens in all if each prompt is computed once for all its completions.
+        tokens_unshared: tokens in all if each completion has its own copy of the prompt.
+        scored_tokens: tokens whose log-probability is used. A token is not used if its mask is 0, or if no token is
+            before it.
+        max_length: the limit for a prompt together with its longest completion; None if there is none.
+        eos_present: completions whose text ended with EOS already.
+        eos_added: completions to which EOS was added.
+        eos_inside: completions, of one assistant turn, that hold another EOS before their end.
+        token_merges: completions whose first characters would merge with the last ones of the prompt into one token if
+            both were tokenised as one text.
+        duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
+        prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
+        template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
     """
 
     format: str
@@ -73,15 +77,19 @@ class DataReport:
 
     @property
     def scored_fraction(self) -> float:
-        """Scored tokens over all tokens, each prompt laid out once."""
+        """Share of the tokens that are scored, 0 to 1; each prompt counts once."""
         return self.scored_tokens / self.tokens_shared
 
     def to_dict(self) -> dict:
-        """Everything as plain numbers, strings, dicts and lists, fit for JSON."""
+        """The report as numbers, strings, dicts and lists that JSON can hold."""
         return {**asdict(self), "scored_fraction": self.scored_fraction}
 
     def render(self, extra: Iterable[tuple[str, str]] = ()) -> str:
-        """A plain-text table; `extra` (label, value) pairs become its last lines."""
+        """The report as a table in plain text, with a warning below it for everything that needs a look.
+
+        Args:
+            extra: more lines for the end of the table, as (label, value).
+        """
         lines = [*self._lines(), *extra]
         width = max(len(label) for label, _ in lines) + 2
         table = [f"  {label:<{width}}{value}" for label, value in lines]
@@ -100,15 +108,15 @@ class DataReport:
             ("completion tokens", str(self.completion_length) + limit),
             (
                 "tokens",
-                f"{self.tokens_shared:,} with each prompt once, {self.tokens_unshared:,} with one per completion",
+                f"{self.tokens_shared:,} with each prompt once, {self.tokens_unshared:,} with a prompt per completion",
             ),
             ("scored tokens", f"{self.scored_tokens:,} ({self.scored_fraction:.1%} of the tokens)"),
             (
                 "end of sequence",
                 f"exactly one EOS ends each of {self.completions:,} completions: "
-                f"{self.eos_present:,} had it, {self.eos_added:,} got it",
+                f"{self.eos_present:,} had it already, and it was added to {self.eos_added:,}",
             ),
-            ("duplicate BOS", f"made one in {self.duplicate_bos:,} rows" if self.duplicate_bos else "none"),
+            ("duplicate BOS", f"removed in {self.duplicate_bos:,} rows" if self.duplicate_bos else "none"),
             (
                 "token merges",
                 f"{self.token_merges:,} of {self.completions:,} completions" if self.token_merges else "none",
@@ -125,20 +133,20 @@ class DataReport:
         notes = [
             (
                 self.token_merges,
-                f"of {completions} would merge with the end of their prompt if both were tokenised as one text, as "
-                "after a prompt that ends in a space. They are tokenised apart, as in generation; if there are many, "
-                "move the space to the completion.",
+                f"of {completions} would merge with the end of their prompt if both were tokenised as one text. This "
+                "happens after a prompt that ends with a space, for example. Here they are tokenised separately, as in "
+                "generation. If there are many, move the space to the start of the completion.",
             ),
             (
                 self.eos_inside,
-                f"of {completions} hold an EOS before their end, which the model never generates past: look for "
-                "special tokens written out in the text.",
+                f"of {completions} hold an EOS before their end. In generation the model stops there: look for special "
+                "tokens that are written out in the text.",
             ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (
                 self.template_mismatch,
-                f"of {rows} have answers that do not begin with the chat template's generation prompt (it may force a "
-                "thinking tag): the model trains on another prompt than it generates from.",
+                f"of {rows} have answers that do not start with the chat template's generation prompt, which may add a "
+                "thinking tag: the model is trained on a different prompt than it gets in generation.",
             ),
         ]
         return [f"{count:,} {text}" for count, text in notes if count]

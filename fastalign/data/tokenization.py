@@ -1,7 +1,7 @@
-"""Data sets: from rows to tokens, with a report on what that did to them.
+"""From rows to tokens, with a report on what tokenising did to them.
 
-    file -> rows (fastalign/rows.py) -> prompt and completion texts (fastalign/formats.py)
-         -> prompt_ids, completion_ids, completion_mask, label -> DataReport (fastalign/preflight.py)
+    file -> rows (files.py) -> texts of prompt and completions (formats.py)
+         -> prompt_ids, completion_ids, completion_mask, label (here) -> DataReport (report.py)
 
 Nothing here reaches the network or writes a cache: data sets live in memory.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import datasets
 import pyarrow.compute as pc
@@ -23,10 +24,10 @@ from fastalign.data.formats import Example, Format, RowProblem, detect_format, t
 from fastalign.data.report import DataReport, Lengths
 from fastalign.errors import ConfigError, DataError, ModelError
 
-__all__ = ["load_rows", "tokenize"]
+__all__ = ["special_prefix", "tokenize"]
 
 BATCH_ROWS = 1000
-NAMED_ROWS = 5  # how many row numbers an error or the report spells out
+NAMED_ROWS = 5  # how many row numbers an error or the report lists
 
 
 def tokenize(
@@ -38,26 +39,44 @@ def tokenize(
     on_invalid: str = "error",
     num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
-    """Tokenise rows of any known format, and report on it.
+    """Tokenises rows of any known format, and reports on it.
 
-    rows         anything `load_rows` takes; their format (see `fastalign.data.formats`) is found once for all
-    tokenizer    a transformers tokenizer with an EOS token; chat messages go through its chat template
-    max_length   most tokens of a prompt with its longest completion
-    on_truncate  "error": refuse rows that are too long; "drop": leave them out; "keep_end": cut the beginning of their
-                 prompt, behind BOS. A completion is never cut and never loses its EOS: one too long drops its row
-    on_invalid   "error": refuse rows with missing fields, wrong types, empty completions, identical pairs; "drop"
-    num_proc     worker processes. The tokenizer uses all cores already; more processes help with slow chat templates
+    - A prompt is tokenised alone, because that is how the model sees it in generation. A completion is tokenised as
+      the continuation of its prompt.
+    - If the tokenizer puts BOS (or another prefix) before a text, `prompt_ids` starts with it exactly once, whether or
+      not a chat template writes it too.
+    - Every completion ends with EOS exactly once: without it the model would not learn to stop. The end-of-turn token
+      of a chat template is that EOS if it is the tokenizer's `eos_token`.
 
-    Returns a data set and its `DataReport`. Columns: prompt_ids (int32 list), completion_ids (a list of them, two for
-    preference data), completion_mask (same shape, 1: scored; there only if some token is not scored) and label (there
-    only for unpaired data).
+    Args:
+        rows: anything that `load_rows` takes. All rows have one format, which is detected from the columns (see
+            `fastalign.data.formats`).
+        tokenizer: a transformers tokenizer with an EOS token. Chat messages go through its chat template.
+        max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
+        on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
+            "keep_end": the beginning of their prompt is cut (BOS stays). A completion is never cut and never loses its
+            EOS, so a row whose completion is too long is left out.
+        on_invalid: what happens to rows with missing fields, wrong types, empty completions or identical pairs.
+            "error": they are refused. "drop": they are left out.
+        num_proc: how many worker processes to use. A fast tokenizer uses all cores already, so more processes help
+            only with slow chat templates.
 
-    A prompt is tokenised alone, as in generation, and each completion as its continuation. If the tokenizer puts BOS
-    (or another prefix) before a text, prompt_ids starts with it exactly once, whether or not a chat template writes it
-    too. Each completion ends with EOS exactly once; a chat template's end-of-turn token is that EOS if it is the
-    tokenizer's eos_token.
+    Returns:
+        The data set and its report. The columns of the data set:
 
-    Raises ConfigError for unknown options, ModelError for a tokenizer without EOS, DataError for the rest.
+        - `prompt_ids`: list of int32
+        - `completion_ids`: list of lists of int32; two lists for preference data, chosen first
+        - `completion_mask`: as `completion_ids`, 1 for scored tokens; the column exists only if a token is not scored
+        - `label`: bool; the column exists only for unpaired data
+
+    Raises:
+        ConfigError: an unknown option.
+        ModelError: the tokenizer has no EOS token, or it is a slow one and the rows hold chat messages.
+        DataError: the rows cannot be read or used, or none is left.
+
+    Examples:
+        >>> dataset, report = tokenize("pairs.jsonl", tokenizer, max_length=1024, on_truncate="drop")
+        >>> print(report)
     """
     _check_options(max_length, on_truncate, on_invalid)
     rows = load_rows(rows).with_format(None)
@@ -66,22 +85,22 @@ def tokenize(
     fmt = detect_format(rows)
     _check_tokenizer(tokenizer, fmt)
     rows = rows.select_columns([name for name in (*fmt.columns, "tools") if name in rows.column_names])
-    work = partial(_tokenize_batch, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+    work = partial(_tokenize_rows, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     batches = ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
-    result = _Batch()
-    tokens = _to_dataset(_run(work, batches, num_proc), result, fmt)
-    _raise_if_refused(result, len(tokens), len(rows), max_length, on_truncate, on_invalid)
-    return tokens, _report(tokens, result, fmt, len(rows), max_length)
+    outcome = _Outcome()
+    tokens = _to_dataset(_run(work, batches, num_proc), outcome, fmt)
+    _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
+    return tokens, _report(tokens, outcome, fmt, len(rows), max_length)
 
 
 @dataclass
-class _Batch:
-    """What tokenising some rows gave."""
+class _Outcome:
+    """The result of tokenising some rows. Row numbers count from 1, as people do."""
 
     rows: list[dict] = field(default_factory=list)
     problems: list[tuple[int, str, str]] = field(default_factory=list)  # (row number, kind, detail)
     too_long: list[tuple[int, int]] = field(default_factory=list)  # (row number, tokens)
-    counts: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)  # fields of the report, and "masked"
 
 
 def _check_options(max_length: int | None, on_truncate: str, on_invalid: str) -> None:
@@ -103,12 +122,12 @@ def _check_tokenizer(tokenizer, fmt: Format) -> None:
         )
     if fmt.chat and not tokenizer.is_fast:
         raise ModelError(
-            f"Chat messages need a fast tokenizer, which tells where each token lies; {type(tokenizer).__name__} is "
-            "none: load it with AutoTokenizer, or give the rows as plain strings."
+            f"Chat messages need a fast tokenizer, which knows where each token lies in the text, and "
+            f"{type(tokenizer).__name__} is a slow one: load it with AutoTokenizer, or give the rows as plain strings."
         )
 
 
-def _run(work, batches, num_proc: int | None) -> Iterator[_Batch]:
+def _run(work, batches, num_proc: int | None) -> Iterator[_Outcome]:
     if not num_proc or num_proc == 1:
         yield from (work(batch) for batch in batches)
         return
@@ -116,30 +135,26 @@ def _run(work, batches, num_proc: int | None) -> Iterator[_Batch]:
         yield from pool.map(work, batches)
 
 
-def _tokenize_batch(
+def _tokenize_rows(
     batch: tuple[int, dict[str, list]], fmt: Format, tokenizer, max_length: int | None, on_truncate: str
-) -> _Batch:
-    start, columns = batch
-    result, numbers, examples = _Batch(), [], []
-    for number, values in enumerate(zip(*columns.values(), strict=True), start=start + 1):
-        try:
-            examples.append(to_example(dict(zip(columns, values, strict=True)), fmt, tokenizer))
-            numbers.append(number)
-        except RowProblem as problem:
-            result.problems.append((number, problem.kind, problem.detail))
+) -> _Outcome:
+    """Tokenises some rows, given as (how many rows are before them, columns)."""
+    outcome = _Outcome()
+    examples = _read_examples(batch, fmt, tokenizer, outcome)
     prefix = special_prefix(tokenizer)
-    for number, example, tokens in zip(numbers, examples, _encode(examples, tokenizer), strict=True):
-        _close(tokens, example, prefix, tokenizer.eos_token_id)
-        problem, length = _token_problem(tokens), tokens.length
-        if problem:
-            result.problems.append((number, *problem))
-        elif (
-            max_length and length > max_length and not (on_truncate == "keep_end" and _cut(tokens, prefix, max_length))
-        ):
-            result.too_long.append((number, length))
+    encoded = _encode(list(examples.values()), tokenizer)
+    for (number, example), tokens in zip(examples.items(), encoded, strict=True):
+        _add_bos_and_eos(tokens, example, prefix, tokenizer.eos_token_id)
+        length = tokens.length
+        if problem := _token_problem(tokens):
+            outcome.problems.append((number, *problem))
+        elif max_length and length > max_length and not (
+            on_truncate == "keep_end" and _truncate_prompt(tokens, prefix, max_length)
+        ):  # fmt: skip
+            outcome.too_long.append((number, length))
         else:
-            result.counts.update(tokens.counts)
-            result.rows.append(
+            outcome.counts.update(tokens.counts)
+            outcome.rows.append(
                 {
                     "prompt_ids": tokens.prompt,
                     "completion_ids": tokens.completions,
@@ -147,17 +162,40 @@ def _tokenize_batch(
                     "label": example.label,
                 }
             )
-    result.problems.sort()
-    return result
+    outcome.problems.sort()
+    return outcome
+
+
+def _read_examples(batch: tuple[int, dict[str, list]], fmt: Format, tokenizer, outcome: _Outcome) -> dict[int, Example]:
+    """The usable rows by their numbers. What is wrong with the others goes into `outcome`."""
+    before, columns = batch
+    examples = {}
+    for number, values in enumerate(zip(*columns.values(), strict=True), start=before + 1):
+        row = dict(zip(columns, values, strict=True))
+        try:  # one bad row must not stop the others
+            examples[number] = to_example(row, fmt, tokenizer)
+        except RowProblem as problem:
+            outcome.problems.append((number, problem.kind, problem.detail))
+    return examples
+
+
+# From texts to tokens
+
+
+class _Encoded(NamedTuple):
+    """Token ids of a text, and the character at which each token starts (empty if that was not asked for)."""
+
+    ids: list[int]
+    starts: list[int]
 
 
 @dataclass
 class _Tokens:
-    """Token ids of one example, masks of its completions' shape, and what was found on the way."""
+    """Token ids of one example, the masks of its completions, and counts for the report."""
 
     prompt: list[int]
     completions: list[list[int]]
-    masks: list[list[int]]
+    masks: list[list[int]]  # shaped like `completions`
     counts: Counter
 
     @property
@@ -166,22 +204,36 @@ class _Tokens:
 
 
 def _encode(examples: list[Example], tokenizer) -> list[_Tokens]:
-    """Tokens of the prompts, and of the completions as their continuation, without BOS or EOS of our own."""
-    prompts = [example.prompt for example in examples]
-    prompt_ids = [ids for ids, _ in _call(tokenizer, prompts)]
-    owner = [row for row, example in enumerate(examples) for _ in example.completions]
-    texts = [_up_to_eos(text, tokenizer.eos_token) for example in examples for text in example.completions]
-    spans = [span for example in examples for span in example.spans]
-    offsets = any(span is not None for span in spans)
+    """Tokens of the prompts, and of the completions as their continuation. BOS and EOS are not added here.
 
-    wholes = _call(tokenizer, [prompts[row] + text for row, text in zip(owner, texts, strict=True)], offsets)
-    parts = [_behind(prompt_ids[row], len(prompts[row]), whole) for row, whole in zip(owner, wholes, strict=True)]
+    In generation the model gets the tokens of the prompt alone, so training must use those too. Tokenising
+    prompt + completion as one text gives the completion's tokens as they continue the prompt, but the tokenizer may
+    merge characters across the border: "a " + "b" as one text is ["a", " b"], and the prompt alone is ["a", " "].
+
+        tokens of the one text start with the prompt's tokens:  the rest of them are the completion's
+        they do not, because of a merge:                        the completion is tokenised by itself, and counted
+    """
+    prompts = [example.prompt for example in examples]
+    prompt_ids = [encoded.ids for encoded in _tokenize_texts(tokenizer, prompts)]
+    # One entry per completion from here on; `owner` is the example that each belongs to.
+    owner = [row for row, example in enumerate(examples) for _ in example.completions]
+    texts = [_strip_after_eos(text, tokenizer.eos_token) for example in examples for text in example.completions]
+    spans = [span for example in examples for span in example.spans]
+    with_starts = any(span is not None for span in spans)
+
+    wholes = _tokenize_texts(
+        tokenizer, [prompts[row] + text for row, text in zip(owner, texts, strict=True)], with_starts
+    )
+    parts = [
+        _drop_prompt_tokens(prompt_ids[row], len(prompts[row]), whole)
+        for row, whole in zip(owner, wholes, strict=True)
+    ]  # fmt: skip
     merged = [n for n, part in enumerate(parts) if part is None]
-    for n, part in zip(merged, _encode_apart(tokenizer, [texts[n] for n in merged], offsets), strict=True):
-        parts[n] = part
+    apart = dict(zip(merged, _encode_apart(tokenizer, [texts[n] for n in merged], with_starts), strict=True))
 
     tokens = [_Tokens(ids, [], [], Counter()) for ids in prompt_ids]
-    for row, (ids, starts), span in zip(owner, parts, spans, strict=True):
+    for n, (row, part, span) in enumerate(zip(owner, parts, spans, strict=True)):
+        ids, starts = part or apart[n]
         tokens[row].completions.append(ids)
         tokens[row].masks.append(
             [1] * len(ids) if span is None else [int(any(a <= start < b for a, b in span)) for start in starts]
@@ -191,8 +243,8 @@ def _encode(examples: list[Example], tokenizer) -> list[_Tokens]:
     return tokens
 
 
-def _call(tokenizer, texts: list[str], offsets: bool = False) -> list[tuple[list[int], list[int]]]:
-    """Per text its token ids and, if `offsets`, the character at which each token starts."""
+def _tokenize_texts(tokenizer, texts: list[str], with_starts: bool = False) -> list[_Encoded]:
+    """Tokens of each text, without the special tokens that the tokenizer would add."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -202,50 +254,67 @@ def _call(tokenizer, texts: list[str], offsets: bool = False) -> list[tuple[list
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=offsets,
+        return_offsets_mapping=with_starts,
         verbose=False,
     )
-    starts = [[a for a, _ in pairs] for pairs in encoded["offset_mapping"]] if offsets else [[] for _ in texts]
-    return list(zip(encoded["input_ids"], starts, strict=True))
+    starts = [[a for a, _ in pairs] for pairs in encoded["offset_mapping"]] if with_starts else [[] for _ in texts]
+    return [_Encoded(*pair) for pair in zip(encoded["input_ids"], starts, strict=True)]
 
 
-def _behind(lead: list[int], characters: int, whole: tuple[list[int], list[int]]) -> tuple[list[int], list[int]] | None:
-    """The tokens of `whole` after those of `lead`, a text of so many characters; None if they merge at its end."""
+def _drop_prompt_tokens(prompt: list[int], characters: int, whole: _Encoded) -> _Encoded | None:
+    """The tokens of prompt + completion without those of the prompt; None if tokens merge at the border.
+
+    Args:
+        prompt: the tokens of the prompt alone.
+        characters: the length of the prompt, which is subtracted from the starts.
+        whole: the tokens of prompt + completion as one text.
+    """
     ids, starts = whole
-    if ids[: len(lead)] != lead:
+    if ids[: len(prompt)] != prompt:
         return None
-    return ids[len(lead) :], [start - characters for start in starts[len(lead) :]]
+    return _Encoded(ids[len(prompt) :], [start - characters for start in starts[len(prompt) :]])
 
 
-def _encode_apart(tokenizer, texts: list[str], offsets: bool) -> list[tuple[list[int], list[int]]]:
+def _encode_apart(tokenizer, texts: list[str], with_starts: bool) -> list[_Encoded]:
     """Tokens of texts that follow another text without merging with it.
 
-    Taken behind a newline where that parts from them: at the start of a text, some tokenizers put a space before the
-    first word.
+    Some tokenizers put a space before the first word of a text, which a continuation must not have. So each text is
+    tokenised behind a newline, and the newline's tokens are dropped. If the newline merges with the text, the text is
+    tokenised alone.
     """
-    ((newline, _),) = _call(tokenizer, ["\n"])
-    after_newline = [_behind(newline, 1, whole) for whole in _call(tokenizer, ["\n" + text for text in texts], offsets)]
-    alone = _call(tokenizer, texts, offsets)
-    return [after or plain for after, plain in zip(after_newline, alone, strict=True)]
+    ((newline, _),) = _tokenize_texts(tokenizer, ["\n"])
+    behind_newline = _tokenize_texts(tokenizer, ["\n" + text for text in texts], with_starts)
+    alone = _tokenize_texts(tokenizer, texts, with_starts)
+    return [
+        _drop_prompt_tokens(newline, 1, behind) or plain for behind, plain in zip(behind_newline, alone, strict=True)
+    ]
 
 
-def _up_to_eos(text: str, eos: str) -> str:
-    """The text without white space after a closing EOS."""
+def _strip_after_eos(text: str, eos: str) -> str:
+    """The text without white space after an EOS at its end. Chat templates write a newline there."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(eos) else text
 
 
+# BOS, EOS and length
+
+
 def special_prefix(tokenizer) -> list[int]:
-    """The tokens that the tokenizer puts before a text: [BOS], as a rule, or none."""
+    """The tokens that the tokenizer puts before a text: usually [BOS] or none."""
     bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     return next((whole[:n] for n in range(len(whole)) if bare and whole[n : n + len(bare)] == bare), [])
 
 
-def _close(tokens: _Tokens, example: Example, prefix: list[int], eos: int) -> None:
-    """Makes the prefix (BOS) the prompt's start exactly once, and EOS each completion's end."""
+def _add_bos_and_eos(tokens: _Tokens, example: Example, prefix: list[int], eos: int) -> None:
+    """Makes the prompt start with the prefix (BOS) exactly once, and each completion end with EOS exactly once.
+
+    Both may be written in the text already, by a chat template or by whoever made the data. Two BOS or two EOS are
+    sequences that the model never sees in generation.
+    """
     counts = tokens.counts
+    # Without a prompt, a BOS that the text holds is at the start of the completions.
     for ids, mask in [(tokens.prompt, [])] if tokens.prompt else zip(tokens.completions, tokens.masks, strict=True):
-        written = _repeats(ids, prefix)
+        written = _length_of_repeats(ids, prefix)
         counts["duplicate_bos"] |= int(written > 0)
         del ids[:written], mask[:written]
     tokens.prompt = prefix + tokens.prompt
@@ -260,7 +329,7 @@ def _close(tokens: _Tokens, example: Example, prefix: list[int], eos: int) -> No
     counts["masked"] = int(any(0 in mask for mask in tokens.masks))
 
 
-def _repeats(ids: list[int], prefix: list[int]) -> int:
+def _length_of_repeats(ids: list[int], prefix: list[int]) -> int:
     """How many tokens at the start of `ids` are repetitions of `prefix`."""
     length = 0
     while prefix and ids[length : length + len(prefix)] == prefix:
@@ -269,6 +338,7 @@ def _repeats(ids: list[int], prefix: list[int]) -> int:
 
 
 def _token_problem(tokens: _Tokens) -> tuple[str, str] | None:
+    """Kind and detail of what only the tokens show to be wrong."""
     if any(len(ids) == 1 for ids in tokens.completions):
         return "empty completion", "a completion holds nothing but EOS"
     if len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]:
@@ -276,8 +346,11 @@ def _token_problem(tokens: _Tokens) -> tuple[str, str] | None:
     return None
 
 
-def _cut(tokens: _Tokens, prefix: list[int], max_length: int) -> bool:
-    """Cuts the prompt's beginning (behind BOS) to fit, if that leaves a token to predict the completions' first."""
+def _truncate_prompt(tokens: _Tokens, prefix: list[int], max_length: int) -> bool:
+    """Cuts the beginning of the prompt, behind BOS, until the example fits. Returns whether that was possible.
+
+    At least one token of the prompt besides BOS must stay, since it predicts the first token of the completions.
+    """
     excess = tokens.length - max_length
     if len(tokens.prompt) - excess <= len(prefix):
         return False
@@ -286,11 +359,14 @@ def _cut(tokens: _Tokens, prefix: list[int], max_length: int) -> bool:
     return True
 
 
-# Reporting
+# The data set and its report
 
 
-def _to_dataset(batches: Iterator[_Batch], result: _Batch, fmt: Format) -> datasets.Dataset:
-    """One data set of all batches, converted one by one, since Python's lists take ten times the memory."""
+def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format) -> datasets.Dataset:
+    """One data set of all batches. Problems and counts are added up in `outcome`.
+
+    Each batch is converted as it comes: Python's lists take ten times the memory of Arrow's.
+    """
     features = Features(
         prompt_ids=List(Value("int32")),
         completion_ids=List(List(Value("int32"))),
@@ -301,39 +377,39 @@ def _to_dataset(batches: Iterator[_Batch], result: _Batch, fmt: Format) -> datas
     for batch in batches:
         columns = {name: [row[name] for row in batch.rows] for name in features}
         tables.append(datasets.Dataset.from_dict(columns, features=features))
-        result.problems += batch.problems
-        result.too_long += batch.too_long
-        result.counts.update(batch.counts)
+        outcome.problems += batch.problems
+        outcome.too_long += batch.too_long
+        outcome.counts.update(batch.counts)
     unused = [] if fmt.name == "unpaired" else ["label"]
-    unused += [] if result.counts["masked"] else ["completion_mask"]
+    unused += [] if outcome.counts["masked"] else ["completion_mask"]
     return datasets.concatenate_datasets(tables).remove_columns(unused)
 
 
-def _raise_if_refused(result: _Batch, kept: int, rows: int, max_length, on_truncate: str, on_invalid: str) -> None:
-    if result.problems and on_invalid == "error":
+def _raise_if_refused(outcome: _Outcome, usable: int, rows: int, max_length, on_truncate: str, on_invalid: str) -> None:
+    if outcome.problems and on_invalid == "error":
         raise DataError(
-            f"{len(result.problems):,} of {rows:,} rows cannot be used: {_describe(result.problems)}. Mend them, or "
+            f"{len(outcome.problems):,} of {rows:,} rows cannot be used: {_describe(outcome.problems)}. Mend them, or "
             'pass on_invalid="drop" to leave them out (rows are counted from 1).'
         )
-    longest = max((length for _, length in result.too_long), default=0)
-    if result.too_long and on_truncate == "error":
+    longest = max((length for _, length in outcome.too_long), default=0)
+    if outcome.too_long and on_truncate == "error":
         raise DataError(
-            f"{len(result.too_long):,} of {rows:,} rows are longer than max_length={max_length:,} tokens (the longest "
+            f"{len(outcome.too_long):,} of {rows:,} rows are longer than max_length={max_length:,} tokens (the longest "
             f'has {longest:,}): raise max_length, or pass on_truncate="drop" to leave them out or "keep_end" to cut '
             "the beginning of their prompts."
         )
-    if not kept:
-        found = (
-            _describe(result.problems) or f"all are longer than max_length={max_length} (the longest has {longest:,})"
+    if not usable:
+        reason = (
+            _describe(outcome.problems) or f"all are longer than max_length={max_length} (the longest has {longest:,})"
         )
-        raise DataError(f"None of the {rows:,} rows is left: {found}.")
+        raise DataError(f"None of the {rows:,} rows is left: {reason}.")
 
 
 def _describe(problems: list[tuple[int, str, str]]) -> str:
-    """Problems by kind, with the first rows' numbers and what is wrong with the first."""
+    """The problems by kind, each with the numbers of its first rows and with the first row's detail."""
     parts = []
     for kind in dict.fromkeys(kind for _, kind, _ in problems):
-        rows = [(number, detail) for number, found, detail in problems if found == kind]
+        rows = [(number, detail) for number, other, detail in problems if other == kind]
         numbers = ", ".join(str(number) for number, _ in rows[:NAMED_ROWS]) + (
             ", ..." if len(rows) > NAMED_ROWS else ""
         )
@@ -341,15 +417,16 @@ def _describe(problems: list[tuple[int, str, str]]) -> str:
     return "; ".join(parts)
 
 
-def _report(tokens: datasets.Dataset, result: _Batch, fmt: Format, rows: int, max_length: int | None) -> DataReport:
-    prompts = pc.list_value_length(tokens.data["prompt_ids"]).to_numpy()  # (N,)
-    flat = pc.list_flatten(tokens.data["completion_ids"])
-    completions = pc.list_value_length(flat).to_numpy().reshape(len(prompts), -1)  # (N, k)
+def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int, max_length: int | None) -> DataReport:
+    prompts = _arrow("list_value_length", tokens.data["prompt_ids"]).to_numpy()  # (N,)
+    every_completion = _arrow("list_flatten", tokens.data["completion_ids"])
+    completions = _arrow("list_value_length", every_completion).to_numpy().reshape(len(prompts), -1)  # (N, k)
     scored = int(completions.sum())
     if "completion_mask" in tokens.column_names:
-        scored = pc.sum(pc.list_flatten(pc.list_flatten(tokens.data["completion_mask"]))).as_py()
-    left_out = [(kind, number) for number, kind, _ in result.problems] + [("too long", n) for n, _ in result.too_long]
-    counts = {name: count for name, count in result.counts.items() if name != "masked"}
+        every_mask = _arrow("list_flatten", tokens.data["completion_mask"])
+        scored = _arrow("sum", _arrow("list_flatten", every_mask)).as_py()
+    left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
+    counts = {name: count for name, count in outcome.counts.items() if name != "masked"}
     return DataReport(
         format=str(fmt),
         rows_in=rows,
@@ -366,3 +443,8 @@ def _report(tokens: datasets.Dataset, result: _Batch, fmt: Format, rows: int, ma
         max_length=max_length,
         **counts,
     )
+
+
+def _arrow(function: str, column):
+    """One of Arrow's compute functions by its name; pyarrow makes its Python functions from these at run time."""
+    return pc.call_function(function, [column])

@@ -11,21 +11,32 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.rollout.in_process import generate
 
+# Heading of a row of the table, its key in the trainer's metrics, unit, and which direction is better.
+METRICS = (
+    ("Held-out loss", "eval_loss", "", "down"),
+    ("Prefers chosen, by reward", "eval_rewards/accuracies", "%", "up"),
+    ("Prefers chosen, by log-prob per token", "eval_logps/accuracies", "%", "up"),
+    ("Reward margin", "eval_rewards/margins", "", "up"),
+    ("KL to the start, per token", "eval_kl", "nats", None),
+)
+
 
 @dataclass
 class Answers:
-    """Greedy answers to some prompts."""
+    """Greedy answers to some prompts, one entry per prompt in each list."""
 
     texts: list[str]
-    lengths: list[int]  # tokens, EOS included
-    finished: list[bool]  # ended by itself, within the budget
+    lengths: list[int]  # in tokens, EOS included
+    finished: list[bool]  # whether the answer ended with EOS before it reached max_new_tokens
 
     @property
     def mean_length(self) -> float:
+        """Mean length of the answers in tokens."""
         return sum(self.lengths) / len(self.lengths)
 
     @property
     def finished_share(self) -> float:
+        """Share of the answers that ended with EOS, 0 to 1."""
         return sum(self.finished) / len(self.finished)
 
 
@@ -39,26 +50,35 @@ def answer(
     batch_size: int = 32,
     label: str = "answers",
 ) -> Answers:
-    """Greedy answers to tokenised prompts, each the model's most likely token at every step until EOS."""
+    """Greedy answers to tokenised prompts: at every step the most likely token, until EOS.
+
+    Args:
+        model: as `fastalign.rollout.generate` takes it.
+        tokenizer: the model's tokenizer.
+        prompts: token ids of each prompt.
+        max_new_tokens: the most tokens of an answer, EOS included.
+        batch_size: how many prompts share a batch; it does not change the answers beyond rounding.
+        label: the name of the progress bar.
+    """
     tokens = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return Answers(texts, list(map(len, tokens)), [ids[-1] == tokenizer.eos_token_id for ids in tokens])
 
 
 def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | None) -> list[dict]:
-    """Rows of the before/after table, from two evaluations of the trainer and the answers before and after.
+    """The rows of the table that compares a model before and after training.
 
-    Each row: metric, before, after, unit, better ("up", "down" or None). Metrics that a run does not have are left out.
+    Args:
+        before: the trainer's metrics of an evaluation before the first step.
+        after: the trainer's metrics of an evaluation after the last step.
+        answers: the answers before and after; None if the run generated none.
+
+    Returns:
+        For each metric that the run has, a dict of `metric` (its heading), `before`, `after`, `unit`, and `better`
+        ("up", "down", or None where either direction may be better).
     """
-    known = [
-        ("Held-out loss", "eval_loss", "", "down"),
-        ("Prefers chosen, by reward", "eval_rewards/accuracies", "%", "up"),
-        ("Prefers chosen, by log-prob a token", "eval_logps/accuracies", "%", "up"),
-        ("Reward margin", "eval_rewards/margins", "", "up"),
-        ("KL to the start, a token", "eval_kl", "nats", None),
-    ]
     rows = []
-    for metric, key, unit, better in known:
+    for metric, key, unit, better in METRICS:
         if key in after:
             start = before.get(key)
             if key == "eval_rewards/accuracies" and before.get("eval_rewards/margins") == 0:
@@ -67,7 +87,7 @@ def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | Non
             rows.append({"metric": metric, "before": values[0], "after": values[1], "unit": unit, "better": better})
     if answers is not None:
         old, new = answers
-        # None: which way is better depends on what was trained
+        # None: whether longer answers are better depends on what the model was trained for.
         rows.append({"metric": "Mean answer length", "before": old.mean_length, "after": new.mean_length,
                      "unit": "tokens", "better": None})  # fmt: skip
         rows.append({"metric": "Answers that end by themselves", "before": 100 * old.finished_share,

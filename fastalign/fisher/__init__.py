@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information of a model."""
+"""The diagonal of the Fisher information of a model: how much each parameter matters to what the model knows."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fastalign.fisher.diagonal import fisher_diagonal as fisher_diagonal
     from fastalign.fisher.storage import Fisher as Fisher
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Fisher": "fastalign.fisher.storage",

@@ -1,18 +1,21 @@
-"""What every loss over log-probabilities checks, and the two functions that most of them are made of."""
+"""The checks that every loss over log-probabilities begins with."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
 
 
 def check_logprobs(beta: float, label_smoothing: float = 0.0, /, **logprobs: Tensor) -> None:
-    """Raise InputError unless the named tensors are alike, beta is above 0 and label smoothing is in [0, 0.5)."""
+    """Raise InputError unless the named tensors are alike, beta is above 0 and label smoothing is in [0, 0.5).
+
+    Only shapes, dtypes and devices of the tensors are read. Their values are not: on a GPU that would wait until all
+    earlier work is done.
+    """
     first_name, first = next(iter(logprobs.items()))
     for name, tensor in logprobs.items():
         if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype not in (torch.float32, torch.float64):
@@ -35,15 +38,7 @@ def check_logprobs(beta: float, label_smoothing: float = 0.0, /, **logprobs: Ten
 
 
 def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor, or the type of anything else, for an error message."""
     if isinstance(value, Tensor):
         return f"a {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} tensor on {value.device}"
     return f"a {type(value).__name__}"
-
-
-def logistic(x: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
-
-
-def sigmoid_loss(x: Tensor) -> Tensor:
-    # torch.sigmoid rounds to 1 above x = 17 in float32 and its gradient s(1 - s) to 0; this gradient stays accurate.
-    return F.logsigmoid(x).exp()

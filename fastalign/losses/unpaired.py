@@ -1,9 +1,11 @@
-"""Losses over single completions with a binary label: desirable or not.
+"""Losses over single completions with a label each: desirable, or not.
 
-`logprobs` and `ref_logprobs` are (B,) tensors, both float32 or both float64: the log-probability of each completion,
-summed over its tokens, under the policy and under the reference. `labels` is a (B,) bool tensor, True for desirable.
-The result is the (B,) loss of each completion. With u the log-ratio `logprobs - ref_logprobs` and s the logistic
-sigmoid. Values and gradients are finite and accurate at log-ratios of +-1e4.
+The formulas use these symbols:
+
+    u = logprobs - ref_logprobs      the log-ratio of a completion to the reference
+    s(x) = 1 / (1 + exp(-x))         the logistic sigmoid
+
+The head of `fastalign.losses` says what all losses have in common.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
-from fastalign.losses.checks import check_logprobs, describe, sigmoid_loss
+from fastalign.losses.checks import check_logprobs, describe
+from fastalign.losses.numerics import sigmoid
 
 
 def _check_labels(labels: Tensor, logprobs: Tensor) -> None:
@@ -35,11 +38,29 @@ def kto(
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """w_d (1 - s(beta (u - kl))) where desirable, w_u (1 - s(beta (kl - u))) where not; (w_d, w_u) = `weights`.
+    """Kahneman-Tversky optimisation (KTO).
 
-    Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7). `kl`, a float or a scalar
-    tensor, is the reference point z0 of `kto_baseline`; with 0 this is TRL's `apo_zero_unpaired`. Raises InputError
-    for unlike tensors, labels that are not bool, beta at or below 0 and negative weights.
+        L = w_d (1 - s(beta (u - kl))) where desirable,
+            w_u (1 - s(beta (kl - u))) where not
+
+    With kl = 0 this is TRL's `apo_zero_unpaired`.
+
+    Args:
+        logprobs: (B,) log-probabilities of the completions under the policy.
+        ref_logprobs: (B,) those under the reference.
+        labels: (B,) bool, True where the completion is desirable.
+        kl: The reference point z0, a float or a scalar tensor: see `kto_baseline`.
+        beta: Scale of the rewards, above 0.
+        weights: (w_d, w_u), the weights of desirable and undesirable completions, at least 0.
+
+    Returns:
+        (B,) the loss of each completion.
+
+    Raises:
+        InputError: The tensors are not alike, `labels` is not bool, or an option is out of range.
+
+    References:
+        Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7.
     """
     check_logprobs(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
     _check_labels(labels, logprobs)
@@ -47,14 +68,26 @@ def kto(
     if not (0 <= desirable < math.inf and 0 <= undesirable < math.inf):
         raise InputError(f"weights is {weights!r}; expected (desirable, undesirable), both finite and at least 0.")
     x = beta * (logprobs - ref_logprobs - kl)
-    return torch.where(labels, desirable * sigmoid_loss(-x), undesirable * sigmoid_loss(x))
+    return torch.where(labels, desirable * sigmoid(-x), undesirable * sigmoid(x))
 
 
 def kto_baseline(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
-    """max(0, mean(mismatched - ref_mismatched)), a detached scalar: KTO's estimate of KL(policy || reference).
+    """KTO's estimate of KL(policy || reference), from completions that answer other prompts of the batch.
 
-    The (B,) log-probability sums are of completions paired with other prompts of the batch (Ethayarajh et al. 2024,
-    arXiv:2402.01306).
+        kl = max(0, mean(mismatched - ref_mismatched))
+
+    Args:
+        mismatched: (B,) log-probability sums of the mismatched completions under the policy.
+        ref_mismatched: (B,) those under the reference.
+
+    Returns:
+        A scalar in nats per completion, without gradient.
+
+    Raises:
+        InputError: The tensors are not alike.
+
+    References:
+        Ethayarajh et al. 2024, arXiv:2402.01306.
     """
     check_logprobs(1.0, mismatched=mismatched, ref_mismatched=ref_mismatched)
     return (mismatched - ref_mismatched).mean().clamp(min=0).detach()
@@ -68,11 +101,27 @@ def bco(
     *,
     beta: float = 0.1,
 ) -> Tensor:
-    """-log s(beta u - delta) where desirable, -log s(delta - beta u) where not.
+    """Binary classifier optimisation (BCO).
 
-    Binary classifier optimisation (Jung et al. 2024, arXiv:2404.04656). `delta`, a float or a scalar tensor, is
-    the paper's reward shift: half the sum of the running mean rewards beta u of either label, which the caller keeps.
-    Raises InputError for unlike tensors, labels that are not bool and beta at or below 0.
+        L = -log s(beta u - delta) where desirable,
+            -log s(delta - beta u) where not
+
+    Args:
+        logprobs: (B,) log-probabilities of the completions under the policy.
+        ref_logprobs: (B,) those under the reference.
+        labels: (B,) bool, True where the completion is desirable.
+        delta: The paper's reward shift, a float or a scalar tensor: half the sum of the running mean rewards beta u of
+            both labels, which the caller keeps.
+        beta: Scale of the rewards, above 0.
+
+    Returns:
+        (B,) the loss of each completion.
+
+    Raises:
+        InputError: The tensors are not alike, `labels` is not bool, or beta is not above 0.
+
+    References:
+        Jung et al. 2024, arXiv:2404.04656.
     """
     check_logprobs(beta, logprobs=logprobs, ref_logprobs=ref_logprobs)
     _check_labels(labels, logprobs)

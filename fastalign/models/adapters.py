@@ -1,18 +1,247 @@
-"""What fastalign knows of peft."""
+"""Everything that fastalign knows of peft: adapters around a model and on its layers.
+
+This is the only module that imports peft, or reads the attributes that peft puts on a module. peft takes about a second
+to import, so it is imported inside the functions that need it: a run without an adapter never pays for it.
+
+peft builds its layers at run time and gives them attributes (`lora_A`, `active_adapters`, ...) that no type checker
+sees. Such a layer is therefore annotated as `Any` here.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastalign.errors import ModelError
 
-def plain_name(name: str) -> str:
-    """A parameter's name in the model itself, without what peft puts around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+if TYPE_CHECKING:
+    from peft import LoraConfig as LoraConfig
+    from peft import PeftConfig as PeftConfig
+    from peft import PeftModel as PeftModel
+
+
+class Lora(NamedTuple):
+    """One LoRA adapter on a layer. The layer computes with `weight + scaling * b a`.
+
+    References:
+        Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    name: str
+    base: Any  # the layer that the adapter is on
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scaling: float
+    dropout: float  # probability that an input of the adapter is dropped while training
+    is_plain: bool  # nothing but `scaling * b a`: neither a bias nor a variant such as DoRA
+    is_transposed: bool  # the layer stores its weight as (in, out), as GPT-2's Conv1D does
+
+
+# Models
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, out of its wrappers."""
+    """The transformers model inside the wrappers of DDP, accelerate and peft."""
+    inner = _without_module_wrappers(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether peft has put an adapter on the model; peft marks the PeftModel and the model inside it."""
+    return hasattr(model, "peft_config")
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
+    """Puts a new adapter on a model.
+
+    Args:
+        model: the model, changed in place.
+        config: peft's configuration of the adapter.
+        seed: of the adapter's random numbers. The Trainer sets a seed too, but only after the adapter was made.
+
+    Returns:
+        The PeftModel around the model.
+
+    Raises:
+        ModelError: the configuration names layers that the model does not have, or does not fit it otherwise.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed  # its module imports peft too
+
+    set_seed(seed)
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  # peft wants a PreTrainedModel
+    except ValueError as error:
+        raise ModelError(f"The adapter does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+
+
+def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "all-linear") -> LoraConfig:
+    """The configuration of a LoRA adapter for a causal language model, as peft takes it.
+
+    Args:
+        rank: r of the factors (r, in) and (out, r).
+        alpha: the adapter is scaled by `alpha / rank`.
+        dropout: probability that an input of the adapter is dropped while training.
+        targets: "all-linear", or names of layers joined by commas.
+    """
+    from peft import LoraConfig
+
+    modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
+
+
+def peft_version() -> str:
+    """The version of peft that is installed."""
+    import peft
+
+    return peft.__version__
+
+
+def check_packable(model: nn.Module) -> None:
+    """ModelError if an adapter puts virtual tokens in front of every sequence (prompt tuning and its relatives)."""
+    inner = _without_module_wrappers(model)
+    if hasattr(inner, "get_base_model") and inner.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"The adapter type {inner.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
+            "which packed batches have no place for: use LoRA."
+        )
+
+
+def _without_module_wrappers(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with the adapter that a folder holds, which is switched on.
+
+    Args:
+        model: the base model; peft puts the adapter's layers into it.
+        folder: an adapter that was saved as safetensors.
+
+    Raises:
+        ModelError: the adapter cannot be read, or it does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # peft has no common error for adapters that do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The adapter {folder} does not fit {model.name_or_path or 'the model'}: {reason}") from error
+
+
+# Names and settings
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model itself: without the prefix and the `base_layer` that peft adds to it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a parameter, buffer or module of this name belongs to a LoRA adapter."""
+    return "lora_" in name
+
+
+def changes_nothing(state: Mapping[str, Tensor]) -> bool:
+    """Whether the LoRA adapters in a state dict leave the model as it is: every B is 0, as in a new adapter.
+
+    An adapter on an embedding starts with A = 0 and a random B instead. It is rare, so it always counts as a change.
+    """
+    lora = {name: value for name, value in state.items() if is_adapter_name(name)}
+    return not any("lora_embedding" in name or ("lora_B" in name and value.any()) for name, value in lora.items())
+
+
+def adapter_settings(model: nn.Module) -> list[tuple]:
+    """What decides an adapter's effect besides its tensors: per layer its scaling, active adapters, and if disabled."""
+    modules: list[Any] = list(model.modules())
+    layers = [layer for layer in modules if isinstance(getattr(layer, "scaling", None), dict)]
+    return [(sorted(layer.scaling.items()), layer.active_adapters, layer.disable_adapters) for layer in layers]
+
+
+# Layers
+
+
+def is_lora_linear(module: Any) -> bool:
+    """Whether the module is peft's LoRA around a plain `nn.Linear`. Its attributes decide, so peft stays unimported."""
+    base = getattr(module, "base_layer", None)
+    return type(base) is nn.Linear and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Lora]]:
+    """Every LoRA adapter of the model, active or not, with the plain name of the weight that it is on."""
+    for name, layer in model.named_modules():
+        for adapter in getattr(layer, "lora_A", None) or ():
+            yield plain_name(f"{name}.weight"), _lora(layer, adapter)
+
+
+def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
+    """The layer inside what peft wrapped around it, and the adapters that add to its output now.
+
+    Args:
+        layer: the output layer of a model.
+
+    Returns:
+        The plain layer, and its adapters. The list is empty where they are disabled, or merged into the weight.
+
+    Raises:
+        ModelError: the layer has an adapter of another kind than LoRA, whose effect on the weight is not known here.
+    """
+    if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole layer
+        copies = layer.modules_to_save
+        return unwrap_layer(layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]])
+    if not hasattr(layer, "base_layer"):
+        return layer, []
+    if not hasattr(layer, "lora_A"):
+        raise ModelError(
+            f"The output layer has an adapter of the kind {type(layer).__module__}, which fastalign cannot fold into "
+            "its weight: use LoRA, or leave the output layer out of target_modules."
+        )
+    inner, adapters = unwrap_layer(layer.base_layer)
+    if not (layer.disable_adapters or layer.merged):
+        adapters += [_lora(layer, name) for name in layer.active_adapters if name in layer.lora_A]
+    return inner, adapters
+
+
+def fusible_lora(layer: Any) -> Lora | None:
+    """The active adapter of a LoRA layer if it can be added inside the layer's own product, else None.
+
+    That needs exactly one active adapter that adds `scaling * b a` to a frozen weight and does nothing else: no
+    dropout, bias or variant, and no hook on one of the parts, since a fused product would not call it. Adapters that
+    are disabled for the moment are returned as well (see `is_disabled`).
+    """
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.merged or layer.base_layer.weight.requires_grad:
+        return None
+    lora = _lora(layer, active[0])
+    if not lora.is_plain or (layer.training and lora.dropout > 0):
+        return None
+    parts = (layer.base_layer, layer.lora_A[lora.name], layer.lora_B[lora.name])
+    return None if any(map(_is_hooked, parts)) else lora
+
+
+def is_disabled(layer: Any) -> bool:
+    """Whether the adapters on a layer are switched off, as they are while the base model is the reference."""
+    return layer.disable_adapters
+
+
+def _lora(layer: Any, name: str) -> Lora:
+    b = layer.lora_B[name]
+    return Lora(
+        name, layer.base_layer, layer.lora_A[name].weight, b.weight, layer.scaling[name],
+        dropout=getattr(layer.lora_dropout[name], "p", 0.0),
+        is_plain=name not in getattr(layer, "lora_variant", ()) and b.bias is None,
+        is_transposed=getattr(layer, "fan_in_fan_out", False),
+    )  # fmt: skip
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a hook waits for the module's calls or gradients."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)

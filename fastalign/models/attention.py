@@ -1,12 +1,21 @@
-"""Attention over packed rows: every completion sees its prompt and itself, on unmodified transformers models.
+"""Attention over packed rows on unmodified transformers models: every completion sees its prompt and itself.
 
-transformers lets a model's attention and mask functions be exchanged by name. Under the name "fastalign" the mask
-function returns, instead of a mask tensor, a `PackedMask`, which reaches every layer as its `attention_mask`; there
-the attention function runs one call for all segments (`varlen.py` on a GPU, `cpu_attention.py`), or one per segment
-where the model asks for more than those know. A segment is a run of queries over `[prefix |] itself`: a group's prompt
-and first completion are one plainly causal segment, each further completion is a segment with the prompt as its prefix.
-Nothing is computed twice, and the layout survives the recomputation of gradient checkpointing, because it is an
-argument of the layer.
+A packed row holds groups, `prompt | completion 0 | completion 1 | ...`. The prompt is computed once, and all its
+completions attend to it:
+
+    queries          keys that they see
+    prompt           prompt, causally
+    completion 0     prompt, completion 0 causally
+    completion 1     prompt, completion 1 causally        (not completion 0, which lies between them)
+
+So a row consists of *segments*. A segment is a run of queries that sees `[prefix |] itself`. A group's prompt and first
+completion together are one plainly causal segment. Each further completion is a segment with the prompt as its prefix.
+
+transformers lets a model's attention function and mask function be exchanged by name. Under the name "fastalign" the
+mask function returns a `PackedMask` instead of a mask tensor. It reaches every layer as its `attention_mask`, and the
+attention function there runs one call for all segments (`attention_gpu` on a GPU, `fastalign.ops.segment_attention` on
+a CPU), or one call per segment where the model needs something that those do not compute. Because the layout is an
+argument of the layer, gradient checkpointing passes it to the layer again when it recomputes it.
 
 Without a layout both functions do what transformers' "sdpa" does, so a prepared model generates as before.
 """
@@ -37,42 +46,47 @@ from fastalign.ops import segment_attention
 
 NAME = "fastalign"
 
-
 logger = logging.getLogger("fastalign")
 
 
 class PackedMask:
-    """What the layers of a model get as `attention_mask` while a layout is active: segments and their masks."""
+    """What the layers of a model get as `attention_mask` while a layout is active: segments and their masks.
+
+    Args:
+        layout: the groups of the row, see `fastalign.data.packing.PackedBatch`.
+        window: how many keys a query sees at most, itself included; None for all.
+    """
 
     def __init__(self, layout: tuple[Group, ...], window: int | None):
         self.window = window
-        self.segments = []
+        self.segments: list[Segment] = []
         for prompt, completions in layout:
-            head = len(self.segments)
-            self.segments.append(Segment(completions[0][1] - prompt[0], 0, head))
+            first = len(self.segments)
+            self.segments.append(Segment(completions[0][1] - prompt[0], prefix=0, source=first))
             for start, stop in completions[1:]:
-                self.segments.append(Segment(stop - start, prompt[1] - prompt[0], head))
+                self.segments.append(Segment(stop - start, prefix=prompt[1] - prompt[0], source=first))
         self.length = sum(segment.length for segment in self.segments)
         starts = [0, *accumulate(segment.length for segment in self.segments)]
-        table = [(starts[i], s.length, starts[s.head], s.prefix) for i, s in enumerate(self.segments)]
-        self.table = torch.tensor(table, device="cpu")  # as `cpu_attention` takes them
+        table = [(starts[i], s.length, starts[s.source], s.prefix) for i, s in enumerate(self.segments)]
+        self.table = torch.tensor(table, device="cpu")  # (segments, 4), as `segment_attention` takes it
         self._masks: dict[torch.device, list[Tensor | None]] = {}
         self._varlen: dict[torch.device, attention_gpu.Varlen] = {}
 
     def masks(self, device: torch.device) -> list[Tensor | None]:
-        """One boolean (queries, keys) mask per segment, True = visible; None where plain causal attention will do."""
+        """Per segment a boolean mask (queries, keys), True = visible; None where plain causal attention is enough."""
         if device not in self._masks:
             self._masks[device] = [_segment_mask(segment, self.window, device) for segment in self.segments]
         return self._masks[device]
 
     def varlen(self, device: torch.device) -> attention_gpu.Varlen:
-        """The same for a kernel that takes segments of any length."""
+        """The segments as the GPU kernels take them, which compute all of them in one call."""
         if device not in self._varlen:
             self._varlen[device] = attention_gpu.lay_out(self.segments, device)
         return self._varlen[device]
 
 
 def _segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """(queries, keys): causal against the last key, so that every query sees the whole prefix, unless a window ends."""
     keys = segment.prefix + segment.length
     if segment.prefix == 0 and (window is None or window >= keys):
         return None
@@ -85,10 +99,10 @@ _layout: ContextVar[tuple[Group, ...] | None] = ContextVar("layout", default=Non
 
 @contextmanager
 def packed_attention(layout: tuple[Group, ...] | None) -> Iterator[None]:
-    """While active, the forward of a prepared model reads its row by `layout`; None leaves attention as it is.
+    """A context in which the forward of a prepared model attends by `layout`; None leaves attention as it is.
 
-    Wrap the forward only: gradient checkpointing's recomputation in backward needs no context. Give the model
-    `use_cache=False`.
+    Only the forward needs the context, not the backward pass: gradient checkpointing recomputes a layer from its
+    arguments, and the layout is one of them. Call the model with `use_cache=False`.
     """
     token = _layout.set(layout)
     try:
@@ -98,11 +112,15 @@ def packed_attention(layout: tuple[Group, ...] | None) -> Iterator[None]:
 
 
 def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool = False, **kwargs):
+    """Stands for transformers' mask function. It returns a `PackedMask`, or refuses a rule that segments cannot have.
+
+    transformers calls it once per kind of attention (full, sliding window), with `local_size` the window.
+    """
     layout = _layout.get()
     if layout is None:
         return sdpa_mask(local_size=local_size, config=config, use_vmap=use_vmap, **kwargs)
     if "allow_is_bidirectional_skip" in kwargs:
-        raise ModelError("A layer asks for non-causal attention, which cannot be packed: use padded batches.")
+        raise ModelError("A layer needs non-causal attention, which cannot be packed: use padded batches.")
     if use_vmap:
         raise ModelError(
             "The model adds its own rule to the attention mask, which cannot be packed: use padded batches."
@@ -123,13 +141,13 @@ def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool
     return mask
 
 
-class Options(NamedTuple):
-    """What a model asks of its attention besides queries, keys and values; `sinks` is (heads,)."""
+class AttentionOptions(NamedTuple):
+    """What attention depends on besides queries, keys, values and the mask."""
 
-    dropout: float
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
+    dropout: float  # probability that an attention weight is dropped
+    scaling: float  # factor of the scores
+    softcap: float | None  # bound of the scores' absolute value
+    sinks: Tensor | None  # (heads,), a further logit per head whose probability attends to nothing (gpt-oss)
 
 
 def _attention_function(
@@ -144,7 +162,8 @@ def _attention_function(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:  # (B, T, heads, Dv)
-    options = Options(dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    """Stands for transformers' attention function, with and without a layout."""
+    options = AttentionOptions(dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if isinstance(attention_mask, PackedMask):
         for name in ("position_bias", "head_mask", "cache"):
             if kwargs.get(name) is not None:
@@ -153,6 +172,7 @@ def _attention_function(
                 )
         return _packed_attention(query, key, value, attention_mask, options), None
     if not query.is_cuda and not has_native_matmul(dtype := query.dtype):
+        # The CPU has no instructions for products of this dtype: float32 is faster, and rounds less.
         wide = (t.float() for t in (query, key, value))
         with torch.autocast("cpu", enabled=False):
             output, _ = _attention_function(module, *wide, attention_mask, dropout, scaling, softcap, s_aux, **kwargs)
@@ -162,7 +182,10 @@ def _attention_function(
     return explicit_attention(query, key, value, attention_mask, options).transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: Options) -> Tensor:
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedMask, options: AttentionOptions
+) -> Tensor:
+    """Attention over a packed row by the fastest way that computes what the model needs; (1, T, heads, Dv)."""
     if name := attention_gpu.kernel(query, value, options.dropout, options.softcap, options.sinks):
         return attention_gpu.attend(
             name, query, key, value, packed.varlen(query.device), window=packed.window, dropout=options.dropout,
@@ -182,20 +205,21 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedM
     return _by_segments(attend, query, key, value, packed, options)
 
 
-def _by_segments(attend: Callable, query, key, value, packed: PackedMask, options: Options) -> Tensor:
+def _by_segments(attend: Callable, query, key, value, packed: PackedMask, options: AttentionOptions) -> Tensor:
+    """One call of `attend` per segment, over copies of the prompt's keys and values; (1, T, heads, Dv)."""
     sizes = [segment.length for segment in packed.segments]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     outputs = []
     for i, (segment, mask) in enumerate(zip(packed.segments, packed.masks(query.device), strict=True)):
         k, v = keys[i], values[i]
         if segment.prefix:
-            k, v = (torch.cat([x[segment.head][:, :, : segment.prefix], x[i]], dim=2) for x in (keys, values))
+            k, v = (torch.cat([x[segment.source][:, :, : segment.prefix], x[i]], dim=2) for x in (keys, values))
         outputs.append(attend(queries[i], k, v, mask, options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """SDPA of one segment; no mask means causal."""
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Attention over one segment by torch's `scaled_dot_product_attention`; no mask means causal."""
     groups = query.shape[1] // key.shape[1]
     # The CPU kernel reads grouped keys in place; the CUDA kernels that take a mask do not.
     if groups > 1 and query.is_cuda and mask is not None:
@@ -205,8 +229,21 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, option
     )
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """softmax(softcap * tanh(q k' scaling / softcap)) v, attention sinks as one more logit; no mask means causal."""
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attention with a soft cap and sinks, written out: softmax(softcap * tanh(scaling q k' / softcap)) v.
+
+    Args:
+        query: (B, heads, Tq, D).
+        key: (B, kv_heads, Tk, D).
+        value: (B, kv_heads, Tk, Dv).
+        mask: boolean (Tq, Tk) or (B, 1 or heads, Tq, Tk), True = visible; None means causal.
+        options: dropout, scaling, soft cap, and the sinks, which enter the softmax as one more logit per head.
+
+    Returns:
+        (B, heads, Tq, Dv).
+    """
     kv_heads = key.shape[1]
     query = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, heads / kv_heads, Tq, D)
     scores = query @ key.unsqueeze(2).transpose(-1, -2) * options.scaling
@@ -216,7 +253,7 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         mask = mask.tril() if mask.shape[0] > 1 else mask
     mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
-    # The smallest finite number, not -inf: a padding row may see no key at all.
+    # The smallest finite number and not -inf: a row of padding may see no key at all, and would become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if options.sinks is not None:
         sinks = options.sinks.to(scores.dtype).view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)

@@ -1,7 +1,8 @@
-"""Attention over segments of different lengths in one GPU kernel: flash-attn's where that is installed, else torch's.
+"""Attention over segments of different lengths in one GPU kernel: flash-attn's where it is installed, else torch's.
 
-Keys and values are laid out once more, so that a segment's prefix lies before it: a prompt that several completions see
-is there once for each. Both kernels align their causal mask to the last key, as a prefix needs it.
+Both kernels take `cu_seqlens`, so a segment's keys must lie next to each other. Keys and values are therefore gathered
+into a longer layout, in which each segment's prefix lies right before it. A prompt that several completions see is
+there once for each of them. Both kernels align their causal mask to the last key, so every query sees the whole prefix.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,40 +18,47 @@ from torch.autograd.function import once_differentiable
 
 
 class Segment(NamedTuple):
-    """`length` queries that see the first `prefix` tokens of segment `head`, then themselves causally."""
+    """`length` queries that see the first `prefix` tokens of segment number `source`, and themselves causally."""
 
     length: int
     prefix: int
-    head: int
+    source: int
 
 
 class Varlen(NamedTuple):
-    """Where the keys of T queries come from, and what the kernels are told."""
+    """Which tokens the K gathered keys of a row of T tokens are, and the kernels' description of the segments."""
 
-    key_index: Tensor  # (K,) int64, the token whose key each one is
-    own: Tensor  # (T,) int64, where among the K each token's own is
-    repeats: tuple[tuple[Tensor, Tensor], ...]  # (where among the K, token): the others, no token twice in one of them
+    key_index: Tensor  # (K,) int64, the token that each gathered key belongs to
+    own: Tensor  # (T,) int64, the place among the K of each token's key in the segment that the token is in
+    # The other places, those of prefixes, as pairs (places, tokens). No token is twice in one pair.
+    repeats: tuple[tuple[Tensor, Tensor], ...]
     cu_seqlens_q: Tensor  # (segments + 1,) int32
-    cu_seqlens_k: Tensor
+    cu_seqlens_k: Tensor  # (segments + 1,) int32
     longest_q: int
     longest_k: int
 
 
 def lay_out(segments: Sequence[Segment], device: torch.device) -> Varlen:
-    """The keys of packed segments, on the device."""
+    """Gathers the keys of packed segments: each segment's prefix, then the segment.
+
+    Args:
+        segments: those of one row, in order.
+        device: where the index tensors are made.
+    """
     starts = [0]
     for segment in segments:
         starts.append(starts[-1] + segment.length)
     keys, own, bounds, seen, repeats = [], [], [0], {}, []
     for segment, start in zip(segments, starts, strict=False):
-        head = starts[segment.head]
+        source = starts[segment.source]
         if segment.prefix:
-            level = seen[segment.head] = seen.get(segment.head, -1) + 1
+            # The n-th segment with the same prefix goes into the n-th pair, so that no pair holds a token twice.
+            level = seen[segment.source] = seen.get(segment.source, -1) + 1
             if level == len(repeats):
                 repeats.append(([], []))
             repeats[level][0].extend(range(len(keys), len(keys) + segment.prefix))
-            repeats[level][1].extend(range(head, head + segment.prefix))
-        keys += range(head, head + segment.prefix)
+            repeats[level][1].extend(range(source, source + segment.prefix))
+        keys += range(source, source + segment.prefix)
         own += range(len(keys), len(keys) + segment.length)
         keys += range(start, start + segment.length)
         bounds.append(len(keys))
@@ -66,8 +74,11 @@ def lay_out(segments: Sequence[Segment], device: torch.device) -> Varlen:
 
 
 class _Keys(torch.autograd.Function):
-    """key, value (T, heads, D) -> key[key_index], value[key_index]. The gradient adds a token's repeats in their order:
-    the same from run to run, without the sorting that autograd's own needs for that."""
+    """key and value (T, heads, D) -> key[key_index] and value[key_index], (K, heads, D).
+
+    The gradient of a token is the sum over its places, added in a fixed order: first its own, then one pair of
+    `repeats` after another. So it is the same from run to run, for which autograd's gradient of indexing has to sort.
+    """
 
     @staticmethod
     def forward(ctx, key: Tensor, value: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
@@ -90,7 +101,7 @@ def _folded(grad: Tensor, varlen: Varlen) -> Tensor:
 @cache
 def _flash_attn() -> Callable | None:
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  # optional
     except ImportError:
         return None
     return flash_attn_varlen_func
@@ -98,8 +109,11 @@ def _flash_attn() -> Callable | None:
 
 @cache
 def _torch_varlen() -> Callable | None:
-    """torch's kernel, where it was built with one; grouped keys have to be asked for where the function knows of them,
-    and are taken where not."""
+    """The kernel of torch, if torch was built with one.
+
+    Newer versions of the function need `enable_gqa=True` for fewer key heads than query heads. Older ones lack the
+    argument and accept them.
+    """
     if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return None
     try:
@@ -110,7 +124,11 @@ def _torch_varlen() -> Callable | None:
 
 
 def kernel(query: Tensor, value: Tensor, dropout: float, softcap: float | None, sinks: Tensor | None) -> str | None:
-    """ "flash-attn" or "torch", whichever takes (B, heads, T, D) with these options; None: neither."""
+    """The kernel for (B, heads, T, D) with these options: "flash-attn", "torch", or None if neither computes it.
+
+    Both need 16-bit tensors, a width of at most 256 and a GPU of compute capability 8.0. torch's kernel has neither
+    dropout nor a soft cap.
+    """
     width = query.shape[-1]
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if not half or sinks is not None or width != value.shape[-1] or width > 256:
@@ -126,15 +144,31 @@ def attend(
     name: str, query: Tensor, key: Tensor, value: Tensor, varlen: Varlen, *, window: int | None, dropout: float,
     scaling: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """query (1, heads, T, D), key and value (1, kv_heads, T, D) -> (1, T, heads, D), by the kernel `name`."""
+    """Attention over all segments of a row in one call.
+
+    Args:
+        name: the kernel, as `kernel` returned it.
+        query: (1, heads, T, D).
+        key: (1, kv_heads, T, D).
+        value: (1, kv_heads, T, D).
+        varlen: the segments.
+        window: how many keys a query sees at most, itself included; None for all.
+        dropout: probability that an attention weight is dropped.
+        scaling: factor of the scores.
+        softcap: bound of the scores' absolute value; None for no bound.
+
+    Returns:
+        (1, T, heads, D).
+    """
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if varlen.repeats:  # without a prefix keys lie where they are to be
+    if varlen.repeats:  # without a prefix the keys lie in the right order already
         k, v = _Keys.apply(k, v, varlen)
     sizes = varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.longest_q, varlen.longest_k
     before = -1 if window is None else window - 1
+    run: Any = _torch_varlen() if name == "torch" else _flash_attn()
     if name == "torch":
-        return _torch_varlen()(q, k, v, *sizes, scale=scaling, window_size=(before, 0)).unsqueeze(0)
-    return _flash_attn()(
+        return run(q, k, v, *sizes, scale=scaling, window_size=(before, 0)).unsqueeze(0)
+    return run(
         q, k, v, *sizes, dropout_p=dropout, softmax_scale=scaling, causal=True,
         window_size=(-1, -1) if window is None else (before, 0), softcap=softcap or 0.0,
     ).unsqueeze(0)  # fmt: skip

@@ -8,11 +8,21 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from fastalign.errors import DataError, ModelError
+from fastalign.models.vocabulary import embedding_rows
 
 
 def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
-    """ModelError or DataError unless the model knows every token and has a position for the longest row."""
-    vocab = model.get_input_embeddings().weight.shape[0]
+    """Checks that the model knows every token of a data set and has a position for the longest row.
+
+    Args:
+        dataset: rows with `prompt_ids` and `completion_ids`.
+        model: the transformers model itself.
+
+    Raises:
+        ModelError: a token's number is not below the number of embeddings.
+        DataError: a prompt and its longest completion have more tokens than the model has positions.
+    """
+    vocab = embedding_rows(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
     if largest >= vocab:

@@ -1,95 +1,102 @@
-"""The output layer of a model, as the ops take it."""
+"""The output layer of a model, in the form that the ops take it. No other module reads an output layer."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import Lora, unwrap_layer
+from fastalign.models.quantization import float_weight
 from fastalign.ops.linear_divergence import linear_divergence
 
 
 class Head(NamedTuple):
-    """The output layer of a model, as `linear_logprobs` takes it."""
+    """The output layer of a model: logits are `softcap * tanh(logit_scale * (h W' + bias) / softcap)`.
 
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    Attributes:
+        weight: (V, H) floating point, with the adapters on the layer added to it.
+        bias: (V,), or None.
+        logit_scale: factor of the logits, applied before the soft cap.
+        softcap: bound of the logits' absolute value; None for no bound.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
     logit_scale: float
     softcap: float | None
 
     def detach(self) -> Head:
-        """The same numbers, whatever becomes of the parameters they are in."""
+        """The same numbers without a gradient."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def first(self, count: int) -> Head:
         """The layer of the first `count` entries of the vocabulary, or of all where there are fewer."""
         if count >= self.weight.shape[0]:
-            return self  # a slice would cost its gradient a copy
+            return self  # slicing all rows would cost a copy of the gradient
         return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
+        """Everything but the weight, as keyword arguments of `linear_logprobs` and its relatives."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """Weight, bias, scale and soft cap of the model's output layer, adapters on it included."""
+    """Weight, bias, scale and soft cap of the model's output layer, with the adapters on it added to the weight.
+
+    Args:
+        model: the transformers model itself; `causal_lm(model)` takes it out of its wrappers.
+
+    Raises:
+        ModelError: the model has no output layer, or the layer has an adapter or a quantisation that cannot be
+            expressed as one weight.
+    """
     layer = model.get_output_embeddings()
     if layer is None:
         raise ModelError(f"{type(model).__name__} has no output layer: load it as a causal language model.")
     config = model.config.get_text_config()
+    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     if divisor := getattr(config, "logits_scaling", None):
         scale /= float(divisor)
-    weight, bias = _effective_weight(layer)
-    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options) -> Tensor:
-    """Per token, how far the model's next-token distribution is from a teacher's; (S, H) and (S, G) -> (S,).
-
-    options: those of `linear_divergence` beside the heads' own.
-    """
-    own = {f"teacher_{name}": value for name, value in teacher.options().items()}
-    return linear_divergence(hidden, head.weight, teacher_hidden, teacher.weight, **head.options(), **own, **options)
-
-
-def _effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole layer
-        active = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
-        return _effective_weight(active)
-    if not hasattr(layer, "base_layer"):
-        return _plain_weight(layer), layer.bias if isinstance(getattr(layer, "bias", None), Tensor) else None
-    weight, bias = _effective_weight(layer.base_layer)
-    if layer.disable_adapters or layer.merged:
-        return weight, bias
-    for adapter in layer.active_adapters:
-        if adapter not in layer.lora_A:
-            continue
-        dropout = layer.lora_dropout[adapter]
-        variant = adapter in getattr(layer, "lora_variant", {}) or layer.lora_B[adapter].bias is not None
-        if getattr(dropout, "p", 0.0) > 0 or variant:
-            raise ModelError(
-                f"The adapter {adapter!r} on the output layer uses dropout, a bias or a LoRA variant, which fastalign "
-                "cannot fold into its weight: set lora_dropout=0 and plain LoRA, or leave the output layer out of "
-                "target_modules."
-            )
-        # B A formed here, not peft's own, so that the product stays in the adapter's float32
-        delta = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
-        weight = weight + delta.to(weight.dtype)
-    return weight, bias
-
-
-def _plain_weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    if weight.is_floating_point():
-        return weight
-    if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bits
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    raise ModelError(
-        f"The output layer holds {weight.dtype} weights of an unknown quantisation; load it unquantised "
-        "(llm_int8_skip_modules=['lm_head'])."
+    plain, adapters = unwrap_layer(layer)
+    weight, bias = float_weight(plain.weight), getattr(plain, "bias", None)
+    for lora in adapters:
+        weight = _with_adapter(weight, lora)
+    return Head(
+        weight, bias if isinstance(bias, Tensor) else None, scale, getattr(config, "final_logit_softcapping", None)
     )
+
+
+def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options: Any) -> Tensor:
+    """Per token, the divergence of the model's next-token distribution from a teacher's.
+
+    Args:
+        hidden: (S, H) hidden states of the model.
+        head: the model's output layer.
+        teacher_hidden: (S, G) hidden states of the teacher.
+        teacher: the teacher's output layer.
+        options: those of `fastalign.linear_divergence` that do not describe the output layers (`divergence`,
+            `temperature`, ...).
+
+    Returns:
+        (S,) float32, in nats.
+    """
+    of_teacher = {f"teacher_{name}": value for name, value in teacher.options().items()}
+    return linear_divergence(
+        hidden, head.weight, teacher_hidden, teacher.weight, **head.options(), **of_teacher, **options
+    )
+
+
+def _with_adapter(weight: Tensor, lora: Lora) -> Tensor:
+    """`weight + scaling * b a`, (V, H), in the weight's dtype."""
+    if lora.dropout > 0 or not lora.is_plain:
+        raise ModelError(
+            f"The adapter {lora.name!r} on the output layer uses dropout, a bias or a LoRA variant, which fastalign "
+            "cannot fold into its weight: set lora_dropout=0 and plain LoRA, or leave the output layer out of "
+            "target_modules."
+        )
+    # peft's own `get_delta_weight` would round to the weight's dtype. Here the product stays in the adapter's float32.
+    return weight + (lora.b @ lora.a * lora.scaling).to(weight.dtype)

@@ -1,8 +1,14 @@
-"""How the batches of a model may be laid out, found out by running it on a few tokens."""
+"""How the batches of a model may be laid out. A run of the model on a few tokens (the probe) decides.
+
+Whether a model can be packed depends on code that differs from architecture to architecture: how it makes its masks,
+whether it reads `position_ids`, whether it carries a state along the row. A list of architectures would miss new ones,
+and a wrong layout gives no error, only wrong numbers. So the probe compares numbers: the hidden states of a packed row
+must equal those of separate rows, in which nothing can leak between sequences.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +16,32 @@ from transformers import PreTrainedModel
 
 from fastalign.data.packing import PackedBatch, pack, pad
 from fastalign.errors import ModelError
+from fastalign.models.adapters import causal_lm, check_packable
 from fastalign.models.attention import NAME, logger, packed_attention
 from fastalign.models.linear import has_native_matmul
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.vocabulary import embedding_rows
 
 
 def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
-    """Sets the attention of a causal model, and finds out by a forward of a few tokens how batches may be laid out.
+    """Sets the attention of a causal model, and runs it on a few tokens to find how its batches may be laid out.
 
     Args:
         model: a transformers model with its weights loaded, or a PeftModel around one. It is changed in place (its
             attention implementation), except where it must keep its own.
 
     Returns:
-        "shared": `pack(examples)`; the model honours positions and keeps completions apart.
-        "packed": `pack(examples, share_prompts=False)`; the model keeps whole sequences apart by itself.
-        "padded": `pad(examples, pad_token_id)`; for instance models with recurrent state.
-        Results are the same. Anything but "shared" is said once, as a warning of the logger "fastalign".
+        The best layout that gives the results of separate sequences:
+
+        - "shared": `pack(examples)`; the model honours positions and keeps completions apart.
+        - "packed": `pack(examples, share_prompts=False)`; the model keeps whole sequences apart by itself.
+        - "padded": `pad(examples, pad_token_id)`; for instance models with recurrent state.
+
+        For "packed" and "padded" the logger "fastalign" gives one warning with the reason.
 
     Raises:
-        ModelError: not a transformers model, an encoder-decoder, not causal, or an adapter that adds virtual tokens.
+        ModelError: the model is no transformers model, is an encoder-decoder, is not causal, or has an adapter that
+            adds virtual tokens.
     """
     base = _base_model(model)
     with evaluation_mode(base):
@@ -41,36 +53,35 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
 
 
 def _find_layout(base: PreTrainedModel) -> tuple[Literal["shared", "packed", "padded"], str | None]:
-    body, stock = base.base_model, base.config._attn_implementation
+    """The layout, and why it is not "shared"."""
+    body: Any = base.base_model
+    stock: Any = base.config._attn_implementation  # transformers annotates it wider than its setter takes
     if type(base)._can_set_attn_implementation() and base.device.type == "cpu" and not has_native_matmul(base.dtype):
-        base.set_attn_implementation(NAME)  # the same rounding as in a packed row: a model's own is coarser
-    reference = _Reference(body)
-    # Recurrent blocks carry a short convolution over time, and both run across sequence boundaries.
+        # fastalign's attention widens to float32 here. The stock attention rounds more coarsely, and that difference
+        # would look like a wrong layout, so the baseline is computed by fastalign's attention as well.
+        base.set_attn_implementation(NAME)
+    baseline = _Baseline(body)
+    # Recurrent blocks carry a short convolution over time, which runs across sequence boundaries as their state does.
     if any(isinstance(module, nn.Conv1d) for module in base.get_decoder().modules()):
         return "padded", "it has layers with recurrent state"
     reason = "it does not use transformers' AttentionInterface"
     if type(base)._can_set_attn_implementation():
         base.set_attn_implementation(NAME)
-        reason = reference.mismatch(body, share_prompts=True)
+        reason = baseline.mismatch(body, share_prompts=True)
         if reason is None:
             return "shared", None
         base.set_attn_implementation(stock)
-    return "padded" if reference.mismatch(body, share_prompts=False) else "packed", reason
+    return "padded" if baseline.mismatch(body, share_prompts=False) else "packed", reason
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:
-    if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"The adapter type {model.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
-                "which packed batches have no place for: use LoRA."
-            )
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"Expected a transformers PreTrainedModel or a PeftModel, got {type(model).__name__}.")
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder: only causal language models are supported.")
-    return model
+    check_packable(model)
+    base = causal_lm(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ModelError(f"Expected a transformers PreTrainedModel or a PeftModel, got {type(base).__name__}.")
+    if base.config.is_encoder_decoder:
+        raise ModelError(f"{type(base).__name__} is an encoder-decoder: only causal language models are supported.")
+    return base
 
 
 # Two groups of (prompt, completions); tokens count from the middle of the vocabulary, away from special tokens.
@@ -78,7 +89,6 @@ _PROBE = (
     ([0, 1, 2], [[3, 4, 5], [6, 7]]),
     ([8, 9], [[10], [11, 12, 13]]),
 )
-
 
 # The same with other tokens before the last of each prompt, to see how much the context matters to the model at hand.
 _OTHER_CONTEXT = (
@@ -88,7 +98,7 @@ _OTHER_CONTEXT = (
 
 
 def _examples(body: PreTrainedModel, probe: tuple) -> list[dict]:
-    vocabulary = body.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(body)
 
     def tokens(offsets):
         return [(vocabulary // 3 + offset) % vocabulary for offset in offsets]
@@ -98,7 +108,8 @@ def _examples(body: PreTrainedModel, probe: tuple) -> list[dict]:
 
 @torch.no_grad()
 def _hidden(body: PreTrainedModel, batch: PackedBatch, *, positions: bool = True) -> Tensor:
-    batch = batch.to(body.get_input_embeddings().weight.device)
+    """Hidden states (S, H) that predict the batch's scored tokens; without `positions` the model counts them itself."""
+    batch = batch.to(next(body.get_input_embeddings().parameters()).device)
     inputs = batch.model_inputs() if positions else {"input_ids": batch.input_ids}
     with packed_attention(batch.layout):
         hidden = body(**inputs, use_cache=False)[0]
@@ -106,7 +117,7 @@ def _hidden(body: PreTrainedModel, batch: PackedBatch, *, positions: bool = True
 
 
 def _alone(body: PreTrainedModel) -> Tensor:
-    """Hidden states of the probe (S, H), each sequence in a row of its own, its positions left to the model."""
+    """Hidden states of the probe (S, H), with each sequence in a separate row and without `position_ids`."""
     rows = [
         {"prompt_ids": example["prompt_ids"], "completion_ids": [completion]}
         for example in _examples(body, _PROBE)
@@ -115,18 +126,21 @@ def _alone(body: PreTrainedModel) -> Tensor:
     return torch.cat([_hidden(body, pack([row]), positions=False) for row in rows])
 
 
-class _Reference:
-    """Hidden states of the probe from padded rows, as a rule by the model's own attention, and what counts as equal."""
+class _Baseline:
+    """Hidden states of the probe in padded rows, as a rule by the model's stock attention, and what counts as equal."""
 
     def __init__(self, body: PreTrainedModel):
         batch = pad(_examples(body, _PROBE), pad_token_id=0)
         self.hidden = _hidden(body, batch)
         others = _hidden(body, pad(_examples(body, _OTHER_CONTEXT), pad_token_id=0))
-        # Measured as a share of what another context changes: one token too many, or a wrong position, makes 0.1 to 2.
-        # Rounding by the same attention stays under 5e-6 in float32 and 1.3 eps in bfloat16 over 30 layers; two kinds
-        # of attention, which round differently at every layer, are 9 eps apart there.
+        # Differences are measured as a share of what another context changes, since the size of hidden states differs
+        # from model to model. Shares that were seen:
+        # - a wrong layout (one visible token too many, or a wrong position): 0.1 to 2;
+        # - rounding, by the same attention: under 5e-6 in float32, 1.3 eps in bfloat16, over 30 layers;
+        # - rounding, by two kinds of attention, which round differently at every layer: 9 eps in bfloat16.
         context, eps = _distance(self.hidden, others).mean(), torch.finfo(others.dtype).eps
         self.same, self.close = (max(1e-4, share * eps) * context for share in (4, 16))
+        # The first scored token of both completions is predicted from the same prompt; only later tokens differ.
         before_first, before_second = self.hidden[batch.cu_seqlens[:2]]
         if _distance(before_first, before_second) > self.same:
             raise ModelError(
@@ -135,12 +149,15 @@ class _Reference:
             )
 
     def mismatch(self, body: PreTrainedModel, *, share_prompts: bool) -> str | None:
-        """Why a packed row, by the attention the model has now, gives other hidden states, or None if it does not."""
+        """Why a packed row, by the attention that the model has now, gives other hidden states; None if it does not.
+
+        Two comparisons, so that the reason can be named: separate rows with the baseline (is the attention the same
+        function?), and the packed row with separate rows (does the layout keep sequences apart?).
+        """
         try:
             alone = _alone(body)
             packed = _hidden(body, pack(_examples(body, _PROBE), share_prompts=share_prompts))
-        # Whatever stops a model's own code from taking packed input is a reason to lay it out otherwise.
-        except Exception as error:
+        except Exception as error:  # whatever error the model's code raises, it cannot take packed input
             return f"{type(error).__name__}: {error}"
         if not (_distance(alone, self.hidden) <= self.close).all():
             return "its hidden states by fastalign's attention differ from those by its own"
@@ -150,4 +167,5 @@ class _Reference:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """(S, H), (S, H) -> (S,): the length of each row's difference."""
     return (a - b).double().norm(dim=-1)

@@ -1,17 +1,20 @@
-"""Linear layers whose adapters round nothing away and leave no temporaries; the faster product where a CPU has two.
+"""Linear layers that add a LoRA adapter before the result is rounded, and that use the faster product of a CPU.
 
-peft adds an adapter as `result + lora_B(lora_A(x)) * scaling`. In 16 bits `result` has been rounded by then, and all
-of an adapter below half a unit in the last place of it is lost, always and not on average: a young adapter has hardly
-any effect, and learns late. It also takes three more passes over the layer's output in forward and as many in backward.
-Here the adapter's product accumulates into the layer's, and the sum is rounded once.
+**The adapter is summed before rounding.** peft computes `result + lora_B(lora_A(x)) * scaling`. In 16 bits `result` is
+rounded by then. What the adapter adds is lost wherever it is smaller than half a unit in the last place of `result`.
+This happens at every step, not only on average, so a young adapter has hardly any effect and learns late. The sum also
+takes three more passes over the layer's output in forward, and three in backward. Here the adapter's product is
+accumulated into the layer's product in float32, and the sum is rounded once.
 
-A CPU without bfloat16 instructions multiplies 16-bit matrices several times slower than float32 ones: there they are
-widened and multiplied in float32. Otherwise everything is multiplied in 16 bits, an adapter's float32 factors rounded
-for it as autocast does: on a CPU `[x, x A'] [W, s B]'`, one product; on a GPU `x W'` onto `(x A') (s B)'`, which copies
-no weight and launches half as much: small models wait for launches there.
+**Which product is used.** Adapter factors are float32; where products are in 16 bits they are rounded to 16 bits first,
+as autocast does.
 
-float32 is multiplied by MKL in torch, which leaves AVX-512 alone on AMD's processors: there oneDNN's product, which
-torch has too, is twice as fast.
+- CPU with instructions for the dtype: one product in 16 bits, `[x, x A'] [W, s B]'`.
+- CPU without them: 16-bit products would be several times slower than float32 ones. Operands are widened to float32.
+- float32 on an AMD CPU with AVX-512: oneDNN's product. torch multiplies float32 with MKL, which does not use AVX-512 on
+  AMD processors, where oneDNN is twice as fast.
+- GPU, 16 bits: `x W'` is added onto `(x A') (s B)'`. This copies no weight and takes half as many kernel launches, on
+  which small models wait.
 """
 
 from __future__ import annotations
@@ -19,42 +22,40 @@ from __future__ import annotations
 import os
 import types
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-LOW = (torch.bfloat16, torch.float16)
-ORDINARY = (Tensor, nn.Parameter)
+from fastalign.models.adapters import fusible_lora, is_disabled, is_lora_linear
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Subclasses of Tensor may be sharded or quantised: only torch's own functions know how to multiply those.
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def speed_up_linear(model: nn.Module) -> None:
-    """Lets the model's `nn.Linear` and plain LoRA layers take the ways above where they apply; changed in place.
+    """Lets the model's `nn.Linear` layers and plain LoRA layers use the products above; the model is changed in place.
 
-    Each call looks whether they do (LoRA: one active adapter on a frozen, unquantised layer, without dropout, bias,
-    variant or hooks; on a GPU in 16 bits alone) and otherwise goes the layer's own way. Results are the same up to
-    rounding, of which there is less.
+    Each call of a layer decides anew whether such a product applies, and otherwise runs the layer's original forward.
+    A LoRA layer qualifies with one active adapter on a frozen, unquantised layer, without dropout, bias, variant or
+    hooks; on a GPU in 16 bits only. Results are the same up to rounding, and are rounded less often.
     """
     for module in model.modules():
         if "forward" in vars(module):
-            continue  # patched before, by us or by someone with other plans
+            continue  # already patched
         if type(module) is nn.Linear:
             module.forward = types.MethodType(_linear, module)
-        elif _is_lora(module):
+        elif is_lora_linear(module):
             module.forward = types.MethodType(_lora_linear, module)
 
 
-def _is_lora(module: nn.Module) -> bool:
-    """peft's LoRA around a plain linear layer; told by its parts, since peft need not be imported to use fastalign."""
-    base = getattr(module, "base_layer", None)
-    return type(base) is nn.Linear and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
-
-
 def keep_few_primitives() -> None:
-    """Lets oneDNN keep 64 compiled products, where the environment does not say how many; before it is first used.
+    """Limits oneDNN's cache to 64 compiled products, unless the environment sets a limit. Call it before the first one.
 
-    It keeps 1024, a third of a megabyte each, one for each shape it meets, and packed rows are of another length at
-    each step: nothing is found again but what the layers of one step share.
+    The default is 1024 products of a third of a megabyte each, one per shape. Packed rows have a new length every step,
+    so a cached product is reused only within that step.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
@@ -64,12 +65,12 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products of this dtype."""
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype not in LOW
+    return dtype not in HALF_DTYPES
 
 
 @cache
 def _onednn_for_float32() -> bool:
-    """Whether this is a CPU on which oneDNN multiplies float32 faster than MKL, and torch was built with it."""
+    """Whether oneDNN multiplies float32 faster than MKL on this CPU, and torch was built with it."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     faster = has.get("avx512_f", False) and has.get("cpu_name", "").startswith("AMD")
     return faster and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -78,135 +79,140 @@ def _onednn_for_float32() -> bool:
 def _linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x weight' + bias` by whichever library is faster, without a gradient."""
     by_onednn = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _onednn_for_float32()
-    if by_onednn and x.numel():  # of no terms its sums are not zeros, but what lay there
-        bias = None if bias is None else bias.contiguous()  # its stride would not be looked at
+    if by_onednn and x.numel():  # with zero rows or columns oneDNN leaves the output uninitialised
+        bias = None if bias is None else bias.contiguous()  # oneDNN ignores the stride of a bias
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return linear(x, weight, bias)
 
 
 def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Of torch's own product: autocast's, which leaves float64 alone, or the tensors'."""
+    """The dtype that torch's product would have: that of autocast, which leaves float64 alone, or the tensors'."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype if weight.dtype in LOW else x.dtype
+    return weight.dtype if weight.dtype in HALF_DTYPES else x.dtype
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are ordinary tensors of one CPU or GPU: subclasses and functorch know torch's own products alone."""
-    ordinary = type(x) in ORDINARY and type(weight) in ORDINARY and not torch._C._are_functorch_transforms_active()
-    return ordinary and x.device.type == weight.device.type in ("cpu", "cuda")
+    """Whether both are plain tensors on one CPU or GPU, and no transform of torch.func (vmap, grad, ...) is active."""
+    plain = type(x) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS
+    on_one_device = x.device.type == weight.device.type in ("cpu", "cuda")
+    return plain and on_one_device and not torch._C._are_functorch_transforms_active()
 
 
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
+    """The forward of `nn.Linear` where torch's product is not the fastest one."""
     if not _is_plain(x, self.weight) or x.is_cuda:
         return type(self).forward(self, x)
     dtype = _result_dtype(x, self.weight)
     if not _is_slow(dtype, x.dtype, self.weight.dtype):
         return type(self).forward(self, x)
-    return _Product.apply(x, self.weight, self.bias, None, None, 0.0, dtype)
+    return LoraLinearCpu.apply(x, self.weight, self.bias, None, None, 0.0, dtype)
 
 
 def _is_slow(result: torch.dtype, *inputs: torch.dtype) -> bool:
-    """Whether torch's own product of these is not the fastest that the CPU can do."""
+    """Whether the CPU has a faster product of these dtypes than torch's own."""
     float32 = all(dtype == result == torch.float32 for dtype in inputs)
     return not has_native_matmul(result) or (float32 and _onednn_for_float32())
 
 
-def _lora_linear(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    base = self.base_layer
-    adapter = _plain_adapter(self) if _is_plain(x, base.weight) and not (args or kwargs) else None
-    if adapter is None:
+def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of peft's LoRA layer, as one fused product where that computes the same."""
+    lora = None if args or kwargs else fusible_lora(self)
+    if lora is None or lora.a.dtype in HALF_DTYPES or not _is_plain(x, lora.base.weight):
         return type(self).forward(self, x, *args, **kwargs)
-    dtype = _result_dtype(x, base.weight)
-    if x.is_cuda and not _is_fast_on_gpu(base.weight, dtype, self.r[adapter]):
+    weight, bias, b = lora.base.weight, lora.base.bias, lora.b
+    dtype = _result_dtype(x, weight)
+    if x.is_cuda and not _is_fast_on_gpu(weight, dtype, rank=lora.a.shape[0]):
         return type(self).forward(self, x)
-    a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
-    if self.disable_adapters:
-        drops = getattr(self.lora_dropout[adapter], "p", 0.0) > 0  # then the policy goes peft's way while it is trained
-        if drops or (not x.is_cuda and (not _joins(dtype) or _zeros_keep_bits())):
+    if is_disabled(self):
+        # The reference must have the policy's bits where their weights are equal. So it takes the policy's product
+        # with B = 0, except where peft's forward gives the same bits:
+        # - the adapter has dropout: then the policy, while it is trained, does not take the fused product either;
+        # - on a CPU, the two products are separate, or columns of zeros do not change the bits of one product.
+        same_bits = lora.dropout > 0 or (not x.is_cuda and (not _fuses_adapter(dtype) or _zeros_keep_bits()))
+        if same_bits:
             return type(self).forward(self, x)
-        b = torch.zeros_like(b)  # the reference takes the policy's product, for its bits
+        b = torch.zeros_like(b)
     if x.is_cuda:
-        return _Added.apply(x, base.weight, base.bias, a, b, scaling)
-    return _Product.apply(x, base.weight, base.bias, a, b, scaling, dtype)
-
-
-def _plain_adapter(layer: nn.Module) -> str | None:
-    """The one active adapter of a LoRA layer, if nothing but `s B A` is asked of it."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.merged or active[0] in layer.lora_variant:
-        return None
-    (name,) = active
-    dropout = layer.lora_dropout[name]
-    drops = layer.training and getattr(dropout, "p", 0.0) > 0
-    odd = layer.lora_B[name].bias is not None or layer.base_layer.weight.requires_grad
-    odd = odd or any(map(_is_hooked, (layer.base_layer, layer.lora_A[name], layer.lora_B[name])))
-    return None if drops or odd or layer.lora_A[name].weight.dtype in LOW else name
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether someone is to be told of the module's calls."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
+        return LoraLinearGpu.apply(x, weight, bias, lora.a, b, lora.scaling)
+    return LoraLinearCpu.apply(x, weight, bias, lora.a, b, lora.scaling, dtype)
 
 
 def _is_fast_on_gpu(weight: Tensor, dtype: torch.dtype, rank: int) -> bool:
-    """16-bit weights, and rows that begin at multiples of 16 bytes, which its fast products need."""
-    return weight.dtype == dtype in LOW and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    """Whether a GPU's fast products apply: 16-bit weights, and rows that begin at multiples of 16 bytes."""
+    return weight.dtype == dtype in HALF_DTYPES and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
 
 
-def _joins(dtype: torch.dtype) -> bool:
-    """Whether the CPU takes products of a result in `dtype` in it, and so an adapter's in one with its layer's."""
-    return dtype in LOW and has_native_matmul(dtype)
+def _fuses_adapter(dtype: torch.dtype) -> bool:
+    """Whether the CPU computes a result in `dtype`, and an adapter's part of it, by one product in 16 bits."""
+    return dtype in HALF_DTYPES and has_native_matmul(dtype)
 
 
 @cache
 def _zeros_keep_bits() -> bool:
-    """Whether more columns of zeros leave a CPU's product's bits alone: where sums go through the columns in order."""
+    """Whether appending columns of zeros leaves the bits of a CPU's product alone.
+
+    It does where sums run through the columns in order. AMX sums in tiles instead.
+    """
     return not torch.cpu._is_amx_tile_supported()
 
 
 def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What enters a product of a result in `dtype`: that dtype where it is multiplied, else float32 or float64."""
-    if _joins(dtype):
+    """`t` as it enters a product with a result in `dtype`: in that dtype if the CPU multiplies it, else widened."""
+    if _fuses_adapter(dtype):
         return t.to(dtype)
-    return t.float() if t.dtype in LOW else t
+    return t.float() if t.dtype in HALF_DTYPES else t
 
 
-class _Product(torch.autograd.Function):
-    """`x W' + bias + s (x A') B'` in one accumulator, then in `dtype`; A and B may be None. Of a CPU."""
+class LoraLinearCpu(torch.autograd.Function):
+    """`x W' + bias + s (x A') B'` on a CPU, accumulated once and rounded once.
+
+    Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in) and b (out, r) or both None (no adapter),
+    the scaling s, and the dtype of the result (..., out).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
-        wide, w, bias_ = (None if t is None else _operand(t, dtype) for t in (_rows(x), weight, bias))
+        """The result, (..., out)."""
+        wide, w = _operand(_rows(x), dtype), _operand(weight, dtype)  # (T, in), (out, in)
+        bias_ = None if bias is None else _operand(bias, dtype)
+        xa: Any = None
         with torch.autocast(x.device.type, enabled=False):
-            xa = None if a is None else _linear_product(wide, _operand(a, dtype))  # (T, r)
+            if a is not None:
+                xa = _linear_product(wide, _operand(a, dtype))  # (T, r)
             if a is None:
                 out = _linear_product(wide, w, bias_)  # (T, out)
-            elif _joins(dtype):
+            elif _fuses_adapter(dtype):  # (T, in + r) x (out, in + r)'
                 out = linear(torch.cat([wide, xa], 1), torch.cat([w, _operand(b * scaling, dtype)], 1), bias_)
             else:
                 out = _linear_product(wide, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
+        # The input is kept once, in its own dtype, and only if a gradient needs it.
         ctx.save_for_backward(x if of_weight or of_a or of_b else None, weight, a, b, xa if of_b else None)
-        ctx.scaling, ctx.dtype, ctx.x = scaling, dtype, (x.shape, x.dtype)
+        ctx.scaling, ctx.dtype, ctx.x, ctx.has_adapter = scaling, dtype, (x.shape, x.dtype), a is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients of what `forward` was given."""
         x, weight, a, b, xa = ctx.saved_tensors
-        again = torch.is_grad_enabled()  # a gradient of this gradient is wanted: by products that have one
-        product = linear if again else _linear_product
+        # With gradients enabled somebody wants a second derivative: then use products that have one, of the inputs.
+        twice = torch.is_grad_enabled()
+        product = linear if twice else _linear_product
         of_x, of_weight, of_bias, of_a, of_b, *_ = ctx.needs_input_grad
-        d_weight = d_bias = d_a = d_b = d_x = None
+        d_weight = d_bias = d_a = d_b = None
+        d_x: Any = None
         with torch.autocast(grad.device.type, enabled=False):
-            g, w = _operand(_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out)
-            wide = None if x is None else _operand(_rows(x), ctx.dtype)
-            ga = product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if a is not None and (of_x or of_a) else None
-            if of_x and a is None:
+            g, w = _operand(_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out), (out, in)
+            wide: Any = None if x is None else _operand(_rows(x), ctx.dtype)  # (T, in)
+            # The gradient of x A', (T, r).
+            ga: Any = (
+                product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if ctx.has_adapter and (of_x or of_a) else None
+            )
+            if of_x and not ctx.has_adapter:
                 d_x = product(g, w.t())
-            elif of_x and _joins(ctx.dtype):
+            elif of_x and _fuses_adapter(ctx.dtype):
                 d_x = torch.mm(torch.cat([g, ga], 1), torch.cat([w, _operand(a, ctx.dtype)]))
             elif of_x:
                 d_x = product(g, w.t()).addmm_(ga, _operand(a, ctx.dtype))
@@ -219,21 +225,26 @@ class _Product(torch.autograd.Function):
             if of_a:
                 d_a = product(ga.t(), wide.t()).to(a.dtype)
             if of_b:
-                xa = product(wide, _operand(a, ctx.dtype)) if again else xa
-                d_b = product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # few rows: twice as fast
+                xa = product(wide, _operand(a, ctx.dtype)) if twice else xa
+                d_b = product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # (r, out)' is twice as fast as (out, r)
         return d_x, d_weight, d_bias, d_a, d_b, None, None
 
 
-class _Added(torch.autograd.Function):
-    """`(x A') (s B)' + x W' + bias` in the dtype of W, 16 bits; the sum is rounded once, with a bias twice. Of a GPU.
+class LoraLinearGpu(torch.autograd.Function):
+    """`(x A') (s B)' + x W' + bias` on a GPU in the 16-bit dtype of W. The sum is rounded once, with a bias twice.
 
-    The layer's product is added onto the adapter's in its accumulator, where that is halved: made twice as large first,
-    so nothing is rounded by it. Added onto what stays as it is, the product was rounded first, by cuBLAS on an H200
-    (its kernels named "badd"), and the adapter lost as peft's is. What A and B are rounded to is kept: it is small.
+    Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r), and the scaling s; the result
+    is (..., out). The weight gets no gradient.
+
+    The layer's product is added onto half of twice the adapter's product (`beta=0.5`). Doubling and halving are exact,
+    so this changes no number, but it makes cuBLAS add in its float32 accumulator. With `beta=1` cuBLAS on an H200
+    rounds the layer's product first (its kernels are named "badd"), and the adapter is lost as it is with peft.
+    The rounded factors are kept for the backward pass; they are small.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
+        """The result, (..., out)."""
         wide, a16 = _rows(x).to(weight.dtype), a.to(weight.dtype)
         b16 = torch.mul(b, 2 * scaling, out=torch.empty_like(b, dtype=weight.dtype))
         xa = torch.mm(wide, a16.t())  # (T, r)
@@ -248,28 +259,33 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients of what `forward` was given."""
         x, weight, a, b, a16, b16, xa = ctx.saved_tensors
         of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
         g, d_x, d_bias, d_a, d_b = _rows(grad), None, None, None, None  # (T, out)
-        wide = None if x is None else _rows(x).to(weight.dtype)
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: of what the kept ones were made of
+        wide: Any = None if x is None else _rows(x).to(weight.dtype)  # (T, in)
+        if torch.is_grad_enabled():  # a second derivative is wanted: compute from the factors, not from kept copies
             a16, b16 = a.to(weight.dtype), (b * (2 * ctx.scaling)).to(weight.dtype)
             xa = None if wide is None else torch.mm(wide, a16.t())
-        ga = torch.mm(g, b16) if of_x or of_a else None  # (T, r)
+        ga: Any = torch.mm(g, b16) if of_x or of_a else None  # (T, r), twice the gradient of x A'
         if of_x:
             d_x = torch.mm(ga, a16).addmm_(g, weight, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
             d_bias = g.sum(0).to(ctx.bias_dtype)
         if of_a:
-            d_a = _of_factor(a, ga.t(), wide, 0.5)
+            d_a = _factor_gradient(a, ga.t(), wide, 0.5)
         if of_b:
-            d_b = _of_factor(b, g.t(), xa, ctx.scaling)
+            d_b = _factor_gradient(b, g.t(), xa, ctx.scaling)
         return d_x, None, d_bias, d_a, d_b, None
 
 
-def _of_factor(factor: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """The gradient `scaling left right` of an adapter's factor, in its dtype: on a GPU one launch, and not rounded."""
-    wide = factor.dtype == torch.float32 and left.dtype == torch.bfloat16  # float16 has modes that refuse it
+def _factor_gradient(factor: Tensor, left: Tensor, right: Any, scaling: float) -> Tensor:
+    """The gradient `scaling * left right` of an adapter's factor, in its dtype.
+
+    On a GPU bfloat16 operands give a float32 result in one launch, without rounding to 16 bits in between. float16 is
+    left out because it has modes that refuse `out_dtype`.
+    """
+    wide = factor.dtype == torch.float32 and left.dtype == torch.bfloat16
     if left.is_cuda and wide and not (torch.version.hip or torch.is_grad_enabled()):
         return torch.addmm(factor, left, right, out_dtype=torch.float32, beta=0, alpha=scaling)
     return torch.mm(left, right).to(factor.dtype).mul_(scaling)

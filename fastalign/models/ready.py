@@ -1,4 +1,4 @@
-"""Making a loaded model ready for training."""
+"""Makes a loaded model ready for training: trainable weights, special tokens, dropout."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import has_adapter, is_adapter_name
 from fastalign.models.loading import logger
 
 
 def check_trainable(model: nn.Module) -> None:
-    """ModelError if there is nothing to train; 16-bit adapters become float32, 16-bit weights get a warning."""
+    """Checks that something can be trained in a dtype that training works in.
+
+    An adapter in 16 bits becomes float32, in place. Other trainable weights in 16 bits stay so, with a warning: small
+    updates of them round to nothing.
+
+    Raises:
+        ModelError: no parameter requires a gradient.
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
     low = [name for name, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
-    if low and hasattr(model, "peft_config"):
+    if low and has_adapter(model):
         for _, parameter in trainable:
             parameter.data = parameter.data.float()
     elif low:
@@ -27,21 +35,25 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ending and padding as the tokenizer has them, so that generation stops where training data ended."""
+    """Sets BOS, EOS and padding of the model to the tokenizer's, so that generation stops where training data ended.
+
+    The configurations of the model and of its generation are changed in place. Chat models may list further tokens at
+    which generation stops; they stay in the list.
+    """
     generation = model.generation_config
     stops = generation.eos_token_id if generation is not None else None
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, generation):
             if config is not None:
                 setattr(config, name, getattr(tokenizer, name))
-    if isinstance(stops, list):  # chat models stop at several tokens
+    if isinstance(stops, list):
         generation.eos_token_id = [tokenizer.eos_token_id, *(t for t in stops if t != tokenizer.eos_token_id)]
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns every dropout off but those of adapters."""
+    """Turns off every dropout of the model, in place, except that of adapters, which peft_config sets on purpose."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+        if isinstance(module, nn.Dropout) and not is_adapter_name(name):
             module.p = 0.0
         for attribute in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, attribute, None), float):

@@ -1,15 +1,17 @@
 """Token log-probabilities of a packed batch, computed inside the model's own forward.
 
-`prepare(model)` teaches a model one more way to be called: `model(packed=batch)` runs the body over the batch, picks
-the hidden states that predict a scored token, and takes them straight to log-probabilities. Called any other way the
-model does what it did before. It has to be the model's own forward, since wrappers (DDP, FSDP, peft, accelerate)
-hook into that call and synchronise what went through it.
+`prepare(model)` adds one more way to call a model: `model(packed=batch)` runs the body over the batch, picks the hidden
+states that predict a scored token, and turns them into log-probabilities without forming logits for the rest. Any other
+call does what it did before.
+
+This happens inside the model's own forward because wrappers (DDP, FSDP, peft, accelerate) hook into that call. Had the
+trainer called the body and the output layer itself, their gradients would stay unsynchronised without any error.
 """
 
 from __future__ import annotations
 
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +26,52 @@ from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.norms import speed_up_body
+from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
 
 
 class Scores(NamedTuple):
-    """What `model(packed=batch)` returns."""
+    """What `model(packed=batch)` returns, for the S scored tokens of the batch.
 
-    logprobs: Tensor | None  # (S,) float32, of `batch.targets`; None without those
-    entropy: Tensor | None  # (S,) float32
-    hidden: Tensor | None  # (S, H), what the output layer was given
+    Attributes:
+        logprobs: (S,) float32, in nats, of `batch.targets`; None if the batch has no targets.
+        entropy: (S,) float32, in nats, of the distributions that predict them; None unless called with `entropy=True`.
+        hidden: (S, H), the input of the output layer; None unless called with `keep_hidden=True` or without targets.
+    """
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    hidden: Tensor | None
 
 
 def prepare(model: nn.Module) -> str:
-    """Lets `model(packed=batch)` return `Scores`; returns how its batches must be laid out.
+    """Lets `model(packed=batch)` return `Scores`, and finds how the model's batches must be laid out.
 
-    model: a transformers causal language model, or a PeftModel around one, with its weights loaded; changed in place.
-    Returns "shared", "packed" or "padded" (see `attention.prepare_model`). ModelError for models that are not causal
-    language models, or whose output layer gives other log-probabilities than fastalign's reading of it.
+    Linear layers, norms and attention of the model are replaced by faster ones where those compute the same.
+
+    Args:
+        model: a transformers causal language model with its weights loaded, or a PeftModel around one. It is changed
+            in place; preparing it again changes nothing.
+
+    Returns:
+        "shared", "packed" or "padded", for `fastalign.data.packing.lay_out`. `fastalign.models.layout.prepare_model`
+        says what they mean.
+
+    Raises:
+        ModelError: the model is not a causal language model, or its output layer gives other log-probabilities than
+            fastalign computes from its weights.
+
+    Examples:
+        >>> layout = prepare(model)
+        >>> batch = lay_out([{"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]]}], layout, pad_token_id=0)
+        >>> model(packed=batch).logprobs.shape
+        torch.Size([3])
     """
     speed_up_linear(model)
     speed_up_body(model)
     layout = prepare_model(model)
-    base = causal_lm(model)
+    base: Any = causal_lm(model)
     if not hasattr(base, "_fastalign_forward"):
         base._fastalign_forward = base.forward
         base.forward = types.MethodType(_forward, base)
@@ -57,6 +82,7 @@ def prepare(model: nn.Module) -> str:
 def _forward(
     self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None, **kw
 ):
+    """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
         return self._fastalign_forward(*args, **kw)
     with packed_attention(packed.layout):
@@ -65,20 +91,24 @@ def _forward(
     if packed.targets is None:
         return Scores(None, None, hidden)
     head = output_head(self)
-    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()  # each of them has a target
-    out = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
+    # `score_index` left out every hidden state without a target, so no target has to be looked at again.
+    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
+    out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, hidden if keep_hidden else None)
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, layout: str) -> None:
-    """Compare with the logits of the model's own forward, so that no unknown output layer goes unnoticed."""
-    vocab = model.get_input_embeddings().weight.shape[0]
+    """ModelError unless `output_head` reproduces the logits of the model's stock forward, within rounding.
+
+    Architectures scale, shift or cap between body and logits in many ways, and not all of them show in the
+    configuration. So the numbers are compared.
+    """
+    vocab = embedding_rows(model)
     example = {"prompt_ids": [vocab // 3], "completion_ids": [[vocab // 3 + 1, vocab // 2, vocab // 5]]}
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):
-        # Models scale or cap between body and logits in ways of their own: compare the logits, not the code.
         hidden = model(packed=batch, keep_hidden=True).hidden
         head = output_head(model)
         ours = linear_logits(hidden, head.weight, **head.options())

@@ -1,21 +1,28 @@
-"""The weights of a model at one moment: a copy of what is trained, and a fingerprint of everything."""
+"""A model's weights at one moment: a copy of those that are trained, and a fingerprint of all of them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastalign.data.keys import KEY_BYTES
+from fastalign.models.adapters import adapter_settings, changes_nothing, is_adapter_name, plain_name
 
-_FORMAT = "1"  # part of every key: a change of what is stored makes old files unread
+_FORMAT = "1"  # Part of every fingerprint. Raise it when the content of cached files changes: old ones are not read.
 
 
 class ReferenceWeights:
-    """A copy of a model's trainable weights, to be put in place while the reference is asked."""
+    """A copy of a model's trainable weights, to compute with while they train on. Frozen weights are not copied.
+
+    Attributes:
+        parameters: the model's trainable parameters.
+        values: the copies, in the same order.
+    """
 
     def __init__(self, model: nn.Module):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -23,7 +30,10 @@ class ReferenceWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model computes with the reference's weights inside; use it under `torch.no_grad`."""
+        """A context in which the model computes with the copied weights. Use it under `torch.no_grad`.
+
+        Model and copy exchange their storage, so nothing is copied, and they exchange it back after an error as well.
+        """
         self._swap()
         try:
             yield
@@ -35,33 +45,41 @@ class ReferenceWeights:
             parameter.data, self.values[i] = self.values[i], parameter.data
 
     def move_towards_model(self, share: float) -> None:
-        """`reference = share * model + (1 - share) * reference` (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+        """Sets `reference = share * model + (1 - share) * reference`.
+
+        References:
+            TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656.
+        """
         for parameter, value in zip(self.parameters, self.values, strict=True):
             value.lerp_(parameter.data, share)
 
 
-def fingerprint(model: nn.Module, precision: str = "") -> str:
-    """A hash of everything that the model computes with: configuration, weights, and the precision of its products.
+def fingerprint(model: Any, precision: str = "") -> str:
+    """A hash of everything that decides the model's outputs: configuration, weights, and the precision of products.
 
-    Fresh LoRA adapters (B = 0) change nothing and are left out: their random A differs from run to run.
+    New LoRA adapters (B = 0) change no output and are left out: their random A differs from run to run. So a model has
+    the same fingerprint with and without a new adapter.
+
+    Args:
+        model: a transformers model or a PeftModel around one.
+        precision: what products are rounded to, for example autocast's dtype. It becomes part of the hash.
+
+    Returns:
+        A hexadecimal string.
     """
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    lora = {name: value for name, value in state.items() if "lora_" in name}
-    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
-    scales = [(sorted(layer.scaling.items()), layer.active_adapters, layer.disable_adapters) for layer in layers]
-    # An adapter on embeddings starts with A = 0 instead: rare enough to be hashed as it is.
-    if not any("lora_embedding" in name or ("lora_B" in name and value.any()) for name, value in lora.items()):
-        state = {name: value for name, value in state.items() if name not in lora}
-        scales = []
+    settings = adapter_settings(model)
+    if changes_nothing(state):
+        state = {name: value for name, value in state.items() if not is_adapter_name(name)}
+        settings = []
     config = model.config.to_dict()
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(name, None)
-    heading = f"{_FORMAT} {precision} {sorted(config.items(), key=str)} {scales}"
+    heading = f"{_FORMAT} {precision} {sorted(config.items(), key=str)} {settings}"
     digest = hashlib.blake2b(heading.encode(), digest_size=KEY_BYTES)
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
-        # the same model with and without an adapter around it has the same names
-        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
-        digest.update(f"{plain} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy())
+        # By plain names, so that a model has one fingerprint with and without a new adapter around it.
+        digest.update(f"{plain_name(name)} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,49 +1,69 @@
-"""Distillation as a regulariser: whom the model learns from, live or by top-k log-probs computed once."""
+"""Teachers of distillation: a live model, or its top-k log-probs, computed once and read from a file.
+
+Teacher(rows)                    -> hidden states and output layer, computed at every step
+store_topk(teacher, data, k)     -> a file, computed once
+TopK(file)(rows)                 -> the k entries and their log-probs, read at every step
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.data.keys import by_tokens, cache_folder, row_keys
+from fastalign.data.batching import batch_rows
+from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import lay_out
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.files import KeyedTensors, write_keyed
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import fingerprint
-from fastalign.models.vocabulary import check_vocabulary, vocabulary_digest
+from fastalign.models.vocabulary import check_vocabulary, embedding_rows, vocabulary_digest
 from fastalign.reference import linear_logits
 
-_ROWS = 128  # of logits at a time, when a teacher's top k is looked for
+_ROWS = 128  # rows of logits that exist at a time while a teacher's top k is computed
 
 
 class Teacher:
-    """A frozen model that answers with the hidden states and the output layer of its next-token distributions."""
+    """A frozen model that gives the hidden states and the output layer of its next-token distributions.
+
+    Args:
+        model: a causal language model; it is prepared, frozen and put in evaluation mode, in place.
+        tokenizer: that of the student, which has the same vocabulary.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.layout = prepare(model)
-        self.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.pad_token_id: Any = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
     @classmethod
     def load(cls, source: str | Path | nn.Module, trainer) -> Teacher:
-        """The teacher of a trainer's model, on its device; ModelError where their vocabularies differ."""
+        """Loads the teacher of a trainer's model and puts it on the trainer's device.
+
+        Args:
+            source: a model, or what `load_model` takes.
+            trainer: gives the student, its tokenizer and the device.
+
+        Raises:
+            ConfigError: the teacher is the model that is trained.
+            ModelError: the vocabularies differ, or the teacher cannot be loaded. The tokenizer of a model object is
+                looked for in the local folder that it was loaded from. Without one it must have at least as many
+                entries as the student's tokenizer.
+        """
         tokenizer = trainer.processing_class
         if isinstance(source, nn.Module):
             if causal_lm(source) is causal_lm(trainer.model):
                 raise ConfigError("The teacher is the model that is trained; for its start, set teacher='start'")
-            known = causal_lm(source).get_input_embeddings().weight.shape[0]
+            known = embedding_rows(causal_lm(source))
             if known < len(tokenizer):
                 raise ModelError(
                     f"The teacher knows {known:,} tokens and the student's tokenizer has {len(tokenizer):,}: they have "
@@ -59,19 +79,39 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> tuple[Tensor, Head]:
-        """(S, G) hidden states that predict the rows' scored tokens, in their order, and the output layer."""
-        packed = lay_out(rows, self.layout, self.pad_token_id).to(self.model.device)
+        """Hidden states (S, G) that predict the rows' S scored tokens, in their order, and the output layer.
+
+        Args:
+            rows: tokenised, with `prompt_ids` and `completion_ids`.
+        """
+        packed = lay_out(rows, self.layout, self.pad_token_id).to(causal_lm(self.model).device)
         return self.model(packed=packed, keep_hidden=True).hidden, output_head(causal_lm(self.model)).detach()
 
 
 def store_topk(
     teacher: Teacher, dataset, k: int, temperature: float = 1.0, cache_dir: str | Path | None = None
 ) -> Path:
-    """A safetensors file of the teacher's k largest log-probs at every scored token of a tokenised data set.
+    """Computes the teacher's k largest log-probs at every scored token of a data set, and stores them in a file.
 
-    It is named by the teacher's weights, k, temperature and the rows, and not computed again where it is there.
-    Tensors: keys (C, 16) uint8 of the completions, offsets (C + 1,), indices (T, k) int32, logprobs (T, k) float32, of
-    the softmax over the whole vocabulary at that temperature.
+    Its name is made of the teacher's weights, k, the temperature and the rows. If it exists, nothing is computed.
+
+    Args:
+        teacher: the model to ask.
+        dataset: tokenised rows, with C different completions of prompts, and T scored tokens in them.
+        k: entries stored per token.
+        temperature: divides the logits before the softmax.
+        cache_dir: folder of the file; None for ~/.cache/fastalign.
+
+    Returns:
+        The path of a safetensors file with the tensors
+
+        - keys (C, 16) uint8: a hash of each completion with its prompt,
+        - offsets (C + 1,) int64: the scored tokens of each,
+        - indices (T, k) int32: the entries with the largest log-probs,
+        - logprobs (T, k) float32: their log-probs, in nats, of the softmax over the tokenizer's whole vocabulary.
+
+    Raises:
+        ConfigError: k is larger than the vocabulary.
     """
     if k > len(teacher.tokenizer):
         raise ConfigError(f"top_k of Distillation is {k}, but the vocabulary has {len(teacher.tokenizer):,} entries")
@@ -82,31 +122,27 @@ def store_topk(
     if path.exists():
         return path
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for batch in tqdm(list(by_tokens(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
+    for batch in tqdm(list(batch_rows(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
-        head = head.first(len(teacher.tokenizer))  # no token has the entries behind it, which pad the matrix
+        head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix
         logprobs, indices = _topk(hidden, head, k, temperature)
         bounds = lay_out(rows, teacher.layout, teacher.pad_token_id).cu_seqlens.tolist()
         flat = [key for i in batch for key in keys[i]]
         for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
             found[key] = indices[start:end], logprobs[start:end]
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(len(found), -1),
-        "offsets": torch.tensor([0, *(len(indices) for indices, _ in found.values())]).cumsum(0),
-        "indices": torch.cat([indices for indices, _ in found.values()]),
-        "logprobs": torch.cat([logprobs for _, logprobs in found.values()]),
+    values = {
+        "indices": [indices.numpy() for indices, _ in found.values()],
+        "logprobs": [logprobs.numpy() for _, logprobs in found.values()],
     }
     metadata = {"temperature": repr(float(temperature)), "vocabulary": vocabulary_digest(teacher.tokenizer)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    write_keyed(path, list(found), values, metadata)
     return path
 
 
 @torch.no_grad()
 def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The k largest log-probs (S, k) float32 of each row, and their entries (S, k) int32, on the CPU."""
     parts = [
         linear_logits(part, head.weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
         for part in hidden.split(_ROWS)
@@ -115,22 +151,36 @@ def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tenso
 
 
 class TopK:
-    """A file that `store_topk` wrote, read span by span."""
+    """Reads a file that `store_topk` wrote, one completion at a time.
+
+    Args:
+        path: the safetensors file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        stored = f"The teacher's log-probs {self.path}"
         try:
-            self.file = safe_open(self.path, "pt")
-            keys, offsets = self.file.get_tensor("keys"), self.file.get_tensor("offsets").tolist()
-            self.indices, self.logprobs = self.file.get_slice("indices"), self.file.get_slice("logprobs")
-        except Exception as error:  # the library has no common one for missing and damaged files
-            raise DataError(f"{stored} cannot be read ({' '.join(str(error).split())}): store them again.") from error
-        self.spans = {bytes(key.tolist()): span for key, span in zip(keys, pairwise(offsets), strict=True)}
+            self.stored = KeyedTensors(self.path, ["indices", "logprobs"])
+        except DataError as error:
+            raise DataError(f"The teacher's log-probs {error}: store them again.") from error
 
     def check(self, tokenizer: PreTrainedTokenizerBase, temperature: float, dataset) -> None:
-        """ModelError, ConfigError or DataError unless the file is for this vocabulary, temperature and data."""
-        metadata, stored = self.file.metadata() or {}, f"The teacher's log-probs {self.path}"
+        """Checks that the file was made for this vocabulary, temperature and data.
+
+        Args:
+            tokenizer: that of the student.
+            temperature: that of the distillation.
+            dataset: tokenised training rows.
+
+        Raises:
+            ModelError: another vocabulary.
+            ConfigError: another temperature.
+            DataError: rows that the file lacks.
+        """
+        metadata, stored = self.stored.metadata, f"The teacher's log-probs {self.path}"
         if metadata.get("vocabulary") != vocabulary_digest(tokenizer):
             raise ModelError(
                 f"{stored} were stored with another tokenizer than the student's: store them again, from a teacher "
@@ -141,14 +191,17 @@ class TopK:
                 f"{stored} are at temperature {metadata['temperature']}, but Distillation's is {temperature:g}: set "
                 "the same, or store them again"
             )
-        missing = sum(any(key not in self.spans for key in row_keys(row)) for row in dataset)
+        missing = sum(any(key not in self.stored for key in row_keys(row)) for row in dataset)
         if missing:
             raise DataError(
                 f"{stored} lack {missing:,} of {len(dataset):,} training rows: store them again for this data set."
             )
 
     def __call__(self, rows: list[dict]) -> tuple[Tensor, Tensor]:
-        """The k entries (S, k) int64 and their log-probs (S, k) at the rows' scored tokens."""
-        spans = [self.spans[key] for row in rows for key in row_keys(row)]
-        indices = torch.cat([self.indices[start:end] for start, end in spans])
-        return indices.long(), torch.cat([self.logprobs[start:end] for start, end in spans])
+        """The k entries (S, k) int64 and their log-probs (S, k) float32 at the S scored tokens of tokenised rows."""
+        keys = [key for row in rows for key in row_keys(row)]
+        indices, logprobs = (
+            torch.cat([torch.from_numpy(self.stored.read(name, key)) for key in keys])
+            for name in ("indices", "logprobs")
+        )
+        return indices.long(), logprobs

@@ -1,10 +1,11 @@
-"""Whether two tokenizers give every token the same number."""
+"""Compares the vocabularies of tokenizers: distillation and comparisons need the same number for every token."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
 
@@ -12,7 +13,16 @@ from fastalign.errors import ModelError
 def check_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str] = ("student", "teacher")
 ) -> None:
-    """ModelError unless both tokenizers give every token the same number."""
+    """Checks that both tokenizers give every token the same number.
+
+    Args:
+        student: one tokenizer.
+        teacher: the other one.
+        names: what the error calls the two models.
+
+    Raises:
+        ModelError: they differ; the error names the first token that does.
+    """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
@@ -25,5 +35,12 @@ def check_vocabulary(
     )
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of tokens that a model has embeddings for; it may be larger than its tokenizer's vocabulary."""
+    weight: Any = model.get_input_embeddings().weight
+    return weight.shape[0]
+
+
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokens and their numbers, as a hexadecimal string."""
     return hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=16).hexdigest()

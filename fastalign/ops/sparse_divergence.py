@@ -69,7 +69,7 @@ def _blocks(n: int, device: torch.device) -> list[slice]:
 
 
 def _scan(side: tiles.Side, indices: Tensor, grads: bool, like: Tensor) -> tuple[Tensor, ...]:
-    """picked (R, k) logits, m (R,), tail (R,) and, with grads, E (R, H) of one block of rows."""
+    """Picked (R, k) logits, m (R,), tail (R,) and, with grads, E (R, H) of one block of rows."""
     (rows, k), edges = indices.shape, _edges(side.weight.shape[0], like.device)
     picks, picked = _Picks(indices, edges), like.new_empty(rows * k)
     m, tail = like.new_full((rows,), tiles.START), like.new_zeros(rows)

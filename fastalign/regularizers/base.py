@@ -1,12 +1,20 @@
-"""What holds a model near what it knew while it is trained: `PreferenceTrainer(..., regularizers=[EWC(...), ...])`.
+"""The contract of a regulariser, a term that holds a model near what it knew while it is trained.
 
-A regulariser is anything with a method `start(trainer)`, called once before training, when the model still has the
-weights it starts from. It returns a term, or None if it acts in other ways. A term takes each micro-batch as a `Step`
-and returns what is added to the loss, and metrics as (sum, count). What is summed over tokens or rows is divided by the
-totals of the whole accumulated batch, and what stands once a step is added with its first micro-batch: 8 micro-batches
-of 1 and 1 of 8 give the same update. Terms do not know of each other, so all combine.
+    PreferenceTrainer(model, args, rows, regularizers=[EWC("fisher.safetensors", 100), KLToStart(0.1)])
 
-Here: EWC, L2-SP, KL to the start. In files of their own: `Replay`, `LayerWise`, `Distillation`.
+A *regulariser* is an object with a method `start(trainer)`. The trainer calls it once before training, while the model
+still has the weights that training starts from. It returns a *term*, or None if it acts in another way.
+
+A *term* is a function from a micro-batch (a `Step`) to what is added to the loss, and metrics as pairs (sum, count). A
+term with an attribute `state`, a dict of tensors, has them saved in checkpoints.
+
+A step of the optimiser may consist of several micro-batches. Eight of one row and one of eight must give the same
+update, so
+
+- a sum over tokens or rows is divided by the totals of the whole step (`Step.totals`), and
+- a penalty that does not depend on the batch is added with the first micro-batch only (`once_a_step`).
+
+Terms do not know of each other, so all can be combined.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,45 +38,88 @@ Term = Callable[["Step"], tuple[Tensor, Metrics]]
 
 @dataclass
 class Step:
-    """One micro-batch, as terms see it."""
+    """One micro-batch, as terms see it.
 
-    model: nn.Module  # as it is called: wrapped, where training wraps it
+    Attributes:
+        model: the model as the trainer calls it, in the wrappers of distributed training.
+        batch: the micro-batch.
+        scores: of the batch under the model, with hidden states.
+        loss: the objective's loss of the batch, before any term.
+        totals: items and tokens of all micro-batches of this step of the optimiser.
+        first: whether this is the first micro-batch of the step.
+        rows: rows of all micro-batches of the step, on this process.
+        epoch: the current epoch, as a fraction.
+        at_start: computes the batch's scores and the output layer under the weights that training started from. Terms
+            share one computation.
+    """
+
+    model: nn.Module
     batch: Batch
-    scores: Scores  # of the batch under the model, hidden states included
-    loss: Tensor  # the objective's, before any term
-    totals: Totals  # of all micro-batches of this optimiser step
-    first: bool  # whether it is the first of them
-    rows: int  # rows of all of them, on this process
+    scores: Scores
+    loss: Tensor
+    totals: Totals
+    first: bool
+    rows: int
     epoch: float
-    at_start: Callable[[], tuple[Scores, Head]]  # the batch under the weights that training started from
+    at_start: Callable[[], tuple[Scores, Head]]
 
-    def completions(self, values: Tensor) -> Tensor:
-        """The part of `values (S, ...)` that belongs to tokens of completions."""
-        return values[: values.shape[0] - self.batch.prompt_tokens]
+    def completion_hidden(self, scores: Scores) -> Tensor:
+        """The hidden states (S, H) of `scores` that predict tokens of completions. Those of prompts come after them."""
+        assert scores.hidden is not None, "the trainer keeps hidden states for terms"
+        return scores.hidden[: scores.hidden.shape[0] - self.batch.prompt_tokens]
 
 
 def mean_divergence(
-    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, step: Step, strength: float, **options
+    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, step: Step, strength: float, **options: Any
 ) -> Tensor:
-    """`strength` times the divergence from the teacher, this micro-batch's part of the mean over completion tokens."""
-    # known before the product, so that a trainable head's gradient is formed in the forward pass
+    """This micro-batch's part of `strength * mean over completion tokens of D(model, teacher)`.
+
+    Args:
+        hidden: (S, H), of the model.
+        head: the model's output layer.
+        teacher_hidden: (S, G), of the teacher.
+        teacher: the teacher's output layer.
+        step: its totals are what the mean is taken over.
+        strength: factor of the mean.
+        options: those of `token_divergence`, such as `divergence` and `temperature`.
+
+    Returns:
+        A scalar with a gradient.
+    """
+    # The factor of each token is passed along instead of applied to the result: when it is known before the product,
+    # the gradient of a trained output layer is formed in the forward pass, and its logits are computed only once.
     weights = (strength / step.totals.scored).expand(hidden.shape[0])
     return token_divergence(hidden, head, teacher_hidden, teacher, token_weights=weights, **options).sum()
 
 
-def check_positive(name: str, **values: float) -> None:
-    """ConfigError unless each value is a finite number above 0."""
+def check_positive(name: str, **values: Any) -> None:
+    """Checks options of a regulariser.
+
+    Args:
+        name: of the regulariser, for the error.
+        values: options by name.
+
+    Raises:
+        ConfigError: a value is not a finite number above 0.
+    """
     for option, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigError(f"{option} of {name} is {value!r}; it must be a number above 0")
 
 
 def count_of(values: Tensor) -> Tensor:
-    """The length of `values`, as a metric's count."""
+    """The length of `values` as a tensor on its device, for the count of a metric."""
     return torch.tensor(values.shape[0], device=values.device)
 
 
 def once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:
+    """A term that adds `penalty()` with the first micro-batch of each step of the optimiser.
+
+    Args:
+        name: of the metric that shows its value.
+        penalty: returns a scalar that does not depend on the batch.
+    """
+
     def term(step: Step) -> tuple[Tensor, Metrics]:
         if not step.first:
             return step.loss.new_zeros(()), {}

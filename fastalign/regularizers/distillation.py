@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +18,58 @@ from fastalign.models.head import Head, output_head
 from fastalign.models.teacher import Teacher, TopK, store_topk
 from fastalign.objectives.base import Metrics
 from fastalign.ops.sparse_divergence import sparse_divergence
-from fastalign.options import one_of
+from fastalign.options import help_field, one_of
 from fastalign.reference import DIVERGENCES
 from fastalign.regularizers.base import Step, Term, check_positive, count_of, mean_divergence
+
+# From a micro-batch, its hidden states (S, H) and the student's output layer to this micro-batch's part of the mean
+# divergence from the teacher. The dict holds `divergence`, `jsd_beta` and `temperature`.
+DivergenceFromTeacher = Callable[[Step, Tensor, Head, dict[str, Any]], Tensor]
 
 
 @dataclass
 class Distillation:
-    """`a L + (1 - a) tau^2 D`: the objective L mixed with the divergence from a teacher at temperature tau.
+    """Replaces the loss L of the objective by `a L + (1 - a) tau^2 D`, with D the divergence from a teacher.
 
-    teacher: "start", the weights that training starts from; a model, or what `load_model` takes; or a .safetensors file
-        of top-k log-probs (`store_topk`). It must have the student's vocabulary, which is checked by its tokenizer; a
-        model that was loaded from no local folder has none, and must have no fewer entries.
-    weight: a, from 0 (the teacher alone) to below 1. D is the mean over the completions' tokens, over all the
-        tokenizer's entries (not what pads the matrix); of a stored teacher over its k entries and the rest as one.
-    divergence: forward_kl `KL(teacher || student)` (Hinton et al. 2015, arXiv:1503.02531), reverse_kl
-        `KL(student || teacher)`, or jsd with `jsd_beta`, the teacher's share (Agarwal et al. 2024, arXiv:2306.13649).
-    top_k: compute the teacher's k largest log-probs of every training token once, keep them in `cache_dir` (default
-        ~/.cache/fastalign) by token ids and weights, and let the teacher go. None: ask it at every step.
+    D is the mean over the completions' tokens. It is computed over all entries of the tokenizer's vocabulary, without
+    those that only pad the output layer. For a stored teacher it is computed over its k entries and the sum of the rest
+    as one more.
+
+    The teacher must have the student's vocabulary. This is checked by its tokenizer. A model object that was not loaded
+    from a local folder has none, and must have at least as many entries as the student's tokenizer.
+
+    Args:
+        teacher: "start", the weights that training starts from; a model; what `load_model` takes; or a .safetensors
+            file of top-k log-probs (`fastalign.models.store_topk`).
+        weight: a, from 0 (the teacher alone) to below 1.
+        temperature: tau, which divides the logits of both models.
+        divergence: "forward_kl" is `KL(teacher || student)` (Hinton et al. 2015, arXiv:1503.02531), "reverse_kl" is
+            `KL(student || teacher)`, "jsd" is the generalised Jensen-Shannon divergence (Agarwal et al. 2024,
+            arXiv:2306.13649).
+        jsd_beta: the teacher's share in jsd, between 0 and 1.
+        top_k: compute the teacher's k largest log-probs of every training token once, store them in `cache_dir`, and
+            free the teacher. None runs the teacher at every step.
+        cache_dir: folder of the stored log-probs, which are named by token ids and weights; None for
+            ~/.cache/fastalign.
+
+    Raises:
+        ConfigError: an option has a wrong value.
     """
 
-    teacher: str | PreTrainedModel
-    weight: float = 0.5
-    temperature: float = 1.0
-    divergence: str = "forward_kl"
-    jsd_beta: float = 0.5
-    top_k: int | None = None
-    cache_dir: str | None = None
+    teacher: str | PreTrainedModel = field(
+        metadata={
+            "path": True,
+            "help": "start, a model folder, .gguf file or name, or a .safetensors file of log-probs.",
+        }
+    )
+    weight: float = help_field(0.5, "Share of the objective's loss, from 0 (the teacher alone) to below 1.")
+    temperature: float = help_field(1.0, "Divides the logits of both models.")
+    divergence: str = help_field("forward_kl", "forward_kl: KL(teacher || student); reverse_kl; or jsd.")
+    jsd_beta: float = help_field(0.5, "The teacher's share in jsd.")
+    top_k: int | None = help_field(None, "Store so many log-probs per token once, instead of running the teacher.")
+    cache_dir: str | None = field(
+        default=None, metadata={"path": True, "help": "Folder of stored log-probs; none: ~/.cache/fastalign."}
+    )
 
     def __post_init__(self):
         check_positive("Distillation", temperature=self.temperature, top_k=1 if self.top_k is None else self.top_k)
@@ -51,33 +77,40 @@ class Distillation:
         if not 0 <= self.weight < 1:
             raise ConfigError(f"weight of Distillation is {self.weight}; it must be 0 or more, and below 1")
 
-    def start(self, trainer) -> Term:
-        ask, vocabulary = self._source(trainer), len(trainer.processing_class)
+    def start(self, trainer: Any) -> Term:
+        """The term for a trainer, whose model has the weights that training starts from.
+
+        Raises:
+            ConfigError: an option does not fit the teacher.
+            DataError: a stored teacher lacks training rows, or its file is damaged.
+            ModelError: the teacher cannot be loaded, or has another vocabulary.
+        """
+        divergence, vocabulary = self._divergence_from_teacher(trainer), len(trainer.processing_class)
         options = {"divergence": self.divergence, "jsd_beta": self.jsd_beta, "temperature": self.temperature}
 
         def term(step: Step) -> tuple[Tensor, Metrics]:
-            hidden = step.completions(step.scores.hidden)
-            # Entries behind the tokenizer's pad the matrix. A live teacher's are cut to as many, a stored one's were.
+            hidden = step.completion_hidden(step.scores)  # (S, H)
+            # Entries beyond the tokenizer's pad the matrix. The divergence cuts a live teacher's layer to as many
+            # entries as the student's; a stored teacher's were cut before.
             head = output_head(causal_lm(step.model)).first(vocabulary)
-            loss = ask(step, hidden, head, options)
-            # of the model's own samples only the teacher's opinion counts
-            align = torch.zeros_like(step.loss) if step.batch.sampled else step.loss
-            mixed = distillation_loss(align, loss, weight=self.weight, temperature=self.temperature)
-            # the objective is in the sum already
-            return mixed - step.loss, {"distillation": (loss * step.totals.scored, count_of(hidden))}
+            from_teacher = divergence(step, hidden, head, options)
+            # On-policy samples have no ground truth: drop the objective's loss, keep the teacher's part.
+            aligned = torch.zeros_like(step.loss) if step.batch.sampled else step.loss
+            mixed = distillation_loss(aligned, from_teacher, weight=self.weight, temperature=self.temperature)
+            # The trainer adds terms to the objective's loss, so that is taken off here.
+            return mixed - step.loss, {"distillation": (from_teacher * step.totals.scored, count_of(hidden))}
 
         return term
 
-    def _source(self, trainer) -> Callable[[Step, Tensor, Head, dict], Tensor]:
-        """A function from a micro-batch to its part of the mean divergence from the teacher."""
-        if self.teacher == "start":
+    def _divergence_from_teacher(self, trainer: Any) -> DivergenceFromTeacher:
+        if isinstance(self.teacher, str) and self.teacher == "start":
             if self.top_k is not None:
                 raise ConfigError(
                     "top_k of Distillation is for a teacher of its own; leave it out with teacher='start'"
                 )
             trainer.keep_start()
             return _from_start
-        if str(self.teacher).endswith(".safetensors"):
+        if isinstance(self.teacher, (str, Path)) and str(self.teacher).endswith(".safetensors"):
             return _from_store(self.teacher, self.temperature, trainer)
         teacher = Teacher.load(self.teacher, trainer)
         if self.top_k is None:
@@ -86,28 +119,28 @@ class Distillation:
         return _from_store(path, self.temperature, trainer)
 
 
-def _from_start(step: Step, hidden: Tensor, head: Head, options: dict) -> Tensor:
-    scores, start = step.at_start()
-    return mean_divergence(hidden, head, step.completions(scores.hidden), start, step, 1.0, **options)
+def _from_start(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
+    scores, start_head = step.at_start()
+    return mean_divergence(hidden, head, step.completion_hidden(scores), start_head, step, 1.0, **options)
 
 
-def _from_teacher(teacher: Teacher) -> Callable:
-    def ask(step: Step, hidden: Tensor, head: Head, options: dict) -> Tensor:
-        return mean_divergence(hidden, head, *teacher(step.batch.rows), step, 1.0, **options)
+def _from_teacher(teacher: Teacher) -> DivergenceFromTeacher:
+    def divergence(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
+        return mean_divergence(hidden, head, *teacher(step.batch.rows or []), step, 1.0, **options)
 
-    return ask
+    return divergence
 
 
-def _from_store(path: str | Path, temperature: float, trainer) -> Callable:
+def _from_store(path: str | Path, temperature: float, trainer: Any) -> DivergenceFromTeacher:
     stored = TopK(path)
     stored.check(trainer.processing_class, temperature, trainer.train_dataset)
 
-    def ask(step: Step, hidden: Tensor, head: Head, options: dict) -> Tensor:
-        indices, logprobs = stored(step.batch.rows)
+    def divergence(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
+        indices, logprobs = stored(step.batch.rows or [])  # (S, k)
         weights = (1 / step.totals.scored).expand(hidden.shape[0])
         return sparse_divergence(
             hidden, head.weight, indices.to(hidden.device), logprobs.to(hidden.device), token_weights=weights,
             **head.options(), **options,
         ).sum()  # fmt: skip
 
-    return ask
+    return divergence

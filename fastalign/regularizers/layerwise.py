@@ -1,41 +1,55 @@
-"""Layer-wise tuning: from the top of the model down, in stages, each layer with a learning rate of its own."""
+"""Layer-wise tuning: stages that unfreeze the model from the top down, and a learning rate per layer."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import causal_lm
 from fastalign.objectives.base import Metrics
+from fastalign.options import help_field
 from fastalign.regularizers.base import Step, Term, check_positive
 
 
 @dataclass
 class LayerWise:
-    """Trains the top layers first and unfreezes downwards, stage by stage (Howard & Ruder 2018, arXiv:1801.06146).
+    """Trains the top layers first and unfreezes lower ones stage by stage, each layer with its own learning rate.
 
-    stages: layers trained in each stage, counted from the top and growing, say [2, 8, 30]; or a number of stages, which
-        grow evenly to all layers. What is above the layers (the last norm, a head of its own) is trained throughout.
-    begins: where in the training each stage begins, from 0 to 1, say [0, 0.3, 0.6]; None: evenly.
-    decay: the k-th layer from the top (k = 0, 1, ...) learns at `learning_rate * decay^k`.
-    embeddings: train the embeddings in the last stage, if it trains all layers; a head tied to them goes with them.
+    What is above the layers (the last norm, an output layer that is not tied to the embeddings) is trained throughout.
+    Frozen layers cost neither gradients nor their memory: there is no graph below the lowest layer that is trained. An
+    adapter is treated like the layer that it is on.
 
-    Frozen layers cost neither gradients nor their memory: below the lowest layer that is trained there is no graph.
-    Adapters are treated as the layers they are on.
+    Args:
+        stages: number of layers trained in each stage, counted from the top and growing, for example [2, 8, 30]; or the
+            number of stages, which then grow evenly to all layers.
+        begins: where in the training each stage begins, from 0 to below 1, for example [0, 0.3, 0.6]; None for evenly.
+        decay: the k-th layer from the top (k = 0, 1, ...) learns at `learning_rate * decay^k`; above 0.
+        embeddings: whether the embeddings are trained in the last stage, if that trains all layers. An output layer
+            tied to them is trained or frozen with them.
+
+    References:
+        Howard & Ruder 2018, arXiv:1801.06146.
     """
 
-    stages: int | list[int] = 3
-    begins: list[float] | None = None
-    decay: float = 1.0
-    embeddings: bool = False
+    stages: int | list[int] = help_field(3, "Layers trained in each stage, from the top; or the number of stages.")
+    begins: list[float] | None = help_field(None, "Where each stage begins, from 0 to below 1; none: evenly.")
+    decay: float = help_field(1.0, "Factor of the learning rate from each layer to the one below it.")
+    embeddings: bool = help_field(False, "Train the embeddings in the last stage.")
 
-    def start(self, trainer) -> Term:
+    def start(self, trainer: Any) -> Term:
+        """Freezes the model for the first stage, sets the learning rates, and returns a term that shows the stage.
+
+        Raises:
+            ConfigError: an option has a wrong value, or training runs in several processes.
+            ModelError: the model has no list of layers, or a stage unfreezes nothing.
+        """
         check_positive("LayerWise", decay=self.decay)
         if trainer.args.world_size > 1:
             raise ConfigError("LayerWise freezes weights while training, which DDP does not allow: use one process")
@@ -54,18 +68,21 @@ class LayerWise:
         return freezer.term
 
     def _stages(self, layers: int) -> list[int]:
+        """Layers trained in each stage, for a model of so many layers."""
         stages = self.stages
         if isinstance(stages, int) and not isinstance(stages, bool) and 0 < stages <= layers:
             return [round(layers * (i + 1) / stages) for i in range(stages)]
-        good = isinstance(stages, list) and stages and all(type(n) is int and 0 < n <= layers for n in stages)
-        if not good or any(a >= b for a, b in pairwise(stages)):
+        numbers = stages if isinstance(stages, list) else []
+        good = numbers and all(type(n) is int and 0 < n <= layers for n in numbers)
+        if not good or any(a >= b for a, b in pairwise(numbers)):
             raise ConfigError(
                 f"stages of LayerWise is {stages!r}; give numbers of layers that grow, from 1 to the model's {layers}, "
                 "or the number of stages: each must unfreeze something"
             )
-        return stages
+        return numbers
 
     def _begins(self) -> list[float]:
+        """The share of the training after which each stage begins."""
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
         if self.begins is None:
             return [i / count for i in range(count)]
@@ -77,7 +94,8 @@ class LayerWise:
         return begins
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of transformer layers, from the bottom to the top."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -88,10 +106,14 @@ def _layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _levels(model: nn.Module, layers: nn.ModuleList) -> list[tuple[nn.Parameter, int]]:
-    """Every trainable parameter with its layer's number from the top: -1 above the layers, their number below them."""
+    """Every trainable parameter with its level: the number of its layer from the top.
+
+    The level is -1 above the layers, and the number of layers below them.
+    """
     count = len(layers)
     inside = {id(p): count - 1 - i for i, layer in enumerate(layers) for p in layer.parameters()}
-    levels, outside = [], count  # what comes before the layers is below them
+    # `parameters()` lists them in the order of the forward pass: what comes before the layers is below them.
+    levels, outside = [], count
     for parameter in model.parameters():
         if id(parameter) in inside:
             outside = -1
@@ -101,12 +123,12 @@ def _levels(model: nn.Module, layers: nn.ModuleList) -> list[tuple[nn.Parameter,
 
 
 def _reach(stage: int, count: int) -> int:
-    """Levels below this one are trained: with all layers, what is below them too."""
+    """The level below which parameters are trained in a stage; a stage of all layers also trains what is below them."""
     return count + 1 if stage == count else stage
 
 
 def _check_stages(stages: list[int], trainable: set[int], count: int) -> None:
-    """ModelError for a stage that adds no trainable level."""
+    """ModelError if a stage adds no trainable parameter to the one before it."""
     for number, (before, stage) in enumerate(pairwise([0, *stages]), 1):
         above = _reach(before, count) if before else -1
         if not any(above <= level < _reach(stage, count) for level in trainable):
@@ -117,14 +139,18 @@ def _check_stages(stages: list[int], trainable: set[int], count: int) -> None:
 
 
 class _Freezer(TrainerCallback):
-    """Freezes and unfreezes at the beginning of each step; gives everything back at the end."""
+    """Freezes and unfreezes parameters at the beginning of each step, and unfreezes all of them at the end."""
 
-    def __init__(self, levels, stages: list[int], begins: list[float], count: int, model: nn.Module):
+    def __init__(
+        self, levels: list[tuple[nn.Parameter, int]], stages: list[int], begins: list[float], count: int,
+        model: PreTrainedModel,
+    ):  # fmt: skip
         self.levels, self.stages, self.begins, self.count, self.model = levels, stages, begins, count, model
         self.trained = stages[0]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # where activations are recomputed under an adapter, a hook makes the embeddings' output require gradients
+        # With an adapter and gradient checkpointing, transformers makes the embeddings' output require gradients by a
+        # hook. Without the hook the graph ends at the lowest trained layer.
         self.model.disable_input_require_grads()
         self.on_step_begin(args, state, control)
 
@@ -140,12 +166,18 @@ class _Freezer(TrainerCallback):
             parameter.requires_grad_(True)
 
     def term(self, step: Step) -> tuple[Tensor, Metrics]:
+        """Adds nothing to the loss; the metric is the number of layers that are trained."""
         trained = torch.tensor(self.trained, device=step.loss.device)
         return step.loss.new_zeros(()), {"layers_trained": (trained, torch.ones_like(trained))}
 
 
 def split_groups(optimizer: torch.optim.Optimizer, rates: dict[int, float]) -> None:
-    """Parts the optimiser's groups so that each parameter learns at its rate (by id) times its group's."""
+    """Splits the optimiser's parameter groups, in place, so that each parameter can have its own learning rate.
+
+    Args:
+        optimizer: its groups are replaced.
+        rates: factors of the group's learning rate, by the id of the parameter; 1 where a parameter is missing.
+    """
     groups = []
     for group in optimizer.param_groups:
         parts = defaultdict(list)

@@ -1,10 +1,11 @@
-"""Replay: ordinary text among the alignment data, in exact proportion, so that what it taught is not forgotten."""
+"""Replay: ordinary text is trained on between the alignment data, so that the model does not forget it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +17,60 @@ from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
 from fastalign.objectives.base import Metrics
 from fastalign.ops import segment_sum
+from fastalign.options import help_field
 from fastalign.regularizers.base import Step, Term, check_positive
 
-# Shares are counted in millionths, in integers, so that they stay exact however long training is.
-_WHOLE = 1_000_000
+# Shares are integers, in millionths: sums of them stay exact, however long training is.
+_ONE = 1_000_000
 
 
 def curriculum(epoch: float) -> float:
-    """`0.3 exp(-epoch / 10) + 0.1`: 40 % of the rows at first, 10 % in the long run."""
+    """The default share of replayed rows, `0.3 exp(-epoch / 10) + 0.1`: first 40 %, in the long run 10 %."""
     return 0.3 * math.exp(-epoch / 10) + 0.1
 
 
 @dataclass
 class Replay:
-    """Rows of ordinary text join the alignment rows; each adds `weight` times its mean NLL, as one row of the batch.
+    """Adds rows of ordinary text to the alignment rows: `weight` times the mean NLL of each, as one row of the batch.
 
-    text: rows or a file of them, with text, messages, or prompt and completion, or a .txt file; see `text_windows`.
-    share: of replayed rows among all rows that are trained on, say 0.1 to 0.2; a function from the epoch to it; a
-        mapping of start, end and decay for `(start - end) exp(-epoch / decay) + end`; or "curriculum", which is
-        `0.3 exp(-epoch / 10) + 0.1`. Rows are not drawn by chance: in any stretch of training their number is within
-        one of the exact proportion.
-    max_length: tokens of a row at most; longer texts are cut into several.
+    The number of replayed rows is not random: in any stretch of training it is within one of the exact proportion. The
+    order of the rows is drawn from the trainer's seed, anew for each pass over the text. A resumed run continues at the
+    row where it stopped.
 
-    Rows come in an order drawn anew for each pass over the text from the trainer's seed, and a resumed run goes on
-    where it was.
+    Args:
+        text: rows or a file of them, with text, messages, or prompt and completion; or a .txt file. See
+            `fastalign.data.text.text_windows`.
+        share: replayed rows among all rows that are trained on, between 0 and 1, for example 0.1 to 0.2. One of
+
+            - a number,
+            - a function from the epoch to a number,
+            - a mapping with start, end and decay, for `(start - end) exp(-epoch / decay) + end`,
+            - "curriculum", for `0.3 exp(-epoch / 10) + 0.1`.
+        weight: factor of a replayed row's loss, above 0.
+        max_length: most tokens of a row; longer texts are cut into several rows.
     """
 
-    text: str | list[dict]
-    share: float | str | Mapping[str, float] | Callable[[float], float] = "curriculum"
-    weight: float = 1.0
-    max_length: int = 256
+    text: str | list[dict] = field(
+        metadata={
+            "path": True,
+            "help": "Ordinary text: a .txt file, or rows with text, messages, or prompt and completion.",
+        }
+    )
+    share: float | str | Mapping[str, float] | Callable[[float], float] = help_field(
+        "curriculum",
+        "Replayed rows among all: a number, {start, end, decay}, or curriculum (0.3 exp(-epoch / 10) + 0.1).",
+    )
+    weight: float = help_field(1.0, "Factor of a replayed row's loss.")
+    max_length: int = help_field(256, "Most tokens of a row; longer texts are cut into several.")
 
-    def start(self, trainer) -> Term:
+    def start(self, trainer: Any) -> Term:
+        """The term for a trainer: it draws rows and computes their loss.
+
+        Raises:
+            ConfigError: an option has a wrong value.
+            DataError: the text has no rows, or cannot be read.
+            ModelError: a token of the text is unknown to the model.
+        """
         check_positive("Replay", weight=self.weight, max_length=self.max_length)
         schedule = self._schedule()
         if isinstance(self.text, list) and not self.text:
@@ -60,7 +83,7 @@ class Replay:
         return _Replayed(rows, schedule, self.weight, trainer)
 
     def _schedule(self) -> Callable[[float], int]:
-        """The share at an epoch, in millionths."""
+        """A function from the epoch to the share in millionths."""
         share = curriculum if self.share == "curriculum" else self.share
         if isinstance(share, Mapping):
             share = _decaying(share)
@@ -69,17 +92,19 @@ class Replay:
 
         def millionths(epoch: float) -> int:
             value = share(epoch) if callable(share) else share
-            if not 0 < value < 1 or not 0 < round(value * _WHOLE) < _WHOLE:
+            if not 0 < value < 1 or not 0 < round(value * _ONE) < _ONE:
                 raise ConfigError(f"share of Replay is {value} at epoch {epoch:g}; it must be between 0 and 1")
-            return round(value * _WHOLE)
+            return round(value * _ONE)
 
         millionths(0.0)
         if isinstance(self.share, Mapping):
-            millionths(math.inf)  # a function of somebody's may not take it
+            # The share moves from start to end, so both ends are checked. A user's function may not accept infinity.
+            millionths(math.inf)
         return millionths
 
 
 def _decaying(share: Mapping[str, float]) -> Callable[[float], float]:
+    """`(start - end) exp(-epoch / decay) + end` as a function of the epoch."""
     if share.keys() != {"start", "end", "decay"}:
         raise ConfigError(f"share of Replay is {dict(share)}; as a mapping it needs start, end and decay (in epochs)")
     check_positive("Replay's share", **share)
@@ -88,55 +113,70 @@ def _decaying(share: Mapping[str, float]) -> Callable[[float], float]:
 
 
 class _Replayed:
-    """The term: which rows are next, and their NLL."""
+    """The term: it decides which rows are next, and computes their NLL.
+
+    Args:
+        rows: tokenised rows of the text.
+        schedule: from the epoch to the share in millionths.
+        weight: factor of a row's loss.
+        trainer: gives the layout, the seed and the number of processes.
+    """
 
     def __init__(self, rows: list[dict], schedule: Callable[[float], int], weight: float, trainer):
         self.rows, self.schedule, self.weight, self.trainer = rows, schedule, weight, trainer
-        # Kept in checkpoints: rows drawn so far, and the proportion's remainder in millionths.
+        # Saved in checkpoints: the number of rows drawn so far, and the remainder of the proportion in millionths.
         self.state = {"replay": torch.zeros(2, dtype=torch.int64)}
-        self.waiting: list[int] = []  # of each alignment row of this step to come: replayed rows beside it
+        # For each alignment row of this step that is still to come, the number of replayed rows that go with it.
+        self.waiting: list[int] = []
 
     def __call__(self, step: Step) -> tuple[Tensor, Metrics]:
         if step.first:
             self.waiting = self.spread(step.rows, self.schedule(step.epoch))
-        own = len(step.batch.rows)
-        count = sum(self.waiting[:own])
-        del self.waiting[:own]
+        alignment_rows = len(step.batch.rows or [])
+        count = sum(self.waiting[:alignment_rows])
+        del self.waiting[:alignment_rows]
         device = step.loss.device
-        share = {"replay/share": (torch.tensor(count, device=device), torch.tensor(own + count, device=device))}
+        all_rows = torch.tensor(alignment_rows + count, device=device)
+        share = {"replay/share": (torch.tensor(count, device=device), all_rows)}
         if count == 0:
             return step.loss.new_zeros(()), share
         trainer = self.trainer
         packed = lay_out(self.draw(count), trainer.layout, trainer.data_collator.pad_token_id).to(device)
         logprobs = step.model(packed=packed, memory_budget=trainer.args.memory_budget).logprobs
-        lengths = packed.cu_seqlens.diff().clamp(min=1)
+        lengths = packed.cu_seqlens.diff().clamp(min=1)  # (count,), scored tokens
         loss = -self.weight * (segment_sum(logprobs, packed.cu_seqlens) / lengths).sum() / step.totals.items
         return loss, {**share, "replay/nll": (-logprobs.sum(), lengths.sum())}
 
     def spread(self, rows: int, share: int) -> list[int]:
-        """Replayed rows beside each of the next alignment rows.
+        """The number of replayed rows that go with each of the next alignment rows.
 
-        One stream of both: each of its rows adds `share` to the remainder, and is a replayed one where that reaches a
-        whole (Bresenham's line).
+        Think of one stream of both kinds of rows. Each row of it adds `share` to a remainder. Whenever the remainder
+        reaches one, the next row is a replayed one, and one is subtracted (Bresenham's line). So the proportion is
+        exact over any stretch of the stream.
+
+        Args:
+            rows: the number of alignment rows.
+            share: of replayed rows among all, in millionths.
         """
         counts, remainder = [], int(self.state["replay"][1])
         for _ in range(rows):
             counts.append(0)
             remainder += share
-            while remainder >= _WHOLE:
+            while remainder >= _ONE:
                 counts[-1] += 1
-                remainder += share - _WHOLE
+                remainder += share - _ONE
         self.state["replay"][1] = remainder
         return counts
 
     def draw(self, count: int) -> list[dict]:
-        """The next rows of the text; of several processes, each takes its turn."""
+        """The next rows of the text. With several processes, each takes every n-th row."""
         world, rank = self.trainer.args.world_size, self.trainer.args.process_index
         first = int(self.state["replay"][0])
         self.state["replay"][0] += count
         return [self.row(n * world + rank) for n in range(first, first + count)]
 
     def row(self, number: int) -> dict:
+        """Row `number` of an endless stream: one shuffled pass over the text after another."""
         passes, at = divmod(number, len(self.rows))
         generator = torch.Generator().manual_seed(self.trainer.args.seed + passes)
         return self.rows[int(torch.randperm(len(self.rows), generator=generator)[at])]

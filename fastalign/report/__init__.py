@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from fastalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from fastalign.report.page import format_number as format_number
-    from fastalign.report.page import format_text as format_text
     from fastalign.report.page import write_report as write_report
+    from fastalign.report.rendering import format_number as format_number
+    from fastalign.report.rendering import format_text as format_text
     from fastalign.report.tax import show_tax as show_tax
     from fastalign.report.tax import write_tax as write_tax
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
-        "format_number": "fastalign.report.page",
-        "format_text": "fastalign.report.page",
+        "format_number": "fastalign.report.rendering",
+        "format_text": "fastalign.report.rendering",
         "show_tax": "fastalign.report.tax",
         "write_report": "fastalign.report.page",
         "write_tax": "fastalign.report.tax",

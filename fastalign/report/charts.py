@@ -1,9 +1,9 @@
-"""Training curves as small SVG charts, inlined in a page that sets their colours.
+"""Training curves as small SVG charts, to be put into a page that sets their colours.
 
     metric records -> Curve (steps, values, running mean) -> SVG whose colours are CSS variables -> Drawing
 
-matplotlib draws with placeholder colours; CSS variables replace them, so that one drawing serves light and dark pages.
-No text of a run's files enters an SVG: titles, names and numbers stand around it, where the page escapes them.
+matplotlib draws with placeholder colours, which are then replaced by CSS variables: one drawing serves light and dark
+pages. No text of a run's files enters an SVG. Titles, names and numbers are part of the page, which escapes them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["CHARTS", "COLOURS", "Chart", "Drawing", "draw", "svg"]
+__all__ = ["CHARTS", "COLOURS", "Chart", "Drawing", "draw", "draw_svg"]
 
-MANY_POINTS = 60  # from here on: raw values light, their running mean thick
+MANY_POINTS = 60  # from this many on, raw values are drawn thin and their running mean thick
 DRAWN_POINTS = 600  # per line; about two per pixel
-LARGEST = 1e300  # beyond it, axis limits overflow
+LARGEST = 1e300  # with larger values matplotlib's axis limits overflow
 
 COLOURS = {"--ink": "#010203", "--muted": "#010204", "--grid": "#010205", "--first": "#010206", "--second": "#010207"}
 PAPER = "#010208"
@@ -56,11 +56,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """What one chart shows: up to two metrics, each with its evaluation twin (`eval_` + key) on the same axis."""
+    """What one chart shows: up to two metrics, each with its value on the evaluation set (`eval_` + key)."""
 
     title: str
     unit: str  # of the y axis
-    keys: dict[str, str]  # metric -> its name in the key, e.g. {"rewards/chosen": "chosen"}
+    keys: dict[str, str]  # metric -> its name in the legend, e.g. {"rewards/chosen": "chosen"}
     percent: bool = False  # values are fractions, shown as 0 to 100 %
     from_zero: bool = False
     noisy: bool = True  # many points get a running mean
@@ -70,7 +70,7 @@ CHARTS = (
     Chart("Loss", "loss", {"loss": "train"}),
     Chart("Reward margin", "chosen \N{MINUS SIGN} rejected", {"rewards/margins": "train"}),
     Chart("Preference accuracy", "% of pairs", {"rewards/accuracies": "train"}, percent=True),
-    Chart("Accuracy by log-probability", "% of pairs", {"logps/accuracies": "train"}, percent=True),
+    Chart("Preference accuracy by log-prob per token", "% of pairs", {"logps/accuracies": "train"}, percent=True),
     Chart("Rewards", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     Chart("Log-probabilities", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     Chart("Negative log-likelihood", "nats per token", {"nll_loss": "train"}),
@@ -108,7 +108,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart with its curves; `svg` is empty if no value of it is finite."""
+    """A chart with its curves. `svg` is empty if none of its values is finite."""
 
     chart: Chart
     curves: list[Curve]
@@ -116,13 +116,20 @@ class Drawing:
 
     @property
     def smoothed(self) -> bool:
+        """Whether a curve shows a running mean beside its raw values."""
         return any(curve.thick is not curve.values for curve in self.curves)
 
 
 def draw(chart: Chart, records: list[dict[str, Any]]) -> Drawing | None:
-    """Draw a chart from metric records; None if none of its metrics was logged.
+    """Draw a chart.
 
-    Where a step was logged twice, as after resuming from a checkpoint, the later record counts.
+    Args:
+        chart: what to show.
+        records: the records of metrics.jsonl. If a step was logged twice, as after resuming from a checkpoint, the
+            later record counts.
+
+    Returns:
+        The drawing; None if none of the chart's metrics was logged.
     """
     curves = []
     for (key, name), colour in zip(chart.keys.items(), ("--first", "--second"), strict=False):
@@ -146,7 +153,7 @@ def _curve(chart: Chart, records, key: str, name: str, colour: str, evaluation: 
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (both float64) of one metric, by step; values that are no finite number are NaN."""
+    """Steps and values (both float64) of one metric, sorted by step. A value that is not a finite number is NaN."""
     by_step = {}
     for record in records:
         step, value = _as_float(record.get("step")), record.get(key)
@@ -157,14 +164,17 @@ def series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndar
 
 
 def _as_float(value: Any) -> float:
-    """A float; NaN for anything that is no number, or too large to draw."""
+    """The value as a float; NaN if it is not a number, or too large to draw."""
     if not isinstance(value, int | float) or not abs(value) < LARGEST:
         return float("nan")
     return float(value)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a 20th of all points, twice; NaNs are left out and stay."""
+    """Running mean over a centred window of a 20th of all points, taken twice. NaNs are left out of it, and stay NaN.
+
+    Twice, because one mean over a flat window still shows every step at which an outlier enters or leaves the window.
+    """
     half = max(2, len(values) // 40)
     finite = np.isfinite(values)
     smooth = values
@@ -178,7 +188,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most DRAWN_POINTS points with the same outline: lowest and highest value of each stretch, and its gaps."""
+    """At most DRAWN_POINTS points whose line looks the same: lowest and highest value of each stretch, and its gaps."""
     if len(steps) <= DRAWN_POINTS:
         return steps, values
     keep = []
@@ -197,14 +207,22 @@ def _svg(chart: Chart, curves: list[Curve], span: tuple[float, float]) -> str:
         axes.update_datalim([(step, 0) for step in span], updatey=False)
         _plot(axes, chart, curves)
 
-    return svg(plot, "step", chart.unit, salt=chart.title + "".join(chart.keys))
+    return draw_svg(plot, "step", chart.unit, salt=chart.title + "".join(chart.keys))
 
 
-def svg(plot: Callable[[Axes], None], xlabel: str, ylabel: str, *, salt: str) -> str:
-    """An SVG element of what `plot` draws in COLOURS; salt: makes its inner names differ from other charts'."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own style must not reach the page
-        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": salt})
+def draw_svg(plot: Callable[[Axes], None], xlabel: str, ylabel: str, *, salt: str) -> str:
+    """An SVG element with one pair of axes.
+
+    Args:
+        plot: draws on the axes, in COLOURS.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        salt: makes the names inside the SVG different from those of other charts on the same page.
+    """
+    style: dict[Any, Any] = {**STYLE, "svg.hashsalt": salt}
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a reader's own style must not reach the page
+        mpl.rcParams.update(style)
         figure = Figure(figsize=(4.0, 2.5))
         FigureCanvasSVG(figure)
         plot(figure.add_axes((0.175, 0.18, 0.815, 0.74), xlabel=xlabel, ylabel=ylabel))
@@ -235,10 +253,9 @@ def _plot(axes, chart: Chart, curves: list[Curve]) -> None:
 
 
 def _inline(svg: str) -> str:
-    """The SVG element alone, coloured by CSS variables; without prologue, style sheet, fixed size, names of groups."""
+    """The SVG element alone, coloured by CSS variables: no prologue, style sheet, fixed size, or names of groups."""
     svg = svg[svg.index("<svg") :]
-    view_box = re.search(r'viewBox="([-\d. ]+)"', svg).group(1)
-    svg = re.sub(r"^<svg[^>]*>", f'<svg viewBox="{view_box}" aria-hidden="true">', svg)
+    svg = re.sub(r'^<svg[^>]*(viewBox="[-\d. ]+")[^>]*>', r'<svg \1 aria-hidden="true">', svg)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)

@@ -1,4 +1,7 @@
-"""The tax as a table on the terminal, and as tax.json and tax.html in a folder. All text in it is data, not markup."""
+"""The alignment tax as a table on the terminal, and as tax.json and tax.html in a folder.
+
+All text in it is data, never markup, because it comes from the files that were measured.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from fastalign.errors import ConfigError
 from fastalign.files import write_json, write_text
-from fastalign.report.charts import COLOURS, svg
-from fastalign.report.page import format_number, format_text
+from fastalign.report.charts import COLOURS, draw_svg
+from fastalign.report.rendering import format_number, render
 
+TOKENS_PRINTED = 8
+
+# Label, key in a summary of `fastalign.evaluation.tax.summarise`, unit, and the factor from the value to that unit.
 _ROWS = (
     ("Tokens", "tokens", "", 1),
-    ("KL(base || tuned), a token", "kl_mean", "nats", 1),
+    ("KL(base || tuned), per token", "kl_mean", "nats", 1),
     ("KL(base || tuned), sum", "kl_sum", "nats", 1),
-    ("KL of the 99th percentile", "kl_p99", "nats", 1),
+    ("KL of a token, 99th percentile", "kl_p99", "nats", 1),
     ("Perplexity, base", "base_perplexity", "", 1),
     ("Perplexity, tuned", "tuned_perplexity", "", 1),
     ("Perplexity, change", "perplexity_change", "%", 100),
-    ("Entropy, base", "base_entropy", "nats", 1),
-    ("Entropy, tuned", "tuned_entropy", "nats", 1),
-    ("Entropy, change", "entropy_change", "nats", 1),
+    ("Entropy per token, base", "base_entropy", "nats", 1),
+    ("Entropy per token, tuned", "tuned_entropy", "nats", 1),
+    ("Entropy per token, change", "entropy_change", "nats", 1),
 )
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: what was measured, on each file and on all."""
-    parts = {Path(name).name: summary for name, summary in found["files"].items()}
+def table(measured: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the main table: one column per file, and one for all files if there are several.
+
+    Args:
+        measured: what `fastalign.evaluation.measure_tax` returned.
+    """
+    parts = {Path(name).name: summary for name, summary in measured["files"].items()}
     if len(parts) > 1:
-        parts["all"] = found["total"]
+        parts["all"] = measured["total"]
     rows = [
         [label, *(format_number(part[key] * factor, sign="change" in key) for part in parts.values()), unit]
         for label, key, unit, factor in _ROWS
@@ -42,11 +50,17 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *parts, ""], rows
 
 
-def show_tax(found: Mapping[str, Any]) -> None:
-    """Print the table, the KL by position, and the tokens that changed most."""
-    console = Console(highlight=False)
-    headings, rows = table(found)
-    shown = Table(title=f"Tax of {found['tuned']} over {found['base']}", title_justify="left", title_style="bold")
+def show_tax(measured: Mapping[str, Any]) -> None:
+    """Print the tax: the main table, the KL by position, and the tokens that changed most.
+
+    Args:
+        measured: what `fastalign.evaluation.measure_tax` returned.
+    """
+    console = Console(highlight=False, markup=False)  # names and text may hold brackets
+    headings, rows = table(measured)
+    shown = Table(
+        title=f"Alignment tax of {measured['tuned']} over {measured['base']}", title_justify="left", title_style="bold"
+    )
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="left" if i in (0, len(headings) - 1) else "right")
     for row in rows:
@@ -54,43 +68,52 @@ def show_tax(found: Mapping[str, Any]) -> None:
     console.print()
     console.print(shown)
     positions = Table(title="KL by position", title_justify="left", title_style="bold")
-    for heading in ("tokens before it", "tokens", "nats a token"):
+    for heading in ("tokens before", "tokens", "nats per token"):
         positions.add_column(heading, justify="right")
-    for part in found["by_position"]:
+    for part in measured["by_position"]:
         span = str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}"
         positions.add_row(span, format_number(part["tokens"]), format_number(part["kl_mean"]))
     console.print(positions)
-    changed = Table(title="Most changed tokens", title_justify="left", title_style="bold")
-    for heading in ("KL", "log-prob before", "after", "text"):
-        changed.add_column(heading, justify="left" if heading == "text" else "right")
-    for token in found["most_changed"][:8]:
+    changed = Table(title="Tokens that changed most", title_justify="left", title_style="bold")
+    for heading in ("KL", "log-prob, base", "tuned", "text, and the token in brackets"):
+        changed.add_column(heading, justify="left" if heading.startswith("text") else "right")
+    for token in measured["most_changed"][:TOKENS_PRINTED]:
         numbers = (format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob"))
         before = " ".join(token["before"].split())[-40:]
-        changed.add_row(*numbers, f"... {before} [{token['token']!r}]".replace("[", r"\["))
+        changed.add_row(*numbers, f"... {before} [{token['token']!r}]")
     console.print(changed)
 
 
-def write_tax(found: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write tax.json and tax.html, which loads nothing and runs no script; returns the page's path."""
+def write_tax(measured: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write tax.json and tax.html, a page that loads nothing and runs no script.
+
+    Args:
+        measured: what `fastalign.evaluation.measure_tax` returned.
+        folder: where to write; it is made if it does not exist.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"The folder {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
-    write_json(folder / "tax.json", found)
-    template = Path(__file__).with_name("tax.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": format_number, "text": format_text, "svg": Markup}
-    headings, rows = table(found)
-    page = environment.from_string(template).render(
-        found=found, headings=headings, rows=rows, by_position=_by_position(found), histogram=_histogram(found)
-    )
+    headings, rows = table(measured)
+    page = render(
+        "tax.html.j2", measured=measured, headings=headings, rows=rows,
+        by_position=_by_position(measured), histogram=_histogram(measured),
+    )  # fmt: skip
+    write_json(folder / "tax.json", measured)
     write_text(folder / "tax.html", page)
     return folder / "tax.html"
 
 
-def _by_position(found: Mapping[str, Any]) -> str:
-    parts = found["by_position"]
+def _by_position(measured: Mapping[str, Any]) -> str:
+    parts = measured["by_position"]
 
     def plot(axes) -> None:
         at = range(len(parts))
@@ -98,11 +121,11 @@ def _by_position(found: Mapping[str, Any]) -> str:
         axes.set_xticks(at, [str(part["from"]) for part in parts])
         axes.set_ylim(bottom=0)
 
-    return svg(plot, "tokens before it, at least", "nats a token", salt="tax by position")
+    return draw_svg(plot, "tokens before, at least", "nats per token", salt="tax by position")
 
 
-def _histogram(found: Mapping[str, Any]) -> str:
-    parts = found["histogram"]
+def _histogram(measured: Mapping[str, Any]) -> str:
+    parts = measured["histogram"]
 
     def plot(axes) -> None:
         for key, colour in (("tokens", "--muted"), ("kl", "--first")):
@@ -112,4 +135,4 @@ def _histogram(found: Mapping[str, Any]) -> str:
         axes.set_xticks(ticks, [f"{parts[i]['from']:g}".replace("e-05", "e-5") for i in ticks])
         axes.set_ylim(bottom=0)
 
-    return svg(plot, "KL of a token, nats, from", "%", salt="tax histogram")
+    return draw_svg(plot, "KL of a token in nats, at least", "%", salt="tax histogram")

@@ -23,28 +23,45 @@ def generate(
     label: str | None = None,
     temperature: float | None = None,
 ) -> list[list[int]]:
-    """Tokens of an answer to each tokenised prompt, up to and with EOS; greedy, or drawn at a temperature.
+    """One completion of each tokenised prompt.
 
-    Prompts of like length share a batch, padded on the left. label: of a progress bar; None shows none. The model is
-    in evaluation mode meanwhile.
+    Args:
+        model: a transformers causal language model, or a PeftModel around one. It is in evaluation mode during the
+            call, and in its former mode afterwards.
+        tokenizer: its EOS token ends a completion; its padding token (or EOS if it has none) fills the batches.
+        prompts: token ids of each prompt.
+        max_new_tokens: the most tokens of a completion, EOS included.
+        batch_size: how many prompts share a batch. Prompts of similar length share one.
+        label: the name of a progress bar; None shows no bar.
+        temperature: samples are drawn from the whole distribution at this temperature; None takes the most likely
+            token at every step.
+
+    Returns:
+        Token ids of each completion, in the order of the prompts. The last one is EOS if the completion ended within
+        `max_new_tokens`.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[]] * len(prompts)
+    completions: list[list[int]] = [[]] * len(prompts)
     stop, device = tokenizer.eos_token_id, next(model.parameters()).device
     fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluation_mode(model):
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):
             rows = order[start : start + batch_size]
+            # Padding is on the left, so that every prompt ends where its completion begins.
             width = max(len(prompts[i]) for i in rows)
             padding = [width - len(prompts[i]) for i in rows]
-            ids = torch.tensor([[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)])
-            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-            out = model.generate(
+            ids = torch.tensor(
+                [[fill] * pad + list(prompts[i]) for i, pad in zip(rows, padding, strict=True)]
+            )  # (B, W)
+            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])  # (B, W)
+            # top_p and top_k are given, because a model's own generation config may restrict sampling otherwise.
+            tokens = model.generate(  # pyright: ignore[reportCallIssue]  # torch types every attribute as a tensor
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=temperature is not None,
                 max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stop, temperature=temperature,
                 top_p=None, top_k=None if temperature is None else 0,
             )[:, width:].tolist()  # fmt: skip
-            for i, tokens in zip(rows, out, strict=True):
-                answers[i] = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
-    return answers
+            for i, completion in zip(rows, tokens, strict=True):
+                # A row that ended before the others of its batch is padded behind its EOS.
+                completions[i] = completion[: completion.index(stop) + 1] if stop in completion else completion
+    return completions

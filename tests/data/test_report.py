@@ -8,19 +8,19 @@ from fastalign.data.report import DataReport, Lengths
 
 
 def report(**changes) -> DataReport:
-    values = dict(
-        format="preference, plain strings",
-        rows_in=1200,
-        rows_kept=1197,
-        dropped={"too long": 1, "empty completion": 2},
-        dropped_rows={"too long": [7], "empty completion": [3, 1100]},
-        prompt_length=Lengths(3, 10.25, 20, 31),
-        completion_length=Lengths(2, 7.5, 12, 15),
-        completions=2394,
-        tokens_shared=30000,
-        tokens_unshared=42000,
-        scored_tokens=18000,
-    )
+    values = {
+        "format": "preference, plain strings",
+        "rows_in": 1200,
+        "rows_kept": 1197,
+        "dropped": {"too long": 1, "empty completion": 2},
+        "dropped_rows": {"too long": [7], "empty completion": [3, 1100]},
+        "prompt_length": Lengths(3, 10.25, 20, 31),
+        "completion_length": Lengths(2, 7.5, 12, 15),
+        "completions": 2394,
+        "tokens_shared": 30000,
+        "tokens_unshared": 42000,
+        "scored_tokens": 18000,
+    }
     return DataReport(**{**values, **changes})
 
 
@@ -42,7 +42,7 @@ def test_the_table_names_what_was_found():
         r"dropped: too long +1 \(row 7\)",
         r"dropped: empty completion +2 \(rows 3, 1100\)",
         r"prompt tokens +min 3   mean 10.2   95 % 20   max 31",
-        r"tokens +30,000 with each prompt once, 42,000 with one per completion",
+        r"tokens +30,000 with each prompt once, 42,000 with a prompt per completion",
         r"scored tokens +18,000 \(60.0% of the tokens\)",
         r"duplicate BOS +none",
         r"token merges +none",

@@ -44,6 +44,15 @@ def test_files_of_text_and_of_rows(tokenizer, tmp_path):
     assert (len(row["prompt_ids"]), len(row["completion_ids"][0])) == (3, 5)
 
 
+def test_a_byte_order_mark_is_no_token(tokenizer, tmp_path):
+    """Windows editors put one at the head of a UTF-8 file."""
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfA text.")
+    (tmp_path / "plain.txt").write_bytes(b"A text.")
+    marked, plain = (text_windows(tmp_path / name, tokenizer) for name in ("marked.txt", "plain.txt"))
+    assert marked == plain
+    assert ids(plain)[0][0] == tokenizer("A")["input_ids"][0]
+
+
 def test_masks_are_cut_with_their_tokens(tokenizer):
     talk = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 40}]
     talk += [{"role": "user", "content": "c" * 40}, {"role": "assistant", "content": "d" * 40}]

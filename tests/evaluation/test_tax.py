@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fastalign.cli import main
-from fastalign.evaluation.tax import Tokens, by_position, histogram, measure_tax
+from fastalign.evaluation.tax import TokenChanges, by_position, histogram, measure_tax
 from fastalign.report.page import format_number
 
 TEXT = "The quick brown fox jumps over the lazy dog. <script>alert(1)</script> Pack my box with five dozen jugs. " * 4
@@ -23,7 +24,7 @@ def folder(tmp_path_factory, tiny_llama, tokenizer, model_dir):
     tuned = tiny_llama()
     with torch.no_grad():
         for parameter in tuned.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
     tuned.save_pretrained(folder / "tuned")
     tokenizer.save_pretrained(folder / "tuned")
     tuned.save_pretrained(folder / "run" / "model")
@@ -105,10 +106,10 @@ def test_a_folder_without_a_tokenizer_is_measured_by_the_bases(folder, model_dir
     assert found["total"]["kl_sum"] == 0.0
 
 
-def tokens(kl, positions) -> Tokens:
+def tokens(kl, positions) -> TokenChanges:
     n = len(kl)
     zeros = np.zeros(n)
-    return Tokens(np.arange(n), np.zeros(n, int), np.array(positions), np.array(kl), zeros, zeros, zeros, zeros)
+    return TokenChanges(np.arange(n), np.zeros(n, int), np.array(positions), np.array(kl), zeros, zeros, zeros, zeros)
 
 
 def test_positions_and_sizes_are_counted_in_their_bins():
@@ -128,7 +129,7 @@ def test_command_prints_and_writes(folder, model_dir, capsys):
     command = ["tax", str(model_dir), str(folder / "adapter"), "--text", str(folder / "prose.txt"), "--out", str(out)]
     assert main.main([*command, "--length", "64", "--max-tokens", "128"]) == 0
     text = capsys.readouterr().out
-    for word in ("KL(base || tuned)", "Perplexity, change", "Entropy", "Most changed tokens", "nats"):
+    for word in ("KL(base || tuned)", "Perplexity, change", "Entropy", "Tokens that changed most", "nats"):
         assert word in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if " to 63 " in line]
     found = json.loads((out / "tax.json").read_text())
@@ -150,6 +151,7 @@ def test_command_prints_and_writes(folder, model_dir, capsys):
         ("smollm2-135m-instruct", "prose.txt", [], "different tokenizers"),  # no folder, but a tokenizer all the same
         ("larger", "prose.txt", [], "vocabulary has 260 entries where that of"),  # without a tokenizer
         ("pickled", "prose.txt", [], "nothing pickled is read"),
+        ("misfit", "prose.txt", [], "does not fit"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -164,6 +166,9 @@ def test_bad_input_is_one_sentence(
     tiny_llama(vocab_size=260).save_pretrained(tmp_path / "larger")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_text("{}")
+    shutil.copytree(folder / "adapter", tmp_path / "misfit")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "misfit" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nowhere"]}))
     path = {"tuned": folder / tuned, "nowhere": folder / tuned, "smollm2-135m-instruct": tuned}.get(tuned)
     assert (
         main.main(["tax", str(model_dir), str(path or tmp_path / tuned), "--text", str(folder / text), *options]) == 2

@@ -63,7 +63,7 @@ def loop(model, sequences=SEQUENCES):
         grads = torch.autograd.grad(nll(model, *sequence), parameters, allow_unused=True)
         for sum_, grad in zip(total, grads, strict=True):
             if grad is not None:
-                sum_ += grad.double() ** 2
+                sum_.add_(grad.double() ** 2)
     return {name: sum_ / len(sequences) for name, sum_ in zip(names, total, strict=True)}
 
 
@@ -151,7 +151,7 @@ def test_soft_caps_scales_and_norms_over_heads():
         Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=2.0, query_pre_attn_scalar=8)),
         Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True)),
     ):
-        model = model.double()  # whose norms compute in float32 all the same
+        model.double()  # whose norms compute in float32 all the same
         assert_equal(fisher_diagonal(model, ROWS), loop(model), 1e-6)
 
 
@@ -233,31 +233,6 @@ def test_rows_are_tokenised(tiny_llama, tokenizer):
     assert all(torch.equal(fisher[name], values) for name, values in expected.items())
 
 
-def test_files_keep_32_bits_exactly(tiny_llama, tmp_path):
-    fisher = fisher_diagonal(tiny_llama(), ROWS, estimator="sampled")
-    fisher.save(tmp_path / "new" / "fisher.safetensors")
-    found = Fisher.load(tmp_path / "new" / "fisher.safetensors")
-    assert found.keys() == fisher.keys() and all(torch.equal(found[n], v) for n, v in fisher.items())
-    assert (found.samples, found.estimator, found.per) == (len(SEQUENCES), "sampled", "sequence")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["fisher.safetensors"]
-
-
-def test_files_of_8_bits(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    values = torch.exp(8 * torch.randn(37, 61, generator=generator))  # over thirty octaves
-    fisher = Fisher({"w": values, "empty": torch.zeros(0), "norm": values[0]}, samples=3)
-    fisher.save(tmp_path / "f", bits=8)
-    found = Fisher.load(tmp_path / "f")
-    assert found.keys() == fisher.keys() and found.samples == 3
-    assert torch.equal(found["norm"], values[0]) and found["empty"].shape == (0,)
-    budget = torch.maximum(0.034 * values, 6e-8 * values.amax(1, keepdim=True))
-    assert ((found["w"] - values).abs() <= budget).all()
-    assert (tmp_path / "f").stat().st_size < values.numel() * 1.1 + 1500
-    for bits in (8, 32):  # what is in 8 bits stays as it is
-        found.save(tmp_path / "again", bits=bits)
-        assert torch.equal(Fisher.load(tmp_path / "again")["w"], found["w"])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_added_up_in_8_bits(kind, tiny_llama, tiny_gpt2, tmp_path):
     """Matrices are; none of their entries is off by more than its roundings make it, and all together by little."""
@@ -282,18 +257,6 @@ def test_added_up_in_8_bits(kind, tiny_llama, tiny_gpt2, tmp_path):
     assert all(torch.equal(found[name], values) for name, values in fisher.items())
 
 
-def test_online_merging():
-    old = Fisher({"a": torch.tensor([1.0, 2.0])}, samples=3)
-    merged = old.merged(Fisher({"a": torch.tensor([10.0, 20.0])}, samples=4), decay=0.5)
-    assert merged["a"].tolist() == [10.5, 21.0] and merged.samples == 7 and old["a"].tolist() == [1.0, 2.0]
-    with pytest.raises(ModelError, match=r"1 parameters \(b, ...\) are in one"):
-        old.merged({"a": torch.zeros(2), "b": torch.zeros(1)})
-    with pytest.raises(ModelError, match=r"a is \(2,\) in one Fisher information and \(3,\) in the other"):
-        old.merged({"a": torch.zeros(3)})
-    with pytest.raises(ConfigError, match=r"decay is 1\.5"):
-        old.merged(old, decay=1.5)
-
-
 class Scaler(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -303,7 +266,7 @@ class Scaler(torch.nn.Module):
         return x * self.by
 
 
-def test_bad_input_is_named(tiny_llama, tmp_path):
+def test_bad_input_is_named(tiny_llama):
     model = tiny_llama()
     with pytest.raises(DataError, match="holds no rows"):
         fisher_diagonal(model, [])
@@ -317,13 +280,6 @@ def test_bad_input_is_named(tiny_llama, tmp_path):
         fisher_diagonal(model, ROWS, bits=16)
     with pytest.raises(ConfigError, match="pass the model's tokenizer"):
         fisher_diagonal(model, [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match="is not a file"):
-        Fisher.load(tmp_path / "none")
-    (tmp_path / "torn").write_bytes(b"12345678{")
-    with pytest.raises(DataError, match="not a readable safetensors file"):
-        Fisher.load(tmp_path / "torn")
-    with pytest.raises(ConfigError, match="bits is 4"):
-        Fisher().save(tmp_path / "f", bits=4)
     with pytest.raises(ModelError, match="No parameter of the model requires a gradient"):
         fisher_diagonal(tiny_llama().requires_grad_(False), ROWS)
     model.model.layers[0].mlp.act_fn = torch.nn.Sequential(Scaler())

@@ -35,7 +35,7 @@ def test_right_in_the_mean_and_off_by_what_is_stated(batches, stated):
         portion = squares(generator)
         exact += portion
         with sums.opened(slice(None)) as values:
-            values += portion
+            values.add_(portion)
     off = errors(sums, exact)
     assert 0.7 * stated < off.square().mean().sqrt() < 1.05 * stated
     assert off.mean().abs() < 4 * off.std() / off.numel() ** 0.5
@@ -45,7 +45,7 @@ def test_portions_smaller_than_a_step_are_not_lost():
     sums = zeros()
     for portion in [1.0, *[0.002] * 500]:
         with sums.opened(slice(None)) as values:
-            values += portion
+            values.add_(portion)
     off = errors(sums, 2.0)
     assert off.mean().abs() < 4 * 0.18 / off.numel() ** 0.5 and off.std() < 0.18
 
@@ -53,7 +53,7 @@ def test_portions_smaller_than_a_step_are_not_lost():
 def test_entries_to_which_nothing_is_added_stay_as_they_are():
     sums = zeros()
     with sums.opened(slice(None)) as values:
-        values += squares(torch.Generator().manual_seed(2))
+        values.add_(squares(torch.Generator().manual_seed(2)))
     before = sums.values()
     for _ in range(40):  # the scale of every row grows, by 40 times
         with sums.opened(slice(None)) as values:
@@ -66,7 +66,7 @@ def test_entries_to_which_nothing_is_added_stay_as_they_are():
 def test_nothing_and_what_is_far_below_the_largest():
     sums = zeros(2, 5000)
     with sums.opened(slice(0, 1)) as values:
-        values += 2.0**-30
+        values.add_(2.0**-30)
         values[0, 0] = 1.0
     assert not sums.values()[1].any() and sums.values()[0, 0] == 1
     small = sums.values()[0, 1:]  # below the least code, 2^-24: that or 0, in the mean right

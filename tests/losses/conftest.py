@@ -40,3 +40,26 @@ def _assert_accurate(loss, terms, points) -> None:
 @pytest.fixture
 def assert_accurate():
     return _assert_accurate
+
+
+@pytest.fixture
+def points():
+    """Pairs (a, b) of log-ratios: margins of every size up to 1e4, either sign, around several centres."""
+    margins = (0.0, 1e-4, -0.3, 3.0, -3.0, 25.0, -25.0, 90.0, -90.0, 700.0, -700.0, 1e4, -1e4)
+    return [
+        *((margin, 0.0) for margin in margins),
+        *((-20.0, margin - 20.0) for margin in (0.0, 0.3, -18.0, 25.0, 200.0, -1e4, 1e4)),
+        *((1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-1e4, -1e4)),
+    ]
+
+
+@pytest.fixture
+def make_logprobs():
+    """f(count, batch): `count` tensors (batch,) of random float64 log-probabilities that require gradients."""
+
+    def make(count: int, batch: int = 6) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        random = [torch.rand(batch, dtype=torch.float64, generator=generator) for _ in range(count)]
+        return [(-4 * values - 0.01).requires_grad_() for values in random]
+
+    return make

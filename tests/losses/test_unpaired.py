@@ -10,7 +10,7 @@ import torch
 
 from fastalign.errors import InputError
 from fastalign.losses import UNPAIRED, bco, kto, kto_baseline
-from fastalign.losses.preference import apo_zero, bco_pair
+from fastalign.losses.pointwise import apo_zero, bco_pair
 
 # With beta = 1/2 and log-ratios 2 ln 3 (desirable) and -2 ln 2 (not): rewards ln 3 and -ln 2.
 LOGPROBS = torch.tensor([-10 + 2 * log(3), -12 - 2 * log(2)], dtype=torch.float64)

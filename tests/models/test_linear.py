@@ -11,12 +11,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalign.models.linear import (  # fmt: skip
-    _Added,
+    LoraLinearCpu,
+    LoraLinearGpu,
+    _factor_gradient,
     _is_fast_on_gpu,
-    _of_factor,
     _onednn_for_float32,
     _operand,
-    _Product,
     has_native_matmul,
     speed_up_linear,
 )
@@ -75,8 +75,8 @@ def fast(model):
 
 def calls(monkeypatch) -> list:
     """Grows by one whenever one of our products is taken."""
-    seen, apply = [], _Product.apply
-    monkeypatch.setattr(_Product, "apply", lambda *args: seen.append(args) or apply(*args))
+    seen, apply = [], LoraLinearCpu.apply
+    monkeypatch.setattr(LoraLinearCpu, "apply", lambda *args: seen.append(args) or apply(*args))
     return seen
 
 
@@ -101,9 +101,9 @@ def test_gradcheck():
     x, w, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (2, 4), (5, 2)))
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     for function, inputs in (
-        (lambda *t: _Product.apply(*t, 0.7, torch.float64), (x, w, bias, a, b)),
-        (lambda x, bias, a, b: _Added.apply(x, w.detach(), bias, a, b, 0.7), (x, bias, a, b)),
-        (lambda x, a, b: _Added.apply(x, w.detach(), None, a, b, 0.7), (x, a, b)),
+        (lambda *t: LoraLinearCpu.apply(*t, 0.7, torch.float64), (x, w, bias, a, b)),
+        (lambda x, bias, a, b: LoraLinearGpu.apply(x, w.detach(), bias, a, b, 0.7), (x, bias, a, b)),
+        (lambda x, a, b: LoraLinearGpu.apply(x, w.detach(), None, a, b, 0.7), (x, a, b)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
@@ -118,7 +118,7 @@ def test_what_a_gpu_computes_is_no_further_from_float64_than_peft_s(bias, dtype)
     exact, theirs = (outputs(m.base_model.model.first, rows(dtype).to(like)) for m, like in (
         (copy.deepcopy(model).double(), torch.float64), (model, dtype)))  # fmt: skip
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    ours = outputs(Called(lambda x: _Added.apply(x, base.weight, base.bias, a, b, 2.0), a, b), rows(dtype))
+    ours = outputs(Called(lambda x: LoraLinearGpu.apply(x, base.weight, base.bias, a, b, 2.0), a, b), rows(dtype))
     for our, their, truth in zip(ours, theirs, exact, strict=True):
         assert (our.dtype, our.shape) == (their.dtype, their.shape)
         budget = 2 * ((their.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max())
@@ -236,11 +236,13 @@ def test_the_reference_of_a_layer_that_drops_inputs_goes_peft_s_way(monkeypatch)
 
 
 def of_a_gpu(x, weight, bias, a, b, scaling, dtype):
-    return _Added.apply(x, weight, bias, a, b, scaling)
+    return LoraLinearGpu.apply(x, weight, bias, a, b, scaling)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("product", "native"), [(_Product.apply, True), (_Product.apply, False), (of_a_gpu, True)])
+@pytest.mark.parametrize(
+    ("product", "native"), [(LoraLinearCpu.apply, True), (LoraLinearCpu.apply, False), (of_a_gpu, True)]
+)
 def test_a_young_adapter_is_not_rounded_away(product, native, bias, monkeypatch):
     """Its part of a result is kept on average, however small beside a 16-bit number's last place.
 
@@ -277,9 +279,9 @@ def test_on_a_gpu_where_16_bits_are_multiplied_fast():
         assert not applies(dtype=torch.float32) and not applies(dtype=torch.float32, result=torch.float32)
         x, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device="cuda") for n in (5, 24))
         a, b = torch.empty(8, 16, device="cuda"), torch.empty(24, 8, device="cuda")
-        y = _Added.apply(x, weight, None, a, b, 2.0)
+        y = LoraLinearGpu.apply(x, weight, None, a, b, 2.0)
         ga = torch.empty(5, 8, dtype=torch.bfloat16, device="cuda")
-        grad = _of_factor(a, ga.t(), x, 0.5)
+        grad = _factor_gradient(a, ga.t(), x, 0.5)
         assert (grad.dtype, grad.shape) == (torch.float32, a.shape)
         assert (y.dtype, y.shape) == (torch.bfloat16, (5, 24))
 
@@ -431,7 +433,7 @@ def test_functorch_goes_through_all_layers(onednn):
         assert torch.equal(mine, theirs)
 
 
-def test_multiplies_knows_what_there_is():
+def test_has_native_matmul_knows_what_there_is():
     assert has_native_matmul(torch.float32) and has_native_matmul(torch.float64)
     assert not has_native_matmul(torch.float16)
 

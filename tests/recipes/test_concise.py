@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastalign.errors import DataError
+from fastalign.files import read_jsonl
 from fastalign.recipes.concise import judge, make_data
 
 PROMPT = "Why is the sky blue?"
@@ -25,7 +26,7 @@ RAMBLE = (
 def part(request):
     """(prompts of that side of the split, its shipped rows)."""
     train, test = make_data.split(make_data.read_prompts(make_data.HERE / "prompts.txt"))
-    rows = make_data.read_jsonl(make_data.HERE / f"{request.param}.jsonl")
+    rows = read_jsonl(make_data.HERE / f"{request.param}.jsonl")
     return {"train": train, "test": test}[request.param], rows
 
 
@@ -199,18 +200,6 @@ def test_split_holds_out_every_seventh_prompt():
     assert train == [str(n) for n in range(15) if n not in (6, 13)]
 
 
-def test_jsonl_keeps_text_and_replaces_the_file_in_one_step(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"text": "a\nb \u2028 \u00e9"}]
-    make_data.write_jsonl(path, [{"old": 1}])
-    with pytest.raises(TypeError):
-        make_data.write_jsonl(path, [{"bad": object()}])
-    assert make_data.read_jsonl(path) == [{"old": 1}]
-    make_data.write_jsonl(path, rows)
-    assert make_data.read_jsonl(path) == rows
-    assert "\u00e9" in path.read_text(encoding="utf-8")
-
-
 def test_draw_inverts_the_cdf_of_the_nucleus():
     logits = torch.full((1, 100), -1e9, dtype=torch.float64)
     logits[0, 7], logits[0, 3], logits[0, 50] = torch.tensor([0.60, 0.36, 0.04], dtype=torch.float64).log()
@@ -293,7 +282,7 @@ def test_shipped_prompts_stay_on_their_side_of_the_split(part):
 
 
 def test_no_answer_is_shipped_twice():
-    rows = [row for name in ("train", "test") for row in make_data.read_jsonl(make_data.HERE / f"{name}.jsonl")]
+    rows = [row for name in ("train", "test") for row in read_jsonl(make_data.HERE / f"{name}.jsonl")]
     answers = [text for row in rows for text in texts(row)[1:]]
     assert len(set(answers)) == len(answers)
 

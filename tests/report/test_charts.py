@@ -2,7 +2,7 @@
 
 import re
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 import pytest
 
@@ -144,6 +144,6 @@ def test_svg_takes_its_colours_from_the_page_and_styles_nothing_else():
 def test_a_drawing_depends_on_its_data_alone():
     records = logged("loss", [0.7, 0.4])
     plain = draw(LOSS, records).svg
-    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "axes.linewidth": 9, "font.size": 30}):
+    with mpl.rc_context({"text.usetex": True, "axes.facecolor": "red", "axes.linewidth": 9, "font.size": 30}):
         assert draw(LOSS, records).svg == plain
-        assert matplotlib.rcParams["font.size"] == 30
+        assert mpl.rcParams["font.size"] == 30

@@ -9,7 +9,7 @@ import pytest
 
 from fastalign.errors import DataError, InputError
 from fastalign.files import append_metrics, write_json, write_text
-from fastalign.report.page import SAMPLES_SHOWN, format_number, format_text, write_report
+from fastalign.report.page import SAMPLES_SHOWN, write_report
 
 ATTACK = "\"'><script>alert(1)</script><img src=http://x.example/p onerror=alert(1)>{{ 7*7 }}</pre></svg>"
 SECTIONS = {
@@ -189,7 +189,7 @@ def test_a_run_killed_while_writing(run_dir):
     fill(run_dir)
     whole = write_report(run_dir).read_bytes()
     for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(run_dir / name, "ab") as file:
+        with (run_dir / name).open("ab") as file:
             file.write(b'{"step": 4, "loss": 0.\xe2\x82')
     assert write_report(run_dir).read_bytes() == whole
 
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(run_dir, name):
 
 def test_a_failed_write_leaves_the_old_page_and_no_other_file(run_dir, monkeypatch):
     fill(run_dir)
-    whole, files = write_report(run_dir).read_bytes(), sorted(os.listdir(run_dir))
+    whole, files = write_report(run_dir).read_bytes(), sorted(run_dir.iterdir())
     write_text(run_dir / "preflight.txt", "new")
 
     def full_disk(descriptor):
@@ -216,7 +216,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_other_file(run_dir, monkeypat
     with pytest.raises(OSError, match="No space"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == whole
-    assert sorted(os.listdir(run_dir)) == files
+    assert sorted(run_dir.iterdir()) == files
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
@@ -274,40 +274,3 @@ def test_text_that_has_no_utf8(run_dir):
     append_metrics(run_dir / "samples.jsonl", {"prompt": "x", "after": "\ud83d cut\x00\x1b"})
     (run_dir / "preflight.txt").write_bytes(b"caf\xe9")
     assert r"\ud83d cut" in Page(write_report(run_dir)).text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"),  # noqa: RUF001
-        (True, "yes"),
-        (0.0, "0"),
-        (-0.0, "0"),
-        (921600, "921,600"),
-        (86.234, "86.2"),
-        (-0.01234, "-0.0123"),
-        (0.7, "0.7"),
-        (100.0, "100"),
-        (999.96, "1,000"),
-        (12345.6, "12,346"),
-        (5e-06, "5e-6"),
-        (1.25e-11, "1.25e-11"),
-        (3.2e9, "3.2e9"),
-        (10**16, "10,000,000,000,000,000"),
-        (math.nan, "NaN"),
-        (-math.inf, "-∞"),
-        ("5 min", "5 min"),
-    ],
-)
-def test_numbers_as_people_write_them(value, text):
-    assert format_number(value) == text.replace("-", "\N{MINUS SIGN}")
-
-
-def test_changes_carry_their_sign():
-    assert [format_number(v, sign=True) for v in (1, -1.5, 0.0)] == ["+1", "\N{MINUS SIGN}1.5", "0"]
-
-
-def test_chat_messages_as_text():
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert format_text(chat) == "system: Be brief.\n\nuser: Hi"
-    assert format_text(["q_proj", 3, None]) == "q_proj, 3, \N{EN DASH}"

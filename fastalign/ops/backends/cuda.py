@@ -233,7 +233,8 @@ def preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, i
 
 def accumulate_fisher(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
     """`F += sum_s (G_s' X_s)^2` in one launch, on tensor cores: fisher (out, in) float32, grad_output (T, out) and
-    input (T, in) of one dtype, cu_seqlens (S + 1,)."""
+    input (T, in) of one dtype, cu_seqlens (S + 1,).
+    """
     grad_output, input = _rows(grad_output), _rows(input)
     _launch(
         "accumulate_fisher", module.Fisher(), fisher, dtype=DTYPES[input.dtype], fisher=fisher, grad_output=grad_output,
@@ -257,7 +258,8 @@ def ewc_penalty(
 ) -> Tensor:
     """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient, `strength F (theta -
     theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32, an
-    anchor in its parameter's dtype or float32. One launch for each 64 tensors of the same dtypes."""
+    anchor in its parameter's dtype or float32. One launch for each 64 tensors of the same dtypes.
+    """
     kinds = defaultdict(list)
     for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
         row = parameter, anchor, fishers and fishers[i], grads and grads[i]
@@ -298,7 +300,8 @@ def _held(a: Tensor, b: Tensor | None) -> dict:
 
 def divergence_normalise(z: Tensor, bias: Tensor | None, head: Head, top: Tensor, total: Tensor) -> None:
     """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
-    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at -1e30 and 0."""
+    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at -1e30 and 0.
+    """
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     _launch(
         "divergence_normalise", module.Divergence(), z, **_held(z, None), head=_head(head), bias=bias, top=top,
@@ -324,7 +327,8 @@ def divergence_gradient(
     a: Tensor, b: Tensor | None, moments: Tensor, scale: float, coefficients: Tensor | None, out: Tensor
 ) -> None:
     """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given; into out (R, T), which
-    may be a's own memory, row by row, in out's dtype."""
+    may be a's own memory, row by row, in out's dtype.
+    """
     _launch(
         "divergence_gradient", module.Divergence(), a, **_held(a, b), moments=moments, scale=scale,
         coefficients=coefficients, c=out, to_dtype=DTYPES[out.dtype], c_stride=out.stride(0),

@@ -20,7 +20,8 @@ KERNELS = {"cuda": cuda, "triton": triton}
 
 def pick(first: Tensor, *others: Tensor | None, prefer: str = "cuda") -> str | None:
     """The name of the kernels that take these tensors, `prefer` before others; None where they lie on no GPU, or none
-    does."""
+    does.
+    """
     if first.device.type != "cuda":
         return None
     names = sorted(KERNELS, key=lambda name: name != prefer)
@@ -32,7 +33,8 @@ BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
 def without_autocast(kernel: Callable) -> Callable:
     """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits; with
-    its tensors' GPU the current one, which Triton launches on."""
+    its tensors' GPU the current one, which Triton launches on.
+    """
 
     @wraps(kernel)
     def run(first: Tensor, *args, **options):

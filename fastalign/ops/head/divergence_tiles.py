@@ -146,7 +146,7 @@ _TERMS: dict[str, Callable] = {"forward_kl": _forward_kl, "reverse_kl": _reverse
 
 
 def gradient(a: Tensor, b: Tensor, moment: Tensor, kind: Divergence, head: Head) -> Tensor:
-    """c slope of one tile, from what its terms left in a and b."""
+    """C slope of one tile, from what its terms left in a and b."""
     c = a if kind.name == "forward_kl" else b.addcmul_(a, moment.unsqueeze(1), value=-1)
     scale = gradient_scale(kind, head)
     return c.mul_(scale) if scale != 1.0 else c
@@ -172,7 +172,7 @@ def terms(a, b, stats, kind: Divergence, head: Head, scratch) -> tuple[Tensor, T
 
 
 def slope_of(z: Tensor, head: Head) -> Tensor:
-    """dz / d(h W' + b) of a soft cap; an entry that is ruled out has slope 0."""
+    """Dz / d(h W' + b) of a soft cap; an entry that is ruled out has slope 0."""
     t = z.mul(head.temperature / head.softcap).clamp_(min=-1)
     return t.square_().neg_().add_(1).mul_(head.factor)
 
@@ -350,7 +350,7 @@ def backward(
 
 
 def _form(epilogue: Epilogue, tile, stats, kind: Divergence, student: Side, coefficients) -> Tensor:
-    """c slope of one tile by a GPU's epilogue, in the dtype of the product that follows."""
+    """C slope of one tile by a GPU's epilogue, in the dtype of the product that follows."""
     a, b = tile
     c = in_place(a, student.hidden.dtype)
     second = None if kind.name == "forward_kl" else b

@@ -202,7 +202,8 @@ def softmax_gradient(
     u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head: Head, c: Coefficients, du: Tensor
 ) -> None:
     """The gradient in u of a tile, from its products: `(c.logprobs + c.entropy (d - c.mean)) exp(d) dz/du` with
-    `d = z - c.shift`, and c.target at the target; into du (R, T), which may be u's own memory. u is overwritten."""
+    `d = z - c.shift`, and c.target at the target; into du (R, T), which may be u's own memory. u is overwritten.
+    """
     z, slope = _logits(u, bias, head)
     z -= c.shift.unsqueeze(1)
     if c.entropy is None:
@@ -220,7 +221,8 @@ def softmax_gradient(
 def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, target: Tensor, du: Tensor) -> None:
     """The same from a tile `e` that `absorb` left: `scale * kept`, and `target` at the target, into du (R, T).
 
-    kept (R, T), any distance between rows, is not written; scale and target (R,)."""
+    kept (R, T), any distance between rows, is not written; scale and target (R,).
+    """
     torch.mul(kept, scale.unsqueeze(1), out=du)
     _set_target(du, targets - first, target)
 

@@ -238,7 +238,8 @@ def backward(
 
 def _coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
     """The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but `g_logprobs (1 - p_y) slope_y`
-    (+ entropy term) at the target."""
+    (+ entropy term) at the target.
+    """
     total = stats.others + stats.target
     target = g_logprobs * (stats.others / total)
     if g_entropy is not None:

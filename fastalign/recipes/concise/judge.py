@@ -1,10 +1,11 @@
-"""A small rule-based judge of answers: concise and complete beats rambling. Pure Python, no model.
+"""A small rule-based judge of answers, to which concise and complete is better than rambling. Pure Python, no model.
 
-    score = 10 - sum over rules of weight * fault        each fault lies in [0, 1], 0 = nothing to complain about
+    score = 10 - sum over rules of weight * fault        each fault is in [0, 1]; 0 means that there is none
 
-`faults` names what is wrong with one answer, `score` adds it up, `is_concise` and `is_rambling` say who may be chosen
-and who rejected, and `pick_pair` takes the best pair of a prompt's answers. The judge looks at form alone: length,
-completeness, repetition, filler, layout, whether the answer stays with the prompt. It cannot tell true from false.
+`faults` gives the faults of one answer, and `score` adds them up. `is_concise` and `is_rambling` say which answers may
+be chosen and which rejected, and `pick_pair` takes the best pair from the answers to one prompt. The judge looks only
+at form: length, completeness, repetition, filler, layout, and whether the answer is about the prompt. It cannot tell
+true from false.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ WEIGHTS = {
     "odd_text": 3.0,
     "unsafe": 10.0,
 }
-IDEAL_WORDS = (12, 45)  # no length fault in between
-RAMBLING_WORDS = 60  # a rejected answer has at least so many
-MIN_CHOSEN = 9.0  # a chosen answer scores at least so much
-MIN_MARGIN = 2.5  # and leads the rejected one by at least so much
+IDEAL_WORDS = (12, 45)  # an answer with a number of words between these has no fault of length
+RAMBLING_WORDS = 60  # the fewest words of a rejected answer
+MIN_CHOSEN = 9.0  # the lowest score of a chosen answer
+MIN_MARGIN = 2.5  # the least difference between the scores of a pair
 
 FILLER_OPENERS = re.compile(
     r"^\W*(?:sure|certainly|absolutely|of course|a (?:great|good|simple|classic)\b|great question|good question"
@@ -59,7 +60,7 @@ DOUBLED = re.compile(r"\b(\w{3,})(?:,? and|,? or|,)? \1\b", re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of `text`; an apostrophe or hyphen inside a word belongs to it."""
+    """Lower-case words of a text. An apostrophe or hyphen inside a word belongs to the word."""
     return re.findall(r"[a-z0-9]+(?:['\u2019-][a-z0-9]+)*", text.lower())
 
 
@@ -75,46 +76,47 @@ STOP_WORDS = frozenset(
 
 
 def stem(word: str) -> str:
-    """`word` without its commonest endings, so that `bake`, `bakes` and `baking` meet."""
+    """A word without its commonest endings, so that `bake`, `bakes` and `baking` are equal."""
     return re.sub(r"(?:ies|ing|es|ed|ly|'s|s|e|y)$", "", word) if len(word) > 3 else word
 
 
 def content(text: str) -> list[str]:
-    """Stems of the words of `text` that are no stop words."""
+    """Stems of the words of a text, without stop words."""
     return [stem(word) for word in words(text) if word not in STOP_WORDS]
 
 
 def sentences(text: str) -> list[str]:
-    """`text` cut after `.`, `!` or `?` (with a closing quote or bracket) before white space, and at line ends."""
+    """A text split at line ends, and after `.`, `!` or `?` (and a closing quote or bracket) before white space."""
     parts = re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d)])\s+|\n+", text.strip())
     return [part for part in parts if part]
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
+# Faults
 
 
 def unfinished(text: str, ended: bool) -> float:
-    """1 where the answer was cut off, lacks closing punctuation, ends in dots, or in a bare list number."""
+    """1 if the answer was cut off, lacks closing punctuation, or ends in dots or a bare list number."""
     closed = re.search(r"[.!?][\"'\u201d)]?$", text) and not re.search(r"(?:(?:^|\s)\d{1,2}|\.\.)[.!?]$", text)
     return 0.0 if ended and closed else 1.0
 
 
 def too_short(count: int) -> float:
-    """0 from the ideal minimum of words on, 1 at half of it and below."""
+    """0 from the ideal minimum of words on, rising to 1 at half of it and below."""
     return min(1.0, max(0.0, (IDEAL_WORDS[0] - count) / (IDEAL_WORDS[0] / 2)))
 
 
 def too_long(count: int) -> float:
-    """0 up to the ideal maximum of words, 1 at twice as many and above."""
+    """0 up to the ideal maximum of words, rising to 1 at twice as many and above."""
     return min(1.0, max(0.0, (count - IDEAL_WORDS[1]) / IDEAL_WORDS[1]))
 
 
 def repetition(prompt: str, text: str) -> float:
-    """The largest of: twice the share of word trigrams seen before; dullness; 0.2 for an echo; 1 for a doubling.
+    """The largest of four measures, at most 1.
 
-    Dullness sets in where under 70 % of the content words are distinct, and reaches 1 at 40 %. An echo is a sentence
-    that says a content word of a "What ..." prompt twice ("A forest is found in forests"); a doubling is "sad or sad",
-    "A tax is a tax", or a whole sentence said again.
+    - Twice the share of word trigrams that occurred before in the text.
+    - Dullness: 0 if at least 70 % of the content words are distinct, rising to 1 at 40 %.
+    - 0.2 for an echo: a sentence with a content word of a "What ..." prompt twice ("A forest is found in forests").
+    - 1 for a doubling: "sad or sad", "A tax is a tax", or a sentence that is repeated.
     """
     if DOUBLED.search(text) or CIRCULAR.search(text):
         return 1.0
@@ -131,28 +133,28 @@ def repetition(prompt: str, text: str) -> float:
 
 
 def filler(text: str) -> float:
-    """Half for a stock opener, half for every other stock phrase, at most 1."""
+    """0.5 for a stock opener and 0.5 for every other stock phrase, at most 1."""
     return min(1.0, 0.5 * bool(FILLER_OPENERS.search(text)) + 0.5 * len(FILLER_ANYWHERE.findall(text)))
 
 
 def layout(text: str) -> float:
-    """1 where headings, bold type, bullets, numbered points or several paragraphs stand in for prose."""
+    """1 if there are headings, bold type, bullets, numbered points or several paragraphs instead of prose."""
     return 1.0 if LAYOUT.search(text) or "\n" in text.strip() else 0.0
 
 
 def off_topic(prompt: str, text: str) -> float:
-    """1 where the answer shares no content word with the prompt."""
+    """1 if the answer shares no content word with the prompt."""
     return 0.0 if set(content(prompt)) & set(content(text)) else 1.0
 
 
 def odd_text(text: str) -> float:
-    """1 for placeholders such as [Name], links, foreign scripts and emoji, or a start that is no capital or digit."""
+    """1 for placeholders such as [Name], links, foreign scripts, emoji, or a start that is not a capital or digit."""
     start = re.match(r"[\"'\u201c(]?[A-Z0-9]", text)
     return 1.0 if not start or PLACEHOLDER.search(text) or ODD_CHARACTERS.search(text) else 0.0
 
 
 def faults(prompt: str, text: str, *, ended: bool = True) -> dict[str, float]:
-    """The faults of `text` as an answer to `prompt`, by rule, each in [0, 1]; `ended`: EOS came within the budget."""
+    """The faults of an answer, by rule, each in [0, 1]. `ended` says whether EOS came within the budget."""
     text = text.strip()
     count = len(words(text))
     return {
@@ -169,25 +171,25 @@ def faults(prompt: str, text: str, *, ended: bool = True) -> dict[str, float]:
 
 
 def score(prompt: str, text: str, *, ended: bool = True) -> float:
-    """10 minus the weighted faults; 10 is a concise, complete answer in plain prose."""
+    """10 minus the weighted faults. 10 is a concise, complete answer in plain prose."""
     return 10.0 - sum(WEIGHTS[rule] * fault for rule, fault in faults(prompt, text, ended=ended).items())
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs
+# Pairs
 
 
 def is_concise(prompt: str, text: str, *, ended: bool = True) -> bool:
-    """May be chosen: `score` of at least `MIN_CHOSEN`, and at most the ideal number of words."""
+    """Whether an answer may be chosen: it scores at least `MIN_CHOSEN`, and is not longer than ideal."""
     return len(words(text)) <= IDEAL_WORDS[1] and score(prompt, text, ended=ended) >= MIN_CHOSEN
 
 
 def is_rambling(prompt: str, text: str) -> bool:
-    """May be rejected: at least `RAMBLING_WORDS` words, and nothing unsafe in it."""
+    """Whether an answer may be rejected: it has at least `RAMBLING_WORDS` words, and nothing unsafe in it."""
     return len(words(text)) >= RAMBLING_WORDS and not faults(prompt, text)["unsafe"]
 
 
 def trim(text: str, max_words: int) -> str:
-    """`text` up to the last sentence that ends within its first `max_words` words; empty where none does."""
+    """A text up to the last sentence that ends within its first `max_words` words; empty if none does."""
     end = 0
     for stop in re.finditer(r"[.!?][\"'\u201d)]?(?=\s|$)", text):
         if len(words(text[: stop.end()])) <= max_words and not re.search(r"\b\d+\.$", text[: stop.end()]):
@@ -196,10 +198,10 @@ def trim(text: str, max_words: int) -> str:
 
 
 def agreement(prompt: str, text: str, others: Iterable[str]) -> float:
-    """Mean share of the content words of `text`, the prompt's aside, that each of `others` has too; in [0, 1].
+    """Mean share of an answer's content words that each of the other answers has too, in [0, 1].
 
-    The model's oddest inventions occur in one of its answers alone, what it knows in many (Wang et al.,
-    "Self-consistency improves chain of thought reasoning", 2023).
+    Words of the prompt do not count. What a model knows occurs in many of its answers, and what it invents often in
+    only one (Wang et al., "Self-consistency improves chain of thought reasoning", 2023, arXiv:2203.11171).
     """
     own = set(content(text)) - set(content(prompt))
     shares = [len(own & set(content(other))) / len(own) for other in others if own]
@@ -207,11 +209,16 @@ def agreement(prompt: str, text: str, others: Iterable[str]) -> float:
 
 
 def pick_pair(prompt: str, answers: Iterable[tuple[str, bool]], *, max_words: int = 85) -> tuple[str, str] | None:
-    """(chosen, rejected) out of `answers` = (text, ended) to `prompt`, or None where no clear pair is among them.
+    """The best pair (chosen, rejected) among the answers to a prompt, or None if there is no clear pair.
 
-    Chosen is, of the concise answers within half a point of the best, the one that agrees most with the others.
-    Rejected is a rambling answer that scores at least `MIN_MARGIN` less: one that came to its own end if there is any,
-    else one that ran out of budget, trimmed to `max_words`; of equals, the worst-scoring.
+    Chosen: of the concise answers within half a point of the best one, the answer that agrees most with the others.
+    Rejected: the rambling answer with the lowest score, if it scores at least `MIN_MARGIN` less. Answers that ended by
+    themselves are preferred to answers that ran out of budget.
+
+    Args:
+        prompt: the prompt.
+        answers: (text, whether EOS came within the budget) of each answer.
+        max_words: an answer that ran out of budget is trimmed to the last sentence that ends within so many words.
     """
     answers = list(answers)
     concise = [text for text, ended in answers if is_concise(prompt, text, ended=ended)]

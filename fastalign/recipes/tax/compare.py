@@ -1,9 +1,12 @@
 """What alignment costs, and what holds the cost down: one model tuned hard in several ways, each at several strengths.
 
-    python -m fastalign.recipes.tax.compare            # about half an hour on one core; runs that are done are kept
+    python -m fastalign.recipes.tax.compare            # about half an hour on one core
 
-SmolLM2-135M-Instruct, all weights, DPO on the pairs of the `concise` recipe. The tax is KL(start || tuned) a token on a
-third of Python's own help topics (`pydoc_data.topics`); Fisher information and replay see the other two thirds.
+A run that was interrupted goes on where it stopped: the results of every finished run are kept in its folder.
+
+All weights of SmolLM2-135M-Instruct are trained by DPO on the pairs of the `concise` recipe. The tax is
+KL(start || tuned) in nats per token, on a third of Python's help topics (`pydoc_data.topics`). The methods that need
+text (Fisher information, replay) get the other two thirds.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from torch import nn
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.files import load_rows
+from fastalign.data.packing import PackedBatch
 from fastalign.data.text import text_windows
-from fastalign.evaluation.tax import asks, compare_tokens, summarise
+from fastalign.evaluation.tax import Scorer, TokenScores, compare_tokens, model_scorer, summarise
 from fastalign.files import read_json, write_json, write_text
 from fastalign.fisher.diagonal import fisher_diagonal
 from fastalign.fisher.storage import Fisher
@@ -45,15 +49,16 @@ HELD_OUT_PAIRS, TAX_WINDOWS, FISHER_WINDOWS, WINDOW = 40, 12, 24, 256
 
 @dataclass
 class Run:
-    """One way to tune: a method, its strength as the table says it, and what it takes."""
+    """One way to tune: a method, its strength as the table shows it, and the regularisers that it needs."""
 
     method: str
     strength: str
     regularizers: Callable[[Setting], list]
-    rate: float = 1.0  # times LEARNING_RATE
+    rate: float = 1.0  # the learning rate, as a multiple of LEARNING_RATE
 
     @property
     def name(self) -> str:
+        """The name of the run's file of results."""
         return f"{self.method}-{self.strength}".replace(" ", "-").replace("/", "-")
 
 
@@ -67,10 +72,10 @@ class Setting:
     start: dict[str, torch.Tensor]
     replay: list[dict]
     held_out: list[dict]
-    base: Callable
+    base: Scorer
 
     def ewc(self, factor: float) -> EWC:
-        """EWC so strong that the plain run's weights would cost `factor` times DPO's loss at the start."""
+        """EWC whose penalty for the plain run's final weights is `factor` times DPO's loss at the start, which is log 2."""
         plain = read_json(self.folder / "runs" / "plain-1.json")
         return EWC(str(self.folder / "fisher.safetensors"), factor * math.log(2) / plain["fisher_distance"])
 
@@ -87,32 +92,39 @@ RUNS = (
 
 
 def rank(run: Run) -> int:
-    """The plain run, which sets EWC's strength, then the methods in turn, one strength of each after the other."""
+    """The order of the runs: the first strength of every method, then the second of every method, and so on.
+
+    The plain run is the first of all, because EWC's strength is set by it.
+    """
     return [other.strength for other in RUNS if other.method == run.method].index(run.strength)
 
 
 def split_topics() -> tuple[list[dict], list[dict]]:
-    """Python's help topics, two thirds for Fisher and replay and a third to measure on, as rows of text."""
+    """Python's help topics as rows of text: two thirds for Fisher information and replay, a third to measure on."""
     texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some have two names
     return [{"text": t} for i, t in enumerate(texts) if i % 3], [{"text": t} for t in texts[::3]]
 
 
 def spread(rows: Sequence, count: int) -> list:
-    """So many of the rows, evenly from first to last."""
+    """`count` of the rows, evenly spread from the first to the last."""
     return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
 
 
 def settle(folder: Path) -> Setting:
+    """Loads the model and the texts, and scores the texts with the model before any training."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     tokenizer, model = load_tokenizer(MODEL), load_model(MODEL, dtype="float32", for_adapter=False)
     replay, measured = split_topics()
     held_out = spread(text_windows(measured, tokenizer, length=WINDOW), TAX_WINDOWS)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Setting(folder, model, tokenizer, start, replay, held_out, answers_of_the_start(model, held_out))
+    return Setting(folder, model, tokenizer, start, replay, held_out, remember_start(model, held_out))
 
 
 def compute_fisher(setting: Setting) -> None:
-    """The empirical Fisher information of the replay text, the mean of squared gradients of single windows; once."""
+    """Computes the empirical Fisher information of the replay text, unless the folder has it already.
+
+    It is the mean of the squared gradients of single windows.
+    """
     path = setting.folder / "fisher.safetensors"
     if path.exists():
         return
@@ -121,7 +133,7 @@ def compute_fisher(setting: Setting) -> None:
 
 
 def train(run: Run, setting: Setting) -> dict[str, Any]:
-    """One run from the start: its tax on text and its held-out preference."""
+    """Trains once from the start. Returns the tax on text and the preference on held-out pairs."""
     setting.model.requires_grad_(True)
     with torch.no_grad():
         for name, parameter in setting.model.named_parameters():
@@ -140,7 +152,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     trainer.train()
     seconds = time.monotonic() - begin
     preference = trainer.evaluate()
-    tokens = compare_tokens(setting.base, asks(setting.model), setting.held_out, trainer.layout, progress=False)
+    tokens = compare_tokens(setting.base, model_scorer(setting.model), setting.held_out, trainer.layout, progress=False)
     result = {
         "method": run.method, "strength": run.strength, "learning_rate": config.learning_rate, "seconds": seconds,
         "steps": STEPS, "rows_a_step": ROWS_A_STEP, "tax": summarise(tokens),
@@ -153,33 +165,39 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
 
 
 def fisher_distance(setting: Setting) -> float:
-    """`1/2 sum F (theta - theta_start)^2` of the model as it is: what EWC of strength 1 would charge for it."""
+    """`1/2 sum F (theta - theta_start)^2` of the model as it is now: the penalty that EWC of strength 1 would add."""
     fisher = Fisher.load(setting.folder / "fisher.safetensors")
     parameters = dict(setting.model.named_parameters())
     names = list(fisher)
     with torch.no_grad():
-        columns = ([source[name] for name in names] for source in (parameters, setting.start, fisher))
-        return ewc_penalty(*columns).item()
+        now, start, weights = ([source[name] for name in names] for source in (parameters, setting.start, fisher))
+        return ewc_penalty(now, start, weights).item()
 
 
-def answers_of_the_start(model: nn.Module, rows: list[dict]) -> Callable:
-    """The model as it is now, asked about the held-out text once and for all."""
-    answers: dict[bytes, Any] = {}
-    ask = asks(model)
+def remember_start(model: nn.Module, rows: list[dict]) -> Scorer:
+    """A scorer that repeats what the model says now about the held-out text, after the model has changed."""
+    scores: dict[bytes, TokenScores] = {}
+    score = model_scorer(model)
 
-    def remember(packed):
-        scores, head = ask(packed)
-        answers[packed.targets.numpy().tobytes()] = scores, head._replace(weight=head.weight.clone())
-        return scores, head
+    def key(packed: PackedBatch) -> bytes:
+        assert packed.targets is not None
+        return packed.targets.numpy().tobytes()
+
+    def remember(packed: PackedBatch) -> TokenScores:
+        now = score(packed)
+        # Training changes the weight in place.
+        scores[key(packed)] = now._replace(head=now.head._replace(weight=now.head.weight.clone()))
+        return now
 
     compare_tokens(remember, remember, rows, prepare(model))
-    return lambda packed: answers[packed.targets.numpy().tobytes()]
+    return lambda packed: scores[key(packed)]
 
 
-HEADINGS = ("method", "strength", "tax, nats a token", "perplexity", "prefers chosen, %", "margin", "seconds")
+HEADINGS = ("method", "strength", "tax, nats per token", "perplexity", "prefers chosen, %", "margin", "seconds")
 
 
 def row_of(result: dict[str, Any]) -> list[str]:
+    """A run's row in the table, see HEADINGS."""
     tax = result["tax"]
     return [
         result["method"], result["strength"], f"{tax['kl_mean']:.3f}",
@@ -189,7 +207,7 @@ def row_of(result: dict[str, Any]) -> list[str]:
 
 
 def report(folder: Path) -> None:
-    """tax.json, tax.md and tax.png from the runs that are done."""
+    """Writes tax.json, tax.md and tax.png from the runs that are done."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "runs").glob("*.json")]
     methods = list(dict.fromkeys(run.method for run in RUNS))
     results.sort(key=lambda result: (methods.index(result["method"]), -result["tax"]["kl_mean"]))
@@ -208,7 +226,7 @@ def report(folder: Path) -> None:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Held-out preference against the tax, a curve a method over its strength."""
+    """Draws held-out preference against the tax, with one curve per method over its strengths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -217,8 +235,8 @@ def plot(results: list[dict], path: Path) -> None:
                 "perplexity": result["tax"]["tuned_perplexity"]}[key]  # fmt: skip
 
     labels = {
-        "accuracy": "held-out pairs preferred rightly, %", "margin": "held-out reward margin",
-        "kl": "tax: KL(start || tuned) on held-out text, nats a token", "perplexity": "perplexity of held-out text",
+        "accuracy": "held-out pairs preferred correctly, %", "margin": "held-out reward margin",
+        "kl": "tax: KL(start || tuned) on held-out text, nats per token", "perplexity": "perplexity of held-out text",
     }  # fmt: skip
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -247,9 +265,14 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m fastalign.recipes.tax.compare", description=__doc__.splitlines()[0])
+    """The command."""
+    parser = argparse.ArgumentParser(
+        "python -m fastalign.recipes.tax.compare", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tax"))
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods; plain is always there")
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="run these methods alone; the plain run is always included"
+    )
     options = parser.parse_args()
     todo = [
         run for run in RUNS
@@ -262,7 +285,7 @@ def main() -> None:
         compute_fisher(setting)
         for number, run in enumerate(todo, 1):
             if (options.out / "runs" / f"{run.name}.json").exists():
-                continue  # by another process meanwhile
+                continue  # another process has finished it meanwhile
             print(f"[{number}/{len(todo)}] {run.method}, strength {run.strength}", flush=True)
             result = train(run, setting)
             write_json(options.out / "runs" / f"{run.name}.json", result)

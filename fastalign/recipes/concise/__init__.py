@@ -1,0 +1,1 @@
+"""Preference pairs in which a short and complete answer beats a rambling one: see README.md."""

@@ -1,0 +1,105 @@
+"""Rows from files, lists and data sets, and what is said of those that are damaged."""
+
+import json
+import re
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from fastalign.data.files import load_rows
+from fastalign.errors import DataError
+
+
+def write(tmp_path, name, content: bytes | str):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+ROWS = [{"prompt": "a, b", "completion": 'say "hi"\n'}, {"prompt": "ü\u2028", "completion": "2"}]
+
+
+def test_each_file_type_gives_the_same_rows(tmp_path):
+    jsonl = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n"
+    paths = [
+        write(tmp_path, "a.jsonl", jsonl),
+        write(tmp_path, "a.JSON", json.dumps(ROWS)),
+        write(tmp_path, "a.csv", 'prompt,completion\n"a, b","say ""hi""\n"\n\nü\u2028,2\n'),
+    ]
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for path in [*paths, str(tmp_path / "a.parquet"), ROWS]:
+        assert load_rows(path).to_list() == ROWS, path
+
+
+def test_a_dataset_is_returned_as_it_is():
+    rows = datasets.Dataset.from_list(ROWS)
+    assert load_rows(rows) is rows
+
+
+def test_a_field_of_a_later_row_is_kept():
+    assert load_rows([{"text": "a"}, {"text": "b", "note": "c"}]).to_list()[1] == {"text": "b", "note": "c"}
+
+
+def test_a_cell_over_128_kib_is_read(tmp_path):
+    assert len(load_rows(write(tmp_path, "a.csv", "text\n" + "x" * 200_000))[0]["text"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "a"}\n'), ("a.json", '[{"text": "a"}]'), ("a.csv", "text\na\n")],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name, content):
+    path = write(tmp_path, name, b"\xef\xbb\xbf" + content.encode())
+    assert load_rows(path).to_list() == [{"text": "a"}]
+
+
+GOOD = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", GOOD + b"\n" + b'{"text": "b"\n' + GOOD, "a.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl, line 2: not valid UTF-8 (byte 11): save the file as UTF-8"),
+        ("a.jsonl", GOOD + b"[1]\n", "a.jsonl, line 2: expected an object, found list"),
+        ("a.jsonl", GOOD + b'{"id": ' + b"1" * 5000 + b"}", "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", GOOD + b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl, line 1: not valid UTF-8"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}', "row 2 has a value in 'text' that no table can hold"),
+        ("a.jsonl", GOOD + b'{"id": 1' + b"0" * 30 + b"}", "row 2 has a value in 'id' that no table can hold"),
+        ("a.jsonl", b"\n\n", "a.jsonl holds no rows"),
+        ("a.json", GOOD * 2, "if it has one object per line, name it .jsonl"),
+        ("a.json", b'{"data": []}', "a.json: expected a list, found dict"),
+        ("a.json", b'[{"text": "a"}, 3]', "a.json, row 2: expected a dict, found int"),
+        ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: 1 cells where the header names 2 columns"),
+        ("a.csv", b'text\n"a" b\n', "a.csv, line 2: not valid CSV"),
+        ("a.csv", b"text\n\xff\n", "a.csv: not valid UTF-8"),
+        ("a.csv", b"text\n", "a.csv holds no rows"),
+        ("a.csv", b"text,text\na,b\n", "a.csv names the column 'text' twice"),
+        ("a.parquet", b"PAR1 not really", "a.parquet: not a readable Parquet file"),
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.txt", b"x", "unknown extension '.txt', expected one of .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_place(tmp_path, name, content, words):
+    with pytest.raises(DataError) as error:
+        load_rows(write(tmp_path, name, content))
+    assert words in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("someone/some-dataset", "Only local files are read here"),
+        ([], "holds no rows"),
+        ([{"text": "a"}, "b"], "row 2: expected a dict, found str"),
+        (3, "not from int"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "choose one of its splits ['train']"),
+    ],
+)
+def test_other_sources_are_refused(source, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        load_rows(source)

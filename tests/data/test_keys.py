@@ -1,0 +1,42 @@
+"""Keys of completions, under which what is computed from them is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastalign.data.keys import cache_folder, row_keys
+from fastalign.files import KEY_BYTES
+
+ROW = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]]}
+
+
+def test_a_key_depends_on_prompt_completion_and_mask_alone():
+    keys = row_keys(ROW)
+    assert [len(key) for key in keys] == [KEY_BYTES, KEY_BYTES]
+    assert row_keys({**ROW, "completion_mask": None, "label": True}) == keys
+    assert row_keys({**ROW, "completion_ids": [[6], [4, 5]]}) == keys[::-1]
+
+
+def test_keys_are_the_same_in_the_next_release():
+    """Else every cache on a user's disk would be computed again without a word."""
+    assert row_keys(ROW)[0].hex() == "eb09d3c5c87c571ce6663f13a29e401f"
+
+
+def test_different_rows_have_different_keys():
+    rows = [
+        {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5]]},
+        {"prompt_ids": [1, 2], "completion_ids": [[3, 4, 5]]},  # the same tokens, divided elsewhere
+        {"prompt_ids": [], "completion_ids": [[1, 2, 3, 4, 5]]},
+        {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5]], "completion_mask": [[0, 1]]},
+        {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5]], "completion_mask": [[1, 1]]},
+        {"prompt_ids": [1, 2, 3], "completion_ids": [[5, 4]]},
+    ]
+    assert len({row_keys(row)[0] for row in rows}) == len(rows)
+
+
+def test_the_cache_is_the_folder_given_or_the_users(monkeypatch, tmp_path):
+    assert cache_folder(tmp_path / "mine") == tmp_path / "mine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(None) == tmp_path / "fastalign"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder("") == Path.home() / ".cache" / "fastalign"

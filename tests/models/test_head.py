@@ -1,0 +1,71 @@
+"""The output layer, as it is read from models and from what peft puts around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoHaConfig, LoraConfig, get_peft_model
+
+from fastalign.errors import ModelError
+from fastalign.models.head import Head, output_head, token_divergence
+from fastalign.models.scoring import prepare
+from fastalign.reference import logits_divergence
+
+SIZES = {
+    "vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def llama():
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES))
+
+
+def test_what_the_head_is_made_of_is_read():
+    models = {
+        "plain": llama(),
+        "bias": tf.PhiForCausalLM(tf.PhiConfig(**SIZES)),
+        "soft cap": tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)),
+        "logit scale": tf.CohereForCausalLM(tf.CohereConfig(**SIZES, logit_scale=0.25)),
+        "logits scaling": tf.GraniteForCausalLM(tf.GraniteConfig(**SIZES, logits_scaling=4.0)),
+    }
+    heads = {kind: output_head(model) for kind, model in models.items()}
+    assert heads["soft cap"].softcap == 3.0
+    assert heads["logit scale"].logit_scale == heads["logits scaling"].logit_scale == 0.25
+    assert heads["bias"].bias is models["bias"].lm_head.bias
+    assert heads["plain"].options() == {"bias": None, "logit_scale": 1.0, "softcap": None}
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_adapters_without_an_equivalent_weight_are_refused(options):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False, **options))
+    with pytest.raises(ModelError, match="leave the output layer out of target_modules"):
+        prepare(model)
+
+
+def test_adapters_of_other_kinds_are_refused():
+    """Their effect on the weight is unknown here, and a new one changes nothing that a comparison could find."""
+    model = get_peft_model(llama(), LoHaConfig(target_modules=["lm_head"]))
+    with pytest.raises(ModelError, match=r"adapter of the kind peft\.tuners\.loha.*: use LoRA"):
+        prepare(model)
+
+
+def test_a_part_of_the_vocabulary():
+    head = Head(torch.randn(7, 3, requires_grad=True), torch.randn(7), 2.0, 5.0)
+    assert head.first(7) is head and head.first(9) is head
+    part = head.first(4).detach()
+    assert torch.equal(part.weight, head.weight[:4]) and torch.equal(part.bias, head.bias[:4])
+    assert (part.logit_scale, part.softcap, part.weight.requires_grad) == (2.0, 5.0, False)
+
+
+def test_divergence_of_two_models_with_different_output_layers():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator).double() for shape in ((5, 3), (7, 3), (7,)))
+    others, other_weight = (torch.randn(*shape, generator=generator).double() for shape in ((5, 4), (7, 4)))
+    found = token_divergence(
+        hidden, Head(weight, bias, 0.5, None), others, Head(other_weight, None, 1.0, 2.0), divergence="reverse_kl"
+    )
+    ours, theirs = 0.5 * (hidden @ weight.T + bias), 2.0 * torch.tanh(others @ other_weight.T / 2.0)
+    expected = logits_divergence(ours, theirs, divergence="reverse_kl")
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-9)

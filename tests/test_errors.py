@@ -1,0 +1,26 @@
+"""The errors can be caught together, and as the built-in errors that people catch anyway."""
+
+import pytest
+
+from fastalign import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errors.InputError, ValueError),
+        (errors.DataError, ValueError),
+        (errors.ConfigError, ValueError),
+        (errors.ModelError, ValueError),
+        (errors.BackendError, RuntimeError),
+    ],
+)
+def test_each_error_is_one_of_ours_and_of_its_kind(error, kind):
+    for caught in (errors.FastAlignError, kind):
+        with pytest.raises(caught, match="what was found"):
+            raise error("what was found")
+
+
+def test_every_error_is_listed_above():
+    public = {value for value in vars(errors).values() if isinstance(value, type)}
+    assert public == {*errors.FastAlignError.__subclasses__(), errors.FastAlignError} and len(public) == 6
