@@ -40,7 +40,6 @@ from bench.harness.measure import ROOT, load
 from bench.harness.suite import draw_head
 from bench.suites import losses, ops, selective, train
 from fastalign import reference
-from fastalign.models.linear import LoraLinearGpu, speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.backends.pick import BACKENDS as DIVERGENCE
@@ -221,9 +220,11 @@ def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, out
     Returns:
         The larger |slope - 1| of the two, divided by four standard errors. Above 1 the layer is wrong.
     """
-    # Imported here because peft loads transformers, which takes seconds, and every process that measures the memory of
-    # an op imports this module.
+    # Imported here because both load transformers, which takes seconds, and every process that measures the memory of an
+    # op imports this module.
     from peft import LoraConfig, get_peft_model
+
+    from fastalign.models import linear
 
     rank, generator = 8, torch.Generator().manual_seed(0)
 
@@ -237,7 +238,7 @@ def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, out
     model = get_peft_model(torch.nn.Sequential(layer), config)
     a, b = (p for p in model.parameters() if p.requires_grad)
     a.data, b.data, upstream = draw(rank, inputs), draw(outputs, rank), draw(tokens, outputs).to(dtype)
-    speed_up_linear(model)
+    linear.speed_up_linear(model)
 
     def taken() -> list[Tensor]:
         y = model(x)
@@ -348,6 +349,8 @@ def _ewc_in_place(fishers, theta, backend):
 
 
 def _lora(frozen, x, a, b, backend):
+    from fastalign.models.linear import LoraLinearGpu  # imported here as in `young_adapter`
+
     weight = frozen.to(x.dtype)
     if backend == "reference":
         return x @ weight.T + LORA_SCALING * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T

@@ -11,6 +11,7 @@ from bench import __main__ as bench
 from bench.harness.measure import save
 from bench.suites import gpu, gpu_check
 from bench.suites.gpu import Step
+from fastalign.models import linear
 
 PLAN = gpu.plan()
 
@@ -160,7 +161,7 @@ def test_an_adapter_that_is_rounded_away_is_seen(monkeypatch):
         return [gpu.young_adapter(dtype, "cpu", 500, 64, 192) for dtype in (torch.bfloat16, torch.float16)]
 
     kept = shares()
-    monkeypatch.setattr(gpu, "speed_up_linear", lambda model: None)
+    monkeypatch.setattr(linear, "speed_up_linear", lambda model: None)
     assert max(kept) <= 1 < min(shares())
 
 
