@@ -220,8 +220,8 @@ def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, out
     Returns:
         The larger |slope - 1| of the two, divided by four standard errors. Above 1 the layer is wrong.
     """
-    # Imported here because both load transformers, which takes seconds, and every process that measures the memory of an
-    # op imports this module.
+    # Imported here because both load transformers, which takes seconds. Every process that measures the memory of an op
+    # imports this module.
     from peft import LoraConfig, get_peft_model
 
     from fastalign.models import linear
