@@ -1,1 +1,1 @@
-"""fastalign measured beside what people use today: `python -m bench --list`. Results are JSON in bench/results."""
+"""Benchmarks of fastalign beside what people use today (`python -m bench --list`). Results: JSON in bench/results."""

@@ -1,6 +1,6 @@
-// The only pybind11 code of the CPU kernels. Tensors arrive as raw addresses and torch's thread pool as the address
-// of a C function, so no torch header is needed here: the module builds against any torch, or none, and runs with any
-// that exports the function. Shapes and dtypes are checked in Python, in fastalign/ops.
+// The only pybind11 code of the CPU kernels. Tensors are passed as raw addresses, and torch's thread pool as the
+// address of a C function. So no torch header is needed: the module builds with any torch or none, and runs with any
+// torch that exports the function. fastalign/ops checks shapes and dtypes in Python.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,7 +35,7 @@ void segment_sum(std::uintptr_t values, std::uintptr_t offsets, std::int64_t seg
                            reinterpret_cast<T*>(out));
 }
 
-// False where the offsets do not fit; then nothing was written.
+// Returns false, and writes nothing, if the offsets are wrong.
 template <typename T>
 bool preference_loss(std::uintptr_t logprobs, std::uintptr_t offsets, std::uintptr_t ref_sums, std::uintptr_t lengths,
                      std::uintptr_t labels, std::uintptr_t kl, std::int64_t tokens, std::int64_t sequences, int form,
@@ -75,7 +75,7 @@ std::vector<std::string> names(const std::vector<const Kernels*>& kernels) {
     return out;
 }
 
-// Fields are set from Python by name; an address of 0 is null.
+// Python sets fields by name. An address of 0 is null.
 template <typename Problem, typename Field>
 auto address(Field Problem::*field) {
     return [field](Problem& problem, std::uintptr_t at) { problem.*field = reinterpret_cast<Field>(at); };
@@ -97,7 +97,7 @@ void accumulate_fisher(const Kernels& k, int dtype, std::uintptr_t fisher, std::
                         pool(workers, parallel_for));
 }
 
-// (size, parameter, anchor, fisher, grad, fresh), the middle four as addresses
+// A tensor as (size, parameter, anchor, fisher, grad, fresh). The middle four are addresses.
 using EwcFields =
     std::tuple<std::int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, bool>;
 
@@ -239,7 +239,7 @@ void bind_attention(py::module_& m) {
         .def_property("d_value", nullptr, address(&A::d_value));
 }
 
-// Whether this BRGEMM takes pairs on this machine; libtorch throws where it does not.
+// Whether BRGEMM works with pairs on this machine. If not, libtorch throws.
 bool multiplies_pairs(fastalign::Brgemm brgemm, fastalign::BrgemmRelease release) try {
     constexpr std::int64_t m = 16, n = 32, k = 4;
     std::uint16_t a[m * k], b[k * n];

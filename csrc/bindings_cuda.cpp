@@ -1,5 +1,5 @@
-// The only pybind11 code of the CUDA kernels. Tensors arrive as raw addresses, the stream as an integer, so neither
-// torch's headers nor CUDA's are needed here: the module builds against any torch and imports without a driver.
+// The only pybind11 code of the CUDA kernels. Tensors are passed as raw addresses, and the stream as an integer. So
+// neither torch's headers nor CUDA's are needed: the module builds with any torch and imports without a driver.
 
 #include <pybind11/pybind11.h>
 
@@ -18,7 +18,7 @@ using namespace fastalign::cuda;
 
 namespace {
 
-// Fields are set from Python by name; an address of 0 is null.
+// Python sets fields by name. An address of 0 is null.
 template <typename Problem, typename Field>
 auto address(Field Problem::*field) {
     return [field](Problem& problem, std::uintptr_t at) { problem.*field = reinterpret_cast<Field>(at); };
@@ -34,7 +34,7 @@ void set_head(Problem& problem, std::tuple<float, float, float> head) {
     problem.head = {std::get<0>(head), std::get<1>(head), std::get<2>(head)};
 }
 
-// f(problem, device, stream); RuntimeError with CUDA's words where the launch was refused.
+// Defines name(problem, device, stream) in Python. It raises RuntimeError with CUDA's message if a launch fails.
 template <typename Problem>
 void def_launch(py::module_& m, const char* name, int (*launcher)(Problem, Where)) {
     m.def(name, [launcher](const std::decay_t<Problem>& problem, int device, std::uintptr_t stream) {
@@ -184,7 +184,7 @@ void bind_fisher(py::module_& m) {
     def_launch(m, "accumulate_fisher", &accumulate_fisher);
 }
 
-// Lists of (theta, anchor, fisher, grad, size, fresh): addresses, or 0.
+// From a list of (theta, anchor, fisher, grad, size, fresh). The first four are addresses, or 0 for null.
 std::vector<HeldTensor> held_tensors(const py::list& rows) {
     std::vector<HeldTensor> out;
     for (const auto& row : rows) {
@@ -254,7 +254,7 @@ void bind_divergence(py::module_& m) {
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastalign's CUDA kernels; called through fastalign.ops.";
     m.attr("compiler") = FASTALIGN_CUDA_COMPILER;
-    m.attr("device_type") = FASTALIGN_CUDA_DEVICE;  // where tensors must lie: "cuda", or "cpu" in the tests' emulation
+    m.attr("device_type") = FASTALIGN_CUDA_DEVICE;  // "cuda", or "cpu" in the emulation of the tests
 #ifdef FASTALIGN_EMULATE_CUDA
     m.def("launches", &launches);
     m.def("last_block_first", &last_block_first);

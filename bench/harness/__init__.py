@@ -1,1 +1,1 @@
-"""How the bench measures: candidates, their checks, times and memory, and what the suites share."""
+"""How the bench measures: it checks candidates, times them and counts their memory. Also what the suites share."""

@@ -1,4 +1,4 @@
-"""Suite `machine`: what everything else is held against: copy bandwidth, and the rate of bare matrix products."""
+"""Suite `machine`: copy bandwidth and the rate of bare matrix products, with which all other results are compared."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from bench.harness.measure import Checked, Measurement, Outputs, WrongResult, able, measure
 
 ON_GPU = torch.cuda.is_available()
-COPY_BYTES = 1 << (30 if ON_GPU else 28)  # far beyond any cache
-SIZE = 8192 if ON_GPU else 2048  # of square matrices
+COPY_BYTES = 1 << (30 if ON_GPU else 28)  # far larger than any cache
+SIZE = 8192 if ON_GPU else 2048  # rows and columns of the matrices
 CASES = ("copy", "product-float32", "product-bfloat16")
 QUICK = CASES[:2]
 PRODUCTS = {
-    "torch": lambda a, b: torch.mm(a, b),
-    # torch has it beside MKL, and leaves it to compiled models
+    "torch": torch.mm,
+    # torch contains oneDNN beside MKL, but only compiled models use it for float32 products.
     "oneDNN": lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""),
 }
 IMPLEMENTATIONS = tuple(PRODUCTS)
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """`sizes` has the bytes moved (read and written) or the FLOP done. No record of what takes too long."""
+    """Measures one case. An implementation that takes too long for `limit_s` has no record.
+
+    `sizes` of a record holds the bytes moved (read plus written) of a copy, or the FLOP of a product.
+    """
     device, names = "cuda" if ON_GPU else "cpu", ["torch"]
     generator = torch.Generator().manual_seed(0)
     if case_name == "copy":

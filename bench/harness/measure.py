@@ -1,7 +1,7 @@
-"""How every number here is made: check against float64 first, then interleaved runs, then memory in a fresh process.
+"""How every number is made: a check against float64, then interleaved timed runs, then memory in a fresh process.
 
-A suite hands `measure` its candidates, each a function that computes the case once and returns its tensors; out come
-`Measurement` records, one per implementation that ran and was right.
+A suite gives `measure` its candidates. A candidate is a function that computes the case once and returns its tensors.
+The result is one `Measurement` per implementation that ran and was right.
 """
 
 from __future__ import annotations
@@ -33,38 +33,62 @@ Outputs = dict[str, Tensor]
 PACKAGES = (
     "fastalign", "torch", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "backpack-for-pytorch",
 )  # fmt: skip
-FLOOR = "matrix product"  # in the name of what no implementation can be faster than
+# The bare matrix products of a case, which no implementation can avoid. Their names contain this.
+FLOOR = "matrix product"
 ROOT = Path(__file__).parents[2]
 
 
 class Missing(Exception):
-    """An implementation cannot run here; the message says why and what to do."""
+    """An implementation cannot run here. The message says why, and what to do."""
 
 
 class WrongResult(Exception):
-    """An implementation's result is further from float64 than its dtype explains."""
+    """The result of an implementation is further from float64 than the rounding of its dtype explains."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """An implementation's result was within its error budget: the errors found, and which part was compared."""
+    """The errors of a result that is within its budget, and which part of it was compared.
 
-    errors: dict[str, float]  # output -> max error, against float64 unless `scope` says against what
-    scope: str  # what was compared, e.g. "64 of 2048 rows"
+    Attributes:
+        errors: output -> largest error against float64, or against what `scope` names.
+        scope: what was compared, for example "64 of 2048 rows".
+    """
+
+    errors: dict[str, float]
+    scope: str
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation on one case. Seconds are of interleaved runs (A B A B ...) with the others of that case.
+    """One implementation on one case: one record of the JSON files.
 
-    errors: output -> max error (log-probs: nats; gradients: relative to the largest entry) against float64; against
-        what else, `checked` says: in `train` it is the loss, against the other trainer's or fastalign's own in float32,
-        in `scale`'s whole steps the log-probs, against the model's own float32 logits.
-    peak_extra_bytes: peak memory of one run in a fresh process, less what was there before it; None: not measured.
-    sizes: the case's numbers, such as {"n": 2048, "h": 576, "v": 49152}.
-    load: the machine's 1-minute load average when timing began, beside `threads` of our own.
-    skipped: implementation -> why this case has no record of it; the same in all records of a case.
-    losses: in `train`, of each step of the first run.
+    The runs of all implementations of a case are interleaved (A B A B ...).
+
+    Attributes:
+        suite: name of the suite.
+        case: name of the case.
+        sizes: the numbers of the case, such as {"n": 2048, "h": 576, "v": 49152}.
+        implementation: name of the implementation.
+        median_s: median of the runs, in seconds.
+        q1_s: first quartile, in seconds.
+        q3_s: third quartile, in seconds.
+        runs: how many runs were timed.
+        peak_extra_bytes: peak memory of one run in a fresh process, minus the memory in use before it. None if it was
+            not measured.
+        errors: output -> largest error. Log-probs are in nats, gradients relative to their largest entry. The error is
+            against float64, except in two suites (`checked` says so there): in `train` it is that of the loss, against
+            the other trainer's loss or fastalign's loss in float32. In the whole steps of `scale` it is that of the
+            log-probs, against those of the model's float32 logits.
+        checked: what was compared.
+        device: name of the GPU or the CPU.
+        threads: CPU threads that torch used.
+        load: the machine's 1-minute load average before timing began.
+        versions: package -> version.
+        commit: git commit, with a "+" if files were changed.
+        date: when the record was made, in UTC.
+        skipped: implementation -> why this case has no record of it. It is the same in all records of a case.
+        losses: loss of each step of the first run (suite `train` only).
     """
 
     suite: str
@@ -90,40 +114,49 @@ class Measurement:
     def __post_init__(self):
         if not self.errors or not all(math.isfinite(error) for error in self.errors.values()) or not self.checked:
             raise ValueError(
-                f"{self.implementation} on {self.case} has errors {self.errors}: check it before timing it"
+                f"{self.implementation} on {self.case} has errors {self.errors}, but a record needs finite errors and "
+                "a text that says what was checked: check it before timing it"
             )
         if not 0 < self.q1_s <= self.median_s <= self.q3_s:
             raise ValueError(
-                f"{self.implementation} on {self.case} has quartiles {self.q1_s, self.median_s, self.q3_s}"
+                f"{self.implementation} on {self.case} has quartiles {self.q1_s, self.median_s, self.q3_s}, which must "
+                "be above 0 and ascending"
             )
 
 
 def save(measurements: list[Measurement], path: Path) -> None:
-    """Writes the records as a JSON list, atomically."""
+    """Writes the records as a JSON list. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps([asdict(m) for m in measurements], indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def load(path: Path) -> list[Measurement]:
-    """The records of one JSON file; ValueError names a field that is missing (those with a default may) or unknown."""
+    """Reads the records of one JSON file. Fields that have a default value may be missing.
+
+    Raises:
+        ValueError: a record lacks another field, or has an unknown one.
+    """
     required = {f.name: f.default is f.default_factory is MISSING for f in fields(Measurement)}
     records = json.loads(path.read_text(encoding="utf-8"))
     for record in records:
         wrong = [name for name in record.keys() ^ required.keys() if required.get(name, True)]
         if wrong:
-            raise ValueError(f"{path} does not hold measurements: fields {sorted(wrong)} differ")
+            raise ValueError(f"{path} does not hold measurements: the fields {sorted(wrong)} are missing or unknown")
     return [Measurement(**record) for record in records]
 
 
 def quartiles(seconds: list[float]) -> list[float]:
-    """The first, the median and the third; of one run, that one."""
+    """First quartile, median and third quartile. Of a single run all three are its seconds."""
     return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, `rounds` times A B C A B C ..., so that a change of the machine's load hits all alike."""
+    """Seconds of each run, in the order A B C A B C ..., `rounds` times.
+
+    Interleaving makes a change of the machine's load affect all implementations alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds):
         for name, run in runs.items():
@@ -141,10 +174,19 @@ def measure(
     memory: Callable[[str], int | None],
     rounds: int,
 ) -> list[Measurement]:
-    """Runs, checks, times (interleaved) and weighs every candidate; the wrong ones are named and left out.
+    """Runs and checks every candidate, then times the right ones interleaved and measures their memory.
 
-    A candidate that is a text cannot run here: why. What has no record, the others' records name with the reason.
-    check(name, outputs) returns what it compared or raises WrongResult. memory(name) is the peak in bytes.
+    Args:
+        suite: name of the suite.
+        case: name of the case.
+        sizes: the numbers of the case, for the records.
+        candidates: name -> a function that computes the case once, or a text that says why it cannot run here.
+        check: `check(name, outputs)` returns what it compared, or raises WrongResult.
+        memory: `memory(name)` is the peak memory of one run in bytes, or None.
+        rounds: timed runs per candidate.
+
+    Returns:
+        One record per candidate that ran and was right. Each names the other candidates, with the reason, in `skipped`.
     """
     checked, skipped = {}, {}
     for name, run in candidates.items():
@@ -187,14 +229,10 @@ def measure(
 
 
 def environment() -> dict:
-    """Device, threads, versions, commit and date, as a Measurement has them."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if "fastalign" not in versions:  # run from a checkout that is not installed
+    """The fields device, threads, versions, commit and date of a Measurement."""
+    installed = {package: number for package in PACKAGES if (number := _version_of(package))}
+    versions = {"python": platform.python_version()} | installed
+    if "fastalign" not in versions:  # the checkout is not installed
         import fastalign
 
         versions["fastalign"] = fastalign.__version__
@@ -207,8 +245,15 @@ def environment() -> dict:
     }
 
 
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def cpu_name() -> str:
-    """The processor's name, its cores, and the widest vectors torch uses on it."""
+    """The processor's name, its number of cores, and the widest vector instructions that torch uses on it."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -218,7 +263,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + where files that matter here differ from it; "unknown" outside a checkout."""
+    """The commit of the checkout, or "unknown" outside a checkout.
+
+    A "+" follows if files that influence the results differ from the commit.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -231,10 +279,13 @@ def commit() -> str:
 
 
 def peak_extra_memory(run: Callable[[], object]) -> int:
-    """Peak memory in bytes while `run` runs, less what is held before: on CUDA the allocator's, else resident set.
+    """Peak memory in bytes while `run` runs, minus the memory in use before it.
 
-    Meant for a fresh process, in which nothing has been freed that `run` could use again unseen. SystemExit where the
-    system does not let a peak be counted from here (Linux does).
+    On CUDA it is the allocator's memory, elsewhere the resident set. Call it in a fresh process: `run` could reuse
+    memory that was freed earlier, and that would not be counted.
+
+    Raises:
+        SystemExit: the system cannot reset the peak of a process (Linux can).
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -246,16 +297,19 @@ def peak_extra_memory(run: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     _return_freed_memory()
     if not _reset_peak():
-        raise SystemExit("/proc/self/clear_refs cannot be written: a peak would count what was held before")
+        raise SystemExit(
+            "/proc/self/clear_refs cannot be written, so the peak would include memory of before: measure memory on "
+            "Linux, where a process may reset its peak"
+        )
     before = _status_bytes("VmRSS")
     run()
     return max(0, _status_bytes("VmHWM") - before)
 
 
 def peak_resident(*, reset: bool = False) -> int:
-    """The peak resident set of this process in bytes; with `reset`, the present one, from which a new peak counts.
+    """The peak resident set of this process in bytes. On CUDA it is the peak of the allocator instead.
 
-    On CUDA it is the allocator's bytes instead.
+    With `reset` it is the present size, and a new peak is counted from now on.
     """
     if torch.cuda.is_available():
         if reset:
@@ -267,29 +321,32 @@ def peak_resident(*, reset: bool = False) -> int:
 
 
 def memory_in_fresh_process(suite: str, case: str, implementation: str) -> int | None:
-    """`python -m bench memory ...` for one implementation: peak extra bytes, or None (said aloud) where it failed."""
+    """Peak extra bytes of one implementation, from `python -m bench memory ...`. None if that failed (it says why)."""
     threads = torch.get_num_threads()
     command = [sys.executable, "-m", "bench", "memory", suite, case, implementation, "--threads", str(threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         say(f"    memory of {implementation} not measured: {done.stderr.strip().splitlines()[-1:]}")
         return None
     return int(done.stdout.split()[-1])
 
 
-FRACTIONS = (16, 4)  # runs on 1/16, then 1/4 of the rows tell whether a whole one fits the limit
-
-
-COMPILING_S = 40  # what a first run may take besides
+# Runs on 1/16 and, if needed, 1/4 of the rows decide whether a run on all rows fits the limit.
+FRACTIONS = (16, 4)
+COMPILING_S = 40  # seconds that compiling may add to a first run
 
 
 def timed(run: Callable[[], object], limit_s: float = math.inf) -> float:
-    """Seconds of the second run, as the first loads and compiles; of the first where that cannot explain them."""
+    """Seconds of the second run, because the first one also loads libraries and compiles.
+
+    Exception: if the first run took longer than loading and compiling explain, its seconds count.
+    """
     first = seconds_of(run)
     return first if first > COMPILING_S + 2 * limit_s else seconds_of(run)
 
 
 def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one run, including the wait for the GPU."""
     start = time.perf_counter()
     run()
     synchronize()
@@ -297,9 +354,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def too_slow(part: Callable[[int], Callable[[], object]], limit_s: float) -> str | None:
-    """Why a whole run may take longer than the limit, None where it does not; part(16) is a run on 1/16 of the rows.
+    """Says why a run on all rows may take longer than the limit, or returns None. part(16) runs 1/16 of the rows.
 
-    Runs on few rows are not multiplied up: some take nearly as long as on all.
+    The time on few rows is not multiplied by the fraction, because some implementations take nearly as long on few
+    rows as on all of them.
     """
     for fraction in FRACTIONS:
         seconds = timed(part(fraction), limit_s)
@@ -313,19 +371,20 @@ def too_slow(part: Callable[[int], Callable[[], object]], limit_s: float) -> str
 def able(
     names: list[str], part: Callable[[str, int], Callable[[], Outputs]], limit_s: float
 ) -> dict[str, Callable[[], Outputs] | str]:
-    """The candidates that can run here within `limit_s`; of the others, why not. Floors may take as long as they want.
+    """Name -> the candidate, if it can run here within `limit_s` seconds, else a text that says why not.
 
-    part(name, 16) is the candidate on 1/16 of the rows, part(name, 1) the one to measure.
+    The bare matrix products have no limit. part(name, 16) is the candidate on 1/16 of the rows, part(name, 1) is the
+    one to measure.
     """
     candidates: dict[str, Callable[[], Outputs] | str] = {}
     for name in names:
         say(f"    trying {name} on some of the rows", same_line=True)
         try:
-            allowed = math.inf if FLOOR in name else limit_s  # without a floor a table says little
+            allowed = math.inf if FLOOR in name else limit_s  # every table compares with the bare products
             candidates[name] = too_slow(partial(part, name), allowed) or part(name, 1)
         except (Missing, BackendError) as reason:
             candidates[name] = str(reason)
-        except Exception as error:  # a peer's fault must not end the others' run
+        except Exception as error:  # an error in one implementation must not stop the others
             candidates[name] = f"it raised {type(error).__name__}: {' '.join(str(error).splitlines()[:1])[:200]}"
         if isinstance(candidates[name], str):
             say(f"    skipped {name}: {candidates[name]}")
@@ -333,9 +392,9 @@ def able(
 
 
 def memory_of(suite: str, case: str, implementation: str, make: Callable[[str], Callable[[], object]]) -> int | None:
-    """Peak extra bytes: on CUDA in this process, where the allocator counts exactly, elsewhere in a fresh one.
+    """Peak extra bytes of one run. make(implementation) is a candidate that holds no memory yet.
 
-    make(implementation) is a candidate that holds no memory yet.
+    On CUDA it runs in this process, because the allocator counts exactly. Elsewhere it runs in a fresh process.
     """
     if torch.cuda.is_available():
         return peak_extra_memory(make(implementation))
@@ -343,7 +402,10 @@ def memory_of(suite: str, case: str, implementation: str, make: Callable[[str], 
 
 
 def say(text: str, *, same_line: bool = False) -> None:
-    """Progress, on stderr; `same_line` is overwritten by the next, and left out where stderr is no terminal."""
+    """Prints progress to stderr.
+
+    With `same_line` the next message overwrites this one, and nothing is printed if stderr is not a terminal.
+    """
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="" if same_line else "\n", file=sys.stderr, flush=True)
     elif not same_line:
@@ -357,14 +419,14 @@ def synchronize() -> None:
 
 
 def _return_freed_memory() -> None:
-    """What glibc's malloc keeps of freed memory would serve the run unseen."""
+    """Returns freed memory to the system: glibc's malloc keeps it, and a run that reuses it would not be counted."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _reset_peak() -> bool:
-    """Sets this process's VmHWM to its present size (Linux: "5" to clear_refs); whether that worked."""
+    """Sets VmHWM, the peak of this process, to its present size ("5" in clear_refs on Linux). False if that failed."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -1,9 +1,9 @@
-"""What the tiled driver must do and move, and the times that follow on GPUs that are not at hand: predictions.
+"""Predicts the time of the tiled kernels on a GPU from the FLOP they compute and the bytes they move.
 
-The statement is exact: tests/bench/harness/test_model.py counts the driver's own calls, FLOP and bytes and holds them
-to it, tests/cuda/test_launches.py the launches of every op. A step's time is the largest of its FLOP at the rate of a
-good matrix product, and its operands and tiles at the rate of the memory; steps follow one another. What was measured
-on a GPU is in docs/explanation/gpu.md.
+The counts are exact: tests/bench/harness/test_model.py compares them with the calls, FLOP and bytes of the driver, and
+tests/cuda/test_launches.py counts the launches of every op. The time of a step is the larger of two: its FLOP at the
+rate of a good matrix product, or its operands and tiles at the rate of the memory. Steps run one after another. What
+was measured on a GPU is in docs/explanation/gpu.md.
 """
 
 from __future__ import annotations
@@ -16,26 +16,42 @@ MODES = ("frozen", "cached", "recomputed")
 
 
 class Step(NamedTuple):
-    """All calls of one kind over a whole pass."""
+    """All calls of one kind in one pass.
+
+    Attributes:
+        calls: number of calls.
+        flop: floating-point operations of all calls.
+        operands: bytes of hidden, weight, accumulators and kept probabilities. Each counts as often as it is read.
+        tiles: bytes of tiles that a product or an epilogue has just written.
+    """
 
     calls: int
     flop: int = 0
-    operands: int = 0  # bytes of hidden, weight, accumulators and kept probabilities, each as often as it is read
-    tiles: int = 0  # bytes of tiles, which a product or epilogue has just written
+    operands: int = 0
+    tiles: int = 0
 
 
 def linear_logprobs(
     n: int, h: int, v: int, tile: tuple[int, int], mode: str, element: int = 2
 ) -> tuple[dict[str, Step], dict[str, Step]]:
-    """Steps of (forward, backward) for N rows, a multiple of 16, of `element` bytes a number, without an entropy.
+    """Steps of the forward and the backward pass of `linear_logprobs`, without an entropy.
 
-    "frozen": forward keeps d logprob / d hidden. "cached", "recomputed": a trainable head, with all probabilities kept
-    for the backward pass, or none.
+    Args:
+        n: rows, a multiple of 16.
+        h: width of the hidden states.
+        v: vocabulary entries.
+        tile: rows and vocabulary entries of one tile.
+        mode: "frozen": the forward pass keeps d logprob / d hidden. "cached" and "recomputed": the head is trainable,
+            and the forward pass keeps all probabilities for the backward pass, or none of them.
+        element: bytes per number.
+
+    Returns:
+        (forward, backward), each name -> step.
     """
     rows, columns = -(-n // tile[0]), -(-v // tile[1])
     calls, u = rows * columns, 2 * n * v * h
     hidden, weight = n * h * element * columns, v * h * element * rows
-    sums, gradient = 2 * 4 * n * h * columns, 2 * 4 * v * h * rows  # read and written once a tile, in float32
+    sums, gradient = 2 * 4 * n * h * columns, 2 * 4 * v * h * rows  # read and written once per tile, in float32
     logits, probabilities = 4 * n * v, element * n * v
     product = Step(calls, u, hidden + weight, logits)
     fold = Step(calls, u, weight + sums, probabilities)
@@ -56,8 +72,18 @@ def linear_logprobs(
 def linear_divergence(
     n: int, h: int, g: int, v: int, tile: tuple[int, int], kind: str, element: int = 2
 ) -> dict[str, Step]:
-    """Steps of the forward pass, frozen student head: N rows, student width H, teacher width G. `tile`: the rows of a
-    block, whose logits of both sides are held, and the vocabulary entries of a tile; such tiles outgrow the cache.
+    """Steps of the forward pass of `linear_divergence` with a frozen student head.
+
+    The logits of student and teacher of a whole block of rows are held, so they do not fit the cache.
+
+    Args:
+        n: rows.
+        h: width of the student.
+        g: width of the teacher.
+        v: vocabulary entries.
+        tile: rows of one block, vocabulary entries of one tile.
+        kind: the divergence.
+        element: bytes per number.
     """
     rows, columns = -(-n // tile[0]), -(-v // tile[1])
     calls, logits, sides = rows * columns, 4 * n * v, 1 if kind == "forward_kl" else 2
@@ -75,23 +101,23 @@ def linear_divergence(
 
 
 def selective_logprobs(n: int, v: int, element: int = 2) -> tuple[Step, Step]:
-    """(forward, backward): the logits are read once, and once more with their gradient written."""
+    """(forward, backward): forward reads the logits once, backward reads them once and writes their gradient."""
     return Step(1, 0, n * v * element), Step(1, 0, 2 * n * v * element)
 
 
 def preference_loss(tokens: int) -> tuple[Step, Step]:
-    """(forward, backward): log-probs in and coefficients out, coefficients in and gradients out."""
+    """(forward, backward): forward reads log-probs and writes coefficients, backward reads those, writes gradients."""
     return Step(1, 0, 2 * 4 * tokens), Step(1, 0, 2 * 4 * tokens)
 
 
 def accumulate_fisher(tokens: int, out: int, width: int, tile: tuple[int, int] = (128, 64), element: int = 2) -> Step:
-    """F is read and written once; each operand is read once for each tile of F beside it."""
+    """One step: F is read and written once, and each operand is read once per row or column of tiles of F."""
     operands = tokens * (out * -(-width // tile[1]) + width * -(-out // tile[0])) * element
     return Step(1, 2 * tokens * out * width, operands + 2 * 4 * out * width)
 
 
 class Device(NamedTuple):
-    """Figures of the data sheet, and what is assumed of them."""
+    """Figures from the data sheet of a GPU."""
 
     name: str
     peak: float  # bfloat16 FLOP/s with float32 sums, dense
@@ -105,11 +131,11 @@ DEVICES = {
     "a100": Device("A100 80 GB SXM", 312e12, 2.04e12, 80 << 30),
     "rtx4090": Device("RTX 4090", 165e12, 1.01e12, 24 << 30),
 }
-# The share of its peak that a large product reaches: what the published 42 ms for three products on an H100 come to.
+# The share of its peak that a large product reaches. It follows from the published 42 ms for three products on an H100.
 PRODUCT_SHARE = 0.74
-# A kernel's start and the run-out of the one before, in seconds: assumed.
+# Assumed seconds between two kernels: the end of one and the start of the next.
 GAP = 3e-6
-# Milliseconds that others published for an H100, forward and backward: (N, H, V), whose, of what.
+# (N, H, V) -> milliseconds that others published for an H100, forward and backward, and what they measured.
 PUBLISHED = {
     (16384, 4096, 131072): (104.8, "Liger, its SM90 kernel"),
     (8192, 4096, 151936): (42.0, "TRL, the products of the head alone"),
@@ -117,18 +143,19 @@ PUBLISHED = {
 
 
 def seconds(step: Step, device: Device) -> float:
+    """The predicted seconds of a step, including the gaps between its calls."""
     rate = device.peak * PRODUCT_SHARE
     return max(step.flop / rate, (step.operands + step.tiles) / device.memory) + step.calls * GAP
 
 
 def predict(n: int, h: int, v: int, mode: str, device: Device) -> tuple[float, float]:
-    """Seconds of (forward, backward)."""
+    """The predicted seconds of (forward, backward)."""
     passes = linear_logprobs(n, h, v, gpu_tile_shape(device.memory_bytes), mode)
     return tuple(sum(seconds(step, device) for step in steps.values()) for steps in passes)
 
 
 def table(name: str) -> str:
-    """The predictions for one device beside what others published."""
+    """The predictions for one device as text, beside what others published."""
     device = DEVICES[name]
     rows, columns = gpu_tile_shape(device.memory_bytes)
     lines = [

@@ -1,4 +1,4 @@
-"""What the suites share: cases by name, packages that may be missing, and the tensors of an output layer."""
+"""What the suites share: cases by name, peers whose package may be missing, and random output layers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ Case = TypeVar("Case")
 
 
 def by_name(cases: Iterable[Case]) -> dict[str, Case]:
-    """The cases of a suite by their `name`, in order, as `CASES` and `QUICK` hold them."""
+    """Name -> case, in the given order: the form of every suite's `CASES` and `QUICK`."""
     return {case.name: case for case in cases}
 
 
 def peer(module: str, function: Callable) -> Callable:
-    """The function, if the module that it needs is installed; Missing says how to install it."""
+    """The function itself, if the module that it needs is installed.
+
+    Raises:
+        Missing: the module cannot be imported. The message says how to install it.
+    """
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -30,6 +34,6 @@ def peer(module: str, function: Callable) -> Callable:
 
 
 def draw_head(generator: torch.Generator, n: int, h: int, v: int) -> tuple[Tensor, Tensor]:
-    """Random hidden states (n, h) and weight (v, h) in float32, whose logits have standard deviation 3."""
+    """Random hidden states (n, h) and a random weight (v, h) in float32. The logits have standard deviation 3."""
     hidden = torch.randn(n, h, generator=generator)
     return hidden, torch.randn(v, h, generator=generator).mul_(3 / math.sqrt(h))

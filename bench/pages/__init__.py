@@ -1,1 +1,1 @@
-"""What the bench writes from its records: tables, plots, report.html and README's tables."""
+"""What the bench writes from its records: tables, plots, report.html, and the tables of README and documentation."""

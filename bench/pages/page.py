@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables and plots in it, nothing fetched."""
+"""One self-contained HTML page: it contains its tables and plots and loads nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ figure.row { width: 100%; }
 
 
 def page(title: str, cases: list[tuple[str, list[tuple[str, ...]], str]], figures: dict[str, bytes]) -> str:
-    """cases: (heading, table with its header first, how it was measured). figures: name -> PNG."""
+    """The text of the page.
+
+    Args:
+        title: title and heading.
+        cases: one (heading, rows of the table with its header first, how it was measured) per case.
+        figures: name -> PNG.
+    """
     images = "".join(_image(*figure) for figure in figures.items())
     body = "".join(_case(*case) for case in cases)
     return (
@@ -30,7 +36,8 @@ def page(title: str, cases: list[tuple[str, list[tuple[str, ...]], str]], figure
 
 
 def _image(name: str, png: bytes) -> str:
-    """As wide as the page where it is several plots in a row, by the size that a PNG begins with."""
+    """An image in the page. One that holds several plots side by side is as wide as the page."""
+    # A PNG file has its width and height in bytes 16 to 24, big-endian.
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     kind = ' class="row"' if width > 3 * height else ""
     data = base64.b64encode(png).decode()

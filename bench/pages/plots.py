@@ -1,4 +1,4 @@
-"""Plots from measurements alone: memory against the vocabulary, curves of cost, and the roofline."""
+"""Plots from records alone: memory against the vocabulary size, curves of cost, and the roofline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRODUCTS = {"forward": 1, "frozen": 2, "trainable": 3}
 
 
 def all_of(measurements: list[Measurement]) -> dict[str, bytes]:
-    """Name -> PNG of every plot that these measurements are enough for."""
+    """Name -> PNG of every plot for which there are enough records."""
     plots = {f"memory-{kind}": memory(kind, lines) for kind, lines in _by_vocabulary(measurements).items()}
     curves = _curves(measurements)
     if curves:
@@ -29,7 +29,7 @@ def all_of(measurements: list[Measurement]) -> dict[str, bytes]:
 
 
 def _by_vocabulary(measurements: list[Measurement]) -> dict[str, dict[str, dict[int, int]]]:
-    """Kind of case -> implementation -> V -> peak extra bytes, where there are two vocabularies or more."""
+    """Kind of case -> implementation -> V -> peak extra bytes, for kinds with two or more vocabulary sizes."""
     groups: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for m in measurements:
         if m.peak_extra_bytes is not None and "v" in m.sizes:
@@ -39,7 +39,7 @@ def _by_vocabulary(measurements: list[Measurement]) -> dict[str, dict[str, dict[
 
 
 def memory(kind: str, lines: dict[str, dict[int, int]]) -> bytes:
-    """Peak extra memory against V, one line an implementation."""
+    """Plots peak extra memory against V, with one line per implementation."""
     figure, axes = _figure()
     for implementation, points in lines.items():
         vocabularies = sorted(points)
@@ -61,18 +61,18 @@ def _curves(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
 
 
 def slope(points: list[int], seconds: list[float]) -> float:
-    """The exponent b of `seconds = a points^b`, by least squares on logarithms, of points above 0."""
+    """The exponent b of `seconds = a points^b`: least squares on the logarithms, without points at 0."""
     pairs = [(math.log(p), math.log(s)) for p, s in zip(points, seconds, strict=True) if p > 0]
     return statistics.linear_regression(*zip(*pairs, strict=True)).slope
 
 
 def slope_of(rows: list[Measurement]) -> float:
-    """The exponent of a curve's growth."""
+    """The exponent with which the time of a curve grows."""
     return slope([next(iter(m.sizes.values())) for m in rows], [m.median_s for m in rows])
 
 
 def scale(curves: dict[str, list[Measurement]]) -> bytes:
-    """Time against each axis, on logarithmic scales, with the fitted exponent of each curve."""
+    """Plots time against each axis on logarithmic scales. The legend shows the fitted exponent of each curve."""
     from matplotlib.figure import Figure
 
     names = sorted({next(iter(rows[0].sizes)) for rows in curves.values()})
@@ -83,7 +83,7 @@ def scale(curves: dict[str, list[Measurement]]) -> bytes:
                 continue
             label = f"{rows[0].threads} thread{'s' if rows[0].threads > 1 else ''}: power {slope_of(rows):.2f}"
             axes.plot([m.sizes[name] for m in rows], [m.median_s for m in rows], marker="o", label=label)
-        if name != "prompt":  # a share, from 0 %
+        if name != "prompt":  # a share that begins at 0 %, which has no logarithm
             axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set(xlabel={"prompt": "share of prompt, %"}.get(name, name.upper() if len(name) == 1 else name))
@@ -94,7 +94,10 @@ def scale(curves: dict[str, list[Measurement]]) -> bytes:
 
 
 def _roofline_points(measurements: list[Measurement]) -> list[tuple[str, str, float, float]]:
-    """(implementation, dtype, FLOP a byte, FLOP a second) of each case of `ops`; bytes that must move at least."""
+    """(implementation, dtype, FLOP per byte, FLOP per second) of each record of `ops`.
+
+    The bytes are the least that must move: each operand is read once and each result is written once.
+    """
     points = []
     for m in measurements:
         if m.suite != "ops" or FLOOR in m.implementation or "mask" not in m.sizes:
@@ -109,7 +112,7 @@ def _roofline_points(measurements: list[Measurement]) -> list[tuple[str, str, fl
 
 
 def roofline(points: list[tuple[str, str, float, float]], machine: dict[str, Measurement]) -> bytes:
-    """FLOP a second against FLOP a byte, under the roof of copy bandwidth and the rate of bare products."""
+    """Plots FLOP per second against FLOP per byte, below the limits of copy bandwidth and of bare products."""
     figure, axes = _figure()
     copy = machine["copy"]
     bandwidth = copy.sizes["bytes"] / copy.median_s
@@ -128,7 +131,7 @@ def roofline(points: list[tuple[str, str, float, float]], machine: dict[str, Mea
         own = [p for p in points if p[0] == implementation]
         marker = {"marker": "o" if implementation in OURS else ".", "zorder": 3 if implementation in OURS else 2}
         axes.scatter([p[2] for p in own], [p[3] / 1e9 for p in own], label=implementation, **marker)
-    axes.set(xlabel="FLOP that must be done a byte that must move", ylabel="GFLOP/s", title="roofline, linear_logprobs")
+    axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s", title="roofline, linear_logprobs")
     axes.set_xscale("log")
     axes.set_yscale("log")
     return _png(figure)

@@ -1,12 +1,16 @@
-"""Tables from measurements alone: nothing here runs anything, and nothing that runs knows of it.
+"""Tables from records alone. Nothing here measures, and nothing that measures imports this module.
 
-One table per case, in Markdown with its columns aligned: the same on a terminal and in a file. Training is counted in
-pairs and tokens a second, curves of the suite `scale` share one table, everything else stands beside its floor.
+There is one Markdown table per case, with aligned columns, so that it reads the same on a terminal and in a file. Its
+columns depend on the suite:
+
+- `train`: pairs and tokens per second
+- `scale`: one line per point of the curve
+- memory-bound ops (a gather): bytes per second beside the copy rate
+- everything else: time beside that of the bare matrix products (the floor)
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -34,7 +38,7 @@ def groups(measurements: list[Measurement]) -> dict[tuple[str, str], list[Measur
 
 
 def tables(measurements: list[Measurement]) -> str:
-    """All cases, one after another, in Markdown."""
+    """The tables of all cases, one after another, in Markdown."""
     parts = []
     for (suite, case), rows in groups(measurements).items():
         parts.append(f"### {suite}: {case}\n\n{aligned(table(rows))}\n\n{about(rows)}")
@@ -42,7 +46,7 @@ def tables(measurements: list[Measurement]) -> str:
 
 
 def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
-    """One case: its header and lines, fastest first (curves: in their own order)."""
+    """Header and rows of one case. The fastest comes first, but a curve keeps the order of its points."""
     if rows[0].suite == "train":
         return [TRAIN_HEADER, *(_train_row(m) for m in sorted(rows, key=lambda m: m.median_s))]
     if rows[0].suite == "scale":
@@ -54,7 +58,7 @@ def table(rows: list[Measurement]) -> list[tuple[str, ...]]:
 
 
 def about(rows: list[Measurement]) -> str:
-    """How these were measured, on what, when; what was not, and why."""
+    """Says how, where and when the case was measured, and which implementations were not measured and why."""
     first = rows[0]
     skipped = "".join(f" Not measured: {name}: {reason.rstrip('.')}." for name, reason in first.skipped.items())
     versions = ", ".join(f"{name} {number}" for name, number in first.versions.items())
@@ -67,7 +71,7 @@ def about(rows: list[Measurement]) -> str:
 
 
 def _curves(rows: list[Measurement]) -> str:
-    """The losses of training, step by step, where they are recorded."""
+    """The loss of each training step, if the records have losses."""
     curves = [f"{m.implementation} {' '.join(f'{loss:.5f}' for loss in m.losses)}" for m in rows if m.losses]
     return f" Losses: {'; '.join(curves)}." if curves else ""
 
@@ -113,10 +117,12 @@ def _scale_row(m: Measurement) -> tuple[str, ...]:
 
 
 def seconds(value: float) -> str:
+    """A time as text: seconds from 1 s on, else milliseconds."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table with aligned columns. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -126,16 +132,16 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def write(files: dict[str, bytes], folder: Path) -> list[Path]:
-    """Writes each atomically; the paths written."""
+    """Writes each file atomically, and returns the paths."""
     for name, content in files.items():
         temporary = folder / f"{name}.tmp"
         temporary.write_bytes(content)
-        os.replace(temporary, folder / name)
+        temporary.replace(folder / name)
     return [folder / name for name in files]
 
 
 def everything(measurements: list[Measurement], folder: Path) -> list[Path]:
-    """`report.html` with all tables and plots in it, and the plots beside it as PNG."""
+    """Writes `report.html` with all tables and plots, and the plots as PNG files beside it. Returns the paths."""
     figures = plots.all_of(measurements)
     cases = [(f"{suite}: {case}", table(rows), about(rows)) for (suite, case), rows in groups(measurements).items()]
     files = {f"{name}.png": png for name, png in figures.items()}

@@ -1,1 +1,1 @@
-"""What the bench measures: a module per suite, with its cases and its implementations."""
+"""What the bench measures: one module per suite, with its cases and its implementations."""

@@ -1,10 +1,11 @@
 """Suite `divergences`: a distillation step's loss and gradient from hidden states, beside peers and the bare products.
 
-The step is `sum(mask * divergence) / sum(mask)` forward, and backward into the student's hidden states, with a frozen
-student head: student logits, teacher logits, and their gradient times the weight are the products nobody can avoid.
+The step computes `sum(mask * divergence) / sum(mask)` and its gradient in the student's hidden states. The student's
+head is frozen. Three matrix products cannot be avoided: the student's logits, the teacher's logits, and the gradient in
+the student's logits times the weight.
 
-case -> inputs -> one closure per implementation -> outputs -> error against float64 ->
-(harness/measure.py) time, memory
+Order of work: a case gives the inputs, each implementation becomes a closure over them, and its outputs are compared
+with float64. Then bench/harness/measure.py measures time and memory.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from bench.harness.suite import by_name, draw_head, peer
 from fastalign import linear_divergence, reference
 
 SHAPE, QUICK_SHAPE = (2048, 576, 49152), (256, 64, 4096)  # N, H, V; the teacher has the same H
-MASKS = (0, 50)  # % of the rows that are prompt, not scored
-VOCABULARIES = (12288, 24576)  # beside that of SHAPE: extra memory against V
+MASKS = (0, 50)  # % of the rows that belong to the prompt and are not scored
+VOCABULARIES = (12288, 24576)  # beside that of SHAPE, for the plot of extra memory against V
 PRODUCTS = 3
 FLOOR = f"{PRODUCTS} {PRODUCT}s"
 CHECKED_ROWS = 64  # of d_hidden; the loss is checked over all rows
 BLOCK = 128  # rows of float64 logits at a time
-# Relative; the budget that float32 logits of a divergence of 0.01 and more are held to is 1e-5, peers get ten times it.
+# Relative. fastalign's budget, for float32 logits and a divergence of 0.01 or more, is 1e-5. Peers get ten times that.
 BUDGET = 1e-4
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind`: a divergence. `mask`: % of rows not scored."""
+    """A case: `kind` is the divergence, `n`, `h`, `v` the shape, `mask` the % of rows that are not scored."""
 
     kind: str
     n: int
@@ -56,6 +57,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.kind}-float32-{self.n}x{self.h}x{self.v}-mask{self.mask}"
 
 
@@ -67,15 +69,21 @@ CASES = by_name(
 
 
 class Inputs(NamedTuple):
+    """The tensors of a case."""
+
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
     teacher_hidden: Tensor  # (N, H)
     teacher_weight: Tensor  # (V, H)
-    mask: Tensor  # (N,) bool: scored
+    mask: Tensor  # (N,) bool: True where the row is scored
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Seeded; logits have standard deviation 3, and the teacher's differ by about 1: divergences of some tenths."""
+    """Seeded inputs.
+
+    The student's logits have standard deviation 3 and the teacher's differ from them by about 1, which makes
+    divergences of a few tenths.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -89,7 +97,7 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(hidden, weight, teacher_hidden, teacher_weight, scored)
 
 
-# The implementations: f(kind, inputs with a hidden that needs its gradient) -> loss.
+# The implementations: f(kind, inputs) -> loss. The inputs' `hidden` requires a gradient.
 
 
 def _fastalign(backend: str) -> Callable:
@@ -101,7 +109,7 @@ def _fastalign(backend: str) -> Callable:
 
 
 def eager(kind: str, i: Inputs) -> Tensor:
-    """Logits of every row, then log_softmax and sums over the vocabulary, as trainers have it by default."""
+    """Logits of every row, then log_softmax and sums over the vocabulary, which is what trainers do by default."""
     s = (i.hidden @ i.weight.T).log_softmax(-1)
     with torch.no_grad():
         t = (i.teacher_hidden @ i.teacher_weight.T).log_softmax(-1)
@@ -117,11 +125,14 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
-BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # as TRL and Liger have it
+BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # how TRL and Liger name the divergences
 
 
 def trl_chunked(kind: str, i: Inputs) -> Tensor:
-    """As trl.trainer.distillation_trainer._chunked_divergence_loss calls it: off CUDA it projects all rows."""
+    """TRL's chunked divergence, called as trl.trainer.distillation_trainer._chunked_divergence_loss calls it.
+
+    Without CUDA it projects all rows, scored or not.
+    """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     hidden = (i.hidden, i.weight, None, i.teacher_hidden, i.teacher_weight, None)
@@ -130,8 +141,9 @@ def trl_chunked(kind: str, i: Inputs) -> Tensor:
 
 
 def liger_jsd(kind: str, i: Inputs) -> Tensor:
-    """Liger's chunked JSD loss, compiled as it is by default, with no weight on its cross-entropy half. It takes every
-    row, and forms the weight's gradient whether it is wanted or not.
+    """Liger's chunked JSD loss, compiled (its default), with weight 0 on its cross-entropy part.
+
+    It computes every row, scored or not, and always computes the gradient in the weight.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -147,11 +159,11 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
     "TRL chunked_divergence": lambda: peer("trl.kernels.chunked_divergence", trl_chunked),
     "Liger fused linear JSD": lambda: peer("liger_kernel.chunked_loss", liger_jsd),
 }
-COMPILES = {"Liger fused linear JSD"}  # the first run of a shape compiles it; that is not its memory
+COMPILES = {"Liger fused linear JSD"}  # their first run of a shape compiles, which must not count as memory
 
 
 def candidate(name: str, kind: str, inputs: Inputs) -> Callable[[], Outputs]:
-    """A function that computes the case once; Missing says why it cannot run here."""
+    """A function that computes the case once. Raises Missing, with the reason, if it cannot run here."""
     if name == FLOOR:
         return _products(inputs)
     function = IMPLEMENTATIONS[name]()
@@ -166,9 +178,9 @@ def candidate(name: str, kind: str, inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def _products(inputs: Inputs) -> Callable[[], Outputs]:
-    """The bare products over the scored rows."""
+    """The bare matrix products over the scored rows."""
     hidden, teacher_hidden = inputs.hidden[inputs.mask], inputs.teacher_hidden[inputs.mask]
-    buffers: list[Tensor] = []  # made by the first run: not part of the time, but of the memory
+    buffers: list[Tensor] = []  # allocated by the first run: they count as memory, but their allocation is not timed
 
     def run() -> Outputs:
         if not buffers:
@@ -184,7 +196,10 @@ def _products(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 class Truth:
-    """The loss over all rows, and d_hidden of `CHECKED_ROWS` scored ones, in float64 through the reference."""
+    """The exact results: float64, from fastalign.reference.
+
+    They are the loss over all rows, and the gradient `d_hidden` of `CHECKED_ROWS` of the scored rows.
+    """
 
     def __init__(self, kind: str, inputs: Inputs):
         self.scored = inputs.mask.nonzero().squeeze(1)
@@ -209,7 +224,11 @@ class Truth:
         }
 
     def check(self, name: str, outputs: Outputs) -> Checked:
-        """Relative errors of the outputs; WrongResult where one is missing, not finite, or over its budget."""
+        """Relative errors of the outputs.
+
+        Raises:
+            WrongResult: an output is missing, not finite, or over its budget.
+        """
         expected = {"products"} if name == FLOOR else {"loss", "d_hidden"}
         if outputs.keys() != expected:
             raise WrongResult(f"it returned {sorted(outputs)}, expected {sorted(expected)}")
@@ -224,17 +243,17 @@ class Truth:
 
 
 def memory(case_name: str, implementation: str) -> int:
-    """Peak extra bytes of one run, in this process, which must be a fresh one."""
+    """Peak extra bytes of one run. Call it in a fresh process."""
     case = (CASES | QUICK)[case_name]
     warm = case if implementation in COMPILES else Case(case.kind, 16, case.h, 64, 0)
-    candidate(implementation, case.kind, make_inputs(warm))()  # loads libraries, starts threads
+    candidate(implementation, case.kind, make_inputs(warm))()  # a first run loads libraries and starts threads
     return peak_extra_memory(candidate(implementation, case.kind, make_inputs(case)))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
+    """Measures every implementation of one case. The records name those that are missing or too slow for `limit_s`."""
     case = (CASES | QUICK)[case_name]
-    torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
+    torch.compiler.reset()  # else earlier cases would count towards the limit of recompilations
     inputs = make_inputs(case)
 
     def part(name: str, fraction: int) -> Callable[[], Outputs]:

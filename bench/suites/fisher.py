@@ -1,11 +1,16 @@
-"""Suite `fisher`: squared gradients of single sequences beside loops and per-sample gradients; EWC beside a copy.
+"""Suite `fisher`: squared gradients of single sequences beside loops and per-sample gradients, and EWC beside a copy.
 
-"layers": `accumulate_fisher_` on the linear layers of one block of SmolLM2. "body": `fisher_diagonal` of the linear
-layers of a model of four such blocks. "model": of every parameter of SmolLM2-135M, beside an ordinary forward and
-backward pass over the same packed batch. "ewc": penalty and gradient over tensors of SmolLM2's shapes, whose bytes a
-second stand beside those of `machine`'s copy, measured in the same run.
+The kinds of cases:
 
-case -> setup -> one closure per implementation -> outputs -> error against float64 -> (harness/measure.py) time, memory
+- "layers": `accumulate_fisher_` on the linear layers of one block of SmolLM2
+- "body": `fisher_diagonal` of the linear layers of a model of four such blocks
+- "model": `fisher_diagonal` of every parameter of SmolLM2-135M, beside an ordinary forward and backward pass over the
+  same packed batch
+- "ewc": penalty and gradient over tensors with SmolLM2's shapes. The result is bytes per second, beside those of the
+  copy of the suite `machine`, which is measured in the same run
+
+Order of work: `setup` makes the inputs of a case, each implementation becomes a closure over them, and its outputs are
+compared with float64. Then bench/harness/measure.py measures time and memory.
 """
 
 from __future__ import annotations
@@ -42,15 +47,15 @@ from fastalign.ops.accumulate_fisher import accumulate_fisher_
 MODEL = "smollm2-135m-instruct"
 BODY_BLOCKS, BODY_VOCAB = 4, 4096
 FLOOR = f"bare {PRODUCT}s"
-# Relative to the largest entry of each tensor: ten times the 1e-5 that fastalign is to keep. In the whole model float32
-# itself is off by more, in an ordinary gradient too: large activations meet large cancellations.
+# Relative to the largest entry of each tensor. It is ten times fastalign's budget of 1e-5, because peers must pass too.
+# In the whole model float32 has larger errors, also in an ordinary gradient, because large activations cancel there.
 BUDGET = {"layers": 1e-4, "body": 1e-4, "ewc": 1e-4, "model": 1e-3}
 LOOP, ORDINARY = "loop over sequences", "ordinary backward"
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind`: see the top. `sequences` of `length` tokens each; EWC: `sequences` blocks of SmolLM2's tensors."""
+    """A case of one of the kinds above: `sequences` sequences of `length` tokens. For "ewc" it is blocks of SmolLM2."""
 
     kind: str
     sequences: int
@@ -58,6 +63,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.kind}-{self.sequences}x{self.length}" if self.length else self.kind
 
 
@@ -68,7 +74,7 @@ QUICK = by_name([Case("layers", 8, 16), Case("body", 4, 16)])
 
 
 def layers(case: Case) -> list[tuple[Tensor, Tensor]]:
-    """(gradient (T, out), input (T, in)) of each layer; seeded."""
+    """Seeded (gradient (T, out), input (T, in)) of each layer."""
     generator = torch.Generator().manual_seed(0)
     tokens = case.sequences * case.length
     return [tuple(torch.randn(tokens, width, generator=generator) for width in shape) for shape in LAYERS]
@@ -79,13 +85,15 @@ def _named(tensors) -> Outputs:
 
 
 def layers_fused(backend: str, operands, case: Case) -> Outputs:
+    """The op of fastalign, layer by layer."""
     bounds = torch.arange(0, case.sequences * case.length + 1, case.length)
     fishers = [g.new_zeros(g.shape[1], x.shape[1]) for g, x in operands]
-    return _named(accumulate_fisher_(f, g, x, bounds, backend=backend) for f, (g, x) in zip(fishers, operands))  # noqa: B905
+    pairs = zip(fishers, operands, strict=True)
+    return _named(accumulate_fisher_(f, g, x, bounds, backend=backend) for f, (g, x) in pairs)
 
 
 def layers_loop(operands, case: Case) -> Outputs:
-    """Sequence by sequence: its gradient, then the sum of squares."""
+    """Sequence by sequence: computes its gradient, and adds the squares."""
     fishers = [g.new_zeros(g.shape[1], x.shape[1]) for g, x in operands]
     for start, stop in pairwise(range(0, case.sequences * case.length + 1, case.length)):
         for fisher, (g, x) in zip(fishers, operands, strict=True):
@@ -95,32 +103,34 @@ def layers_loop(operands, case: Case) -> Outputs:
 
 
 def layers_per_sample(operands, case: Case) -> Outputs:
-    """The gradient of each sequence, as BackPACK's BatchGrad forms them (the same einsum), then their squares."""
+    """The gradients of all sequences at once, by the einsum of BackPACK's BatchGrad, and the sum of their squares."""
     split = [(g.view(case.sequences, case.length, -1), x.view(case.sequences, case.length, -1)) for g, x in operands]
     return _named(torch.einsum("nto,nti->noi", g, x).square_().sum(0) for g, x in split)
 
 
 def layers_products(operands, case: Case) -> Outputs:
-    """Each layer's gradient of the whole batch: as many multiplications, and no squares."""
+    """The gradient of each layer over the whole batch: it needs as many multiplications, but no squares."""
     products = [g.T @ x for g, x in operands]
     return {"product": products[0]}
 
 
 def layers_truth(operands, case: Case) -> Outputs:
+    """The results in float64."""
     wide = [(g.double(), x.double()) for g, x in operands]
     return {**layers_loop(wide, case), **layers_products(wide[:1], case)}
 
 
-# A model: rows of `length` tokens, of which all but the first are scored
+# A model: rows of `length` tokens. All tokens of a row except the first are scored.
 
 
 def tokens(case: Case, vocab: int) -> Tensor:
+    """Seeded token ids (sequences, length)."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(vocab, (case.sequences, case.length), generator=generator)
 
 
 def body() -> nn.Module:
-    """Four blocks of SmolLM2's shapes, seeded; only their linear layers are trainable."""
+    """A seeded model of four blocks with SmolLM2's shapes. Only the linear layers of the blocks are trainable."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng():
@@ -136,34 +146,39 @@ def body() -> nn.Module:
 
 
 def whole() -> nn.Module:
+    """SmolLM2-135M-Instruct in float32."""
     from fastalign.models.loading import load_model
 
     return load_model(MODEL, dtype="float32").eval()
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter, of the trainable ones."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def nll(model: nn.Module, ids: Tensor) -> Tensor:
-    """Summed over all tokens but the first of each row, by the model's own forward."""
+    """The negative log-likelihood from the model's logits, summed over all tokens except the first of each row."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 def rows_of(ids: Tensor) -> list[dict]:
+    """The sequences as fastalign's rows: the first token is the prompt."""
     return [{"prompt_ids": row[:1], "completion_ids": [row[1:]]} for row in ids.tolist()]
 
 
 def one_pass(model: nn.Module, ids: Tensor) -> Outputs:
+    """fastalign: one forward and backward pass over all sequences."""
     from fastalign.fisher.diagonal import fisher_diagonal
 
     fisher = fisher_diagonal(model, rows_of(ids), tokens_per_batch=ids.numel())
+    # fisher_diagonal is a mean over the samples, the other implementations return sums.
     return {name: values.mul_(fisher.samples) for name, values in fisher.items()}
 
 
 def loop(model: nn.Module, ids: Tensor) -> Outputs:
-    """One backward pass a sequence."""
+    """One forward and backward pass per sequence."""
     parameters = trainable(model)
     out = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for row in ids:
@@ -174,15 +189,17 @@ def loop(model: nn.Module, ids: Tensor) -> Outputs:
 
 
 def backpack(model: nn.Module, ids: Tensor) -> Outputs:
-    """BackPACK's BatchGrad, each layer's gradients squared and let go as soon as they are there."""
+    """BackPACK's BatchGrad. Per-sample gradients of a layer are squared and freed as soon as they exist."""
     try:
         from backpack import backpack as extension
         from backpack import extend
         from backpack.extensions import BatchGrad
     except ImportError as error:
-        how = "pip install --no-deps backpack-for-pytorch unfoldNd einops"  # with them it would bring another torch
+        # With its dependencies pip would install another torch.
+        how = "pip install --no-deps backpack-for-pytorch unfoldNd einops"
         raise Missing(f"{error}; {how}") from error
-    if not hasattr(model, "backpack_twin"):  # `extend` cannot be undone; kept out of the model's modules
+    if not hasattr(model, "backpack_twin"):
+        # `extend` cannot be undone, so it changes a copy. `vars` sets it without making it a submodule of the model.
         vars(model)["backpack_twin"] = copy.deepcopy(model)
         for module in model.backpack_twin.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
@@ -202,7 +219,7 @@ def backpack(model: nn.Module, ids: Tensor) -> Outputs:
 
 
 def vmapped(model: nn.Module, ids: Tensor) -> Outputs:
-    """torch.func: vmap over the gradient's function, all parameters' gradients of all sequences at once."""
+    """torch.func: vmap over the gradient function, which holds all gradients of all sequences at once."""
     parameters = {name: p.detach() for name, p in trainable(model).items()}
 
     def of_row(values: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -214,7 +231,7 @@ def vmapped(model: nn.Module, ids: Tensor) -> Outputs:
 
 
 def ordinary(model: nn.Module, ids: Tensor) -> Outputs:
-    """Forward and backward over the packed batch, as fastalign trains: no Fisher information, but the gradient."""
+    """Forward and backward over the packed batch, as fastalign trains. It computes the gradient, not its squares."""
     from fastalign.data.packing import lay_out
     from fastalign.models.scoring import prepare
 
@@ -224,7 +241,11 @@ def ordinary(model: nn.Module, ids: Tensor) -> Outputs:
 
 
 def model_products(head: int, model: nn.Module, ids: Tensor) -> Outputs:
-    """Of each linear layer: output, gradient of the input, and of the weight; `head` products with the vocabulary."""
+    """The bare products of a forward and backward pass.
+
+    Each linear layer has three: its output, the gradient in its input, and the gradient in its weight. In addition
+    there are `head` products with the whole vocabulary.
+    """
     made, weights, tile = product_operands(ids.numel())
     config = model.config
     for _ in range(config.num_hidden_layers):
@@ -239,6 +260,7 @@ def model_products(head: int, model: nn.Module, ids: Tensor) -> Outputs:
 
 @lru_cache(1)
 def product_operands(count: int) -> tuple[dict[int, Tensor], dict[tuple[int, int], Tensor], Tensor]:
+    """Seeded operands: width -> (count, width), shape -> weight, and a tile (512, HIDDEN) of the vocabulary."""
     generator = torch.Generator().manual_seed(2)
     made = {n: torch.randn(count, n, generator=generator) for n in (HIDDEN, INNER, KEYS)}
     weights = {shape: torch.randn(*shape, generator=generator) for shape in LAYERS}
@@ -246,7 +268,7 @@ def product_operands(count: int) -> tuple[dict[int, Tensor], dict[tuple[int, int
 
 
 def model_truth(model: nn.Module, ids: Tensor) -> Outputs:
-    """The loop in float64: squares, and sums of the gradients."""
+    """The loop over sequences in float64: sums of squared gradients, and sums of gradients."""
     model = copy.deepcopy(model).double()
     parameters = trainable(model)
     out = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -260,7 +282,7 @@ def model_truth(model: nn.Module, ids: Tensor) -> Outputs:
     return out | {"product": made[HIDDEN].double() @ weights[LAYERS[0]].double().T}
 
 
-# What is measured: kind -> function of what `setup` returns.
+# What is measured: kind -> function, whose arguments are what `setup` returns.
 PRODUCTS = {
     "layers": layers_products, "body": partial(model_products, 2), "model": partial(model_products, 3),
 }  # fmt: skip
@@ -280,7 +302,7 @@ TRUTH = {"layers": layers_truth, "body": model_truth, "model": model_truth, "ewc
 
 
 def setup(case: Case) -> tuple:
-    """The arguments of every function of the case's kind."""
+    """The arguments of every function for this kind of case."""
     if case.kind == "layers":
         return layers(case), case
     if case.kind == "ewc":
@@ -290,32 +312,37 @@ def setup(case: Case) -> tuple:
 
 
 def small(case: Case, of: tuple) -> tuple:
-    """The same with one sequence only."""
+    """The arguments of the case, reduced to one sequence."""
     if case.kind == "layers":
         return [(g[: case.length], x[: case.length]) for g, x in of[0]], replace(case, sequences=1)
     return of if case.kind == "ewc" else (of[0], of[1][:1])
 
 
 def functions(case: Case) -> dict[str, Callable]:
+    """Name -> function, of the implementations that have this kind of case, with the bare products first."""
     floor = {FLOOR: PRODUCTS[case.kind]} if case.kind in PRODUCTS else {}
     return floor | {name: kinds[case.kind] for name, kinds in IMPLEMENTATIONS.items() if case.kind in kinds}
 
 
 class Truth:
-    """float64 results, and what was in EWC's gradients before each run, which adds to them."""
+    """The exact results in float64. For EWC also the gradients before each run, because a run adds to them."""
 
     def __init__(self, case: Case, of: tuple):
         self.kind, self.exact = case.kind, TRUTH[case.kind](*of)
         self.before = {f"{GRADIENT}{i}": of[0][i].grad.clone() for i in ewc.CHECKED} if case.kind == "ewc" else {}
 
     def check(self, name: str, outputs: Outputs) -> Checked:
-        """The largest error of each sort of output, relative to the largest entry of its tensor."""
+        """The largest error per sort of output ("fisher", "gradient", ...), relative to the tensor's largest entry.
+
+        Raises:
+            WrongResult: an output is missing, unexpected, not finite, or over its budget.
+        """
         if odd := sorted(outputs.keys() ^ self._expected(name)):
-            raise WrongResult(f"{len(odd)} outputs ({odd[0]}, ...) are missing or were not asked for")
+            raise WrongResult(f"{len(odd)} outputs ({odd[0]}, ...) are missing or unexpected")
         errors: dict[str, float] = {}
         for output, value in outputs.items():
             exact, found = self.exact[output], value.detach()
-            if output in self.before:  # a run adds to it
+            if output in self.before:  # the run added to this gradient: take the difference
                 found, self.before[output] = found - self.before[output], found.clone()
             error = float((found.double() - exact).abs().max() / exact.abs().max())
             if not error <= BUDGET[self.kind]:  # also where it is nan
@@ -336,15 +363,15 @@ def _sort(output: str) -> str:
 
 
 def memory(case_name: str, implementation: str) -> int:
-    """Peak extra bytes of one run, in this process, which must be a fresh one."""
+    """Peak extra bytes of one run. Call it in a fresh process."""
     case = (CASES | QUICK)[case_name]
     of, function = setup(case), functions(case)[implementation]
-    function(*small(case, of))  # loads libraries, starts threads
+    function(*small(case, of))  # a first run loads libraries and starts threads
     return peak_extra_memory(lambda: function(*of))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case; those that are missing or too slow are named."""
+    """Measures every implementation of one case, and says which ones are missing or too slow."""
     case = (CASES | QUICK)[case_name]
     of = setup(case)
     say("    float64", same_line=True)
@@ -353,23 +380,30 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
         (copied,) = machine.run("copy", 5, limit_s)
         moved = ewc.MOVES * 4 * sum(p.numel() for p in of[0])
         sizes = {"bytes": moved, "copy_bytes_per_s": round(copied.sizes["bytes"] / copied.median_s)}
-    candidates: dict[str, Callable[[], Outputs]] = {}
-    for name, function in functions(case).items():
-        try:
-            if not _too_slow(name, function, case, of, limit_s):
-                candidates[name] = partial(function, *of)
-        except (Missing, BackendError) as reason:
-            say(f"    skipped {name}: {reason}")
-        except Exception as error:  # a peer's fault must not end the others' run
-            say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    able = {name: function for name, function in functions(case).items() if _able(name, function, case, of, limit_s)}
+    candidates: dict[str, Callable[[], Outputs]] = {name: partial(function, *of) for name, function in able.items()}
     return measure(
         "fisher", case_name, sizes, candidates, truth.check,
         lambda name: memory_in_fresh_process("fisher", case_name, name), rounds,
     )  # fmt: skip
 
 
+def _able(name: str, function: Callable, case: Case, of: tuple, limit_s: float) -> bool:
+    """Whether the implementation can run here within the limit. If not, prints why."""
+    try:
+        return not _too_slow(name, function, case, of, limit_s)
+    except (Missing, BackendError) as reason:
+        say(f"    skipped {name}: {reason}")
+    except Exception as error:  # an error in one implementation must not stop the others
+        say(f"    skipped {name}: it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return False
+
+
 def _too_slow(name: str, function: Callable, case: Case, of: tuple, limit_s: float) -> bool:
-    """Whether one sequence takes so long that all of them, one by one, would be over the limit. Run once to warm up."""
+    """Whether the loop over sequences would exceed the limit, judged by the time of one sequence after a warm-up run.
+
+    Other implementations are never too slow, but are run too, which shows whether they work.
+    """
     if case.kind == "ewc":
         return False
     one = small(case, of)

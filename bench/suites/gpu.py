@@ -1,14 +1,19 @@
-"""What a GPU is needed for, in ten minutes: each kernel against float64, then the suites' main cases, then report.html.
+"""A check of the GPU in ten minutes: each kernel against float64, then the main cases of the suites, then report.html.
 
-All kernels are checked, but ten minutes are too short to time everything. Timed are, in bfloat16: log-probs, forward
-and with a frozen head, 0 and 50 % of the tokens prompt; the gather; DPO's loss; LoRA steps on dialogue. Left out are
-float32, trainable heads, 80 % prompt, memory against the vocabulary, what torch.compile has to compile first, the other
-losses, long prompts, tuning of all weights, divergences and Fisher information: `python -m bench SUITE` measures those,
-on the GPU too. `scale` is of CPU threads.
+All kernels are checked, but ten minutes are too short to time everything. These are timed, in bfloat16:
 
-Every step is a process of its own, so that a kernel that faults or hangs takes nothing else with it. A step may take
-its share of the time, by the seconds planned, and what earlier steps left over; then it is ended, and what it had
-measured is kept.
+- log-probs, forward only and with a frozen head, with 0 and 50 % of the tokens in the prompt
+- the gather of log-probs from logits
+- DPO's loss
+- LoRA training steps on dialogue
+
+Left out are float32, trainable heads, 80 % prompt, memory against the vocabulary, torch.compile, the other losses,
+long prompts, tuning of all weights, divergences and Fisher information. `python -m bench SUITE` measures those, also on
+a GPU. The suite `scale` is about CPU threads.
+
+Every step runs in a separate process, so a kernel that crashes or hangs does not stop the other steps. The time is
+divided among the steps by their planned seconds, and time that a step leaves goes to the next ones. A step that
+exceeds its time is stopped, and what it has measured until then stays.
 """
 
 from __future__ import annotations
@@ -35,7 +40,6 @@ from bench.harness.measure import ROOT, load
 from bench.harness.suite import draw_head
 from bench.suites import losses, ops, selective, train
 from fastalign import reference
-from fastalign.models.linear import LoraLinearGpu, speed_up_linear
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.backends.pick import BACKENDS as DIVERGENCE
@@ -44,18 +48,23 @@ from fastalign.ops.ewc import BACKENDS as EWC
 from fastalign.ops.ewc import ewc_penalty, ewc_penalty_
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.preference_loss import BACKENDS as PREFERENCE
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.selective_logprobs import BACKENDS as SELECTIVE
 from fastalign.ops.selective_logprobs import selective_logprobs
 
 SECONDS = 600
-REPORT_S = 30  # of them, for report.html
+REPORT_S = 30  # part of them, reserved for report.html
 BACKENDS = ("torch", "triton", "cuda")
-KINDS = ("frozen", "forward")  # of `ops`
+KINDS = ("frozen", "forward")  # of the suite `ops`
+WIDTH = 144  # H of the checks
+LOGPROBS_OPTIONS = {"softcap": 10.0, "temperature": 0.7, "logit_scale": 0.9, "entropy": True}
+EWC_STRENGTH = 0.5
+LORA_SCALING = 0.5
 
 
 class Step(NamedTuple):
-    """One call of `python -m bench`."""
+    """One call of `python -m bench`, with the seconds planned for it."""
 
     command: str
     seconds: int
@@ -63,12 +72,13 @@ class Step(NamedTuple):
     options: tuple[str, ...] = ()
 
     def arguments(self, out: Path) -> list[str]:
+        """The command line of the step. Its results go to the folder `out`."""
         where = ["--case", *self.cases, *self.options, "--out", str(out)] if self.cases else []
         return [self.command, *where]
 
 
 def plan() -> list[Step]:
-    """The steps, the most important first, and about how long each takes."""
+    """The steps, the most important first, with about how long each takes."""
 
     def matching(suite, *patterns: str) -> tuple[str, ...]:
         return tuple(case for case in suite.CASES if any(fnmatch(case, pattern) for pattern in patterns))
@@ -77,7 +87,7 @@ def plan() -> list[Step]:
         size = "x".join(map(str, shape))
         return matching(ops, *(f"{kind}-bfloat16-{size}-mask{mask}" for kind, mask in product(KINDS, (0, 50))))
 
-    # torch.compile takes half a minute a case to compile: `python -m bench ops` has it.
+    # Without torch.compile, which compiles for half a minute per case. `python -m bench ops` measures it.
     compared = ("--only", *(name for name in ops.IMPLEMENTATIONS if name not in ("torch.compile", "fastalign cpu")))
     return [
         Step("gpu-kernels", 60),
@@ -90,13 +100,16 @@ def plan() -> list[Step]:
 
 
 def stretched(steps: list[Step], seconds: int) -> list[Step]:
-    """The steps, with all the seconds that there are beside the report's dealt out by what each has planned."""
+    """The steps with all seconds (minus the report's) divided among them, in proportion to their planned seconds."""
     planned = sum(step.seconds for step in steps)
     return [step._replace(seconds=step.seconds * (seconds - REPORT_S) // planned) for step in steps]
 
 
 def fitting(steps: list[Step], seconds: int) -> tuple[list[Step], list[Step]]:
-    """(steps that fit into `seconds` with the report, the rest), in order; a later one may fit where one did not."""
+    """(steps that fit into `seconds` beside the report, the other steps), both in order.
+
+    After a step that does not fit, a shorter one may still fit.
+    """
     left, taken, dropped = seconds - REPORT_S, [], []
     for step in steps:
         fits = step.seconds <= left
@@ -106,7 +119,7 @@ def fitting(steps: list[Step], seconds: int) -> tuple[list[Step], list[Step]]:
 
 
 def main(out: Path, seconds: int = SECONDS) -> int:
-    """Runs the plan into the folder `out`; 1 where there is no GPU, or a step failed or was cut off."""
+    """Runs the plan, with results in the folder `out`. Returns 1 if there is no GPU or a step failed, else 0."""
     if not torch.cuda.is_available():
         print(f"There is no GPU here that torch {torch.__version__} can use, so nothing was measured.", file=sys.stderr)
         return 1
@@ -114,7 +127,7 @@ def main(out: Path, seconds: int = SECONDS) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     taken, dropped = fitting(plan(), seconds)
-    faults = [f"{step.command} does not fit: it needs {step.seconds} s" for step in dropped]
+    faults = [f"{step.command} does not fit into {seconds} s: it needs {step.seconds} s" for step in dropped]
     faults += follow(stretched(taken, seconds), lambda step, limit_s: run_step(step.arguments(out), limit_s))
     faults += [f"not measured: {suite} {case}" for suite, case in missing(taken, out, started)]
     report = run_step(["report", str(out)], seconds - (time.monotonic() - start))
@@ -124,7 +137,10 @@ def main(out: Path, seconds: int = SECONDS) -> int:
 
 
 def follow(steps: list[Step], run: Callable[[Step, float], str | None]) -> list[str]:
-    """Runs each step within what is planned until its end; the faults."""
+    """Runs the steps and returns their faults. run(step, limit_s) returns a fault or None.
+
+    A step may run until the sum of the planned seconds up to its end has passed.
+    """
     start, end, faults = time.monotonic(), 0.0, []
     for step in steps:
         end += step.seconds
@@ -134,7 +150,10 @@ def follow(steps: list[Step], run: Callable[[Step, float], str | None]) -> list[
 
 
 def run_step(arguments: list[str], limit_s: float) -> str | None:
-    """`python -m bench ...`, ended with all that it started after `limit_s`; what went wrong, or None."""
+    """Runs `python -m bench ...`, and says what went wrong or returns None.
+
+    After `limit_s` seconds the process is killed, with all processes that it has started.
+    """
     print(f"== {' '.join(arguments[:1])} (at most {limit_s:.0f} s)", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "bench", *arguments], cwd=ROOT, start_new_session=True)
     try:
@@ -149,7 +168,7 @@ def run_step(arguments: list[str], limit_s: float) -> str | None:
 
 
 def missing(steps: list[Step], out: Path, started: str) -> list[tuple[str, str]]:
-    """(suite, case) of every case that has no record since `started`."""
+    """(suite, case) of every case of the steps that has no record since `started`."""
     records = [m for path in out.glob("*.json") for m in load(path) if m.date >= started]
     done = {(m.suite, m.case) for m in records}
     return [(step.command, case) for step in steps for case in step.cases if (step.command, case) not in done]
@@ -159,21 +178,21 @@ def missing(steps: list[Step], out: Path, started: str) -> list[tuple[str, str]]
 
 
 def check_kernels(backends: tuple[str, ...] = BACKENDS, n: int = 2100, v: int = 9001) -> int:
-    """Prints each kernel's largest error as a share of its budget; 1 if one is wrong or cannot run."""
+    """Prints the largest error of each kernel as a share of its budget. Returns 1 if one is wrong or cannot run."""
     device, failed = "cuda" if torch.cuda.is_available() else "cpu", 0
     for name, check in checks(backends, n, v, device):
         try:
             share = check()
             verdict = f"{share:6.1%} of its budget" if share <= 1 else f"WRONG: {share:.3g} times its budget"
-            failed += not share <= 1  # nan is wrong too
-        except Exception as error:  # one kernel's fault must not hide the others'
+            failed += not share <= 1  # nan counts as wrong
+        except Exception as error:  # an error in one kernel must not hide the results of the others
             verdict, failed = f"CANNOT RUN: {type(error).__name__}: {str(error).splitlines()[:1]}", failed + 1
         print(f"{name:<60} {verdict}", flush=True)
     return int(failed > 0)
 
 
 def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[tuple[str, Callable[[], float]]]:
-    """(name, a function that returns the largest error over its budget) of each op, dtype and backend."""
+    """(name, check) of each op, dtype and backend. A check returns the largest error divided by its budget."""
     for dtype in ("bfloat16", "float16", "float32"):
         for kind in ops.FLOOR:
             inputs = ops.make_inputs(ops.Case(kind, dtype, n, 144, v, 50))
@@ -181,9 +200,10 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
             for backend in backends:
                 yield f"linear_logprobs {kind} {dtype} {backend}", partial(_by_truth, backend, truth)
         for backend in backends:
-            for name, has, function, tensors in _variants(getattr(torch, dtype), n, v, device):
-                if backend in has:
-                    yield f"{name} {dtype} {backend}", partial(compare, function, tensors, backend)
+            for variant in _variants(getattr(torch, dtype), n, v, device):
+                if backend in variant.backends:
+                    check = partial(compare, variant.function, variant.tensors, backend)
+                    yield f"{variant.name} {dtype} {backend}", check
     for dtype in ("bfloat16", "float16") if "torch" in backends else ():
         for shape in ((1000, 576, 576), *([(2048, 4096, 14336)] if device == "cuda" else [])):
             check = partial(young_adapter, getattr(torch, dtype), device, *shape)
@@ -191,12 +211,20 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
 
 
 def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, outputs: int) -> float:
-    """How far a LoRA layer is from keeping, on average, a part below the last place of its results, or of the gradient
-    in its inputs: the slope of what the adapter changes on what it should, less 1, over four standard errors. A result
-    that is rounded before has about a half of it, or less.
+    """How well a LoRA layer keeps, on average, an adapter whose output is smaller than the last digit of the result.
+
+    What the adapter really changes is regressed on what it should change, for the outputs and for the gradient in the
+    inputs. If the layer rounds only its sum, rounding errors average out and the slope is 1. If it rounds the product
+    of the layer before it adds the adapter, the slope is about a half or less.
+
+    Returns:
+        The larger |slope - 1| of the two, divided by four standard errors. Above 1 the layer is wrong.
     """
-    # Loads transformers, for which each process that weighs an op would wait.
+    # Imported here because both load transformers, which takes seconds. Every process that measures the memory of an op
+    # imports this module.
     from peft import LoraConfig, get_peft_model
+
+    from fastalign.models import linear
 
     rank, generator = 8, torch.Generator().manual_seed(0)
 
@@ -205,12 +233,12 @@ def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, out
 
     layer = torch.nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
     layer.weight.data, x = draw(outputs, inputs).to(dtype), draw(tokens, inputs).to(dtype).requires_grad_()
-    scaling = torch.finfo(dtype).eps / 8 / rank**0.5
+    scaling = torch.finfo(dtype).eps / 8 / rank**0.5  # makes the adapter's output smaller than a rounding step
     config = LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=["0"])
     model = get_peft_model(torch.nn.Sequential(layer), config)
     a, b = (p for p in model.parameters() if p.requires_grad)
     a.data, b.data, upstream = draw(rank, inputs), draw(outputs, rank), draw(tokens, outputs).to(dtype)
-    speed_up_linear(model)
+    linear.speed_up_linear(model)
 
     def taken() -> list[Tensor]:
         y = model(x)
@@ -222,7 +250,7 @@ def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, out
     shares = []
     for moved, without, part in zip(with_it, taken(), parts, strict=True):
         slope = ((moved - without) * part).sum() / part.square().sum()
-        unit = 2 * torch.finfo(dtype).eps * without.square().mean().sqrt()  # of the last place, of most results
+        unit = 2 * torch.finfo(dtype).eps * without.square().mean().sqrt()  # bounds the rounding step of most results
         shares.append(float(abs(slope - 1) * part.square().sum().sqrt() / (4 * unit)))
     return _worst(shares)
 
@@ -233,77 +261,114 @@ def _by_truth(backend: str, truth: ops.Truth) -> float:
     return _worst(shares)
 
 
-def _variants(dtype: torch.dtype, n: int, v: int, device: str) -> Iterator[tuple[str, tuple, Callable, list[Tensor]]]:
-    """(name, its op's backends, f(*tensors, backend), tensors) of the paths that the suite's cases do not take."""
+class Variant(NamedTuple):
+    """One path of an op that the cases of the suites do not take.
+
+    Attributes:
+        name: name of the check.
+        backends: the op's backends.
+        function: f(*tensors, backend=...) -> output or outputs. The backend "reference" is the definition.
+        tensors: its arguments.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    function: Callable
+    tensors: list[Tensor]
+
+
+def _variants(dtype: torch.dtype, n: int, v: int, device: str) -> Iterator[Variant]:
+    """The variants for one dtype, N rows and V vocabulary entries."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator).mul_(scale).to(device, dtype)
 
-    hidden, weight = (t.to(device, dtype) for t in draw_head(generator, n, 144, v))
+    hidden, weight = (t.to(device, dtype) for t in draw_head(generator, n, WIDTH, v))  # (N, H), (V, H)
     targets = torch.randint(v, (n,), generator=generator).to(device)
-    offsets = torch.linspace(0, n, 9).long().to(device)
-    fishers = torch.rand(n, 144, generator=generator).to(device)
+    offsets = torch.linspace(0, n, 9).long().to(device)  # of 8 sequences
+    fishers = torch.rand(n, WIDTH, generator=generator).to(device)
+    frozen = draw(200, WIDTH, scale=0.25)
 
-    def capped(h, w, b, backend):
-        options = {"softcap": 10.0, "temperature": 0.7, "logit_scale": 0.9, "entropy": True}
-        return linear_logprobs(h, w, targets, bias=b, backend=backend, **options)
-
-    def recomputed(h, w, backend):
-        return linear_logprobs(h, w, targets, memory_budget=0, backend=backend)
-
-    def gathered(logits, backend):
-        return selective_logprobs(logits, targets[: len(logits)], temperature=0.7, backend=backend)
-
-    def divergence(name, h, w, backend):
-        return linear_divergence(h, w, h.detach(), w.detach().flip(0), divergence=name, backend=backend)
-
-    def fisher(g, x, backend):
-        zeros = torch.zeros(144, 144, dtype=reference.compute_dtype(g), device=device)
-        return accumulate_fisher_(zeros, g.detach(), x.detach(), offsets, backend=backend)
-
-    def ewc(theta, backend):
-        others = [torch.zeros_like(theta)], [fishers], 0.5
-        if backend == "reference":
-            return reference.ewc_penalty([theta], *others)
-        return ewc_penalty([theta], *others, backend=backend)
-
-    def ewc_(theta, backend):
-        """The penalty that adds its gradient to `.grad` itself."""
-        leaf = theta.detach().clone().requires_grad_()
-        leaf.grad = torch.ones_like(leaf)
-        if backend == "reference":
-            ewc(leaf, backend).backward()
-            return leaf.grad
-        ewc_penalty_([leaf], [torch.zeros_like(theta)], [fishers], 0.5, backend=backend)
-        return leaf.grad
-
-    frozen = draw(200, 144, scale=0.25)
-
-    def lora(x, a, b, backend):
-        weight = frozen.to(x.dtype)
-        if backend == "reference":
-            return x @ weight.T + 0.5 * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
-        return LoraLinearGpu.apply(x, weight, None, a, b, 0.5)
-
-    yield "linear_logprobs capped, biased, entropy", LINEAR, capped, [hidden, weight, draw(v)]
-    yield "linear_logprobs recomputed", LINEAR, recomputed, [hidden, weight]
-    yield "selective_logprobs", SELECTIVE, gathered, [draw(n // 4, v, scale=3.0)]
+    yield Variant(
+        "linear_logprobs capped, biased, entropy", LINEAR, partial(_capped, targets), [hidden, weight, draw(v)]
+    )
+    yield Variant("linear_logprobs recomputed", LINEAR, partial(_recomputed, targets), [hidden, weight])
+    yield Variant("selective_logprobs", SELECTIVE, partial(_gathered, targets), [draw(n // 4, v, scale=3.0)])
     for name in reference.DIVERGENCES:
-        yield f"linear_divergence {name}", DIVERGENCE, partial(divergence, name), [hidden, weight]
-    yield "accumulate_fisher", FISHER, fisher, [hidden, draw(n, 144)]
-    yield "lora of float32 factors", ("torch",), lora, [hidden, draw(16, 144).float(), draw(200, 16).float()]
-    yield "ewc_penalty", EWC, ewc, [hidden]
-    yield "ewc_penalty_", EWC, ewc_, [hidden]
-    if dtype == torch.float32:
-        for loss in ("dpo", "ipo", "orpo"):
-            zeros = None if loss == "orpo" else torch.zeros(len(offsets) - 1, device=offsets.device)
-            pairs = partial(preference_loss, cu_seqlens=offsets, loss_type=loss)
+        yield Variant(f"linear_divergence {name}", DIVERGENCE, partial(_divergence, name), [hidden, weight])
+    yield Variant("accumulate_fisher", FISHER, partial(_fisher, offsets), [hidden, draw(n, WIDTH)])
+    factors = [draw(16, WIDTH).float(), draw(200, 16).float()]
+    yield Variant("lora of float32 factors", ("torch",), partial(_lora, frozen), [hidden, *factors])
+    yield Variant("ewc_penalty", EWC, partial(_ewc, fishers), [hidden])
+    yield Variant("ewc_penalty_", EWC, partial(_ewc_in_place, fishers), [hidden])
+    for loss in ("dpo", "ipo", "orpo") if dtype == torch.float32 else ():
+        yield Variant(f"preference_loss {loss}", PREFERENCE, partial(_preference, loss, offsets), [draw(n).abs().neg()])
+
+
+# The functions of the variants: what they need that has no gradient, then the tensors, then the backend.
+
+
+def _capped(targets, h, w, b, backend):
+    return linear_logprobs(h, w, targets, bias=b, backend=backend, **LOGPROBS_OPTIONS)
+
+
+def _recomputed(targets, h, w, backend):
+    return linear_logprobs(h, w, targets, memory_budget=0, backend=backend)
+
+
+def _gathered(targets, logits, backend):
+    return selective_logprobs(logits, targets[: len(logits)], temperature=0.7, backend=backend)
+
+
+def _divergence(name, h, w, backend):
+    return linear_divergence(h, w, h.detach(), w.detach().flip(0), divergence=name, backend=backend)
+
+
+def _fisher(offsets, g, x, backend):
+    zeros = torch.zeros(WIDTH, WIDTH, dtype=reference.compute_dtype(g), device=g.device)
+    return accumulate_fisher_(zeros, g.detach(), x.detach(), offsets, backend=backend)
+
+
+def _ewc(fishers, theta, backend):
+    others = [torch.zeros_like(theta)], [fishers], EWC_STRENGTH
+    if backend == "reference":
+        return reference.ewc_penalty([theta], *others)
+    return ewc_penalty([theta], *others, backend=backend)
+
+
+def _ewc_in_place(fishers, theta, backend):
+    """The gradient after the penalty that adds to `.grad` itself."""
+    leaf = theta.detach().clone().requires_grad_()
+    leaf.grad = torch.ones_like(leaf)
+    if backend == "reference":
+        _ewc(fishers, leaf, backend).backward()
+    else:
+        ewc_penalty_([leaf], [torch.zeros_like(theta)], [fishers], EWC_STRENGTH, backend=backend)
+    return leaf.grad
+
+
+def _lora(frozen, x, a, b, backend):
+    from fastalign.models.linear import LoraLinearGpu  # imported here as in `young_adapter`
+
+    weight = frozen.to(x.dtype)
+    if backend == "reference":
+        return x @ weight.T + LORA_SCALING * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
+    return LoraLinearGpu.apply(x, weight, None, a, b, LORA_SCALING)
+
+
+def _preference(loss, offsets, p, backend):
+    zeros = None if loss == "orpo" else torch.zeros(len(offsets) - 1, device=offsets.device, dtype=p.dtype)
+    return preference_loss(p, cu_seqlens=offsets, loss_type=loss, ref_sums=zeros, backend=backend).losses
 
 
 def compare(function: Callable, tensors: list[Tensor], backend: str) -> float:
-    """The largest error of outputs and gradients, over its budget: twice what plain code in these dtypes is off from
-    float64 and eps of the largest value, and float32's sums (8 sqrt(terms) eps).
+    """The largest error of outputs and gradients against float64, divided by its budget.
+
+    The budget is the sum of:
+
+    - twice the error that plain code has in these dtypes, plus twice the eps of the largest value
+    - the error of float32 sums (8 sqrt(terms) eps of the largest value)
     """
     exact = _results(function, [t.double() for t in tensors], "reference")
     low, got = (_results(function, tensors, which) for which in ("reference", backend))
@@ -318,7 +383,7 @@ def compare(function: Callable, tensors: list[Tensor], backend: str) -> float:
 
 
 def _results(function: Callable, tensors: list[Tensor], backend: str) -> list[Tensor]:
-    """The outputs, and the gradients of a weighted sum of those that have any."""
+    """The outputs, and the gradients of a weighted sum of the outputs that are differentiable."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = function(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,10 +1,20 @@
-"""Build every GPU kernel for every architecture, read the machine code, and hold it to its budget. No GPU is needed.
+"""Build every GPU kernel for every architecture and compare its machine code with a budget. No GPU is needed.
 
-Triton kernels (kernels/*.py) name what they are compiled as, and their budgets, in `CHECKS`; CUDA kernels
-(csrc/cuda/*.cu) in a comment above each, `// budget: 64 registers, 256 bytes shared, 4 wide loads, 2 wide stores`. A
-wide load or store moves 16 bytes a thread; as many are demanded as a thread's share of the tile takes. Spilled
-registers and local memory are never allowed; `tensor cores` in a budget demands that the product uses them. The
-disassembler is the one that comes with Triton; CUDA kernels need nvcc.
+Where the budgets are:
+
+- Triton kernels (kernels/*.py) list the variants to compile and their budgets in `CHECKS`.
+- CUDA kernels (csrc/cuda/*.cu) have a comment above them:
+  `// budget: 64 registers, 256 bytes shared, 4 wide loads, 2 wide stores`.
+
+What a budget says:
+
+- A kernel may use at most so many registers and bytes of shared memory.
+- It must contain at least so many wide loads and stores, which move 16 bytes per thread. The number is what a thread's
+  share of the tile takes.
+- `tensor cores` demands that the product uses tensor cores.
+- Spilled registers and local memory are never allowed.
+
+The disassembler is the one in the triton package. CUDA kernels need nvcc.
 """
 
 from __future__ import annotations
@@ -31,7 +41,15 @@ SHARED_PER_MULTIPROCESSOR = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 2
 
 
 class Budget(NamedTuple):
-    """At most so many registers a thread and bytes of shared memory a block, at least so many wide loads and stores."""
+    """The budget of one kernel.
+
+    Attributes:
+        registers: most registers per thread.
+        shared: most bytes of shared memory per block.
+        loads: fewest wide loads.
+        stores: fewest wide stores.
+        tensor_cores: whether a tensor-core instruction must appear.
+    """
 
     registers: int
     shared: int
@@ -41,24 +59,37 @@ class Budget(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What the machine code of one kernel says of itself."""
+    """What the machine code of one kernel contains.
+
+    Attributes:
+        kernel: name, with its variant.
+        target: architecture.
+        threads: threads per block.
+        registers: registers per thread.
+        shared: bytes of shared memory per block.
+        spilled: bytes of local memory and stack (AMD: spilled registers and private memory).
+        loads: 16-byte loads from global memory, asynchronous copies to shared memory included.
+        stores: 16-byte stores to global memory.
+        products: tensor-core instructions.
+        budget: the budget of the kernel.
+    """
 
     kernel: str
     target: str
     threads: int
     registers: int
-    shared: int  # bytes
-    spilled: int  # bytes of local memory and stack (AMD: spilled registers and private memory)
-    loads: int  # of 16 bytes from global memory, asynchronous copies to shared memory included
-    stores: int  # of 16 bytes to global memory
-    products: int  # tensor-core instructions
+    shared: int
+    spilled: int
+    loads: int
+    stores: int
+    products: int
     budget: Budget
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that registers, shared memory and threads leave room for."""
-        blocks = SHARED_PER_MULTIPROCESSOR[self.target] // max(self.shared + 1024, 1)  # 1 KiB is the system's
-        if self.target == "gfx942":  # 512 registers a lane of each of 4 SIMDs, 8 waves of 64 each
+        """The share of a multiprocessor's warps that can be active, given registers, shared memory and threads."""
+        blocks = SHARED_PER_MULTIPROCESSOR[self.target] // max(self.shared + 1024, 1)  # the system takes 1 KiB
+        if self.target == "gfx942":  # 4 SIMDs, each with 512 registers per lane and at most 8 waves of 64 lanes
             waves = -(-self.threads // 64)
             fit = 4 * min(8, 512 // max(8, -(-self.registers // 8) * 8))
             return min(fit // waves, blocks) * waves / 32
@@ -67,6 +98,7 @@ class Built(NamedTuple):
         return min(65536 // per_warp // warps, blocks, 32, 64 // warps) * warps / 64
 
     def faults(self) -> list[str]:
+        """What is outside the budget, one text per fault."""
         found = []
         if self.spilled:
             found.append(f"{self.spilled} spilled")
@@ -85,15 +117,15 @@ class Built(NamedTuple):
 
 def _run(*command: str | Path) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        sys.exit(f"{command[0]} is not on the PATH, and this check needs it")
+        sys.exit(f"{command[0]} is not on the PATH, but this check needs it: install it")
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
-# NVIDIA: resource usage and disassembly by cuobjdump.
+# NVIDIA: cuobjdump prints resource usage and disassembly.
 
 
 def _disassemble(what: str, path: Path) -> str:
@@ -103,7 +135,7 @@ def _disassemble(what: str, path: Path) -> str:
 
 
 def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """(function, its numbers) of each kernel in a cubin."""
+    """(function, its numbers as `Built` names them) of each kernel in a cubin."""
     usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.+)", _disassemble("--dump-resource-usage", path)))
     bodies = re.split(r"Function : (\S+)", _disassemble("--dump-sass", path))
     for name, sass in zip(bodies[1::2], bodies[2::2], strict=True):
@@ -123,14 +155,15 @@ def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _wide(pattern: str, sass: str) -> int:
-    """Moves of 16 bytes; one of 32, which 10.0 has, counts as two."""
+    """The number of 16-byte moves. A 32-byte move, which architecture 10.0 has, counts as two."""
     return sum(2 if match[1] == "256" else 1 for match in re.finditer(pattern, sass))
 
 
-# AMD: the assembler's own metadata.
+# AMD: the assembly text contains the metadata.
 
 
 def read_amdgcn(text: str) -> dict[str, int]:
+    """The numbers of the kernel in an assembly text, as `Built` names them."""
     number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     return {
         "registers": number["vgpr_count"],
@@ -153,7 +186,11 @@ def triton_checks() -> Iterator[tuple[str, dict]]:
 
 
 def _source(check: dict):
-    """As Triton's ahead-of-time compiler takes signatures: types, `:16` where divisible by 16, and constants."""
+    """The source to compile, from the signature in a check.
+
+    A signature is written as for Triton's ahead-of-time compiler: types, with `:16` after those that are divisible by
+    16, and the values of constants.
+    """
     import triton.language as tl
     from triton.compiler import ASTSource
 
@@ -172,6 +209,7 @@ def _source(check: dict):
 
 
 def build_triton(name: str, check: dict, target: str) -> Built:
+    """Compiles one entry of a kernel file's `CHECKS` for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -189,7 +227,7 @@ def build_triton(name: str, check: dict, target: str) -> Built:
         numbers = read_amdgcn(compiled.asm["amdgcn"])
     numbers["shared"] = compiled.metadata.shared
     budget = Budget(**check["budget"])
-    if not nvidia:  # twice the threads a warp, so half as much for each to move
+    if not nvidia:  # a warp has twice as many threads, so each of them moves half as much
         budget = budget._replace(loads=-(-budget.loads // 2), stores=-(-budget.stores // 2))
     return Built(name, target, check["warps"] * gpu.warp_size, budget=budget, **numbers)
 
@@ -202,7 +240,11 @@ _BUDGET = re.compile(
 
 
 def cuda_budgets(source: str) -> dict[str, tuple[Budget, str]]:
-    """Kernel -> (budget, its block size as written) of a .cu file; SystemExit names a kernel that has none."""
+    """Kernel -> (budget, block size as written in the source) of a .cu file.
+
+    Raises:
+        SystemExit: a kernel has no budget.
+    """
     found = {}
     for words, threads, kernel in _BUDGET.findall(source):
         amount = {key: int(n) for n, key in re.findall(r"(\d+) (registers|bytes shared|wide loads|wide stores)", words)}
@@ -214,12 +256,15 @@ def cuda_budgets(source: str) -> dict[str, tuple[Budget, str]]:
             threads,
         )  # fmt: skip
     if source.count("__global__ void") != len(found):
-        sys.exit("a CUDA kernel has no `// budget: N registers, N bytes shared` above it: " + ", ".join(found))
+        sys.exit(
+            "a CUDA kernel has no `// budget: N registers, N bytes shared` above it: write one. These have theirs: "
+            + ", ".join(found)
+        )
     return found
 
 
 def _number(name: str) -> int:
-    """A block size: a number, or the constant of that name in csrc/cuda."""
+    """A block size as a number, from a number or from the name of a constant in csrc/cuda."""
     if name.isdigit():
         return int(name)
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
@@ -228,7 +273,7 @@ def _number(name: str) -> int:
 
 
 def compiled(path: Path, target: str) -> Path:
-    """The cubin of a .cu file, from build/ where nothing that it could include has changed, nor the compiler."""
+    """The cubin of a .cu file. It is reused from build/ if the file, the headers, the compiler and its flags match."""
     command = "nvcc", "-std=c++17", "-O3", f"-arch={target}", f"-I{ROOT / 'csrc'}", "-cubin", path
     digest = hashlib.sha256(repr(command).encode() + _run("nvcc", "--version").encode())
     for source in (path, *sorted(SOURCES.glob("*.h"))):
@@ -243,6 +288,7 @@ def compiled(path: Path, target: str) -> Path:
 
 
 def build_cuda(path: Path, target: str) -> Iterator[Built]:
+    """Compiles the kernels of a .cu file for one architecture."""
     budgets = cuda_budgets(path.read_text(encoding="utf-8"))
     for function, numbers in read_cubin(compiled(path, target)) if budgets else ():
         name = _run("c++filt", function).strip()
@@ -250,12 +296,12 @@ def build_cuda(path: Path, target: str) -> Iterator[Built]:
         arguments = re.search(rf"{kernel}(<.*?>)?\(", name).group(1) or ""
         budget, threads = budgets[kernel]
         if numbers["shared"] and target != "sm_80":
-            numbers["shared"] -= 1024  # of the system, which counts it in from 9.0 on
+            numbers["shared"] -= 1024  # from architecture 9.0 on the number includes the system's 1 KiB
         yield Built(f"cuda {path.stem}.{kernel}{arguments}", target, _number(threads), budget=budget, **numbers)
 
 
 def build(targets: tuple[str, ...], only: str = "") -> Iterator[Built]:
-    """Every kernel whose name, `triton FILE.KERNEL` or `cuda FILE`, holds `only`, for every target."""
+    """Builds every kernel whose name, `triton FILE.KERNEL` or `cuda FILE`, contains `only`, for every target."""
     for name, check in triton_checks():
         for target in targets if only in name else ():
             yield build_triton(name, check, target)
@@ -268,6 +314,7 @@ HEADER = ("kernel", "target", "threads", "registers", "shared", "spilled", "wide
 
 
 def row(built: Built) -> tuple[str, ...]:
+    """One line of the printed table."""
     return (
         built.kernel, built.target, str(built.threads), f"{built.registers}/{built.budget.registers}",
         f"{built.shared}/{built.budget.shared}", str(built.spilled), f"{built.loads}/{built.stores}",
@@ -276,9 +323,10 @@ def row(built: Built) -> tuple[str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Prints the table of all kernels. Returns 1 if a kernel is outside its budget or no kernel was built."""
     parser = argparse.ArgumentParser("python -m bench.suites.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--only", default="", metavar="NAME", help="what holds it: `triton FILE.KERNEL`, `cuda FILE`")
+    parser.add_argument("--only", default="", metavar="NAME", help="part of `triton FILE.KERNEL` or `cuda FILE`")
     options = parser.parse_args(arguments)
     widths = (64, 6, 7, 9, 10, 7, 10, 6, 9, 2)
     print("  ".join(word.ljust(width) for word, width in zip(HEADER, widths, strict=True)))
@@ -288,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("  ".join(word.ljust(width) for word, width in zip(row(built), widths, strict=True)), flush=True)
         faulty += bool(built.faults())
     if faulty:
-        print(f"{faulty} outside of their budgets; registers and shared memory are shown as used/allowed")
+        print(f"{faulty} kernels are outside their budgets. Registers and shared memory are shown as used/allowed.")
     if not count:
         print(f"no kernel's name holds {options.only!r}")
     return int(faulty > 0 or not count)

@@ -1,9 +1,14 @@
 """Suite `losses`: preference losses from hidden states, forward and backward, beside Liger's, TRL's and eager ones.
 
-case -> inputs -> one closure per implementation -> loss and gradients -> error against float64 ->
-(harness/measure.py) time, memory. Everybody minimises the same function of the same tokens: sums (dpo, kto) or averages
-(ipo, orpo, simpo) of completion log-probs, the reference's taken as 0, half of the tokens prompt. orpo has its NLL term
-over the chosen completions. kto's baseline is the mean of the sums, so that no loss is saturated.
+All implementations minimise the same function of the same tokens:
+
+- sums (dpo, kto) or averages (ipo, orpo, simpo) of the completions' log-probs
+- half of the tokens are prompt, and all log-probs of the reference are 0
+- orpo includes its NLL term over the chosen completions
+- kto's baseline is about the mean of the sums, so that no loss is saturated
+
+Order of work: a case gives the inputs, each implementation becomes a closure over them, and its loss and gradients are
+compared with float64. Then bench/harness/measure.py measures time and memory.
 """
 
 from __future__ import annotations
@@ -39,15 +44,15 @@ from fastalign.losses import REFERENCE_FREE, kto, pairwise_loss
 LOSSES = ("dpo", "ipo", "orpo", "simpo", "kto")
 BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 GAMMA = 0.5  # simpo's gamma / beta
-KINDS = {"frozen": 2, "trainable": 3}  # head -> matrix products over the completions that nobody can avoid
-SHAPE, QUICK_SHAPE = (8, 256, 576, 49152), (4, 64, 64, 4096)  # sequences, tokens of each, H, V
+KINDS = {"frozen": 2, "trainable": 3}  # head -> matrix products over the completions that cannot be avoided
+SHAPE, QUICK_SHAPE = (8, 256, 576, 49152), (4, 64, 64, 4096)  # sequences, tokens per sequence, H, V
 CHECKED_ROWS = 64
 COMPILES = {"Liger"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind`: whether the head is "frozen" or "trainable". `sequences`: chosen ones first, then the rejected."""
+    """A case: `kind` is the head, "frozen" or "trainable". The first half of the sequences is chosen, then rejected."""
 
     loss: str
     kind: str
@@ -59,6 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.loss}-{self.kind}-{self.dtype}-{self.sequences * self.tokens}x{self.h}x{self.v}"
 
 
@@ -70,14 +76,16 @@ CASES = by_name([Case(loss, kind, dtype, *SHAPE) for loss, kind, dtype in produc
 
 
 class Inputs(NamedTuple):
+    """The tensors of a case, of B pairs."""
+
     hidden: Tensor  # (2B, T, H)
     weight: Tensor  # (V, H)
     targets: Tensor  # (2B, T) int64, -100 in the first half of each sequence
-    labels: Tensor  # (2B,) bool, kto's
+    labels: Tensor  # (2B,) bool, for kto: True where the completion is desirable
 
 
 def make_inputs(case: Case, tokens: int | None = None) -> Inputs:
-    """Hidden states, weight and targets of the suite `ops`: logits of standard deviation 3."""
+    """Hidden states, weight and targets from the suite `ops`. The logits have standard deviation 3."""
     tokens = tokens or case.tokens
     flat = ops.make_inputs(ops.Case("frozen", case.dtype, case.sequences * tokens, case.h, case.v, 0))
     hidden = flat.hidden.view(case.sequences, tokens, case.h)
@@ -88,13 +96,16 @@ def make_inputs(case: Case, tokens: int | None = None) -> Inputs:
 
 
 def baseline(inputs: Inputs) -> float:
-    """Kto's reference point: what a completion's sum is on the whole, to within the spread of the sums."""
-    variance = inputs.weight[::16].float().square().sum(1).mean()  # of a logit, whose target is any token
+    """Kto's reference point: an estimate of the mean log-prob sum of a completion.
+
+    With a random target and normal logits, a token's log-prob is about -(log V + variance / 2).
+    """
+    variance = inputs.weight[::16].float().square().sum(1).mean()  # of a logit
     return -float(inputs.targets[0].ge(0).sum() * (math.log(len(inputs.weight)) + variance / 2))
 
 
 def loss_of(loss: str, logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """The scalar that everybody minimises, from (2B, T) log-probs, 0 where not scored."""
+    """The scalar that all implementations minimise, from log-probs (2B, T) that are 0 where a token is not scored."""
     sums, lengths = logprobs.sum(1), (inputs.targets >= 0).sum(1)
     zeros = torch.zeros_like(sums)
     if loss == "kto":
@@ -113,7 +124,7 @@ def loss_of(loss: str, logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def from_logprobs(function: Callable) -> Callable:
-    """An implementation from one of log-probs (N,) of hidden (N, H), weight, targets (N,)."""
+    """An implementation of the losses from f(hidden (N, H), weight, targets (N,)) -> log-probs (N,)."""
 
     def run(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
         logprobs = function(hidden.flatten(0, 1), weight, inputs.targets.flatten()).view(inputs.targets.shape)
@@ -123,10 +134,10 @@ def from_logprobs(function: Callable) -> Callable:
 
 
 def trl(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """DPOTrainer and KTOTrainer project tile by tile; ORPO's and CPO's trainers (simpo) hold all logits."""
+    """TRL: DPOTrainer and KTOTrainer compute logits in chunks, ORPOTrainer and CPOTrainer (simpo) hold all logits."""
     if loss not in ("orpo", "simpo"):
         return from_logprobs(ops.trl_chunked)(loss, hidden, weight, inputs)
-    logits = torch.nn.functional.linear(hidden, weight).float()  # as accelerate hands a bfloat16 model's on
+    logits = torch.nn.functional.linear(hidden, weight).float()  # accelerate converts a bfloat16 model's logits too
     scored = inputs.targets >= 0
     select = importlib.import_module("trl.trainer.utils").selective_log_softmax
     sums = (select(logits, inputs.targets.clamp(min=0)) * scored).sum(1, keepdim=True)
@@ -139,14 +150,14 @@ def trl(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _orpo_of(sums: Tensor, scored: Tensor) -> Tensor:
-    """TRL's odds ratio term, without the NLL."""
+    """TRL's odds ratio term, without the NLL term."""
     chosen, rejected = (sums[:, 0] / scored.sum(1)).chunk(2)
     log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
     return -BETA["orpo"] * torch.nn.functional.logsigmoid(log_odds).mean()
 
 
 def liger(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """Its chunked losses with their defaults: compiled, one pair at a time."""
+    """Liger's chunked losses with their defaults, which are compiled and compute one pair at a time."""
     modules = importlib.import_module("liger_kernel.chunked_loss")
     beta = BETA[loss]
     if loss == "kto":
@@ -162,6 +173,8 @@ def liger(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def fastalign(backend: str) -> Callable:
+    """The function `fused_linear_<loss>` of fastalign with one backend."""
+
     def run(loss: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
         options = {"beta": BETA[loss], "backend": backend}
         if loss not in REFERENCE_FREE:
@@ -189,11 +202,12 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def names(case: Case) -> list[str]:
+    """The implementations of a case, with the bare products first."""
     return [ops.products_name(KINDS[case.kind]), *IMPLEMENTATIONS]
 
 
 def candidate(name: str, case: Case, inputs: Inputs) -> Callable[[], Outputs]:
-    """A function that computes loss and gradients once; Missing says why it cannot run here."""
+    """A function that computes loss and gradients once. Raises Missing, with the reason, if it cannot run here."""
     if name not in IMPLEMENTATIONS:
         flat = ops.Inputs(inputs.hidden.flatten(0, 1), inputs.weight, inputs.targets.flatten(), None)
         return ops.products(KINDS[case.kind], flat)
@@ -215,12 +229,18 @@ def candidate(name: str, case: Case, inputs: Inputs) -> Callable[[], Outputs]:
 
 
 class Truth:
-    """float64: the loss, `CHECKED_ROWS` rows of d_hidden, and as many of d_weight; and what each may be off.
+    """The exact loss and gradients in float64, and the error budget of each output.
 
-    Log-probs may be off by four times what rounding the logits to the inputs' dtype does, and by `delta` besides:
-    float32's accumulation over H (8 sqrt(H) eps of the largest sum |h w|) and its sum over a completion, all pushing
-    the margin the same way. Loss and coefficients may be off by what that does to them; gradients by the budgets of
-    the suite `ops` besides.
+    Only some rows of the gradients are checked: `CHECKED_ROWS` of d_hidden, and as many (plus the targets) of d_weight.
+
+    The budgets follow from the errors that log-probs may have, which are the sum of:
+
+    - four times the error of rounding the logits to the dtype of the inputs
+    - `delta`: the error of float32 sums over H terms (8 sqrt(H) eps of the largest sum |h w|) and over a completion.
+      The worst case is assumed, in which all these errors push the margin the same way
+
+    Loss and coefficients may differ by as much as such log-probs change them. Gradients get the budgets of the suite
+    `ops` in addition.
     """
 
     def __init__(self, case: Case, inputs: Inputs):
@@ -239,7 +259,11 @@ class Truth:
         self.budgets = self._budgets(logprobs)
 
     def check(self, name: str, outputs: Outputs) -> Checked:
-        """Errors of the outputs; WrongResult where one is missing, not finite, or over its budget."""
+        """Errors of the outputs.
+
+        Raises:
+            WrongResult: an output is missing, not finite, or over its budget.
+        """
         expected = {"products"} if name not in IMPLEMENTATIONS else self.exact.keys() - {"products"}
         if outputs.keys() != expected:
             raise WrongResult(f"it returned {sorted(outputs)}, expected {sorted(expected)}")
@@ -254,16 +278,14 @@ class Truth:
         return Checked(errors, self.scope)
 
     def _pick(self, outputs: Outputs) -> Outputs:
-        picked = {}
-        for name, value in outputs.items():
-            if name == "products":
-                value = value[torch.searchsorted(self.scored, self.rows)]
-            elif name == "d_hidden":
-                value = value.flatten(0, 1)[self.rows]
-            elif name == "d_weight":
-                value = value[self.words]
-            picked[name] = value.double()
-        return picked
+        """The rows of the outputs that are checked, in float64."""
+        pick = {
+            "products": lambda t: t[torch.searchsorted(self.scored, self.rows)],
+            "d_hidden": lambda t: t.flatten(0, 1)[self.rows],
+            "d_weight": lambda t: t[self.words],
+            "loss": lambda t: t,
+        }
+        return {name: pick[name](value).double() for name, value in outputs.items()}
 
     def _logits(self, rows: Tensor, rounding: torch.dtype | None) -> Tensor:
         hidden = self.hidden[rows].double()
@@ -271,7 +293,7 @@ class Truth:
         return z if rounding is None else z.to(rounding).double()
 
     def _logprobs(self, rounding: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """(N,) log-sum-exps and log-probs, 0 where not scored."""
+        """(log-sum-exps (N,), log-probs (N,)), both 0 where a token is not scored."""
         normaliser = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
         logprobs = normaliser.clone()
         for rows in self.scored.split(256):
@@ -281,13 +303,13 @@ class Truth:
         return normaliser, logprobs
 
     def _loss(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its derivative in each log-prob."""
+        """The loss and its derivative in each log-prob (N,)."""
         leaf = logprobs.clone().requires_grad_()
         loss = loss_of(self.case.loss, leaf.view(self.inputs.targets.shape), self.inputs)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0].masked_fill(self.targets < 0, 0.0)
 
     def _outputs(self, logprobs: Tensor) -> Outputs:
-        """What the implementations return, as float64 has it for these log-probs and the exact probabilities."""
+        """Loss and gradients in float64, from the given log-probs and the exact probabilities."""
         loss, coefficients = self._loss(logprobs)
         weight, z = self.inputs.weight, self._logits(self.rows, None)
         p = (z - self.normaliser[self.rows, None]).exp()
@@ -320,7 +342,7 @@ class Truth:
         return budgets
 
     def _push(self) -> Tensor:
-        """(N,) +1 for tokens of chosen (desirable) completions, -1 for rejected ones, 0 for prompts."""
+        """(N,): +1 for tokens of chosen (desirable) completions, -1 for rejected ones, 0 for prompts."""
         sequences = len(self.inputs.hidden)
         chosen = self.inputs.labels if self.case.loss == "kto" else torch.arange(sequences) < sequences // 2
         sign = torch.where(chosen.to(self.targets.device), 1.0, -1.0).repeat_interleave(self.inputs.hidden.shape[1])
@@ -328,26 +350,26 @@ class Truth:
 
 
 def _error(output: str, value: Tensor, exact: Tensor) -> float:
-    """Max difference; relative to the largest entry for all but the loss."""
+    """The largest difference, absolute for the loss, relative to the largest exact entry for all other outputs."""
     error = (value - exact).abs().max()
     return float(error if output == "loss" else error / exact.abs().max())
 
 
 def memory(case_name: str, implementation: str) -> int:
-    """Peak extra bytes of one run, in this process, which must be a fresh one."""
+    """Peak extra bytes of one run. Call it in a fresh process."""
     case = (CASES | QUICK)[case_name]
     if implementation in COMPILES:
         candidate(implementation, case, make_inputs(case))()  # the first run compiles
     else:
         small = Case(case.loss, case.kind, case.dtype, 4, 8, case.h, 64)
-        candidate(implementation, small, make_inputs(small))()  # loads libraries, starts threads
+        candidate(implementation, small, make_inputs(small))()  # a first run loads libraries and starts threads
     return peak_extra_memory(candidate(implementation, case, make_inputs(case)))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
+    """Measures every implementation of one case. The records name those that are missing or too slow for `limit_s`."""
     case = (CASES | QUICK)[case_name]
-    torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
+    torch.compiler.reset()  # else earlier cases would count towards the limit of recompilations
     some = cache(lambda fraction: make_inputs(case, max(case.tokens // fraction, 2)))
     candidates = able(names(case), lambda name, fraction: candidate(name, case, some(fraction)), limit_s)
     inputs = some(1)

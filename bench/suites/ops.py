@@ -1,7 +1,7 @@
 """Suite `ops`: token log-probabilities from hidden states, beside what people use and the bare matrix products.
 
-case -> inputs -> one closure per implementation -> outputs -> error against float64 ->
-(harness/measure.py) time, memory
+Order of work: a case gives the inputs, each implementation becomes a closure over them, and its outputs are compared
+with float64. Then bench/harness/measure.py measures time and memory.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 
 SHAPES = ((2048, 576, 49152), (2048, 2048, 49152), (1024, 4096, 128256))  # N, H, V
 QUICK_SHAPE = (256, 64, 4096)
-# Memory against vocabulary: frozen head, float32, no mask, at the first shape's and the quick shape's N and H.
+# For the plot of memory against V: frozen head, float32, no mask, with N and H of the first shape or the quick shape.
 VOCABULARIES = (16384, 32768, 65536, 131072)
 QUICK_VOCABULARIES = (4096, 32768)
-MASKS = (0, 50, 80)  # % of the rows that are prompt, not scored
+MASKS = (0, 50, 80)  # % of the rows that belong to the prompt and are not scored
 DTYPES = ("float32", "bfloat16")
 FLOOR = {"forward": 1, "frozen": 2, "trainable": 3}  # matrix products that no implementation can avoid
-CHECKED_ROWS = 64  # of hidden, and of weight: float64 on all of them takes longer than everything else here
+CHECKED_ROWS = 64  # of hidden and of weight, because float64 on all rows would take longer than everything else
 TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 LIGER_CHUNK = 4096  # liger_kernel.chunked_loss.fused_linear_ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind`: "forward", or forward + backward with a "frozen" or "trainable" head. `mask`: % of rows not scored."""
+    """A case: `n`, `h`, `v` is the shape, `mask` the % of rows that are not scored.
+
+    `kind` is "forward", or the head ("frozen" or "trainable") of a forward and backward pass.
+    """
 
     kind: str
     dtype: str
@@ -59,6 +62,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.kind}-{self.dtype}-{self.n}x{self.h}x{self.v}-mask{self.mask}"
 
 
@@ -73,6 +77,8 @@ CASES = by_name(
 
 
 class Inputs(NamedTuple):
+    """The tensors of a case."""
+
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
     targets: Tensor  # (N,) int64, -100 where not scored
@@ -80,7 +86,10 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, rows: int | None = None) -> Inputs:
-    """Seeded; logits have standard deviation 3, so that the gradients' `E_p[W]` is as large as their `W[y]`."""
+    """Seeded inputs, of `rows` rows if given.
+
+    The logits have standard deviation 3. With that, both parts of a gradient `W[y] - sum_j p_j W[j]` are of equal size.
+    """
     n = rows or case.n
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, case.dtype)
@@ -92,23 +101,24 @@ def make_inputs(case: Case, rows: int | None = None) -> Inputs:
     return Inputs(hidden, weight, targets.masked_fill(prompt, -100).to(device), grads.masked_fill(prompt, 0).to(device))
 
 
-# The implementations: f(hidden, weight, targets) -> logprobs (N,), 0 or anything where not scored.
+# The implementations: f(hidden, weight, targets) -> logprobs (N,). Rows that are not scored may hold anything.
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What trainers did for years: logits of every row in the model's dtype, then log_softmax in float32."""
+    """What trainers did for years: all logits in the model's dtype, then log_softmax in float32."""
     logits = torch.nn.functional.linear(hidden, weight).float()
     return logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The fused function of torch 2.13 and later."""
     options = torch.nn.LinearCrossEntropyOptions()
     functional = torch.nn.functional
     return -functional.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As trl.trainer.utils calls it: on CUDA the scored rows only, elsewhere all rows."""
+    """TRL's chunked log-probs, called as trl.trainer.utils calls them: scored rows on CUDA, elsewhere all rows."""
     apply = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
     if not hidden.is_cuda:
         return apply(hidden, weight, None, targets.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, ())[0]
@@ -118,13 +128,13 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The log-probs inside Liger's chunked GRPO loss; all rows, as that loss takes them."""
+    """The log-probs inside Liger's chunked GRPO loss, of all rows, because that loss computes all rows."""
     module = importlib.import_module("liger_kernel.chunked_loss.fused_linear_ppo")
     return module._ChunkedSelectiveLogProbFunction.apply(hidden, weight, targets.clamp(min=0), None, 1.0, LIGER_CHUNK)
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Its kernels on CUDA, on a CPU its path through torch.compile; scored rows only."""
+    """Cut Cross Entropy of the scored rows: its kernels on CUDA, its torch.compile version on a CPU."""
     impl = "cce" if hidden.is_cuda else "torch_compile"
     loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return -loss(hidden, weight, targets, reduction="none", impl=impl)
@@ -143,13 +153,13 @@ def _compiled_eager() -> Callable:
 
 def _fastalign(backend: str) -> Callable:
     if backend not in BACKENDS:
-        raise Missing(f"this fastalign has no backend {backend!r}, only {', '.join(BACKENDS)}")
+        raise Missing(f"this version of fastalign has no backend {backend!r}, only {', '.join(BACKENDS)}")
     return lambda hidden, weight, targets: linear_logprobs(hidden, weight, targets, backend=backend)
 
 
 def _torch_own() -> Callable:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Missing(f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has")
+        raise Missing(f"torch {torch.__version__} has no linear_cross_entropy; torch 2.13 has it")
     return torch_linear_cross_entropy
 
 
@@ -165,21 +175,25 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
     "Liger chunked logprob": lambda: peer("liger_kernel.chunked_loss.fused_linear_ppo", liger_chunked),
     "Cut Cross Entropy": lambda: peer("cut_cross_entropy", cut_cross_entropy),
 }
-COMPILES = {"torch.compile", "Cut Cross Entropy"}  # the first run of a shape compiles it; that is not its memory
+COMPILES = {"torch.compile", "Cut Cross Entropy"}  # their first run of a shape compiles, which must not count as memory
 
 
 def products_name(count: int) -> str:
+    """The name in records of `count` bare matrix products."""
     return f"{count} {PRODUCT}{'s' if count > 1 else ''}"
 
 
 def names(kind: str) -> list[str]:
-    """The implementations of a kind of case, the floor first; a trainable head that keeps nothing needs 4 products."""
+    """The implementations of a kind of case, with the bare products first.
+
+    A trainable head has two floors: 3 products, or 4 if an implementation recomputes the logits in the backward pass.
+    """
     counts = (3, 4) if kind == "trainable" else (FLOOR[kind],)
     return [*map(products_name, counts), *IMPLEMENTATIONS]
 
 
 def candidate(name: str, kind: str, inputs: Inputs) -> Callable[[], Outputs]:
-    """A function that computes the case once; Missing says why it cannot run here."""
+    """A function that computes the case once. Raises Missing, with the reason, if it cannot run here."""
     if name not in IMPLEMENTATIONS:
         return products(int(name.split()[0]), inputs)
     function = IMPLEMENTATIONS[name]()
@@ -199,9 +213,9 @@ def candidate(name: str, kind: str, inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def products(count: int, inputs: Inputs) -> Callable[[], Outputs]:
-    """`count` bare products over the scored rows, in the order and shapes of forward, dhidden, dweight, recompute."""
+    """The first `count` of four bare products over the scored rows: logits, d_hidden, d_weight, logits recomputed."""
     hidden, weight = inputs.hidden[inputs.targets >= 0], inputs.weight
-    buffers: list[Tensor] = []  # made by the first run: not part of the time, but of the memory
+    buffers: list[Tensor] = []  # allocated by the first run: they count as memory, but their allocation is not timed
 
     def run() -> Outputs:
         if not buffers:
@@ -221,11 +235,13 @@ def products(count: int, inputs: Inputs) -> Callable[[], Outputs]:
 
 
 class Truth:
-    """float64 results of `CHECKED_ROWS` scored rows (and, for d_weight, rows of weight), and what each may be off.
+    """The exact results of `CHECKED_ROWS` scored rows in float64, and the error budget of each output.
 
-    The budget of an output is four times what rounding logits, probabilities and the output to the inputs' dtype does
-    to it, plus float32's accumulation over H and V terms (8 sqrt(n) eps, after Higham and Mary 2019); gradients get
-    4 eps of their largest entry besides, for those who accumulate tiles in the inputs' dtype.
+    For d_weight it has some rows of the weight instead. The budget of an output is the sum of:
+
+    - four times the error of rounding logits, probabilities and the output to the dtype of the inputs
+    - the error of float32 sums over H and V terms (8 sqrt(n) eps, after Higham and Mary 2019)
+    - for gradients, 4 eps of their largest entry, because some implementations accumulate tiles in the inputs' dtype
     """
 
     def __init__(self, kind: str, inputs: Inputs):
@@ -241,7 +257,11 @@ class Truth:
         self.budgets = self._budgets()
 
     def check(self, name: str, outputs: Outputs) -> Checked:
-        """Errors of the outputs; WrongResult where one is missing, not finite, or over its budget."""
+        """Errors of the outputs.
+
+        Raises:
+            WrongResult: an output is missing, not finite, or over its budget.
+        """
         expected = self.exact.keys() - {"products"} if name in IMPLEMENTATIONS else {"products"}
         if outputs.keys() != expected:
             raise WrongResult(f"it returned {sorted(outputs)}, expected {sorted(expected)}")
@@ -256,6 +276,7 @@ class Truth:
         return Checked(errors, self.scope)
 
     def pick(self, outputs: Outputs) -> Outputs:
+        """The rows of the outputs that are checked, in float64."""
         kept_rows = torch.searchsorted((self.inputs.targets >= 0).nonzero().squeeze(1), self.rows)
         index = {"logprobs": self.rows, "d_hidden": self.rows, "d_weight": self.words, "products": kept_rows}
         return {name: value[index[name]].double() for name, value in outputs.items()}
@@ -275,7 +296,10 @@ class Truth:
         return budgets
 
     def _compute(self, rounding: torch.dtype | None) -> Outputs:
-        """In float64, a tile of 8192 rows of weight at a time; `rounding` rounds logits and probabilities to it."""
+        """The results in float64, computed in tiles of 8192 rows of the weight.
+
+        With `rounding`, logits, probabilities and results are rounded to that dtype.
+        """
 
         def rounded(t: Tensor) -> Tensor:
             return t if rounding is None else t.to(rounding).double()
@@ -304,23 +328,23 @@ class Truth:
 
 
 def error_of(output: str, value: Tensor, exact: Tensor) -> float:
-    """Max difference; relative to the largest entry for all but log-probs, which are in nats."""
+    """The largest difference, in nats for log-probs, relative to the largest exact entry for all other outputs."""
     error = (value - exact).abs().max()
     return float(error if output == "logprobs" else error / exact.abs().max())
 
 
 def memory(case_name: str, implementation: str) -> int:
-    """Peak extra bytes of one run, in this process, which must be a fresh one."""
+    """Peak extra bytes of one run. Call it in a fresh process."""
     case = (CASES | QUICK)[case_name]
     warm = case if implementation in COMPILES else Case(case.kind, case.dtype, 16, case.h, 64, 0)
-    candidate(implementation, case.kind, make_inputs(warm))()  # loads libraries, starts threads
+    candidate(implementation, case.kind, make_inputs(warm))()  # a first run loads libraries and starts threads
     return peak_extra_memory(candidate(implementation, case.kind, make_inputs(case)))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case; those that are missing, or too slow for `limit_s`, are named."""
+    """Measures every implementation of one case. The records name those that are missing or too slow for `limit_s`."""
     case = (CASES | QUICK)[case_name]
-    torch.compiler.reset()  # else the cases before this one count towards its limit of recompilations
+    torch.compiler.reset()  # else earlier cases would count towards the limit of recompilations
     inputs = make_inputs(case)
 
     def part(name: str, fraction: int) -> Callable[[], Outputs]:

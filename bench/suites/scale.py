@@ -1,8 +1,11 @@
-"""Suite `scale`: how cost grows with N, V, T, the batch and the share of prompts, on 1 and 2 threads of a CPU.
+"""Suite `scale`: how time grows with N, V, T, the batch and the share of the prompt, on 1 and 2 threads of a CPU.
 
-Each case is one curve. `n` and `v` are `linear_logprobs` with a frozen head, forward and backward; `t`, `batch` and
-`prompt` are forward and backward of a LoRA step on SmolLM2-135M-Instruct: one pair of longer and longer completions,
-more and more pairs, and one pair of constant length of which more and more is prompt.
+Each case is one curve:
+
+- `n`, `v`: `linear_logprobs` with a frozen head, forward and backward
+- `t`: forward and backward of a LoRA step on SmolLM2-135M-Instruct, with one pair of longer and longer completions
+- `batch`: the same step with more and more pairs
+- `prompt`: the same step with one pair of constant length, of which a larger and larger share is prompt
 """
 
 from __future__ import annotations
@@ -30,18 +33,19 @@ POINTS = {
     "batch": (1, 2, 4, 8),
     "prompt": (0, 25, 50, 75, 90),
 }
-WIDTH, TOKENS, VOCABULARY = 576, 512, 49152  # H; N where V varies; V where N does
-PAIR = (120, 40)  # tokens of the prompt, and of each completion, where the batch varies
+WIDTH, TOKENS, VOCABULARY = 576, 512, 49152  # H, N of the curve over V, V of the curve over N
+PAIR = (120, 40)  # tokens of the prompt and of each completion, on the curve over the batch
 THREADS = (1, 2)
 QUICK_POINTS = 2
-# The hidden states of a packed and a padded row are summed in another order, over 30 layers.
-AGREE = 1e-3  # nats; of the gradient's largest entry
+# Largest difference of log-probs (nats) and of the gradient (relative to its largest entry) from the model's logits.
+# It is not 0 because a packed and an unpacked row add up their terms in different orders, in 30 layers.
+AGREE = 1e-3
 IMPLEMENTATIONS = ("fastalign",)
 
 
 @dataclass(frozen=True)
 class Case:
-    """`quick`: the first `QUICK_POINTS` of the curve alone."""
+    """One curve. With `quick` it has its first `QUICK_POINTS` points only."""
 
     axis: str
     threads: int
@@ -49,11 +53,13 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         threads = f"{self.threads}-thread{'s' if self.threads > 1 else ''}"
         return f"{self.axis}-{threads}{'-quick' if self.quick else ''}"
 
     @property
     def points(self) -> tuple[int, ...]:
+        """The values along the axis."""
         return POINTS[self.axis][: QUICK_POINTS if self.quick else None]
 
 
@@ -62,7 +68,10 @@ QUICK = by_name([Case("n", 1, quick=True), Case("v", 1, quick=True)])
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """One record per point, all points interleaved, each checked first; `limit_s` goes unused: all are short."""
+    """Checks every point, times all points interleaved, and returns one record per point.
+
+    `limit_s` is not used, because all runs are short.
+    """
     del limit_s
     case = (CASES | QUICK)[case_name]
     torch.set_num_threads(case.threads)
@@ -94,7 +103,7 @@ def _op(axis: str, point: int) -> tuple[Callable, Checked]:
 
 
 def _rows(axis: str, point: int) -> list[dict]:
-    """One or more pairs of random tokens."""
+    """The rows of one point: one or more pairs of random tokens."""
     if axis == "t":
         shapes = [(PAIR[0], point)]
     elif axis == "batch":
@@ -135,14 +144,14 @@ def _step(axis: str, point: int) -> tuple[Callable, Checked]:
 
 
 def _gradient(model) -> Tensor:
-    """Of all adapters, in one vector; then there is none."""
+    """The gradient of all adapters as one vector. Afterwards the model has no gradient."""
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return grads
 
 
 def _own(model, rows: list[dict], batch: PackedBatch) -> Tensor:
-    """Log-probs of the scored tokens from the logits of the model called as ever, and their gradient with them."""
+    """Log-probs of the scored tokens from the logits of ordinary calls of the model, with a backward pass each."""
     completions = [(row["prompt_ids"], completion) for row in rows for completion in row["completion_ids"]]
     found = []
     for (prompt, completion), scored in zip(completions, batch.cu_seqlens.diff().tolist(), strict=True):

@@ -1,7 +1,8 @@
-"""Suite `selective`: token log-probabilities of logits that exist already, held against the rate of a copy.
+"""Suite `selective`: token log-probabilities of logits that exist already, compared with the rate of a copy.
 
-The op is bound by memory: "forward" must read the logits once; "backward", forward with it, must read them twice and
-write their gradient. Bytes a second beside those of `machine`'s copy, measured in the same run, say how good it is.
+The op is bound by memory. "forward" must read the logits once. "backward", which includes forward, must read them twice
+and write their gradient. The result is bytes per second, beside those of the copy of the suite `machine`, which is
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from bench.harness.suite import by_name
 from fastalign.ops.selective_logprobs import selective_logprobs
 
 SHAPES, QUICK_SHAPE = ((2048, 49152), (1024, 128256)), (256, 4096)  # N, V
-PASSES = {"forward": 1, "backward": 3}  # times that N V numbers must move
+PASSES = {"forward": 1, "backward": 3}  # how often N * V numbers must move
 DTYPES = ("float32", "bfloat16")
 CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Case:
+    """A case: `kind` is "forward", or "backward" (which includes forward)."""
+
     kind: str
     dtype: str
     n: int
@@ -46,6 +49,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.kind}-{self.dtype}-{self.n}x{self.v}"
 
 
@@ -54,13 +58,15 @@ QUICK = by_name(Case(kind, "float32", *QUICK_SHAPE) for kind in PASSES)
 
 
 class Inputs(NamedTuple):
+    """The tensors of a case."""
+
     logits: Tensor  # (N, V)
     targets: Tensor  # (N,) int64
-    grads: Tensor  # (N,) float32
+    grads: Tensor  # (N,) float32: d loss / d logprobs
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Seeded; logits of standard deviation 3."""
+    """Seeded inputs. The logits have standard deviation 3."""
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
     logits = torch.randn(case.n, case.v, generator=generator).mul_(3).to(device, getattr(torch, case.dtype))
     targets = torch.randint(case.v, (case.n,), generator=generator).to(device)
@@ -71,14 +77,17 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def eager(logits: Tensor, targets: Tensor) -> Tensor:
+    """All log-probs in float32, then the targets' ones."""
     return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of torch, which is the negative log-prob."""
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def trl(logits: Tensor, targets: Tensor) -> Tensor:
+    """TRL's function for the same task."""
     try:
         module = importlib.import_module("trl.trainer.utils")
     except ImportError as error:
@@ -87,6 +96,7 @@ def trl(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def fastalign(backend: str) -> Callable:
+    """`selective_logprobs` with one backend."""
     return lambda logits, targets: selective_logprobs(logits, targets, backend=backend)
 
 
@@ -118,8 +128,10 @@ def candidate(name: str, kind: str, inputs: Inputs) -> Callable[[], Outputs]:
 
 
 class Truth:
-    """float64 results of `CHECKED_ROWS` rows, and what each may be off: four times what rounding the result to the
-    logits' dtype does to it, and float32's sum of V terms (8 sqrt(V) eps).
+    """The exact results of `CHECKED_ROWS` rows in float64, and the error budget of each output.
+
+    A budget is four times the error of rounding the result to the dtype of the logits, plus the error of a float32 sum
+    of V terms (8 sqrt(V) eps).
     """
 
     def __init__(self, kind: str, inputs: Inputs):
@@ -138,7 +150,11 @@ class Truth:
             self.budgets["d_logits"] = 4 * eps + sums
 
     def check(self, name: str, outputs: Outputs) -> Checked:
-        """Errors of the outputs; WrongResult where one is missing, not finite, or over its budget."""
+        """Errors of the outputs.
+
+        Raises:
+            WrongResult: an output is missing, not finite, or over its budget.
+        """
         if outputs.keys() != self.exact.keys():
             raise WrongResult(f"it returned {sorted(outputs)}, expected {sorted(self.exact)}")
         errors = {}
@@ -152,15 +168,15 @@ class Truth:
 
 
 def memory(case_name: str, implementation: str) -> int:
-    """Peak extra bytes of one run, in this process, which must be a fresh one."""
+    """Peak extra bytes of one run. Call it in a fresh process."""
     case = (CASES | QUICK)[case_name]
     small = make_inputs(Case(case.kind, case.dtype, 16, 64))
-    candidate(implementation, case.kind, small)()  # loads libraries, starts threads
+    candidate(implementation, case.kind, small)()  # a first run loads libraries and starts threads
     return peak_extra_memory(candidate(implementation, case.kind, make_inputs(case)))
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Measures every implementation of one case, and a copy; those that are missing or too slow are named."""
+    """Measures a copy and every implementation of one case. The records name those that are missing or too slow."""
     case = (CASES | QUICK)[case_name]
     inputs = make_inputs(case)
 

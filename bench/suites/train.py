@@ -1,9 +1,13 @@
-"""Suite `train`: steps of DPO on SmolLM2-135M-Instruct beside TRL's DPOTrainer, on the same rows in the same order.
+"""Suite `train`: DPO steps on SmolLM2-135M-Instruct beside TRL's DPOTrainer, on the same rows in the same order.
 
-Each run is a process of its own: load, tokenise, train a few steps of `PAIRS` pairs. Runs alternate (A B A B ...).
-A step of fastalign's is charged its share of the reference log-probs, which were computed before the first one, as if
-the rows were used for one epoch only; TRL computes them within each step. Both loss curves must agree: in float32 with
-each other, in bfloat16 with what rounding explains (see `rounding`).
+Each run is a separate process that loads the model, tokenises, and trains a few steps of `PAIRS` pairs. Runs of the
+implementations alternate (A B A B ...).
+
+fastalign computes all reference log-probs before the first step. Each of its steps is charged an equal share of that
+time, as if the rows were used for one epoch only. TRL computes them within each step.
+
+Both loss curves must agree. In float32 they are compared with each other. In bfloat16 their distance from float32 must
+be within what rounding explains (see bench/harness/rounding.py).
 """
 
 from __future__ import annotations
@@ -37,24 +41,24 @@ from bench.harness.measure import (
 from bench.harness.suite import by_name
 
 MODEL = "smollm2-135m-instruct"
-PAIRS = 4  # a step
+PAIRS = 4  # per step
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-6}
 BETA = 0.1
-# (least, mean, most) tokens of prompts and completions
+# profile -> (least, mean, most) tokens of prompts, the same of completions
 PROFILES = {"dialogue": ((20, 120, 400), (10, 40, 200)), "long": ((400, 800, 1500), (10, 40, 200))}
-AGREE = 1e-4  # how far a correct float32 loss may be from the other trainer's; for bfloat16 see `rounding`
+AGREE = 1e-4  # how far a correct float32 loss may be from the other trainer's loss
 IMPLEMENTATIONS = ("fastalign", "TRL", "TRL, no checkpointing")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for it."""
+    """Whether this machine has instructions for bfloat16 products."""
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
 class Case:
-    """`tuning`: "lora" or "full"; `dtype`: of the frozen weights (lora), or of autocast's products (full)."""
+    """A case: `tuning` is "lora" or "full". `dtype` is that of the frozen weights (lora) or of autocast (full)."""
 
     tuning: str
     dtype: str
@@ -62,13 +66,14 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name in records and on the command line."""
         return f"{self.tuning}-{self.dtype}-{self.profile}"
 
     @property
     def steps(self) -> int:
-        """Fewer where one takes minutes. The first one warms up and is not timed."""
+        """How many steps a run has. The first one warms up and is not timed."""
         if self.dtype == "bfloat16" and not multiplies_bfloat16():
-            return 2  # CPUs without bfloat16 instructions take TRL's step in minutes
+            return 2  # on a CPU without bfloat16 instructions one step of TRL takes minutes
         return 5 if self.profile == "dialogue" else 3
 
 
@@ -78,24 +83,36 @@ QUICK = {"lora-float32-dialogue": CASES["lora-float32-dialogue"]}
 
 @dataclass
 class Run:
-    """What one process reports."""
+    """What the process of one run reports.
+
+    Attributes:
+        step_s: seconds of each step.
+        losses: loss of each step.
+        reference_s: seconds that the reference log-probs of all rows took before training.
+        tokens: useful tokens of all rows: each prompt once, and the completions.
+        scored: completion tokens of all rows.
+        flop: floating-point operations per step that cannot be avoided, those of the reference included.
+        peak_bytes: peak resident set of the process while training.
+        extra_bytes: the same, minus what was resident after model and rows were loaded.
+        gradient: the gradient of the first step, as `rounding.sketch` summarises it.
+    """
 
     step_s: list[float]
     losses: list[float]
-    reference_s: float  # before training, of all rows
-    tokens: int  # useful ones: prompts once, completions
-    scored: int  # completion tokens
-    flop: int  # that a step cannot avoid, and the reference's with it
-    peak_bytes: int  # the process's peak resident set while training
-    extra_bytes: int  # the same, less what was resident when model and rows were loaded
-    gradient: list[float]  # of the first step, as `rounding.sketch` keeps it
+    reference_s: float
+    tokens: int
+    scored: int
+    flop: int
+    peak_bytes: int
+    extra_bytes: int
+    gradient: list[float]
 
 
 # Rows
 
 
 def rows(profile: str, tokenizer, count: int) -> list[dict[str, str]]:
-    """Seeded preference rows whose lengths in tokens follow the profile: words that are one token each."""
+    """Seeded preference rows whose token counts follow the profile. Every word of them is one token."""
     draw = random.Random(profile)
     words = sorted(w[1:] for w in tokenizer.get_vocab() if w[0] == "Ġ" and w[1:].isascii() and w[1:].isalpha())
     of_prompts, of_completions = PROFILES[profile]
@@ -112,8 +129,10 @@ def rows(profile: str, tokenizer, count: int) -> list[dict[str, str]]:
 
 
 def lengths(draw: random.Random, count: int, least: int, mean: int, most: int) -> list[int]:
-    """Many short ones and a few long ones, in random order: the quantiles of an exponential above the least, cut at
-    the most, and scaled until their mean is right, so that a few rows have the profile of many.
+    """`count` lengths in random order: many short ones and a few long ones.
+
+    They are quantiles of an exponential distribution that begins at `least` and is cut at `most`, scaled until their
+    mean is right. Quantiles instead of random draws give a few rows the same profile as many rows.
     """
     spread = mean - least
     for _ in range(50):
@@ -123,12 +142,13 @@ def lengths(draw: random.Random, count: int, least: int, mean: int, most: int) -
     return drawn
 
 
-# The runs, each in a process of its own
+# The runs, each in a separate process
 
 
 def _clock(seconds: list[float]):
-    """A callback that appends the seconds of each step, from the end of the last one on, laying out included."""
-    from transformers import TrainerCallback  # takes seconds, and each process that weighs an op imports this module
+    """A callback that appends the seconds of each step. A step begins where the last one ended, collation included."""
+    # Imported here because it takes seconds, and every process that measures the memory of an op imports this module.
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -143,13 +163,13 @@ def _clock(seconds: list[float]):
 
 
 def _options(case: Case, folder: str, checkpointing: bool) -> dict:
-    """Of both trainers' configs."""
+    """The options that the configs of both trainers share."""
     return {
         "output_dir": folder, "per_device_train_batch_size": PAIRS, "num_train_epochs": 1, "beta": BETA, "seed": 1,
         "learning_rate": LEARNING_RATE[case.tuning], "lr_scheduler_type": "constant", "logging_steps": 1,
         "max_length": None, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "gradient_checkpointing": checkpointing, "bf16": case.tuning == "full" and case.dtype == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),  # transformers takes bf16 on a CPU only where it is asked for by name
+        "use_cpu": not torch.cuda.is_available(),  # without it transformers refuses bf16 on a CPU
     }  # fmt: skip
 
 
@@ -174,9 +194,11 @@ def _trl(case: Case, model, tokenizer, data, folder: str, checkpointing: bool):
         raise Missing(f"{error}; pip install 'fastalign[bench]'") from error
     from datasets import Dataset
 
-    options = _options(case, folder, checkpointing) | {"bf16": case.dtype == "bfloat16"}  # its default, weights apart
+    # bf16 is TRL's default; in the float32 cases it is switched off.
+    options = _options(case, folder, checkpointing) | {"bf16": case.dtype == "bfloat16"}
     config = DPOConfig(**options)
-    # Without an adapter to switch off it would load the reference by the model's name, which a GGUF file has none of.
+    # With LoRA, TRL switches the adapter off to get the reference. Without LoRA it would load the reference by the
+    # model's name, but a model from a GGUF file has none.
     reference = copy.deepcopy(model) if case.tuning == "full" else None
     trainer = DPOTrainer(
         model=model, ref_model=reference, args=config, train_dataset=Dataset.from_list(data),
@@ -193,7 +215,7 @@ def _lora(case: Case):
 
 
 def train(case_name: str, implementation: str) -> Run:
-    """One run, in this process, which must be a fresh one. implementation: one of `IMPLEMENTATIONS`, or a twin."""
+    """One run, in this process, which must be a fresh one. `implementation` is one of `IMPLEMENTATIONS` or a twin."""
     from fastalign.models.loading import load_model, load_tokenizer
 
     case = CASES[case_name]
@@ -228,9 +250,10 @@ def train(case_name: str, implementation: str) -> Run:
 
 
 def _flop(model, tokens: int, scored: int, tuning: str) -> int:
-    """Of matrix products: the body over every token, the head over completion tokens; of policy and reference.
+    """FLOP of the matrix products of policy and reference: the body over all tokens, the head over completion tokens.
 
-    A frozen layer's backward pass is one product, a trained one's two. Attention and adapters are left out.
+    The backward pass of a frozen layer is one product, that of a trained layer two. Attention and adapters are not
+    counted.
     """
     head = model.get_output_embeddings().weight.numel()
     body = sum(
@@ -238,22 +261,22 @@ def _flop(model, tokens: int, scored: int, tuning: str) -> int:
         for name, m in model.named_modules()
         if type(m) is torch.nn.Linear and "lora_" not in name and "lm_head" not in name
     )
-    passes = 1 + 1 + (1 if tuning == "lora" else 2)
+    passes = 1 + 1 + (1 if tuning == "lora" else 2)  # reference forward, policy forward, policy backward
     return 2 * passes * (tokens * body + scored * head)
 
 
 def _useful_tokens(data: list[dict[str, str]], tokenizer) -> tuple[int, int]:
+    """(prompts once plus completions, completions) in tokens. A completion has one more token, which ends it."""
     prompts = sum(len(tokenizer(row["prompt"])["input_ids"]) for row in data)
     completions = sum(len(tokenizer(row[side])["input_ids"]) + 1 for row in data for side in ("chosen", "rejected"))
     return prompts + completions, completions
 
 
 def in_fresh_process(case: str, implementation: str) -> Run:
-    """`python -m bench train-run ...`; Missing tells why there is no result."""
-    command = [sys.executable, "-m", "bench", "train-run", case, implementation]
-    done = subprocess.run(
-        [*command, "--threads", str(torch.get_num_threads())], cwd=ROOT, capture_output=True, text=True
-    )
+    """One run by `python -m bench train-run ...`. Raises Missing, with the reason, if it failed."""
+    threads = ["--threads", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "bench", "train-run", case, implementation, *threads]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Missing((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
     return Run(**json.loads(done.stdout.splitlines()[-1]))
@@ -263,7 +286,11 @@ def in_fresh_process(case: str, implementation: str) -> Run:
 
 
 def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
-    """Alternates the implementations, compares their loss curves, and reports the medians; `limit_s` is of one step."""
+    """Runs the implementations alternately, compares their loss curves, and returns one record each.
+
+    An implementation with a step longer than `limit_s` seconds gets one round only. There are `rounds // 3` rounds, at
+    least one.
+    """
     runs: dict[str, list[Run]] = {}
     skipped: dict[str, str] = {}
     slow: set[str] = set()
@@ -282,7 +309,7 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
             runs.setdefault(name, []).append(done)
             if statistics.median(done.step_s[1:]) > limit_s:
                 slow.add(name)
-                say(f"    one round only of {name}: a step takes more than {limit_s:.0f} s (--limit)")
+                say(f"    {name} gets one round only: a step takes more than {limit_s:.0f} s (--limit)")
     rate = max(rate, _gemm_rate(case_name, limit_s))
     twins = _twins(case_name)
     for name, done in runs.items():
@@ -293,14 +320,14 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
 
 
 def _gemm_rate(case_name: str, limit_s: float) -> int:
-    """FLOP a second. CPUs may multiply bfloat16 more slowly than float32: they are held to what they do best."""
+    """FLOP per second of the best bare product. It is float32 if the machine has no bfloat16 instructions."""
     dtype = CASES[case_name].dtype if multiplies_bfloat16() else "float32"
     products = machine.run(f"product-{dtype}", 5, limit_s)
     return round(max(product.sizes["flop"] / product.median_s for product in products))
 
 
 def _twins(case_name: str) -> dict[str, Run]:
-    """The runs that tell what rounding explains; none in float32."""
+    """The runs that show how much rounding changes (see `rounding`). In float32 there are none."""
     case = CASES[case_name]
     if case.dtype == "float32":
         return {}
@@ -309,16 +336,19 @@ def _twins(case_name: str) -> dict[str, Run]:
         try:
             found[twin] = in_fresh_process(case_name, twin)
         except Missing as reason:
-            raise SystemExit(f"a run that others are held to failed, {twin}: {reason}") from reason
+            raise SystemExit(f"a run that the others are compared with failed, {twin}: {reason}") from reason
         say(f"    {twin}: losses {_curve(found[twin].losses)}")
     return found
 
 
 def _apart(name: str, runs: dict[str, list[Run]]) -> float:
-    """The largest difference of this one's losses, in any round, from another system's, step by step."""
+    """The largest difference, in any round and step, of these losses from those of the other system."""
     theirs = [n for n in runs if (n == "fastalign") != (name == "fastalign")]
     if not theirs:
-        raise SystemExit(f"there is nothing to compare the losses of {name} with; {', '.join(IMPLEMENTATIONS)} exist")
+        raise SystemExit(
+            f"there is nothing to compare the losses of {name} with: run fastalign and another one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
     curves = [(own.losses, other.losses) for own in runs[name] for n in theirs for other in runs[n]]
     apart = [abs(a - b) for ours, others in curves for a, b in zip(ours, others, strict=True)]
     return math.nan if any(map(math.isnan, apart)) else max(apart)
@@ -329,7 +359,11 @@ def _curve(losses: list[float]) -> str:
 
 
 def _check(case: Case, name: str, runs: dict[str, list[Run]], twins: dict[str, Run]) -> tuple[dict[str, float], str]:
-    """How far the losses are off, and from what; SystemExit where that is more than the precision explains."""
+    """How far the losses (and in bfloat16 the gradient) are off, and what they were compared with.
+
+    Raises:
+        SystemExit: they are further off than the precision explains.
+    """
     if twins:
         rounds = [rounding.distances(run, twins[rounding.FLOAT32]) for run in runs[name]]
         off = {what: max((r[what] for r in rounds), key=lambda x: (math.isnan(x), x)) for what in rounds[0]}
@@ -356,7 +390,7 @@ def _measurement(
 ) -> Measurement:
     case, done = CASES[case_name], runs[name]
     off, checked = _check(case, name, runs, twins)
-    # Steps differ in their tokens, so a run counts by its mean.
+    # The steps of a run have different numbers of tokens, so a run counts by the mean of its steps.
     seconds = [statistics.mean(r.step_s[1:]) + r.reference_s / case.steps for r in done]
     q1, median, q3 = quartiles(seconds)
     sizes = {
@@ -365,7 +399,7 @@ def _measurement(
         "scored": done[0].scored // case.steps,
         "reference_us": round(1e6 * statistics.median(r.reference_s for r in done) / case.steps),
         "flop": done[0].flop,
-        "gemm_flop_per_s": rate,  # measured before and after the runs, the higher one
+        "gemm_flop_per_s": rate,  # the higher one of two measurements, before and after the runs
         "resident_bytes": max(r.peak_bytes for r in done),
     }
     return Measurement(
@@ -375,5 +409,5 @@ def _measurement(
 
 
 def main(case: str, implementation: str) -> None:
-    """Of the process that a run is made in: the last line printed is the run."""
+    """Makes one run in this process, and prints it as JSON in the last line."""
     print(json.dumps(asdict(train(case, implementation))))

@@ -1,6 +1,6 @@
 // Runs every kernel without Python or torch, for the sanitizers (sanitize.sh): both passes, every dtype, kept and
-// recomputed probabilities, odd sizes, one to eight threads of its own. Results are held to a naive double version,
-// and must be bitwise the same whatever the number of threads. The BRGEMM path runs with a plain loop in its place.
+// recomputed probabilities, odd sizes, one to eight threads. Results are compared with a naive version in double, and
+// must be bitwise the same for any number of threads. A plain loop stands in for BRGEMM.
 
 
 #include "check/check.h"
@@ -33,7 +33,7 @@ struct Selected {
     Bytes logprobs, d_logits, in_place;
 };
 
-// The weight's rows serve as logits: kVocab rows of kWidth, the targets repeated, every tenth ignored.
+// The rows of the weight are used as logits: kVocab rows of kWidth. The targets repeat, and every tenth is ignored.
 Selected select(const Kernels& kernels, const Data& data, DType dtype, int threads, bool stream) {
     const std::size_t acc = dtype == DType::f64 ? 8 : 4;
     const Bytes logits = encode(data.weight, dtype);
@@ -74,7 +74,7 @@ void check_selective(const Kernels& kernels, const Data& data, DType dtype) {
     }
 }
 
-// One pair and an empty one at a margin of 0: dpo's log 2, and slopes of half of beta.
+// One pair, and one empty pair whose margin is 0. There dpo's loss is log 2, and the slopes are half of beta.
 void check_preference() {
     const std::vector<double> logprobs{-1, -1, -2};
     const std::vector<std::int64_t> offsets{0, 2, 3, 3, 3};
@@ -90,7 +90,7 @@ void check_preference() {
     expect(back[2] == losses[0] * 0.25 - 2, "plain", 1, "gradient of losses and sums", back[2]);
 }
 
-// Small positive numbers of any dtype: exponents around 1, whatever behind them.
+// Bytes that are small positive numbers in any dtype: the exponent is near that of 1, the other bits are arbitrary.
 template <typename In, typename Acc>
 void fill_near_one(std::vector<In>& values, DType dtype) {
     for (std::size_t i = 0; i < values.size(); ++i) {
@@ -100,8 +100,8 @@ void fill_near_one(std::vector<In>& values, DType dtype) {
     }
 }
 
-// Norms and gated activations, forward and backward, in buffers of just their size: for the sanitizers, and that
-// threads change no bit. Their values are held to float64 in tests/test_body.py.
+// Norms and gated activations, forward and backward, in buffers of exactly their size, for the sanitizers. It also
+// checks that threads change no bit. The Python tests compare their values with float64.
 template <typename In, typename Acc>
 std::vector<In> run_body(const Kernels& kernels, DType dtype, int threads) {
     constexpr std::int64_t rows = 37, width = 75, size = rows * width;
@@ -128,7 +128,7 @@ void check_body(const Kernels& kernels, DType dtype) {
                "threads change a norm or a gate", threads);
 }
 
-// Attention, likewise: several blocks of queries and tiles of keys, a shared prefix, windows; tests/test_cpu_attention.py.
+// The same for attention, with several blocks of queries and tiles of keys, a shared prefix, and windows.
 template <typename In, typename Acc>
 std::vector<In> run_attention(const Kernels& kernels, DType dtype, std::int64_t window, int threads) {
     constexpr std::int64_t heads = 4, key_heads = 2, width = 5, value_width = 7, tokens = 450;
@@ -138,7 +138,7 @@ std::vector<In> run_attention(const Kernels& kernels, DType dtype, std::int64_t 
     for (int i = 0; i < 4; ++i) {
         in[i].resize(tokens * sizes[i]), out[i].resize(tokens * sizes[i]);
         fill_near_one<In, Acc>(in[i], dtype);
-        std::memset(out[i].data(), 0xff, out[i].size() * sizeof(In));  // no number: shows what was not written
+        std::memset(out[i].data(), 0xff, out[i].size() * sizeof(In));  // NaN: shows what was not written
     }
     std::vector<Acc> log_sums(tokens * heads);
     AttentionProblem p{};

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the checks share: the tensors they run on, bytes of every dtype, and the count of failures.
+// What the checks share: their tensors, bytes of every dtype, and the number of failures.
 
 #include <cmath>
 #include <cstdio>
@@ -21,7 +21,7 @@ using Bytes = std::vector<unsigned char>;
 constexpr std::int64_t kTokens = 41, kVocab = 2311, kWidth = 35, kIgnored = 3;
 inline int failures = 0;
 
-// Values that every dtype holds exactly: multiples of 1/8 up to 1.
+// Values that every dtype represents exactly: multiples of 1/8 up to 1.
 struct Data {
     std::int64_t tokens, vocab, width;
     std::vector<double> hidden, weight, grad;
@@ -87,7 +87,7 @@ inline double relative_error(const std::vector<double>& found, const std::vector
     return std::sqrt(error / size);
 }
 
-// The checks of heads.cpp.
+// The checks in heads.cpp.
 struct Truth {
     std::vector<double> logprobs, grad_logprobs, d_hidden, d_bias;
 };

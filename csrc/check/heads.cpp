@@ -1,4 +1,4 @@
-// linear_logprobs and linear_divergence, held to naive versions in double: see check.cpp.
+// Compares linear_logprobs and linear_divergence with naive versions in double (see check.cpp).
 
 #include "check/check.h"
 
@@ -23,7 +23,7 @@ Results run(const Kernels& kernels, const Data& data, DType dtype, int threads, 
         p.targets = data.targets.data(), p.rows = data.rows.data();
         p.scored = static_cast<std::int64_t>(data.rows.size()), p.vocab = data.vocab, p.width = data.width;
         p.logit_scale = 1.5, p.softcap = 20, p.temperature = 0.75;
-        if (keep) p.cache = cache.data(), p.shifts = shifts.data(), p.cache_rows = panel;  // the rest is recomputed
+        if (keep) p.cache = cache.data(), p.shifts = shifts.data(), p.cache_rows = panel;  // others are recomputed
     };
     const Pool pool{threads, nullptr};
     ForwardProblem forward{};
@@ -43,7 +43,7 @@ struct Diverged {
     Bytes values, grad, stats;
 };
 
-// A teacher with the student's tensors, but another scale and no cap; groups of the fewest rows, or of all.
+// The teacher has the student's tensors, but another scale and no cap. A group has as few rows as possible, or all.
 Diverged run_divergence(const Kernels& kernels, const Data& data, DType dtype, Divergence kind, int threads, bool all) {
     const std::size_t acc = dtype == DType::f64 ? 8 : 4;
     const Bytes hidden = encode(data.hidden, dtype), weight = encode(data.weight, dtype);
@@ -62,7 +62,7 @@ Diverged run_divergence(const Kernels& kernels, const Data& data, DType dtype, D
     return r;
 }
 
-using Wide = long double;  // plain sums lose digits of a small divergence, and doubles are checked too
+using Wide = long double;  // double loses digits of a small divergence, and double kernels are checked too
 
 void naive_divergence(const Data& data, Divergence kind, std::vector<double>& values, std::vector<double>& grad) {
     std::vector<Wide> a(kVocab), b(kVocab), slope(kVocab);
@@ -146,7 +146,8 @@ void check(const Kernels& kernels, const Data& data, const Truth& truth, DType d
     }
 }
 
-// Two blocks of rows and two chunks of a vocabulary so wide that a chunk is one tile: what one worker writes others read.
+// Two blocks of rows and two chunks, with a width so large that a chunk is one tile. Here workers read what other
+// workers have written.
 void check_blocks(const Kernels& kernels, DType dtype) {
     const Data data(200, 300, 2112);
     const Results first = run(kernels, data, dtype, 1, true), other = run(kernels, data, dtype, 2, true);

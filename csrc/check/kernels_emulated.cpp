@@ -1,4 +1,4 @@
-// The BRGEMM path on any machine: SSE or NEON vectors, and whatever product `brgemm_bf16` points to.
+// The BRGEMM kernels for any machine, with SSE or NEON vectors. `brgemm_bf16` may point to any product.
 #define FASTALIGN_ISA emulated
 #define FASTALIGN_VECTOR_BYTES 16
 #define FASTALIGN_VECTORS 4

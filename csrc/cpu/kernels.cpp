@@ -16,7 +16,7 @@ namespace {
 
 bool has_avx2() {
 #ifdef FASTALIGN_HAS_AVX2
-    // F16C is older than AVX2, and clang before 15 cannot ask for it.
+    // F16C is not tested, because it is older than AVX2 and clang before version 15 does not know its name.
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return false;
@@ -32,7 +32,7 @@ bool has_avx512() {
 #endif
 }
 
-// Every machine with AMX has AVX-512 BF16 too, and BRGEMM knows which to use.
+// A machine with AMX also has AVX-512 BF16, and BRGEMM chooses between them.
 bool has_avx512_bf16() {
 #ifdef FASTALIGN_HAS_AVX512_BF16
     return has_avx512() && brgemm_bf16 && __builtin_cpu_supports("avx512bf16");

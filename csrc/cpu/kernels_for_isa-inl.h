@@ -1,4 +1,5 @@
-// Included once by each kernels_<isa>.cpp, which defines FASTALIGN_ISA and FASTALIGN_VECTOR_BYTES.
+// All kernels for one instruction set. Each kernels_<isa>.cpp defines FASTALIGN_ISA and FASTALIGN_VECTOR_BYTES, and
+// includes this file once.
 
 #include "cpu/kernels.h"
 #ifdef FASTALIGN_BRGEMM

@@ -1,9 +1,9 @@
-// F += sum_s (G_s' X_s)^2, the square being the epilogue of a tensor-core product: a block holds one tile of F in
-// registers over all sequences, so F is read and written once. Its operands pass through shared memory, the next chunk
-// of tokens on its way in registers while the current one is multiplied.
+// F += sum_s (G_s' X_s)^2. Tensor cores compute the product of a sequence, which is squared in registers. A block holds
+// one tile of F in registers over all sequences, so F is read and written once. The operands pass through shared
+// memory. While one chunk of tokens is multiplied, the next one is already being loaded into registers.
 //
-// bfloat16 and float16 are multiplied as they are. float32 is split into two TF32 halves, of which three products are
-// taken: the fourth is 2^-22 of the result.
+// bfloat16 and float16 are multiplied as they are. A float32 number is split into two TF32 numbers. Of the four
+// products of their parts three are computed, because the fourth is only 2^-22 of the result.
 
 #include "device.h"
 
@@ -17,12 +17,12 @@ namespace {
 namespace wmma = nvcuda::wmma;
 
 constexpr int kFisherThreads = 256;
-constexpr int kTileRows = 128, kTileColumns = 64;  // of F
+constexpr int kTileRows = 128, kTileColumns = 64;  // of a tile of F
 constexpr int kPatch = 16, kAcross = 2;            // a warp holds kAcross x kAcross patches of 16 x 16
 
 template <typename T>
 struct Product {
-    static constexpr int kTokens = 16;  // of one product
+    static constexpr int kTokens = 16;  // tokens per tensor-core product
     using Element = T;
 };
 template <>
@@ -30,7 +30,8 @@ struct Product<float> {
     static constexpr int kTokens = 8;
     using Element = wmma::precision::tf32;
 };
-// Tokens of a chunk: two products' worth. Rows in shared memory are 16 bytes longer than needed, against bank conflicts.
+// A chunk has the tokens of two products. Rows in shared memory are 16 bytes longer than needed, which avoids bank
+// conflicts.
 template <typename T> constexpr int kChunk = 2 * Product<T>::kTokens;
 template <typename T> constexpr int kGradPitch = kTileRows + kPack<T>;
 template <typename T> constexpr int kInputPitch = kTileColumns + kPack<T>;
@@ -39,13 +40,13 @@ template <typename T> using Left = wmma::fragment<wmma::matrix_a, kPatch, kPatch
 template <typename T> using Right = wmma::fragment<wmma::matrix_b, kPatch, kPatch, Product<T>::kTokens, typename Product<T>::Element, wmma::row_major>;
 template <typename T> using Sum = wmma::fragment<wmma::accumulator, kPatch, kPatch, Product<T>::kTokens, float>;
 
-// The tokens that one product takes: [begin, end) of a sequence, `last` where the sequence ends with it.
+// The tokens that are multiplied at a time: [begin, end) of a sequence. `last` says that the sequence ends with them.
 struct Chunk {
     std::int64_t sequence, begin, end;
     bool last;
 };
 
-// The chunk that begins at token `begin` of `sequence`, or the first of a later sequence that has tokens.
+// Moves on to the next chunk: of the same sequence, or of the next sequence that has tokens. False if there is none.
 template <typename T>
 __device__ __forceinline__ bool next_chunk(const Fisher& p, Chunk& chunk, bool first) {
     std::int64_t begin = chunk.end;
@@ -64,7 +65,7 @@ __device__ __forceinline__ bool next_chunk(const Fisher& p, Chunk& chunk, bool f
     return true;
 }
 
-// 16 bytes of a row of an operand, zeros where tokens or columns end.
+// Loads 16 bytes of a row of an operand, with zeros beyond the last token or column.
 template <typename T>
 __device__ __forceinline__ uint4 fetch(const T* matrix, std::int64_t stride, std::int64_t token, std::int64_t end,
                                        std::int64_t column, std::int64_t columns, bool vectors) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ uint4 fetch(const T* matrix, std::int64_t stride, std
     return pack.bits;
 }
 
-// A chunk of both operands on its way from global to shared memory.
+// A chunk of both operands in registers, between global and shared memory.
 template <typename T>
 struct InFlight {
     static constexpr int kGradPacks = kChunk<T> * kTileRows / kPack<T> / kFisherThreads;
@@ -121,7 +122,7 @@ struct InFlight {
     }
 };
 
-// x = big + small, both TF32.
+// Splits x into big + small, both TF32.
 template <typename Fragment>
 __device__ __forceinline__ void split(Fragment& big, Fragment& small) {
 #pragma unroll
@@ -132,7 +133,7 @@ __device__ __forceinline__ void split(Fragment& big, Fragment& small) {
     }
 }
 
-// sums += grads' inputs over the chunk in shared memory; (row, column) is where this warp's patches begin.
+// sums += grads' inputs over the chunk in shared memory. The patches of this warp begin at (row, column).
 template <typename T>
 __device__ __forceinline__ void multiply(const T* grads, const T* inputs, int row, int column,
                                          Sum<T> (&sums)[kAcross][kAcross]) {
@@ -159,7 +160,7 @@ __device__ __forceinline__ void multiply(const T* grads, const T* inputs, int ro
     }
 }
 
-// F += a patch of 16 x 16, by one warp through its own piece of shared memory.
+// F += a patch of 16 x 16. One warp does this, through a part of shared memory that no other warp uses.
 template <typename Fragment>
 __device__ __forceinline__ void add_patch(const Fisher& p, std::int64_t row, std::int64_t column,
                                           const Fragment& total, float* piece) {
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kFisherThreads) fisher_kernel(Fisher p) {
         more = next_chunk<T>(p, chunk, false);
         if (more) ahead.load(p, chunk);
         multiply<T>(grads, inputs, row, column, sums);
-        __syncthreads();  // before the next chunk takes this one's place
+        __syncthreads();  // the next chunk will overwrite this one
         if (!last) continue;
 #pragma unroll
         for (int i = 0; i < kAcross; ++i)

@@ -1,4 +1,4 @@
-// What bindings_cuda.cpp needs of the CUDA runtime itself.
+// What bindings_cuda.cpp needs from the CUDA runtime.
 
 #include "device.h"
 

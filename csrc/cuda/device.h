@@ -1,5 +1,5 @@
-// What every kernel here uses: CUDA's headers (or, in tests, their emulation on the CPU), 16-byte accesses, reductions
-// over a warp and a block, and launches on a given device and stream.
+// What all kernels use: CUDA's headers (in tests their emulation on the CPU), 16-byte loads and stores, reductions over
+// a block, and launches on a given device and stream.
 #pragma once
 
 #ifdef FASTALIGN_EMULATE_CUDA
@@ -20,7 +20,7 @@ namespace fastalign::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kNegativeInfinity = -INFINITY;
-// Far below any logit, yet finite, so that a difference of two of them is 0 and not NaN.
+// Far below any logit but finite, so that the difference of two of them is 0 and not NaN.
 constexpr float kStart = -1e30f;
 
 using bf16 = __nv_bfloat16;
@@ -34,7 +34,7 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half(x); }
 
-// Values of one 16-byte access: 4 of float, 8 of bfloat16 and float16.
+// Values per 16-byte access: 4 of float, 8 of bfloat16 and float16.
 template <typename T> constexpr int kPack = 16 / sizeof(T);
 
 template <typename T>
@@ -52,14 +52,14 @@ __device__ __forceinline__ void store_pack(T* at, const float (&values)[kPack<T>
     *reinterpret_cast<uint4*>(at) = pack.bits;
 }
 
-// How many leading items lie before the first 16-byte boundary, at most n.
+// The number of items before the first 16-byte boundary, at most n.
 template <typename T>
 __device__ __forceinline__ int unaligned_head(const T* row, int n) {
     const int head = static_cast<int>((16 - reinterpret_cast<std::uintptr_t>(row) % 16) % 16 / sizeof(T));
     return head < n ? head : n;
 }
 
-// A running maximum and the sum of exp(z - max) below it.
+// A running maximum, and the sum of exp(z - max) over the values so far.
 struct SoftmaxSum {
     float max = kStart, sum = 0.0f;
 
@@ -87,8 +87,9 @@ struct Add {
     __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
 };
 
-// Every thread's value combined, in every thread, in an order that the block's size alone decides. `shared` holds one
-// value a warp; each call needs its own, since a fast warp may write before a slow one has read.
+// Combines the values of all threads, and returns the result in every thread. The order depends only on the block's
+// size. `shared` holds one value per warp. Each call needs another `shared`, because a fast warp may write to it before
+// a slow warp has read the values of the last call.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduced(T mine, T neutral, T* shared, Combine combine) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -102,7 +103,7 @@ __device__ __forceinline__ T block_reduced(T mine, T neutral, T* shared, Combine
     return all;
 }
 
-// Launches on a device without changing the caller's current one.
+// Makes a device the current one for a launch, and restores the caller's current device afterwards.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) : error_(cudaGetDevice(&before_)) {
@@ -131,7 +132,7 @@ int launch(Where where, void (*kernel)(Parameters...), dim3 grid, unsigned threa
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// f(T{}) for the type that `dtype` names.
+// Calls f(T{}) with the type T that `dtype` names.
 template <typename F>
 int for_dtype(DType dtype, F f) {
     switch (dtype) {

@@ -1,6 +1,6 @@
-// Elastic weight consolidation and squared gradients over many tensors at once: the tensors' addresses travel in the
-// launch itself, a block takes 4096 elements of one of them, and each element is read once. Sums are written one a
-// block, and added up afterwards in an order that only the shapes decide.
+// Elastic weight consolidation, and squared gradients, over many tensors at once. The addresses of the tensors are
+// arguments of the launch. A block computes 4096 elements of one tensor, and each element is read once. Every block
+// writes one sum. The sums are added afterwards, in an order that depends only on the shapes.
 
 #include "ewc.h"
 
@@ -12,7 +12,7 @@ namespace {
 constexpr int kHeldThreads = 256;
 static_assert(kHeldThreads * kItems == kHeldBlock, "a thread holds kItems elements");
 
-// The tensor that this block works on; `start` becomes the block's first element in it.
+// Returns the tensor of this block, and sets `start` to the first element of the block in it.
 __device__ __forceinline__ int tensor_of(const HeldBatch& p, std::int64_t& start) {
     int i = 0;
     while (i + 1 < p.count && p.tensors[i + 1].first_block <= static_cast<int>(blockIdx.x)) ++i;
@@ -24,7 +24,7 @@ __device__ __forceinline__ int length_of(const HeldTensor& t, std::int64_t start
     return static_cast<int>(t.size - start < kHeldBlock ? t.size - start : kHeldBlock);
 }
 
-// sums[b] = sum F (theta - anchor)^2 of block b; grad = or += strength F (theta - anchor)
+// sums[b] = sum F (theta - anchor)^2 of block b. grad = strength F (theta - anchor) if it is fresh, else +=.
 // budget: 80 registers, 64 bytes shared, 6 wide loads, 2 wide stores
 template <typename T, typename A>
 __global__ void __launch_bounds__(kHeldThreads) penalty_kernel(const __grid_constant__ HeldBatch p) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kHeldThreads) penalty_kernel(const __grid_cons
     if (threadIdx.x == 0) p.sums[blockIdx.x] = all;
 }
 
-// F += g^2, g in theta's place
+// F += g^2, where g is passed as theta.
 // budget: 64 registers, 0 bytes shared, 6 wide loads, 4 wide stores
 template <typename T>
 __global__ void __launch_bounds__(kHeldThreads) squares_kernel(const __grid_constant__ HeldBatch p) {

@@ -1,4 +1,4 @@
-// Many tensors in one launch: what travels in it (ewc.cu).
+// The arguments of a launch over many tensors (ewc.cu).
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 
 namespace fastalign::cuda {
 
-constexpr int kHeldBlock = 4096;  // elements of a block
-constexpr int kHeldTensors = 64;  // of one launch, whose arguments may take 4 KiB
+constexpr int kHeldBlock = 4096;  // elements per block
+constexpr int kHeldTensors = 64;  // tensors per launch, whose arguments may take 4 KiB
 
 struct HeldTensor {
-    const void* theta;   // (size,); add_squares: the gradient
+    const void* theta;   // (size,); for add_squares the gradient
     const void* anchor;  // (size,)
-    float* fisher;       // (size,), or null for 1; read only by ewc_penalty
+    float* fisher;       // (size,), or null for 1; ewc_penalty reads it, add_squares adds to it
     void* grad;          // (size,) in theta's dtype, or null
     std::int64_t size;
-    bool fresh;       // the gradient is written, not added to
+    bool fresh;       // true: write grad; false: add to it
     int first_block;  // set by the launcher
 };
 
@@ -31,7 +31,7 @@ static_assert(sizeof(HeldBatch) <= 4096, "a kernel's arguments");
 
 inline std::int64_t held_blocks(std::int64_t size) { return (size + kHeldBlock - 1) / kHeldBlock; }
 
-// sums: (total of held_blocks,). The anchor's dtype is theta's or float32.
+// sums has one entry per block: the total of held_blocks over the tensors. The anchor's dtype is theta's or float32.
 int ewc_penalty(DType theta, DType anchor, float strength, const std::vector<HeldTensor>& tensors, double* sums,
                 Where where);
 int add_squares(DType grad, const std::vector<HeldTensor>& tensors, Where where);

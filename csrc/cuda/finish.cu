@@ -1,5 +1,6 @@
-// From the sums over the whole vocabulary to the results, one block a row: the log-prob, the entropy, what the backward
-// pass needs, and the gradients in place of the products' sums. `finish` in fastalign/ops/head/epilogue.py defines it.
+// Turns the sums over the whole vocabulary into results, with one block per row: the log-prob, the entropy, what the
+// backward pass needs, and the gradients, which overwrite the sums of the products. `finish` in
+// fastalign/ops/head/epilogue.py is the definition.
 
 #include "device.h"
 
@@ -18,7 +19,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
     const float capped = p.head.outer != 0.0f ? z_y / p.head.outer : 0.0f;
     const float t = fmaxf(capped, -1.0f), slope = p.head.factor * (1.0f - t * t);
     if (threadIdx.x == 0) {
-        // log1p keeps the digits of a log-prob near 0; far below the maximum the exponential would overflow.
+        // log1p keeps the digits of a log-prob near 0. Far below the maximum the exponential would overflow.
         p.logprobs[row] =
             shifted > -30.0f ? -log1pf(others * expf(fminf(-shifted, 30.0f))) : shifted - logf(total);
         p.entropies[row] = p.zothers ? logf(total) - mean : 0.0f;

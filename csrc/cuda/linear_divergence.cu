@@ -1,14 +1,15 @@
-// The epilogues of linear_divergence, on tiles of logits that are held: one block a row, student and teacher read
-// together, all in place. What is computed, and why so, is told in fastalign/ops/head/divergence_terms.py.
+// The epilogues of linear_divergence, on tiles of logits that are held in memory, with one block per row. Student and
+// teacher are read together, and results overwrite them. fastalign/ops/head/divergence_tiles.py explains why, and
+// divergence_terms.py beside it is the definition.
 
 #include "tile.h"
 
 namespace fastalign::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // two tiles in registers at once leave no room for more
+constexpr int kThreads = 512;  // two rows in registers at once leave no registers for more threads
 
-// Products -> logits in place, folded into the running maximum and sum of exponentials of each row.
+// Turns products into logits in place, and updates the running maximum and sum of exponentials of each row.
 // budget: 64 registers, 128 bytes shared, 4 wide loads, 4 wide stores
 __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(Divergence p) {
     __shared__ float maxima[kThreads / 32], sums[kThreads / 32];
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(Divergence p) {
     float top = kStart;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-        if (column_of(i) < columns) z[i] = fmaxf(z[i], kStart);  // ruled out by the bias, yet finite
+        if (column_of(i) < columns) z[i] = fmaxf(z[i], kStart);  // a bias of -inf gives a finite number too
         top = fmaxf(top, z[i]);
     }
     store_row(p.a + row * p.a_stride, columns, z);
@@ -34,9 +35,10 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(Divergence p) {
     if (threadIdx.x == 0) p.top[row] = top, p.total[row] = p.total[row] * __expf(before - top) + sum;
 }
 
-// What one entry adds to the value and to K, from log s and log t; they become what the gradient is made of.
+// Adds one entry of the vocabulary to the value and to K. On entry a is log s and b is log t. They are overwritten by
+// what the gradient is made of.
 __device__ __forceinline__ void terms_of(DivergenceKind kind, float beta, float& a, float& b, float& value, float& k) {
-    // With d = log(t / s) / 2: t - s is (s + t) tanh d. d - tanh d comes from its series where it would cancel.
+    // With d = log(t / s) / 2, t - s is (s + t) tanh d. Where d - tanh d would cancel it is computed from its series.
     const float both = __expf(a) + __expf(b), d = 0.5f * (b - a), tanh_d = tanhf(d), square = d * d;
     const float series = d * square * (1 / 3.0f + square * (-2 / 15.0f + square * (17 / 315.0f - square * (62 / 2835.0f))));
     const bool near = square < 0.0625f;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void terms_of(DivergenceKind kind, float beta, float&
     k += b;
 }
 
-// Values and K of each row, plus those of this tile; a and b are overwritten.
+// Adds the terms of this tile to the value and K of each row, and overwrites a and b.
 // budget: 96 registers, 128 bytes shared, 8 wide loads, 8 wide stores
 __global__ void __launch_bounds__(kThreads, 1) terms_kernel(Divergence p) {
     __shared__ float values[kThreads / 32], moments[kThreads / 32];
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1) terms_kernel(Divergence p) {
     }
 }
 
-// c = scale a, or scale (b - moment a), times coefficients: from what terms_kernel left, in the last product's dtype.
+// The gradient from what terms_kernel left, in the dtype of the next product: c = scale a for forward_kl, else
+// scale (b - moment a), times the coefficients.
 // budget: 64 registers, 0 bytes shared, 8 wide loads, 2 wide stores
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(Divergence p) {
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(Diverg
     const float scale = p.coefficients ? p.scale * p.coefficients[row] : p.scale;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) c[i] *= scale;
-    __syncthreads();  // c may lie in the memory of a, at another width
+    __syncthreads();  // c may overwrite a, with elements of another size
     store_row(static_cast<T*>(p.c) + row * p.c_stride, columns, c);
 }
 

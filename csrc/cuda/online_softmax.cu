@@ -1,14 +1,14 @@
-// The online-softmax epilogue of a tile of logits: one block a row, one read of the tile. It folds the row into its
-// running sums and leaves unnormalised probabilities for the second product. `absorb` in fastalign/ops/head/epilogue.py
-// defines it.
+// The online-softmax epilogue of a tile of logits, with one block per row and one read of the tile. It adds the row to
+// its running sums, and leaves unnormalised probabilities for the second product. `absorb` in
+// fastalign/ops/head/epilogue.py is the definition.
 
 #include "tile.h"
 
 namespace fastalign::cuda {
 namespace {
 
-// The shift lags up to this far behind the maximum, so that a and b are hardly ever rescaled: exp(8) is 2981, which
-// every dtype holds.
+// The shift may lag this far behind the maximum, so that a and b are hardly ever rescaled. exp(8) is 2981, which every
+// dtype can represent.
 constexpr float kLag = 8.0f;
 
 // b = down (b + moved a), a = down a.
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) absorb_kernel(Absorb p) {
         if (column == target) has_target = true, target_logit = z[i];
         const float e = column == target ? 0.0f : __expf(d);
         sum += e;
-        ze[i] = fmaxf(d, kStart) * e;  // held above -inf, for 0 * inf is NaN
+        ze[i] = fmaxf(d, kStart) * e;  // -inf * 0 would be NaN
         zsum += ze[i];
         ze[i] *= slope, z[i] = column < columns ? e * slope : 0.0f;
     }
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) absorb_kernel(Absorb p) {
     if (p.a && shift != before && before > kStart) rescale(p, row, moved, down);
 }
 
-// The same without cap, bias, entropy and best, as most tiles are: half the registers do, and twice the warps hide the
-// memory's latency.
+// The same without cap, bias, entropy and best, which most tiles do not need. Half the registers are enough, so twice
+// as many warps hide the latency of the memory.
 // budget: 32 registers, 256 bytes shared, 4 wide loads, 4 wide stores
 template <typename U, typename E>
 __global__ void __launch_bounds__(kTileThreads, 2) plain_absorb_kernel(Absorb p) {
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) plain_absorb_kernel(Absorb p)
     const float before = p.shift[row];
     const int target = item_of(target_column(p, row));
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) z[i] *= p.head.factor;  // positive: what lies beyond the tile stays at -inf
+    for (int i = 0; i < kItems; ++i) z[i] *= p.head.factor;  // factor > 0: beyond the tile it stays -inf
     if (target >= 0) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i)
-            if (i == target) top = z[i], z[i] = kNegativeInfinity;  // not one of the others
+            if (i == target) top = z[i], z[i] = kNegativeInfinity;  // leaves the target out of the sums
         p.target[row] = top;
     }
 #pragma unroll

@@ -1,9 +1,11 @@
-// Losses of pairs (or of labelled completions) from token log-probs in one launch: a block sums a pair's two sequences,
-// forms loss, rewards and derivative, and writes each token's coefficient. Sums and formulas are in double, in an order
-// that only a sequence's length decides. The formulas are those of fastalign/losses, with options folded into three
-// numbers by fastalign/ops/preference_loss.py. Some thousand tokens are moved: what counts is that it is one launch.
+// Losses of pairs (or of labelled completions) from token log-probs in one launch. A block sums the two sequences of a
+// pair, computes loss, rewards and derivatives, and writes the coefficient of each token. Sums and formulas are in
+// double, and the order of a sum depends only on the length of the sequence. The formulas are those of
+// fastalign/losses. fastalign/ops/preference_loss.py turns the options into three numbers. Only some thousand tokens
+// are read, so the time is that of a launch, and one launch is what matters.
 //
-// Offsets that do not rise from 0 to the number of tokens reach nothing outside: their sums, and so the losses, are NaN.
+// Offsets that do not ascend from 0 to the number of tokens cause no access outside the tensors. Their sums, and
+// therefore the losses, are NaN.
 
 #include "device.h"
 
@@ -15,7 +17,7 @@ constexpr int kLossThreads = 128;
 __device__ __forceinline__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
-// The tokens [begin, end) of a sequence, empty where its offsets are wrong.
+// The tokens [begin, end) of a sequence, empty if its offsets are wrong.
 struct Span {
     std::int64_t begin, end;
     bool right;
@@ -29,13 +31,13 @@ __device__ __forceinline__ Span span_of(const Preference& p, std::int64_t i) {
     return {begin, right ? end : begin, right};
 }
 
-// The tokens that sequence i is averaged over, at least 1: an empty completion's average is 0.
+// The number of tokens to average sequence i over, at least 1, so that the average of an empty completion is 0.
 __device__ __forceinline__ double length_of(const Preference& p, std::int64_t i, Span span) {
     if (!p.averaged) return 1;
     return fmax(1.0, p.lengths ? double(p.lengths[i]) : double(span.end - span.begin));
 }
 
-// Sums one sequence, writes its sum and reward, and returns to all threads what the loss is a function of.
+// Sums one sequence, writes its sum and reward, and returns in all threads the number that enters the loss.
 __device__ __forceinline__ double ratio_of(const Preference& p, std::int64_t i, Span span, double* shared) {
     double sum = 0;
     for (std::int64_t t = span.begin + threadIdx.x; t < span.end; t += blockDim.x) sum += p.logprobs[t];
@@ -52,15 +54,15 @@ struct LossAndSlopes {
 
 __device__ LossAndSlopes pair_loss(const Preference& p, double u, double v) {
     if (p.form == LossForm::odds_ratio) {
-        // An average that has rounded to 0 counts as the largest one below it, with no gradient.
+        // An average log-prob that was rounded to 0 counts as the largest number below 0, and has no gradient.
         const double highest = -FLT_MIN, a = u < highest ? u : highest, b = v < highest ? v : highest;
         const double log_odds_ratio = (a - log(-expm1(a))) - (b - log(-expm1(b)));
         const double slope = p.scale * sigmoid(-log_odds_ratio);
         return {p.scale * softplus(-log_odds_ratio) + 0 * (u + v), u > highest ? 0 : slope / expm1(a),
-                v > highest ? 0 : -slope / expm1(b)};  // 0 * (u + v): a NaN stays one
+                v > highest ? 0 : -slope / expm1(b)};  // the term 0 * (u + v) above keeps a NaN
     }
     const double x = p.scale * (u - v) - p.offset;
-    double loss, slope;  // in x
+    double loss, slope;  // slope is d loss / d x
     if (p.form == LossForm::square) {
         loss = x * x, slope = 2 * x;
     } else if (p.form == LossForm::hinge) {

@@ -1,12 +1,12 @@
-// Log-probabilities of targets under logits that exist, and their gradient: one block a row, one read of the logits
-// forward, one read and one write backward. With `others` the log-sum-exp of all entries but the target y, nothing
-// cancels near p_y = 1:
+// Log-probabilities of targets from logits that exist already, and their gradient, with one block per row. Forward
+// reads the logits once, backward reads and writes them once. `others` is the log-sum-exp of all entries except the
+// target y. With it no digits cancel near p_y = 1:
 //
 //     odds = z_y - others      log p_y = -log(1 + exp(-odds))      1 - p_y = 1 / (1 + exp(odds))
 //
-// Rows start anywhere (a vocabulary of 50257 in bfloat16 shifts each by two bytes), so a row is a few single values,
-// aligned packs of 16 bytes, and a few single values. A target outside the vocabulary reads and writes nothing there:
-// its log-probability is NaN, its row's gradient 0.
+// Rows need not be aligned (with a vocabulary of 50257 in bfloat16 each row shifts by two bytes). A row is therefore
+// read as a few single values, aligned packs of 16 bytes, and a few single values. A target outside the vocabulary
+// causes no access outside the row: its log-probability is NaN and the gradient of its row is 0.
 
 #include "device.h"
 
@@ -25,7 +25,7 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) gather_forward(Gather p) {
     __shared__ float maxima[kRowThreads / 32], sums[kRowThreads / 32];
     const std::int64_t row = blockIdx.x, target = p.targets[row];
-    if (target == p.ignore_index) {  // such a row may hold anything
+    if (target == p.ignore_index) {  // such a row may contain anything, also NaN
         if (threadIdx.x == 0) p.logprobs[row] = p.stats[2 * row] = p.stats[2 * row + 1] = 0.0f;
         return;
     }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_forward(Gather p) {
     const float sum = block_reduced(mine.sum * __expf(mine.max - max), 0.0f, sums, Add{});
     if (threadIdx.x == 0) {
         const bool inside = target >= 0 && target < p.vocab;
-        const float log_sum = logf(fmaxf(sum, FLT_MIN));  // of nothing: p_y = 1
+        const float log_sum = logf(fmaxf(sum, FLT_MIN));  // a sum of 0 means p_y = 1
         const float odds = inside ? (to_float(logits[target]) * p.factor - max) - log_sum : NAN;
         p.logprobs[row] = fminf(odds, 0.0f) - log1pf(__expf(-fabsf(odds)));
         p.stats[2 * row] = max + log_sum;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_forward(Gather p) {
     }
 }
 
-// grad (onehot - p) / temperature. Each value is read and written by one thread, so it may be done in place.
+// grad (onehot - p) / temperature. The same thread reads and writes a value, so the result may overwrite the logits.
 // budget: 32 registers, 0 bytes shared, 2 wide loads, 2 wide stores
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
     const float miss = scored ? p.grad[row] * p.factor / (1.0f + __expf(p.stats[2 * row + 1])) : 0.0f;
     const int vocab = static_cast<int>(p.vocab), thread = threadIdx.x;
     auto other = [&](float logit) { return -miss * __expf(logit * p.factor - others); };
-    // A row without a target is not read: it may hold NaN, and 0 * NaN is NaN.
+    // A row without a target is not read, because it may contain NaN, and 0 * NaN is NaN.
     auto one = [&](int i) {
         out[i] = from_float<T>(i == target ? miss : scored ? other(to_float(logits[i])) : 0.0f);
     };
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_backward(Gather p) {
             for (int i = 0; i < kPack<T>; ++i) z[i] = other(z[i]);
         }
         store_pack(out + first, z);
-        // Afterwards: if the value at the target might not be needed, a compiler splits the load.
+        // This is done after the store: if the value at the target might not be needed, compilers split the wide load.
         if (target >= first && target < first + kPack<T>) out[target] = from_float<T>(miss);
     }
 }

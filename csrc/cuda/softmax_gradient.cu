@@ -1,5 +1,5 @@
-// The gradient of a tile of logits, for a trainable head: one block a row, one read and one write, in place if asked.
-// `softmax_gradient` and `kept_gradient` in fastalign/ops/head/epilogue.py are the definition.
+// The gradient of a tile of logits for a trainable head, with one block per row, one read and one write. The result may
+// overwrite the tile. `softmax_gradient` and `kept_gradient` in fastalign/ops/head/epilogue.py are the definition.
 
 #include "tile.h"
 
@@ -22,11 +22,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) gradient_kernel(Gradient p) {
         const float g = (logprobs + entropy * (fmaxf(d, kStart) - mean)) * __expf(d) * slope;
         z[i] = column_of(i) == target ? at_target : g;
     }
-    __syncthreads();  // du may lie in the memory of u, at another width
+    __syncthreads();  // du may overwrite u, with elements of another size
     store_row(static_cast<D*>(p.du) + row * p.du_stride, columns, z);
 }
 
-// The same without cap, bias and entropy: half the registers do, and twice the warps hide the memory's latency.
+// The same without cap, bias and entropy. Half the registers are enough, so twice as many warps hide the latency of the
+// memory.
 // budget: 32 registers, 0 bytes shared, 2 wide loads, 2 wide stores
 template <typename U, typename D>
 __global__ void __launch_bounds__(kTileThreads, 2) plain_gradient_kernel(Gradient p) {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) plain_gradient_kernel(Gradien
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
         z[i] = i == target ? at_target : logprobs * __expf(factor * z[i] - shift) * factor;
-    __syncthreads();  // as above
+    __syncthreads();  // as in gradient_kernel
     store_row(static_cast<D*>(p.du) + row * p.du_stride, columns, z);
 }
 

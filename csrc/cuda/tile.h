@@ -1,5 +1,5 @@
-// One row of a tile of logits in the registers of a block: 16 values a thread, in two runs of 8 neighbours. A row is
-// read whole before any of it is written, so results may take the memory of what they are made from.
+// One row of a tile of logits in the registers of a block: 16 values per thread, in two runs of 8 neighbours. The whole
+// row is read before any of it is written, so results may overwrite their inputs.
 #pragma once
 
 #include "device.h"
@@ -18,18 +18,19 @@ __device__ __forceinline__ bool aligned(const T* at) {
     return reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
 }
 
-// The column of this thread's i-th item.
+// The column of an item of this thread.
 __device__ __forceinline__ int column_of(int item) {
     return (item / kRun * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kRun + item % kRun;
 }
 
-// Which of this thread's items the column is, or -1.
+// The item of this thread that holds a column, or -1.
 __device__ __forceinline__ int item_of(int column) {
     const unsigned first = column - column_of(0), second = column - column_of(kRun);
     return static_cast<int>(first < kRun ? first : second < kRun ? kRun + second : ~0u);
 }
 
-// Below, items are compared with what is left of the row, not columns with its end: 16 columns would take 16 registers.
+// load_row and store_row compare the index of an item with the number of columns left, instead of its column with the
+// end of the row, because 16 columns would need 16 registers.
 template <typename T>
 __device__ __forceinline__ void load_row(const T* row, int columns, float (&values)[kItems], float beyond) {
     const bool vectors = aligned(row);
@@ -75,7 +76,7 @@ __device__ __forceinline__ void store_row(T* row, int columns, const float (&val
     }
 }
 
-// u -> z, in place; columns beyond the tile are given as -inf and stay so.
+// Turns u into z in place. Columns beyond the tile are -inf before and after.
 __device__ __forceinline__ void to_logits(const Head& head, const float* bias, int columns, float (&z)[kItems]) {
     if (bias) {
         float added[kItems];
@@ -90,7 +91,7 @@ __device__ __forceinline__ void to_logits(const Head& head, const float* bias, i
     }
 }
 
-// dz/du where the logit is z, under a cap.
+// dz/du under a cap, at the logit z.
 __device__ __forceinline__ float capped_slope(const Head& head, float z) {
     const float t = z / head.outer;
     return head.factor * (1.0f - t * t);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_reader_that_stops_reading_is_no_error(monkeypatch):
     with os.fdopen(write_end, "w") as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
         assert bench.main() is None
-        assert os.fstat(stdout.fileno()).st_rdev == os.stat(os.devnull).st_rdev, "what is left has nowhere to go"
+        assert os.fstat(stdout.fileno()).st_rdev == Path(os.devnull).stat().st_rdev, "what is left has nowhere to go"
 
 
 def test_without_a_command_it_shows_its_help(capsys, monkeypatch):

@@ -1,8 +1,8 @@
 #pragma once
 
-// Threads. In Python the work runs in torch's own pool, reached through its stable C function `torch_parallel_for`,
-// whose address Python looks up: a second OpenMP runtime would fight the first, and no torch header is needed.
-// Without it (the sanitizer driver), std::thread.
+// Threads. In Python the work runs in torch's thread pool, because a second OpenMP runtime would compete with torch's
+// for the cores. The pool is reached through the stable C function `torch_parallel_for`. Python looks up its address,
+// so no torch header is needed. Without that address (in the sanitizer driver) the work runs in std::thread.
 
 #include <atomic>
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Pool {
     int workers = 1;
     ParallelFor parallel_for = nullptr;
 
-    // Calls f(worker) for worker = 0 .. workers - 1, at the same time where the pool allows it, else one by one.
+    // Calls f(worker) for worker = 0 .. workers - 1, in parallel if the pool allows it, else one after another.
     template <typename F>
     void run(const F& f) const {
         if (workers == 1) return f(0);
@@ -36,9 +36,11 @@ struct Pool {
     }
 };
 
-// Deals out items in order, and lets each lane (a block of rows) take its results in the order of the vocabulary
-// whoever computed them. An item only ever waits for items dealt before it, which are done or being done by another
-// worker; so it cannot deadlock, not even when the pool runs the workers one by one.
+// Hands out items to the workers in order. `wait` and `done` make each lane (a block of rows) receive its results in
+// the order of the vocabulary, whichever worker computed them, so sums have one order for any number of threads.
+//
+// This cannot deadlock, even if the pool runs the workers one after another: an item waits only for items that were
+// handed out before it, and those are finished or being computed by another worker.
 class OrderedItems {
 public:
     OrderedItems(std::int64_t items, std::int64_t lanes) : items_(items), turns_(lanes) {}

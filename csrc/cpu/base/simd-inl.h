@@ -1,8 +1,9 @@
 #pragma once
 
-// Vectors of one instruction set, through the compiler's vector extensions: the same source gives SSE2 or NEON, AVX2
-// and AVX-512. A file that includes this is compiled once per instruction set, with FASTALIGN_ISA as its namespace (so
-// that no two versions of a function ever meet in the linker) and FASTALIGN_VECTOR_BYTES as its register width.
+// Vectors of one instruction set, through the compiler's vector extensions. The same source compiles to SSE2 or NEON,
+// AVX2 and AVX-512. A file that includes this header is compiled once per instruction set, with two macros:
+// FASTALIGN_ISA is its namespace, which keeps the versions of a function apart in the linker, and
+// FASTALIGN_VECTOR_BYTES is the register width.
 
 #include <cmath>
 #include <cstdint>
@@ -42,11 +43,11 @@ FASTALIGN_INLINE Vec<T> fill(T x) {
 }
 template <typename V>
 FASTALIGN_INLINE V vmax(V a, V b) {
-    return a > b ? a : b;  // b where a is NaN
+    return a > b ? a : b;  // if a is NaN this is b
 }
 
-// e^y, within 2 ulp for -87.3 <= y <= 88, NaN for NaN. y = n ln 2 + r, and a polynomial in r (coefficients: Cephes,
-// expf).
+// e^y within 2 ulp, for -87.3 <= y <= 88 and for NaN. With y = n ln 2 + r, e^y is 2^n times a polynomial in r (its
+// coefficients are those of expf in Cephes).
 FASTALIGN_INLINE Vec<float> exp_within(Vec<float> y) {
     typedef std::int32_t Ints __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
     const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -63,7 +64,7 @@ FASTALIGN_INLINE Vec<float> exp_within(Vec<float> y) {
     return p * reinterpret_cast<Vec<float>>(scale);
 }
 
-// The same for any x: 0 below, infinity above.
+// e^x for any x: 0 below that range, infinity above it.
 FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
     const Vec<float> low = fill(-87.3f), high = fill(88.0f);
     Vec<float> y = x < low ? low : x;
@@ -72,13 +73,14 @@ FASTALIGN_INLINE Vec<float> vexp(Vec<float> x) {
     return x > high ? fill(std::numeric_limits<float>::infinity()) : p;
 }
 
-// For x <= 0 and sums that hold e^0: below -87.3 it stays at 1e-38, which the sum does not see.
+// e^x for x <= 0, for sums that contain e^0 = 1. Below -87.3 the result stays at 1e-38, which does not change such a
+// sum, so the comparison for 0 can be saved.
 FASTALIGN_INLINE Vec<float> vexp_term(Vec<float> x) {
     const Vec<float> low = fill(-87.3f);
     return exp_within(x < low ? low : x);
 }
 
-// Double serves gradient checks, not speed: the C library's.
+// Double is used for gradient checks, where speed does not matter: call the C library.
 FASTALIGN_INLINE Vec<double> vexp(Vec<double> x) {
     for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
     return x;
@@ -94,7 +96,7 @@ FASTALIGN_INLINE V vtanh(V x) {
     return x < 0 ? -t : t;
 }
 
-// The two 16-bit formats, as stored.
+// The two 16-bit formats as they are stored.
 struct bf16 {
     std::uint16_t bits;
 };
@@ -111,7 +113,7 @@ FASTALIGN_INLINE float widen(bf16 x) {
     return out;
 }
 FASTALIGN_INLINE float widen(f16 x) {
-    // The exponent's bias is mended by a product, which also turns subnormal halves into normal floats.
+    // The product corrects the bias of the exponent. It also turns subnormal halves into normal floats.
     const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
     float out;
     std::memcpy(&out, &magnitude, 4);
@@ -125,7 +127,7 @@ FASTALIGN_INLINE float widen(f16 x) {
 
 FASTALIGN_INLINE void narrow(float x, float& out) { out = x; }
 FASTALIGN_INLINE void narrow(double x, double& out) { out = x; }
-FASTALIGN_INLINE void narrow(float x, bf16& out) {  // to nearest, ties to even
+FASTALIGN_INLINE void narrow(float x, bf16& out) {  // rounds to nearest, ties to even
     std::uint32_t bits;
     std::memcpy(&bits, &x, 4);
     const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -175,7 +177,7 @@ FASTALIGN_INLINE void narrow_row(const float* in, f16* out, std::int64_t n) {
 }
 #endif
 
-// A vector of entries in the accumulators' type T, from and to the tensors'.
+// Loads and stores of a vector of accumulators (type T) from and to entries of a tensor's type.
 typedef std::uint32_t WordBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
 typedef std::uint16_t HalfBits __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / 2)));
 
@@ -190,7 +192,7 @@ FASTALIGN_INLINE Vec<T> load_wide(const f16* at) {
     return load(wide);
 }
 template <typename T>
-FASTALIGN_INLINE Vec<T> load_wide(const bf16* at) {  // as `widen`, of which the compiler makes no vectors here
+FASTALIGN_INLINE Vec<T> load_wide(const bf16* at) {  // like `widen`, which the compiler does not vectorise here
     HalfBits half;
     std::memcpy(&half, at, sizeof(half));
     return reinterpret_cast<Vec<T>>(__builtin_convertvector(half, WordBits) << 16);
@@ -207,13 +209,13 @@ FASTALIGN_INLINE void store_narrow(Vec<T> values, f16* at) {
     narrow_row(wide, at, lanes<T>);
 }
 template <typename T>
-FASTALIGN_INLINE void store_narrow(Vec<T> values, bf16* at) {  // as `narrow`
+FASTALIGN_INLINE void store_narrow(Vec<T> values, bf16* at) {  // like `narrow`
     const WordBits bits = reinterpret_cast<WordBits>(values), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     const HalfBits half = __builtin_convertvector((values == values ? rounded : bits | 0x400000u) >> 16, HalfBits);
     std::memcpy(at, &half, sizeof(half));
 }
 
-// The first n entries, n up to a vector; zeros behind them.
+// The first n entries, at most a vector, followed by zeros.
 template <typename T, typename In>
 FASTALIGN_INLINE Vec<T> load_some(const In* at, std::int64_t n) {
     if (n == lanes<T>) return load_wide<T>(at);
@@ -237,7 +239,7 @@ FASTALIGN_INLINE T sum_of(Vec<T> v) {
     return total;
 }
 
-// Calls f(at, how many) for the vectors of n entries, of which the last may be shorter.
+// Calls f(first entry, number of entries) for each vector of n entries. The last one may be shorter.
 template <typename T, typename F>
 FASTALIGN_INLINE void each_vector(std::int64_t n, const F& f) {
     std::int64_t at = 0;

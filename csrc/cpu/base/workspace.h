@@ -1,7 +1,7 @@
 #pragma once
 
-// Scratch memory of one call: one aligned block, on huge pages where the system grants them (the second product walks
-// down columns of the weight, a new page at each step).
+// Scratch memory of one call: one aligned block, on huge pages if the system grants them. They help because the second
+// product reads columns of the weight, where each step is on a new page.
 
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace fastalign {
 
-// Set from Python: not every machine is faster with them.
+// Python sets this, because huge pages do not make every machine faster.
 inline bool huge_pages = true;
 
 inline void prefer_huge_pages(void* data, std::size_t bytes) {
@@ -47,7 +47,7 @@ private:
     std::size_t size_;
 };
 
-// Cuts arrays off a block, each on its own cache line. With a null block it only adds up the bytes.
+// Cuts arrays off a block. Each begins on a new cache line. With a null block it only adds up the bytes needed.
 class Carver {
 public:
     explicit Carver(char* block) : block_(block) {}

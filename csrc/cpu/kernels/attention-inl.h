@@ -1,13 +1,18 @@
 #pragma once
 
-// Attention over the segments of a packed row: a query sees its segment's prefix, which are keys of an earlier segment,
-// and its own segment up to itself. To the products of a head (tiles-inl.h), queries are hidden states and keys the
-// vocabulary: a tile of scores is (keys, queries), its softmax runs down vectors of queries, tile after tile (Milakov
-// and Gimelshein, 2018; Dao et al., 2022). Backward makes the probabilities again from the logarithms of their sums.
-// Tiles are counted from the first key of the prefix, so an output has the same bits whether the prefix is shared or not.
+// Attention over the segments of a packed row. A query sees two runs of keys: the prefix of its segment, which lies in
+// an earlier segment, and its segment up to itself.
 //
-// A query head of a block of queries, in backward a key head of a group (a prompt and all its completions), is one
-// worker's, so any number of threads gives the same bits.
+// The tiles of a linear head (tiles-inl.h) compute the products, with queries in the role of hidden states and keys in
+// the role of the vocabulary. So a tile of scores is (keys, queries), and its online softmax runs down vectors of
+// queries, tile after tile (Milakov and Gimelshein, 2018; Dao et al., 2022). The backward pass recomputes the
+// probabilities from the logarithms of their sums.
+//
+// Results have the same bits
+//
+// - whether or not the prefix is shared, because tiles are counted from the first key of the prefix
+// - for any number of threads, because one worker computes a unit of work alone. In the forward pass the unit is one
+//   query head of a block of queries, in the backward pass one key head of a group (a prompt and all its completions)
 
 #include <algorithm>
 #include <atomic>
@@ -27,14 +32,16 @@ class AttentionPass {
     using S = Shape<T>;
     static constexpr std::int64_t P = S::panel, L = lanes<T>, block_rows = 128 / P * P;
     static_assert(block_rows > 0);
-    static constexpr T hidden_score = static_cast<T>(-1e30);  // not -inf: a query may see nothing of its first tiles
+    // The score of a key that a query does not see. It is finite, because a query may see nothing of its first tiles,
+    // and -inf minus -inf would be NaN.
+    static constexpr T hidden_score = static_cast<T>(-1e30);
 
     struct Segment {
         std::int64_t begin, length, prefix_begin, prefix;
     };
 
-    // What one worker needs: the products of queries with keys, those of outputs' gradients with values, tiles of both,
-    // and numbers a query.
+    // The memory of one worker: for products of queries with keys and of output gradients with values, for a tile of
+    // each, and for some numbers per query.
     struct Worker {
         Tiles<T, In> keys, values;
         T *scores, *slopes, *out, *most, *sum, *remains, *delta, *d_key, *d_value;
@@ -63,18 +70,18 @@ class AttentionPass {
             : segment(segment), head(head), first(first), count(smaller(block_rows, segment.length - first)),
               panels(ceil_div(count, P)) {}
         std::int64_t token(std::int64_t i) const { return segment.begin + first + i; }
-        std::int64_t place(std::int64_t i) const { return segment.prefix + first + i; }  // among the keys of its segment
+        std::int64_t place(std::int64_t i) const { return segment.prefix + first + i; }  // index among its keys
     };
 
-    // A run of a segment's keys from the one at `place` on. The first `in_prefix` of them lie in the prefix, from
-    // `prefix_token` on, the others from `token` on.
+    // `size` keys of a segment, beginning with the one at index `place`. The first `in_prefix` of them lie in the
+    // prefix, at tokens from `prefix_token` on. The others are the tokens from `token` on.
     struct Keys {
         std::int64_t place, size, in_prefix, prefix_token, token;
         Keys(const Segment& s, std::int64_t place, std::int64_t size)
             : place(place), size(size), in_prefix(std::max<std::int64_t>(0, smaller(size, s.prefix - place))),
               prefix_token(s.prefix_begin + place), token(s.begin + place + in_prefix - s.prefix) {}
 
-        // Their rows, copied to `joined` where they do not lie one after another.
+        // The rows of the keys. They are copied to `joined` if they are not contiguous.
         WeightTile<In> rows(const HeadProblem& p, std::int64_t width, In* joined) const {
             if (in_prefix == size) return WeightTile<In>(p, prefix_token, size);
             WeightTile<In> own(p, token, size);
@@ -87,7 +94,8 @@ class AttentionPass {
             own.at = joined, own.stride = width;
             return own;
         }
-        // Calls f(first of the run, token, how many) for those in the prefix and those behind it.
+        // Calls f(index of the first key in the run, its token, number of keys) for the keys in the prefix, and for the
+        // keys after it.
         template <typename F>
         void each_part(const F& f) const {
             if (in_prefix > 0) f(0, prefix_token, in_prefix);
@@ -96,7 +104,7 @@ class AttentionPass {
     };
 
     const AttentionProblem& p_;
-    const std::int64_t shared_;  // query heads of a key head
+    const std::int64_t shared_;  // query heads per key head
 
     Segment segment(std::int64_t i) const {
         const std::int64_t* s = p_.segments + 4 * i;
@@ -110,7 +118,7 @@ class AttentionPass {
         return out;
     }
 
-    // Calls f(keys) for the tiles that the block sees anything of.
+    // Calls f(keys) for the tiles of keys of which the block sees at least one.
     template <typename F>
     void each_tile(const Block& block, const F& f) const {
         const std::int64_t end = block.place(block.count), seen = std::max<std::int64_t>(0, block.place(0) - p_.window + 1);
@@ -118,7 +126,8 @@ class AttentionPass {
             f(Keys(block.segment, at, smaller(S::tile, end - at)));
     }
 
-    // A panel's scores u times the scaling; `hidden_score` where a query does not see a key.
+    // Multiplies the scores of a panel by the scaling, and sets them to `hidden_score` where a query does not see a
+    // key.
     void scale_panel(const Block& block, std::int64_t panel, const Keys& keys, T* z) const {
         const std::int64_t place = block.place(panel * P), last = place + P - 1;
         const Vec<T> scaling = fill(static_cast<T>(p_.scaling));
@@ -129,7 +138,7 @@ class AttentionPass {
         Vec<T> first_queries;
         for (int lane = 0; lane < L; ++lane) first_queries[lane] = static_cast<T>(lane);
         for (std::int64_t t = 0; t < keys.size; ++t) {
-            // seen by the queries from that of the key itself to the last that has it in its window
+            // The key is seen by the queries from its own token to the last one that has it in the window.
             const Vec<T> from = fill(static_cast<T>(keys.place + t - place)), to = from + static_cast<T>(p_.window);
             for (int j = 0; j < S::vectors; ++j) {
                 const Vec<T> queries = first_queries + static_cast<T>(j * L), u = load(z + t * P + j * L) * scaling;
@@ -138,7 +147,8 @@ class AttentionPass {
         }
     }
 
-    // Scores -> e^(score - most), with `most` and `sum` of what was seen so far, and what remains of earlier sums.
+    // Turns scores into exp(score - most), and updates per query: `most`, the largest score so far, `sum`, the sum of
+    // exponentials so far, and `remains`, the factor by which earlier sums shrink.
     void absorb(Worker& w, std::int64_t panel, std::int64_t size) const {
         for (int j = 0; j < S::vectors; ++j) {
             T* z = w.scores + panel * S::tile * P + j * L;
@@ -191,7 +201,8 @@ class AttentionPass {
         each_vector<T>(n, [&](std::int64_t x, std::int64_t some) { store_some<T>(load(row + x), out + x, some); });
     }
 
-    // In `delta`, output times gradient; in `most`, the logarithms of the sums; zeros in the last panel's empty columns.
+    // Prepares the backward pass of a block, per query: `delta` is the sum of output times gradient, `most` the
+    // logarithm of the sum of exponentials. Columns of the last panel without a query get 0.
     void take_statistics(Worker& w, const Block& block, const RowBlock<In>& grads) const {
         for (std::int64_t i = 0; i < block.panels * P; ++i) {
             w.most[i] = w.delta[i] = 0;
@@ -207,7 +218,7 @@ class AttentionPass {
         }
     }
 
-    // Scores -> probabilities, gradients in these -> gradients in the scores before scaling.
+    // Turns scores into probabilities, and the gradients in the probabilities into gradients in the unscaled scores.
     void differentiate(Worker& w, std::int64_t panel, std::int64_t size) const {
         const Vec<T> scaling = fill(static_cast<T>(p_.scaling));
         T *z = w.scores + panel * S::tile * P, *g = w.slopes + panel * S::tile * P;
@@ -220,7 +231,7 @@ class AttentionPass {
             }
     }
 
-    // d_key and d_value begin at token `origin`.
+    // The backward pass of one block. d_key and d_value begin at token `origin`.
     void backward(Worker& w, const Block& block, std::int64_t origin) const {
         const HeadProblem qk = product(p_.query, block.head, p_.key), gv = product(p_.grad, block.head, p_.value);
         const RowBlock<In> queries{qk, block.token(0), block.count}, grads{gv, block.token(0), block.count};
@@ -267,14 +278,14 @@ class AttentionPass {
         }
     }
 
-    // Of the group that begins with this segment: a segment without a prefix begins the next.
+    // The last segment of the group that begins with segment `first`. A segment without a prefix begins a new group.
     std::int64_t last_of_group(std::int64_t first) const {
         std::int64_t last = first;
         while (last + 1 < p_.count && segment(last + 1).prefix > 0) ++last;
         return last;
     }
 
-    // Calls f(worker's memory, item, head) for all items and `heads` heads of each.
+    // Calls f(memory of the worker, item, head) for all items, and for `heads` heads of each.
     template <typename Item, typename F>
     void deal_out(const std::vector<Item>& items, std::int64_t heads, std::int64_t longest_group, const Pool& pool,
                   const F& f) const {

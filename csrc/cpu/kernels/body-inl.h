@@ -1,7 +1,7 @@
 #pragma once
 
-// What stands between a transformer's products, in one pass each: root-mean-square norms and gated activations. Blocks
-// of rows are dealt out to the workers and a row is one worker's, so any number of threads gives the same bits.
+// Root-mean-square norms and gated activations, each in one pass over its tensors. Workers take blocks of rows, and one
+// worker computes a whole row, so any number of threads gives the same bits.
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +24,7 @@ void deal_out(std::int64_t size, std::int64_t block, const Pool& pool, const F& 
     });
 }
 
-// y = x r w with r = 1 / sqrt(mean(x^2) + eps), row by row.
+// y = x r w with r = 1 / sqrt(mean(x^2) + eps), for each row.
 template <typename T, typename In>
 class RmsNormPass {
     static constexpr std::int64_t block = 16;
@@ -73,7 +73,7 @@ public:
     }
 };
 
-// y = g s u with s = 1 / (1 + e^-g), g being the gate.
+// y = g s u with s = 1 / (1 + e^-g), where g is the gate and u is `up`.
 template <typename T, typename In>
 class GatedPass {
     static constexpr std::int64_t block = 1 << 13;

@@ -1,6 +1,7 @@
 #pragma once
 
-// What happens to a panel of both sides' logits (tile, panel) in linear_divergence: one column is one token.
+// The arithmetic of linear_divergence on a panel of student logits and a panel of teacher logits, (tile, panel) each.
+// One column is one token. fastalign/ops/head/divergence_terms.py is the definition.
 
 #include "cpu/base/problem.h"
 #include "cpu/tiles/softmax-inl.h"
@@ -8,8 +9,8 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// tanh(d) where s and t are two numbers with log(t / s) = 2 d: a polynomial near 0 (Cephes, tanhf), where the
-// difference t - s has lost its digits.
+// tanh(d) for two numbers s and t with log(t / s) = 2 d. It equals (t - s) / (t + s). Near 0, where the difference t -
+// s has lost its digits, it is a polynomial (that of tanhf in Cephes).
 FASTALIGN_INLINE Vec<float> tanh_of_half_ratio(Vec<float> d, Vec<float> s, Vec<float> t) {
     const Vec<float> z = d * d, tiny = fill(std::numeric_limits<float>::min());
     Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -25,7 +26,8 @@ FASTALIGN_INLINE Vec<double> tanh_of_half_ratio(Vec<double> d, Vec<double>, Vec<
     return d;
 }
 
-// log(1 + x) for x >= eps - 1, within 3 ulp: log(u) x / (u - 1) with u = 1 + x rounded, and Cephes' logf.
+// log(1 + x) within 3 ulp, for x >= eps - 1. It is log(u) x / (u - 1), where u is the rounded 1 + x, and log(u) is that
+// of logf in Cephes.
 FASTALIGN_INLINE Vec<float> vlog1p(Vec<float> x) {
     typedef std::int32_t Ints __attribute__((vector_size(FASTALIGN_VECTOR_BYTES)));
     const Vec<float> u = x + 1.0f;
@@ -53,7 +55,8 @@ FASTALIGN_INLINE Vec<double> vlog1p(Vec<double> x) {
     return x;
 }
 
-// A panel of products u becomes logits in place, finite ones, and is added to a running sum of exp(z - top).
+// Turns a panel of products u into logits in place (-infinity becomes a finite number), and adds exp(z - top) to a
+// running sum.
 template <typename T>
 void absorb_sum(T* z, std::int64_t tile, const T* bias, const Head<T>& head, T* top, T* sum) {
     constexpr int L = lanes<T>;
@@ -70,22 +73,22 @@ void absorb_sum(T* z, std::int64_t tile, const T* bias, const Head<T>& head, T* 
             largest = vmax(u, largest);
         }
         const Vec<T> old = load(top + j * L), shift = largest > old + static_cast<T>(kLag) ? largest : old;
-        Vec<T> total{};  // of this tile first: adding each term to the running sum would lose more
+        Vec<T> total{};  // summed separately, because adding each term to the running sum would lose more digits
         at = z + j * L;
         for (std::int64_t t = 0; t < tile; ++t, at += Shape<T>::panel) total += vexp(load(at) - shift);
         store(sum + j * L, load(sum + j * L) * vexp(old - shift) + total), store(top + j * L, shift);
     }
 }
 
-// Per token of a panel: the normalisers of both sides, and the sums that `add_terms` adds to.
+// Numbers per token of a panel: the normalisers of both sides, and the sums to which `add_terms` adds.
 template <typename T>
 struct DivergenceRows {
     const T *student_top, *student_log, *teacher_top, *teacher_log;
     T *value, *moment;
 };
 
-// The terms of one token's divergence at one entry, from log s and log t. `first`, `second`: s - t, and nothing; or s
-// and s times its log-ratio, whose sum is the moment.
+// The term of a divergence at one entry of the vocabulary, from log s and log t. The gradient is made of `first` and
+// `second`: for forward_kl they are s - t and 0, else s and s times its log-ratio. The sum of `second` is the moment.
 template <Divergence kind, typename T>
 FASTALIGN_INLINE Vec<T> term(Vec<T> log_s, Vec<T> log_t, T beta, Vec<T>& first, Vec<T>& second) {
     const Vec<T> s = vexp(log_s), t = vexp(log_t);
@@ -131,7 +134,8 @@ void add_terms_of(T* a, T* b, std::int64_t tile, const DivergenceRows<T>& rows, 
     }
 }
 
-// Adds the terms of a panel to the rows' sums; with `gradients` leaves in a, b what the gradient is made of.
+// Adds the terms of a panel to the sums of its rows. With `gradients`, a and b are replaced by what the gradient is
+// made of.
 template <typename T>
 void add_terms(Divergence kind, T* a, T* b, std::int64_t tile, const DivergenceRows<T>& rows, T beta,
                const Head<T>& head, bool gradients) {
@@ -144,7 +148,7 @@ void add_terms(Divergence kind, T* a, T* b, std::int64_t tile, const DivergenceR
     }
 }
 
-// From what `add_terms` left to the gradient in the student's logits, into a.
+// Computes the gradient in the student's logits from what `add_terms` left, and writes it into a.
 template <typename T>
 void differentiate_divergence(Divergence kind, T* a, const T* b, std::int64_t tile, const T* moment, T scale) {
     constexpr int L = lanes<T>;
@@ -161,7 +165,7 @@ void differentiate_divergence(Divergence kind, T* a, const T* b, std::int64_t ti
     }
 }
 
-// A panel of gradients times a number for each token.
+// Multiplies a panel of gradients by one number per token.
 template <typename T>
 void scale_tokens(T* z, std::int64_t tile, const T* by) {
     for (int j = 0; j < Shape<T>::vectors; ++j) {

@@ -1,8 +1,8 @@
 #pragma once
 
-// EWC's penalty and its gradient over any number of tensors, in one read of each. The tensors are cut into chunks,
-// dealt out to the workers; each chunk's sum is kept and they are added in order, so that any number of threads gives
-// the same bits.
+// EWC's penalty and its gradient over any number of tensors, each of which is read once. The tensors are cut into
+// chunks for the workers. The sums of the chunks are stored and added in order, so any number of threads gives the same
+// bits.
 
 #include <atomic>
 #include <cstring>
@@ -16,14 +16,15 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// Vectors of T, added up in double.
+// A sum of vectors of T in double.
 template <typename T>
 struct WideSum {
     static constexpr int parts = sizeof(double) / sizeof(T);
     typedef T Part __attribute__((vector_size(FASTALIGN_VECTOR_BYTES / parts)));
     Vec<double> sums[parts] = {};
 
-    // Part by part: a conversion of the whole vector, to twice a register, is compiled to single values in memory.
+    // Converts part by part, because compilers convert a whole vector, which needs two registers, value by value in
+    // memory.
     void add(Vec<T> values) {
         Part part[parts];
         std::memcpy(part, &values, sizeof(values));
@@ -49,13 +50,13 @@ class EwcPass {
     struct Streams {
         const In* theta;
         const Anchor* anchor;
-        const T* fisher;  // or null: 1 everywhere
+        const T* fisher;  // or null for 1 everywhere
         In* grad;         // or null
         bool fresh;
     };
 
-    // F (theta - theta0)^2 of a vector of entries; their gradient is given. All streams side by side: one after another,
-    // fewer lines of memory are on their way at a time.
+    // Returns F (theta - theta0)^2 of a vector of entries, and writes their gradient. All tensors are read side by
+    // side, because reading one after another would have fewer cache lines in flight.
     FASTALIGN_INLINE Vec<T> one_step(const Streams& s, std::int64_t at) const {
         const Vec<T> distance = load_wide<T>(s.theta + at) - load_wide<T>(s.anchor + at);
         const Vec<T> weighted = s.fisher ? distance * load(s.fisher + at) : distance;
@@ -64,7 +65,7 @@ class EwcPass {
         return weighted * distance;
     }
 
-    // The same of fewer entries than a vector has: in copies with zeros behind them.
+    // The same for fewer entries than a vector has. They are copied and padded with zeros.
     Vec<T> last_step(const Streams& s, std::int64_t at, std::int64_t n) const {
         In theta[step] = {}, grad[step] = {};
         Anchor anchor[step] = {};
@@ -84,7 +85,7 @@ class EwcPass {
                         static_cast<const T*>(t.fisher), static_cast<In*>(t.grad), t.fresh};
         const std::int64_t end = item.begin + chunk < t.size ? item.begin + chunk : t.size;
         double total = 0;
-        for (std::int64_t at = item.begin; at < end;) {  // by blocks: long sums lose digits, in double too
+        for (std::int64_t at = item.begin; at < end;) {  // in blocks, because long sums lose digits, in double too
             WideSum<T> sum;
             for (const std::int64_t stop = at + block < end ? at + block : end; at < stop; at += step)
                 sum.add(at + step <= stop ? one_step(s, at) : last_step(s, at, stop - at));

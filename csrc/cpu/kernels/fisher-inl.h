@@ -1,10 +1,11 @@
 #pragma once
 
-// The exact per-sequence diagonal of a linear layer's Fisher information, F += sum_s (G_s' X_s)^2. A tile of F stays
-// in the cache over all sequences; the square is the epilogue of each sequence's product, in the registers that hold
-// it, so that no sequence's gradient is ever written anywhere (but where a sequence is longer than `depth`: then a
-// tile of it is). Every entry of F belongs to one tile, and its sequences come in order: any number of threads gives
-// the same bits.
+// The exact per-sequence diagonal of a linear layer's Fisher information, F += sum_s (G_s' X_s)^2.
+//
+// A tile of F stays in the cache over all sequences. The product of a sequence is squared in the registers that hold
+// it, so the gradient of a sequence is never written to memory. Exception: of a sequence longer than `depth`, one tile
+// of its gradient is. Every entry of F belongs to one tile and gets its sequences in order, so any number of threads
+// gives the same bits.
 
 #include <algorithm>
 #include <atomic>
@@ -22,17 +23,18 @@ namespace FASTALIGN_ISA {
 template <typename T, typename In>
 class FisherPass {
     using S = Shape<T>;
-    static constexpr std::int64_t most_rows = 192, most_panels = 8;  // of a tile: with its operands it fits L2
+    static constexpr std::int64_t most_rows = 192, most_panels = 8;  // of a tile, which fits L2 with its operands
     const FisherProblem& p_;
     const std::int64_t row_tiles_, rows_, column_tiles_, columns_, depth_;
     std::atomic<std::int64_t> dealt_{0};
 
-    // From one panel to the next: not a power of two, at which they would push one another out of the cache.
+    // The distance from one panel to the next. It is not a power of two, because such panels would evict each other
+    // from the cache.
     std::int64_t apart(std::int64_t width) const { return depth_ * width + 64 / sizeof(T); }
 
     struct Scratch {
         T *fisher, *partial;  // (panels, rows, panel)
-        T* input;             // (panels, depth, panel), `apart` entries between the panels
+        T* input;             // (panels, depth, panel), a panel begins every `apart` entries
         T* grads;             // (rows / height, depth, height), likewise
         Scratch(Carver& c, const FisherPass& pass)
             : fisher(c.take<T>(pass.rows_ * pass.columns_)), partial(c.take<T>(pass.rows_ * pass.columns_)),
@@ -50,7 +52,7 @@ class FisherPass {
         return length;
     }
 
-    // `count` columns of some rows as panels, (count / width, depth, width), with zeros behind the last column.
+    // Packs `count` columns of `depth` rows as panels (count / width, depth, width), with zeros after the last column.
     template <std::int64_t width>
     void pack(const In* from, std::int64_t stride, std::int64_t count, std::int64_t depth, T* out) const {
         const std::int64_t apart = this->apart(width);
@@ -67,14 +69,16 @@ class FisherPass {
         }
     }
 
-    // The next tokens' rows, asked for while the present ones are multiplied: such strides no hardware foresees.
+    // Prefetches a row of the next tokens while the present tokens are multiplied. Hardware does not prefetch such
+    // strides.
     static void ask(const void* from, std::int64_t at, std::int64_t count) {
         const char* line = reinterpret_cast<const char*>(static_cast<const In*>(from) + at);
         for (const char* end = line + count * sizeof(In); line < end; line += 64) __builtin_prefetch(line, 0, 2);
         __builtin_prefetch(static_cast<const In*>(from) + at + count - 1, 0, 2);
     }
 
-    // partial (height, panel) = or += G' X; of a sequence's last tokens, fisher += (partial + G' X)^2 instead.
+    // partial (height, panel) = G' X for the first tokens of a sequence, else +=. With the last tokens of a sequence it
+    // computes fisher += (partial + G' X)^2 instead.
     static void product(const T* grads, const T* input, std::int64_t depth, T* partial, T* fisher, bool first,
                         bool last) {
         constexpr int vectors = S::vectors, L = lanes<T>;
@@ -96,7 +100,8 @@ class FisherPass {
             }
     }
 
-    // The products of tokens t to t + depth, on one tile. The next tokens' rows are asked for one by one meanwhile.
+    // The products of tokens t to t + depth - 1 on one tile. Meanwhile the rows of the next tokens are prefetched, one
+    // by one.
     void chunk(std::int64_t t, std::int64_t depth, std::int64_t row, std::int64_t rows, std::int64_t column,
                std::int64_t columns, bool first, bool last, const Scratch& s) const {
         pack<S::panel>(static_cast<const In*>(p_.input) + t * p_.input_stride + column, p_.input_stride, columns, depth,
@@ -131,7 +136,7 @@ class FisherPass {
         copy(row, column, rows, columns, s.fisher, false);
     }
 
-    // Between F and its tile: into the tile, or back.
+    // Copies from F into its tile (`in`), or back.
     void copy(std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns, T* tile, bool in) {
         for (std::int64_t j = 0; j < columns; j += S::panel)
             for (std::int64_t i = 0; i < rows; ++i) {

@@ -1,15 +1,17 @@
 #pragma once
 
-// linear_divergence. The mathematics, and why three products are enough for every
-// divergence, are told at the head of fastalign/ops/divergence_tiles.py. Rows are taken through the vocabulary in groups
-// whose logits, of both sides, are held; each group in three sweeps over (vocabulary chunk, block of rows):
+// linear_divergence. The beginning of fastalign/ops/head/divergence_tiles.py explains the formulas, and why three
+// products are enough for every divergence. The rows are processed in groups. The logits of both sides are held in
+// memory for one group, which goes through three sweeps over (vocabulary chunk, block of rows):
 //
-//     project   both products, into the held tiles; logsumexp of both sides
-//     measure   the terms of the divergence and of K, over the held tiles, which become what the gradient is made of
-//     fold      the gradient in the student's logits, times its weight; and times its rows, for a trainable head
+//     project   computes both products into the held tiles, and the logsumexp of both sides
+//     measure   computes the terms of the divergence and of K, and replaces the tiles by what the gradient is made of
+//     fold      computes the gradient in the student's logits and multiplies it by the weight, and for a trainable head
+//               also by the hidden states
 //
-// What a chunk adds to a row is computed apart and added in the order of the vocabulary, as in linear_logprobs-inl.h; what
-// a row adds to a trainable head's chunk, in the order of the rows: there one worker takes a whole chunk.
+// Sums have one order for any number of threads. What a chunk adds to a row is computed separately and added in the
+// order of the vocabulary, as in linear_logprobs-inl.h. What a row adds to a chunk of a trainable head is added in the
+// order of the rows, because there one worker takes a whole chunk.
 
 #include "cpu/kernels/divergence_terms-inl.h"
 #include "cpu/kernels/linear_logprobs-inl.h"
@@ -25,9 +27,9 @@ class DivergencePass {
     const Head<T> head_, teacher_head_;
     const bool trainable_, gradients_;
     const std::int64_t padded_width_, chunk_, chunks_, tiles_;
-    std::int64_t group_rows_, block_rows_, blocks_;  // rows of a group, and of its blocks but the last, and their number
-    std::int64_t first_ = 0;                         // row of the group at work
-    T *held_[2], *values_, *stats_;                 // stats_ (kDivergenceStats, rows of a group)
+    std::int64_t group_rows_, block_rows_, blocks_;  // rows per group, rows per block (the last may have fewer), blocks
+    std::int64_t first_ = 0;                         // the first row of the present group
+    T *held_[2], *values_, *stats_;                 // stats_ is (kDivergenceStats, rows of a group)
 
     struct Scratch {
         Tiles<T, In> student, teacher;
@@ -60,8 +62,8 @@ public:
     void run(Pool pool) {
         const std::int64_t held = p_.budget / (2 * tiles_ * S::tile * static_cast<std::int64_t>(sizeof(T)));
         const std::int64_t needed = ceil_div(p_.student.scored, S::panel);
-        const std::int64_t most = held < S::panel ? 1 : smaller(held / S::panel, needed);  // panels of a group
-        const std::int64_t panels = ceil_div(needed, ceil_div(needed, most));              // alike in all groups
+        const std::int64_t most = held < S::panel ? 1 : smaller(held / S::panel, needed);  // panels per group
+        const std::int64_t panels = ceil_div(needed, ceil_div(needed, most));              // the same in all groups
         group_rows_ = panels * S::panel;
         blocks_ = ceil_div(panels, kMostRows / S::panel);
         block_rows_ = ceil_div(panels, blocks_) * S::panel;
@@ -86,7 +88,7 @@ public:
 private:
     using Step = void (DivergencePass::*)(std::int64_t index, std::int64_t chunk, Scratch&);
 
-    // Runs `scan` for every chunk and block of the group, and `merge` after it in the order of the vocabulary.
+    // Runs `scan` for every chunk and block of the group, each followed by `merge`, in the order of the vocabulary.
     void sweep(const Pool& pool, char* data, std::size_t size, Step scan, Step merge, bool whole_chunks) {
         const std::int64_t blocks = ceil_div(smaller(group_rows_, p_.student.scored - first_), block_rows_);
         const std::int64_t together = whole_chunks ? blocks : 1;
@@ -176,7 +178,7 @@ private:
         const RowBlock<In> block = rows(p_.student, index);
         for (std::int64_t i = 0; i < block.count; ++i) {
             const std::int64_t token = block.token(i);
-            // so large only by entries that one side rules out, which are held as kStart
+            // Only entries with probability 0 on one side, whose logit is held as kStart, make a value that large.
             static_cast<T*>(p_.values)[token] = values[i] > T(1e9) ? std::numeric_limits<T>::infinity() : values[i];
             for (int k = 0; k < kDivergenceStats; ++k)
                 static_cast<T*>(p_.stats)[token * kDivergenceStats + k] = stat(k, index)[i];
@@ -199,7 +201,7 @@ private:
     }
 
     void take_coefficients(const RowBlock<In>& block, Scratch& s) const {
-        for (std::int64_t i = 0; i < block_rows_; ++i)  // 0 for the empty rows of the last panel
+        for (std::int64_t i = 0; i < block_rows_; ++i)  // 0 for the padded rows of the last panel
             s.coefficients[i] = i < block.count ? static_cast<const T*>(p_.coefficients)[block.token(i)] : T(0);
         if (p_.d_weight) s.student.take_rows_for_outer(block);
     }

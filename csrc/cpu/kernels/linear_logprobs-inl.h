@@ -1,9 +1,11 @@
 #pragma once
 
-// The forward pass of linear_logprobs, and of sparse_divergence, which has k targets where that has one, and asks for
-// their logits and for the sum of all others, the tail, by themselves. Work is dealt out as (vocabulary chunk, block of
-// rows); what a chunk adds to a row is computed apart from all other chunks, by whichever worker, and added in the order
-// of the vocabulary. So a token's result depends neither on the batch nor on the number of threads.
+// The forward pass of linear_logprobs and of sparse_divergence. sparse_divergence has k targets per token instead of
+// one. It needs their logits, and separately the sum over all other entries (the tail).
+//
+// A unit of work is one chunk of the vocabulary for one block of rows. What a chunk adds to a row is computed
+// separately, by any worker, and added in the order of the vocabulary. So the result of a token depends neither on the
+// batch nor on the number of threads.
 
 #include "cpu/base/pool.h"
 #include "cpu/tiles/softmax-inl.h"
@@ -12,11 +14,11 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-constexpr std::int64_t kChunkTiles = 8;             // tiles of one chunk of the forward pass
-constexpr std::int64_t kScratchBudget = 24u << 20;  // bytes of the forward pass, all workers together
-constexpr std::int64_t kRowsBudget = 12u << 20;     // bytes that a worker of the backward pass holds of its rows
-constexpr std::int64_t kWeightBudget = 4u << 20;    // bytes of the weight's gradient that a worker holds
-constexpr std::int64_t kMostRows = 192;             // beyond, the tile of logits falls out of L2
+constexpr std::int64_t kChunkTiles = 8;             // tiles per chunk in the forward pass
+constexpr std::int64_t kScratchBudget = 24u << 20;  // bytes of scratch in the forward pass, for all workers together
+constexpr std::int64_t kRowsBudget = 12u << 20;     // bytes per worker for its rows in the backward pass
+constexpr std::int64_t kWeightBudget = 4u << 20;    // bytes per worker for its part of the weight's gradient
+constexpr std::int64_t kMostRows = 192;             // with more rows the tile of logits does not fit L2
 enum Stat { kShift, kOthers, kTarget, kSlope, kMean, kStats, kSparseStats = kOthers + 1 };
 
 template <typename T, typename Base>
@@ -33,7 +35,7 @@ class ForwardPass {
     const std::int64_t padded_width_, chunk_, chunks_, tiles_;
     std::int64_t block_rows_, blocks_;
     Sums<T> totals_{};
-    T* target_logits_ = nullptr;  // (rows,), of linear_logprobs
+    T* target_logits_ = nullptr;  // (rows,), for linear_logprobs only
 
     struct Scratch {
         Tiles<T, In> tiles;
@@ -96,7 +98,7 @@ public:
     }
 
 private:
-    // One chunk of the vocabulary, for one block of rows, into the worker's own sums.
+    // Computes the sums of one chunk of the vocabulary for one block of rows, in the memory of the worker.
     void scan(const RowBlock<In>& block, std::int64_t chunk, Scratch& s) const {
         const std::int64_t panels = ceil_div(block.count, S::panel);
         const std::int64_t begin = chunk * chunk_, end = smaller(begin + chunk_, p_.vocab);
@@ -130,8 +132,9 @@ private:
         if (block.first + row < p_.cache_rows) keep(block.first / S::panel + p, weight.begin, tile, z, sums.shift);
     }
 
-    // The targets' logits of a panel go where they are kept, and out of the sums. A tail may be far below them, so that
-    // its maximum must be its own; the logarithm of one target's probability has both.
+    // Stores the targets' logits of a panel, and removes them from the tile, so that the sums leave them out. For
+    // sparse_divergence the largest logit is recomputed without them: the tail may be far below the targets and needs
+    // the shift of its own maximum. For linear_logprobs the shift may be that of the target.
     void take_targets(const RowBlock<In>& block, std::int64_t row, const WeightTile<In>& weight, T* z,
                       T* largest) const {
         each_target(block, row, row + S::panel, weight, [&](std::int64_t i, std::int64_t place, std::int64_t column) {
@@ -164,7 +167,7 @@ private:
         for (std::int64_t i = 0; i < S::panel; ++i) shifts[i] = shift[i];
     }
 
-    // Adds a chunk to the totals of its rows; after the last chunk, the results.
+    // Adds the sums of a chunk to the totals of its rows. After the last chunk it writes the results.
     void merge(const RowBlock<In>& block, std::int64_t chunk, Scratch& s) {
         for (std::int64_t i = 0; i < block.count; ++i) {
             const std::int64_t row = block.first + i, token = block.token(i);
@@ -195,7 +198,7 @@ private:
         for (std::int64_t k = 0; a && k < p_.width; ++k) a[k] = f * a[k] + f_part * chunk_a[k];
     }
 
-    // sparse_divergence: the tail, and the mean of W in it.
+    // The results of sparse_divergence for one row: the sum of the tail, and the mean of W over the tail.
     void finish_tail(std::int64_t row, std::int64_t token, T* a) const {
         const T tail = totals_.others[row], tiny = std::numeric_limits<T>::min();
         T* stats = at_row<T>(p_.stats, token, kSparseStats);
@@ -204,12 +207,12 @@ private:
         for (std::int64_t k = 0; a && k < p_.width; ++k) a[k] *= scale;
     }
 
-    // `_finish` of fastalign/ops/tiles.py, for one row.
+    // The results of linear_logprobs for one row. `finish` in fastalign/ops/head/epilogue.py is the definition.
     void finish(std::int64_t row, std::int64_t token, T* a, T* b) const {
         const T others = totals_.others[row], z_y = target_logits_[row], shifted = z_y - totals_.shift[row];
         const T target = std::exp(shifted), total = others + target, slope = head_.slope_at(z_y);
         const T bounded = shifted < static_cast<T>(kStart) ? static_cast<T>(kStart) : shifted;
-        // log1p keeps the digits of a log-prob near 0; far below the maximum exp(shift - z_y) would overflow
+        // log1p keeps the digits of a log-prob near 0. Far below the maximum exp(shift - z_y) would overflow.
         static_cast<T*>(p_.logprobs)[token] =
             shifted > -30 ? -std::log1p(others * std::exp(-shifted)) : shifted - std::log(total);
         const T mean = entropy_ ? (totals_.zothers[row] + target * bounded) / total : T(0);
@@ -219,7 +222,7 @@ private:
         stats[kMean] = mean;
         if (!a) return;
         const In* w = static_cast<const In*>(p_.weight) + p_.targets[token] * p_.weight_stride;
-        const T constant = head_.capped ? T(1) : head_.factor;  // the slope that was left out of the tiles
+        const T constant = head_.capped ? T(1) : head_.factor;  // the constant slope, which the tiles leave out
         const T own = others / total * slope, rest = constant / total;
         const T own_entropy = target * slope * (bounded - mean) / total;
         for (std::int64_t k = 0; b && k < p_.width; ++k)

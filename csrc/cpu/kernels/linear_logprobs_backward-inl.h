@@ -1,6 +1,6 @@
 #pragma once
 
-// The backward pass of linear_logprobs, and of sparse_divergence, with a trainable head.
+// The backward pass of linear_logprobs and of sparse_divergence, for a trainable head.
 
 #include <cstring>
 
@@ -9,8 +9,8 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// The gradient of a trainable head. An item is a chunk of the vocabulary: one worker takes all rows through it in
-// order, so that the weight's gradient has one owner and one order of summation.
+// The gradient of a trainable head. A unit of work is one chunk of the vocabulary. One worker computes all rows for it
+// in order, so every entry of the weight's gradient is summed by one worker in one order.
 template <typename T, typename In>
 class BackwardPass {
     using S = Shape<T>;
@@ -19,7 +19,7 @@ class BackwardPass {
     const std::int64_t padded_width_, tiles_;
     std::int64_t chunk_, chunks_, block_rows_, blocks_;
     using Strip = typename Tiles<T, In>::Strip;
-    Strip* strips_ = nullptr;  // all rows, as every chunk's products for the weight's gradient read them
+    Strip* strips_ = nullptr;  // all rows, packed once, because every chunk needs them for the weight's gradient
 
     struct Scratch {
         Tiles<T, In> tiles;
@@ -43,8 +43,9 @@ public:
     explicit BackwardPass(const BackwardProblem& p)
         : p_(p), head_(p.logit_scale, p.softcap, p.temperature),
           padded_width_(ceil_div(p.width, S::panel) * S::panel), tiles_(ceil_div(p.vocab, S::tile)) {
-        // Chunks and blocks by the width and by what is asked for: neither batch nor threads may change the order of
-        // summation. So scratch memory grows with the workers, where the forward pass shares out one budget.
+        // The sizes of chunks and blocks depend on the width and on which gradients are needed only. Batch and number
+        // of threads must not change them, because they determine the order of summation. So the scratch memory grows
+        // with the number of workers here, while in the forward pass the workers share one budget.
         const std::int64_t fit = kWeightBudget / static_cast<std::int64_t>(S::tile * padded_width_ * sizeof(T));
         chunk_ = (fit < 1 ? 1 : smaller(fit, 4)) * S::tile;
         chunks_ = ceil_div(p.vocab, chunk_);
@@ -114,7 +115,7 @@ private:
         write_chunk(begin, end - begin, s);
     }
 
-    // The gradient in u = h W' + b of one tile, (panels, tile, panel), into s.z.
+    // Writes the gradient in u = h W' + b of one tile, (panels, tile, panel), into s.z.
     void gradient_tile(const RowBlock<In>& block, std::int64_t panels, const WeightTile<In>& weight, Scratch& s) {
         const std::int64_t first_panel = block.first / S::panel;
         std::int64_t kept = p_.cache ? p_.cache_rows / S::panel - first_panel : 0;
@@ -146,7 +147,7 @@ private:
 
     void coefficients(const RowBlock<In>& block, const Coefficients<T>& c) const {
         for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; ++i) {
-            c.shift[i] = -static_cast<T>(kStart);  // an empty row's exponentials are 0
+            c.shift[i] = -static_cast<T>(kStart);  // makes the exponentials of padded rows 0
             c.mean[i] = c.logprob[i] = c.entropy[i] = c.target[i] = 0;
             if (i >= block.count) continue;
             const std::int64_t token = block.token(i);

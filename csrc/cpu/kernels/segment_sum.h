@@ -4,8 +4,8 @@
 
 namespace fastalign {
 
-// out[i] = sum of values[offsets[i] .. offsets[i + 1]), summed in double whatever T is.
-// offsets holds segments + 1 rising entries; the caller has checked them.
+// out[i] = sum of values[offsets[i]] to values[offsets[i + 1] - 1], summed in double for every T.
+// offsets has segments + 1 ascending entries, which the caller has checked.
 template <typename T>
 void segment_sum(const T* values, const std::int64_t* offsets, std::int64_t segments, T* out) {
     for (std::int64_t i = 0; i < segments; ++i) {

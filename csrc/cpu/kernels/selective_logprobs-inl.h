@@ -1,8 +1,8 @@
 #pragma once
 
-// Log-probs of targets from logits that exist: one read of each row forward, one read and one write backward. Rows are
-// taken in blocks that stay in L1, anchored at the row's start, so that a row's result depends on nothing but the row.
-// The mathematics, and why the target stays out of the sum, are told in fastalign/ops/selective_logprobs.py.
+// Log-probs of targets from logits that exist already. Forward reads each row once, backward reads and writes it once.
+// A row is processed in blocks that fit L1. The blocks are counted from the start of the row, so its result depends on
+// nothing else. fastalign/ops/selective_logprobs.py explains the formulas, and why the target is left out of the sum.
 
 #include <algorithm>
 #include <atomic>
@@ -14,10 +14,10 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-constexpr std::int64_t kRowBlock = 1024;      // logits in L1 at a time
-constexpr std::int64_t kRowsShare = 1 << 16;  // logits a worker takes at a time, in whole rows
+constexpr std::int64_t kRowBlock = 1024;      // logits per block, which fits L1
+constexpr std::int64_t kRowsShare = 1 << 16;  // logits that a worker takes at a time, rounded to whole rows
 
-// Stores that bypass the caches: without them, each line of a large result is read from memory before it is written.
+// Stores past the caches. With ordinary stores each cache line of a large result is read before it is written.
 inline void stream_bytes(const void* from, void* to, std::size_t bytes) {
 #if defined(__AVX__)
     const auto* in = static_cast<const unsigned char*>(from);
@@ -42,7 +42,7 @@ inline void finish_streams() {
 
 template <typename T, typename In>
 struct SelectivePass {
-    static constexpr int kWays = 4;  // sums side by side: one alone would wait for each addition
+    static constexpr int kWays = 4;  // independent sums, because a single one would wait for each addition
     static constexpr int kStep = kWays * lanes<T>;
 
     const SelectiveProblem& p;
@@ -52,7 +52,8 @@ struct SelectivePass {
         return static_cast<const In*>(p.logits) + r / p.inner * p.outer_stride + r % p.inner * p.inner_stride;
     }
 
-    // The logits from `start` on as T, without the target and filled up with -infinity to whole steps.
+    // n logits from `start` on as T. The target is replaced by -infinity, and so is the padding up to a multiple of
+    // kStep.
     const T* block(const In* logits, std::int64_t start, std::int64_t n, std::int64_t target, T* buffer) const {
         const bool holds_target = target >= start && target < start + n;
         if constexpr (std::is_same_v<T, In>)
@@ -97,7 +98,7 @@ struct SelectivePass {
                 others *= std::exp(static_cast<double>(shift - top) / p.temperature);
                 shift = top;
             }
-            // A row of -infinity so far adds nothing; unless it holds NaN, which no comparison sees.
+            // A row that is all -infinity so far adds 0. But it may contain NaN, which no comparison finds: add that.
             if (shift > -std::numeric_limits<T>::infinity()) others += exponentials(z, padded, shift);
             else for (std::int64_t i = 0; i < n; ++i) others += z[i] == z[i] ? 0.0 : z[i];
         }
@@ -107,7 +108,7 @@ struct SelectivePass {
         static_cast<T*>(p.logprobs)[r] = static_cast<T>(std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))));
     }
 
-    // Log-odds of the target: its logit less the log-sum-exp of the others.
+    // The log-odds of the target: its logit minus the log-sum-exp of all other logits.
     double odds(std::int64_t r, double others, T shift) const {
         const double target = widen(row(r)[p.targets[r]]);
         if (others == 0 && target > -std::numeric_limits<double>::infinity()) return std::numeric_limits<double>::infinity();
@@ -121,7 +122,7 @@ struct SelectivePass {
         const double grad = static_cast<const T*>(p.grad)[r] / p.temperature;
         const double miss = 1 / (1 + std::exp(odds(r, others, shift)));
         const T scale = static_cast<T>(others == 0 ? 0 : -grad * miss / others);
-        const T base = others == 0 ? std::numeric_limits<T>::max() : shift;  // -infinity less itself would be NaN
+        const T base = others == 0 ? std::numeric_limits<T>::max() : shift;  // -infinity minus itself would be NaN
         T wide[kRowBlock];
         In narrowed[kRowBlock];
         for (std::int64_t start = 0; start < p.vocab; start += kRowBlock) {

@@ -2,9 +2,14 @@
 
 // The three matrix products of a head, on tiles, around one register-tiled micro-kernel.
 //
-// Tokens are the vector lanes: a tile of logits is stored as panels [tile][panel], one column per token, so that the
-// softmax needs no horizontal reduction, a row of the tile is read in order by every product, and a token gets the
-// same bits wherever it stands in the batch. Sums run in the order of the contracted index, whatever the blocking.
+// Tokens are the vector lanes: a tile of logits is stored as panels [tile][panel], with one column per token. That has
+// three advantages:
+//
+// - the softmax needs no reduction across the lanes of a vector
+// - every product reads the rows of the tile in order
+// - a token gets the same bits at any place in the batch
+//
+// Sums run in the order of the contracted index, whatever the blocking.
 
 #include "cpu/base/simd-inl.h"
 
@@ -17,12 +22,12 @@ namespace FASTALIGN_ISA {
 
 template <typename T>
 struct Shape {
-    static constexpr int vectors = FASTALIGN_VECTORS;          // of a register tile, across
-    static constexpr std::int64_t panel = vectors * lanes<T>;  // tokens, or columns of the weight
-    // of a register tile, down; with `vectors` it fills the registers: 16, or 32 of AVX-512
+    static constexpr int vectors = FASTALIGN_VECTORS;          // vectors in a row of a register tile
+    static constexpr std::int64_t panel = vectors * lanes<T>;  // tokens, or columns of the weight, in a panel
+    // Rows of a register tile. height * vectors accumulators fill the 16 registers (32 with AVX-512).
     static constexpr int height = FASTALIGN_VECTOR_BYTES == 64 ? 8 : panel % 4 == 0 ? 4 : 3;
     static constexpr std::int64_t tile = 256;   // vocabulary entries of one tile
-    // contracted at a time: a panel of that depth fits L1, and the logits' rounding errors are those of short sums
+    // Terms summed at a time. A panel of that depth fits L1, and short sums have small rounding errors.
     static constexpr std::int64_t depth = 128;
     static_assert(panel % height == 0);
 };
@@ -30,16 +35,17 @@ struct Shape {
 FASTALIGN_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 FASTALIGN_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// The left operand: element (i, k) is at[i * row + k * step]; after every `run` values of k it moves on by `jump` more
-// (run 0: never).
+// The left operand. Element (i, k) is at[i * row + k * step]. After every `run` values of k the address moves on by
+// `jump` in addition (never if run is 0).
 template <typename T>
 struct Left {
     const T* at;
     std::int64_t row, step, run, jump;
 };
 
-// c (height, panel) = or += left (height, depth) times right (depth, panel). The product is summed up apart and then
-// added: the rounding of a long sum grows with the terms that were added one by one.
+// c (height, panel) = left (height, depth) times right (depth, panel) if `fresh`, else +=. The product is summed
+// separately and added to c at the end, because the rounding error of a sum grows with the number of terms that were
+// added one by one.
 template <typename T, int height>
 void micro_kernel(const Left<T> left, const T* right, std::int64_t depth, T* c, std::int64_t c_row, bool fresh) {
     constexpr int vectors = Shape<T>::vectors, L = lanes<T>;
@@ -62,7 +68,7 @@ void micro_kernel(const Left<T> left, const T* right, std::int64_t depth, T* c, 
             store(c + i * c_row + j * L, fresh ? sum[i][j] : load(c + i * c_row + j * L) + sum[i][j]);
 }
 
-// The same for a last, lower strip of `rows` < Shape::height.
+// The same for the last rows of a tile, if they are fewer than Shape::height.
 template <typename T, int height = Shape<T>::height - 1>
 void micro_kernel_rest(std::int64_t rows, const Left<T> left, const T* right, std::int64_t depth, T* c,
                        std::int64_t c_row, bool fresh) {
@@ -71,7 +77,7 @@ void micro_kernel_rest(std::int64_t rows, const Left<T> left, const T* right, st
 }
 
 // z (panels, tile, panel) = weight tile (tile, width) times hidden panels (panels, width, panel).
-// `scratch` (tile, depth) holds the widened weight where In is not T.
+// `scratch` (tile, depth) holds the widened weight if In is not T.
 template <typename T, typename In>
 void logits_product(const T* hidden, std::int64_t panels, std::int64_t width, const In* weight, std::int64_t stride,
                     std::int64_t tile, T* z, T* scratch) {
@@ -98,8 +104,8 @@ void logits_product(const T* hidden, std::int64_t panels, std::int64_t width, co
     }
 }
 
-// out (panels * panel, out_row) = or += tile' (tokens, tile) times weight tile (tile, width): attention's second half.
-// `column` (tile, panel) holds one packed strip of the weight.
+// out (panels * panel, out_row) = z' (tokens, tile) times weight tile (tile, width) if `fresh`, else +=. It is the
+// second product of an attention over the vocabulary. `column` (tile, panel) holds one packed strip of the weight.
 template <typename T, typename In>
 void fold_product(const T* z, std::int64_t panels, std::int64_t width, const In* weight, std::int64_t stride,
                   std::int64_t tile, T* out, std::int64_t out_row, T* column, bool fresh) {
@@ -115,7 +121,7 @@ void fold_product(const T* z, std::int64_t panels, std::int64_t width, const In*
                 widen_row(weight + t * stride + j, column + t * S::panel, columns);
             }
         }
-        std::int64_t ahead = 0;  // rows of the next strip asked for; hardware does not foresee such strides
+        std::int64_t ahead = 0;  // rows of the next strip prefetched so far; hardware does not prefetch such strides
         for (std::int64_t p = 0; p < panels; ++p) {
             for (std::int64_t i = 0; i < S::panel; i += S::height) {
                 for (const std::int64_t stop = smaller(ahead + share, tile); ahead < stop; ++ahead)
@@ -130,7 +136,8 @@ void fold_product(const T* z, std::int64_t panels, std::int64_t width, const In*
     }
 }
 
-// out (tile, out_row) = or += tile (tile, tokens) times hidden (tokens, width), stored as strips (width / panel, tokens, panel).
+// out (tile, out_row) = z (tile, tokens) times hidden (tokens, width) if `fresh`, else +=. hidden is stored as strips
+// (width / panel, tokens, panel).
 template <typename T>
 void outer_product(const T* z, std::int64_t panels, std::int64_t width, const T* strips, std::int64_t tile, T* out,
                    std::int64_t out_row, bool fresh) {

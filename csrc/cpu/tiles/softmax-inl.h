@@ -1,14 +1,15 @@
 #pragma once
 
-// What happens to a panel of logits (tile, panel) while it lies in cache: one column is one token. The mathematics,
-// and why the target stays out of every sum, are told at the head of fastalign/ops/tiles.py.
+// The softmax of a panel of logits (tile, panel) while it is in the cache. One column is one token. The beginning of
+// fastalign/ops/head/logprobs_tiles.py explains the formulas, and why the target is left out of every sum.
 
 #include "cpu/tiles/products-inl.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// z = softcap * tanh(logit_scale * u / softcap) / temperature, or factor * u without a cap.
+// From a product u to a logit: z = softcap * tanh(logit_scale * u / softcap) / temperature, or factor * u without a
+// cap.
 template <typename T>
 struct Head {
     T factor, inner, outer;  // inner = logit_scale / softcap, outer = softcap / temperature
@@ -17,7 +18,7 @@ struct Head {
         : factor(static_cast<T>(scale / temperature)), inner(static_cast<T>(softcap > 0 ? scale / softcap : 0)),
           outer(static_cast<T>(softcap / temperature)), capped(softcap > 0) {}
 
-    // dz/du, which a cap makes vary. Logits set to -infinity count as the cap's lower end.
+    // dz/du under a cap, where it depends on z. A logit of -infinity counts as the lower end of the cap.
     template <typename V>
     FASTALIGN_INLINE V slope(V z) const {
         V t = z * (1 / outer);
@@ -27,19 +28,19 @@ struct Head {
     T slope_at(T z) const { return capped ? factor * (1 - (z / outer) * (z / outer)) : factor; }
 };
 
-// Running sums of the tokens of a block (arrays over its padded rows), relative to `shift`.
+// Running sums of the tokens of a block, relative to `shift`. Each is an array over the padded rows of the block.
 template <typename T>
 struct Sums {
     T *shift, *others, *zothers;
 };
 
-// Far below any logit, yet finite: (start - m) * 0 is 0 and not NaN on the first tile.
+// The first shift. It is far below any logit but finite, so that (start - m) * 0 on the first tile is 0 and not NaN.
 constexpr float kStart = -1e30f;
-// The reference follows the running maximum only when that has moved this far: e^8 costs no digits, and the
-// accumulated gradient is hardly ever rescaled.
+// The shift follows the running maximum only when the maximum has moved this far. A factor of e^8 costs no digits, and
+// the accumulated gradient is hardly ever rescaled.
 constexpr float kLag = 8.0f;
 
-// u -> z in place, and the largest of each column.
+// Turns u (tile, panel) into logits in place, and writes the largest logit of each column.
 template <typename T>
 FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const Head<T>& head, T* largest) {
     constexpr int L = lanes<T>;
@@ -57,9 +58,13 @@ FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const He
     }
 }
 
-// Folds a panel of logits into the sums; leaves `exp(z - shift)` in place (times dz/du where that varies), and in
-// `zweighted` (if not null) the same times (z - shift). largest: of each column. shrink, moved (panel): exp of, and
-// the, move of the shift. True if any moved.
+// Adds a panel of logits to the running sums, and returns whether the shift of any column moved.
+//
+//   z          replaced by exp(z - shift), times dz/du if that is not constant
+//   zweighted  if not null, receives the same times (z - shift)
+//   largest    (panel,) the largest logit of each column
+//   moved      (panel,) receives old shift minus new shift
+//   shrink     (panel,) receives exp(moved), the factor for what was accumulated with the old shift
 template <typename T>
 bool absorb(T* z, std::int64_t tile, const T* largest, const Head<T>& head, const Sums<T>& sums, bool entropy,
             bool gradients, T* zweighted, T* shrink, T* moved) {
@@ -96,16 +101,16 @@ bool absorb(T* z, std::int64_t tile, const T* largest, const Head<T>& head, cons
     return any_moved;
 }
 
-// What the gradient of a panel is made of, per token.
+// The numbers per token from which the gradient of a panel is computed.
 template <typename T>
 struct Coefficients {
-    T *shift, *mean;   // of the forward pass
+    T *shift, *mean;   // from the forward pass
     T *logprob;        // -grad_logprob / sum of exponentials
     T *entropy;        // -grad_entropy / sum of exponentials, or null
-    T *target;         // the target's own entry
+    T *target;         // the gradient at the target's entry
 };
 
-// From a panel of products u to the gradient in u, but for the targets' entries.
+// Turns a panel of products u into the gradient in u. The targets' entries are wrong, and the caller overwrites them.
 template <typename T>
 void differentiate(T* z, std::int64_t tile, const T* bias, const Head<T>& head, const Coefficients<T>& c) {
     using S = Shape<T>;
@@ -126,7 +131,7 @@ void differentiate(T* z, std::int64_t tile, const T* bias, const Head<T>& head, 
     }
 }
 
-// The same from a kept panel, exp(z - then) * slope, whose shift `then` may have moved since.
+// The same from a cached panel exp(z - then) * slope, where `then` is the shift when it was cached.
 template <typename T, typename In>
 void differentiate_kept(const In* kept, T* du, std::int64_t tile, const Head<T>& head, const Coefficients<T>& c,
                         const T* then) {

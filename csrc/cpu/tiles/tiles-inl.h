@@ -1,7 +1,7 @@
 #pragma once
 
-// The tile machinery of a linear head: one worker's view of (rows, vocabulary) tiles and the three products on them.
-// linear_logprobs is built on it; whatever walks over a vocabulary can be.
+// One worker's view of the (rows, vocabulary) tiles of a linear head, with the three products on them. Every op that
+// goes through a vocabulary is built on this.
 
 #include "cpu/base/problem.h"
 #include "cpu/base/workspace.h"
@@ -10,7 +10,7 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// Which scored rows a block holds, and where their tokens lie.
+// A block of scored rows, and where their tokens are.
 template <typename In>
 struct RowBlock {
     const HeadProblem& problem;
@@ -21,7 +21,7 @@ struct RowBlock {
     }
 };
 
-// A run of vocabulary entries.
+// Consecutive vocabulary entries: rows of the weight.
 template <typename In>
 struct WeightTile {
     const In* at;
@@ -31,7 +31,8 @@ struct WeightTile {
           size(size) {}
 };
 
-// The first of `count` rising numbers that is not below x; not the C++ library's, which has one name in all namespaces.
+// The index of the first of `count` ascending numbers that is not below x. std::lower_bound is not used, because it
+// would have one name for all instruction sets, and the linker would pick one version.
 inline std::int64_t lower_bound(const std::int64_t* rising, std::int64_t count, std::int64_t x) {
     std::int64_t first = 0;
     for (std::int64_t end = count; first < end;) {
@@ -42,7 +43,7 @@ inline std::int64_t lower_bound(const std::int64_t* rising, std::int64_t count, 
     return first;
 }
 
-// Calls f(row, place among the token's targets, place in the tile) for each target of rows [first, last) in the tile.
+// Calls f(row, index among the token's targets, entry in the tile) for the targets of rows [first, last) in the tile.
 template <typename In, typename F>
 void each_target(const RowBlock<In>& block, std::int64_t first, std::int64_t last, const WeightTile<In>& weight,
                  const F& f) {
@@ -54,7 +55,7 @@ void each_target(const RowBlock<In>& block, std::int64_t first, std::int64_t las
     }
 }
 
-// Hidden states as vectors of tokens, (panels, width, panel): zeros in the last panel's empty columns.
+// Packs hidden states as vectors of tokens, (panels, width, panel). Columns of the last panel without a token are 0.
 template <typename T, typename In>
 void pack_panels(const RowBlock<In>& block, std::int64_t width, T* out) {
     constexpr std::int64_t P = Shape<T>::panel, step = 64;
@@ -73,7 +74,7 @@ void pack_panels(const RowBlock<In>& block, std::int64_t width, T* out) {
         }
 }
 
-// Hidden states as vectors of columns, (width / panel, padded rows, panel): zeros in empty rows and columns.
+// Packs hidden states as vectors of columns, (width / panel, padded rows, panel). Padded rows and columns are 0.
 template <typename T, typename In>
 void pack_strips(const RowBlock<In>& block, std::int64_t width, T* out) {
     constexpr std::int64_t P = Shape<T>::panel;
@@ -87,13 +88,13 @@ void pack_strips(const RowBlock<In>& block, std::int64_t width, T* out) {
         }
 }
 
-// Which products a worker will ask for; scratch memory is laid out for those. `shared`: rows for `outer` are not the
-// worker's own, see `use_strips`.
+// Which products a worker will need. Only their scratch memory is allocated. With `shared`, the rows for `outer` are
+// not in the memory of the worker (see `use_strips`).
 struct TileProducts {
     bool logits, fold, outer, shared = false;
 };
 
-// z: (panels, Shape::tile, panel), of which the first `weight.size` entries of each panel are used.
+// In the products below z is (panels, Shape::tile, panel). Of each panel the first `weight.size` entries are used.
 template <typename T, typename In>
 class Tiles {
     using S = Shape<T>;
@@ -110,39 +111,40 @@ public:
         column_ = c.take<T>(needs.fold ? S::tile * S::panel : 0);
     }
 
-    // Rows for `outer` are written, and read, where several workers find them.
+    // Packed rows for `outer`. Several workers may share them: then `use_strips` says where they are.
     using Strip = T;
     static std::int64_t strips_size(std::int64_t rows, std::int64_t width) {
         return rows * ceil_div(width, S::panel) * S::panel;
     }
     void use_strips(Strip* strips) { strips_ = strips; }
-    // How many tokens the block in hand has, where products can be cut off behind them.
+    // Tells the number of tokens in the present block, so that products can end after them. Not needed here.
     void take_count(std::int64_t) {}
 
-    // Take in a block of rows, for `logits`, and for `outer`.
+    // Pack a block of rows for `logits`, and for `outer`.
     void take_rows(const RowBlock<In>& block) { pack_panels(block, width, hidden_); }
     void take_rows_for_outer(const RowBlock<In>& block) { pack_strips(block, width, strips_); }
 
-    // u = h W', for the panels [first, last) of the block.
+    // u = h W' for the panels [first, last) of the block.
     void logits(const WeightTile<In>& weight, std::int64_t first, std::int64_t last, T* z) {
         logits_product(hidden_ + first * width * S::panel, last - first, width, weight.at, weight.stride, weight.size,
                        z + first * S::tile * S::panel, weight_);
     }
-    // out (rows, padded_width) = or += z W: attention's second half. `again`: W is the last call's.
+    // out (rows, padded_width) = z' W if `fresh`, else +=. `again`: W is the same as in the last call.
     void fold(const T* z, std::int64_t panels, const WeightTile<In>& weight, T* out, bool fresh, bool again = false) {
-        (void)again;  // nothing of it is kept
+        (void)again;  // nothing of W is cached here
         fold_product(z, panels, width, weight.at, weight.stride, weight.size, out, padded_width, column_, fresh);
     }
-    // out (tile, padded_width) = or += z' h: the weight's gradient.
+    // out (tile, padded_width) = z h if `fresh`, else +=: the gradient of the weight.
     void outer(const T* z, std::int64_t panels, std::int64_t tile, T* out, bool fresh = false) {
         outer_product(z, panels, width, strips_, tile, out, padded_width, fresh);
     }
-    // The worker is done.
+    // Called when the worker is done.
     void release() {}
 };
 
-// sums (tile, lanes) += a gradient tile (panels, tile, panel), over its tokens: the bias's gradient. Lane by lane, panels
-// in order; the lanes are added last. So the size of a block does not matter.
+// sums (tile, lanes) += a gradient tile (panels, tile, panel), summed over its tokens: the gradient of the bias. Each
+// lane is summed separately, over the panels in order, and the caller adds the lanes at the end. So the result does not
+// depend on the size of a block.
 template <typename T>
 void add_bias(const T* z, std::int64_t panels, std::int64_t tile, T* sums) {
     using S = Shape<T>;
@@ -154,8 +156,9 @@ void add_bias(const T* z, std::int64_t panels, std::int64_t tile, T* sums) {
             }
 }
 
-// How many rows a block has: as many as fit a worker's budget, and no more than there are. A row's result does not
-// depend on it, a sum over rows does: for those the budget must not depend on the number of workers.
+// Rows of a block: as many as fit the budget of a worker, but no more than `most` and no more than there are. The
+// result of a row does not depend on it, but a sum over rows does. For such sums the budget must not depend on the
+// number of workers.
 template <typename T>
 std::int64_t rows_per_block(std::int64_t scored, std::int64_t bytes_per_row, std::int64_t most, std::int64_t budget) {
     constexpr std::int64_t P = Shape<T>::panel;

@@ -1,12 +1,15 @@
 #pragma once
 
-// The tile machinery for bfloat16 on machines whose matrix units take it: same tiles, products by libtorch's BRGEMM.
-// Tested with a plain stand-in for BRGEMM too (csrc/check/check.cpp). What BRGEMM is handed is laid out by loops that the
-// compiler makes vectors of: a block of some 200 tokens leaves a weight's entry a nanosecond.
-// The tile of probabilities enters its products rounded to bfloat16, as is usual on such units.
-// libtorch compiles and keeps a kernel for each shape it meets, for good: so rows go to it by few numbers at a time, and
-// contractions in whole steps of 32, with zeros behind the last. A block's last tokens fill a panel seldom: what is
-// multiplied is cut off at a multiple of 16, or 32 where it is contracted.
+// The tiles of tiles-inl.h for bfloat16, on machines with matrix units for it. The products are libtorch's BRGEMM.
+// csrc/check/check.cpp also tests this file with a plain loop in place of BRGEMM.
+//
+// - The operands of BRGEMM are packed by loops that the compiler can vectorise. They must be fast: a block has about
+//   200 tokens, which leaves about a nanosecond per entry of the weight.
+// - The tile of probabilities is rounded to bfloat16 before it enters a product, as is usual on such units.
+// - libtorch compiles a kernel for each new shape and never frees it. So only a few different row counts are used, and
+//   contractions have a multiple of 32 terms, with zeros after the last one.
+// - The last panel of a block is rarely full. Products therefore end at a multiple of 16 tokens, or of 32 if the tokens
+//   are contracted.
 
 #include <algorithm>
 #include <limits>
@@ -20,13 +23,13 @@ namespace FASTALIGN_ISA {
 template <>
 class Tiles<float, bf16> {
     using S = Shape<float>;
-    static constexpr std::int64_t deep = 512, wide = 64;  // one product's contraction, and columns of the output
+    static constexpr std::int64_t deep = 512, wide = 64;  // terms, and columns of the output, of one product
     static constexpr std::int64_t step = 32;
     static_assert(S::tile % step == 0 && step % 8 == 0 && wide % S::panel == 0);
-    static constexpr std::int64_t few = 16;     // tokens of a product are a multiple of this
-    static constexpr std::int64_t fewest = 32;  // columns: of 16, libtorch's kernel takes longer than of 64
+    static constexpr std::int64_t few = 16;     // the tokens of a product are a multiple of this
+    static constexpr std::int64_t fewest = 32;  // columns, because libtorch's kernel is slower with 16 than with 64
     bf16 *hidden_, *strips_, *pairs_, *left_, *panel_;
-    std::int64_t count_ = std::numeric_limits<std::int64_t>::max() / 2;  // the block's tokens, where `take_count` said
+    std::int64_t count_ = std::numeric_limits<std::int64_t>::max() / 2;  // of tokens; set by `take_count`
 
     std::int64_t cut(std::int64_t panels, std::int64_t multiple) const {
         return smaller(panels * S::panel, ceil_div(count_, multiple) * multiple);
@@ -52,7 +55,7 @@ public:
     void use_strips(Strip* strips) { strips_ = strips; }
     void take_count(std::int64_t count) { count_ = count; }
 
-    // (panels, width / 2, panel, 2)
+    // Packs the rows as (panels, width / 2, panel, 2).
     void take_rows(const RowBlock<bf16>& block) {
         const std::int64_t even = even_width();
         for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; ++i) {
@@ -64,7 +67,7 @@ public:
             }
         }
     }
-    // (blocks of columns, padded rows / 2, wide, 2)
+    // Packs the rows as (blocks of columns, padded rows / 2, wide, 2).
     void take_rows_for_outer(const RowBlock<bf16>& block) {
         const std::int64_t rows = cut(ceil_div(block.count, S::panel), step);
         for (std::int64_t i = 0; i < rows; i += 2)
@@ -76,7 +79,7 @@ public:
         const std::int64_t even = even_width();
         const bf16* left = weight.at;
         std::int64_t row = weight.stride;
-        if (width % 2) {  // a pair would reach into the next row: copy, with a zero at the end
+        if (width % 2) {  // the last pair would reach into the next row: copy the rows, with a zero at the end
             for (std::int64_t t = 0; t < weight.size; ++t)
                 for (std::int64_t k = 0; k < even; ++k)
                     pairs_[t * even + k] = k < width ? weight.at[t * weight.stride + k] : bf16{0};
@@ -99,7 +102,7 @@ public:
               bool again = false) {
         const std::int64_t contracted = ceil_div(weight.size, step) * step;
         auto row = [&](std::int64_t t) { return t < weight.size ? weight.at + t * weight.stride : nullptr; };
-        again = again && width % 2 == 0;  // else `logits` may have written there since
+        again = again && width % 2 == 0;  // with an odd width `logits` overwrites pairs_
         for (std::int64_t t = 0; !again && t < contracted; t += 2) pair(row(t), row(t + 1), t, contracted, pairs_);
         for (std::int64_t p = 0; p < panels; ++p)
             transpose(z + p * S::tile * S::panel, weight.size, left_ + p * S::panel * S::tile);
@@ -109,7 +112,7 @@ public:
     }
 
     void outer(const float* z, std::int64_t panels, std::int64_t tile, float* out, bool fresh = false) {
-        const std::int64_t rows = cut(panels, step);  // all panels in one contraction: the output is read once
+        const std::int64_t rows = cut(panels, step);  // one contraction over all panels, so the output is read once
         for (std::int64_t p = 0; p < panels; ++p)
             for (std::int64_t t = 0; t < tile; ++t)
                 narrow_row(z + (p * S::tile + t) * S::panel, left_ + t * rows + p * S::panel,
@@ -126,7 +129,8 @@ public:
     }
 
 private:
-    // Calls f(first, how many) for runs of the rows: multiples of `step`, then powers of two.
+    // Calls f(first row, number of rows) for parts of the rows. Their sizes are multiples of `step`, then powers of
+    // two.
     template <typename F>
     static void by_rows(std::int64_t rows, const F& f) {
         for (std::int64_t at = 0, some; at < rows; at += some) {
@@ -137,9 +141,10 @@ private:
         }
     }
 
-    // Rows `at` and `at + 1` of a product's right operand, pairs in blocks of columns: (blocks, rows / 2, wide, 2), zeros
-    // beyond the width; no row is zeros. A block by itself stays in L1, where rows a power of two apart would fall on
-    // each other. A pair is written as one number: of two stores compilers make no vectors.
+    // Writes rows `at` and `at + 1` of the right operand of a product, (blocks of columns, rows / 2, wide, 2), with
+    // zeros beyond the width. A null row is all zeros. The layout is in blocks of columns because whole rows would
+    // often be a power of two apart, and would evict each other from L1. A pair is written as one number because
+    // compilers do not vectorise two separate stores.
     void pair(const bf16* first, const bf16* second, std::int64_t at, std::int64_t rows, bf16* out) const {
         using Pair = std::uint32_t __attribute__((may_alias));
         for (std::int64_t j = 0; j < width; j += wide, out += rows * wide) {
@@ -152,7 +157,8 @@ private:
         }
     }
 
-    // One panel (tile, panel) into rows of tokens (panel, Shape::tile), zeros up to the next multiple of `step`.
+    // Transposes one panel (tile, panel) into rows of tokens (panel, Shape::tile), with zeros up to a multiple of
+    // `step`.
     void transpose(const float* z, std::int64_t size, bf16* out) {
         static_assert(S::panel % 8 == 0 && S::tile % 8 == 0);
         const std::int64_t whole = ceil_div(size, step) * step;
@@ -163,7 +169,7 @@ private:
                 transpose_8x8(panel_ + t * S::panel + i, S::panel, out + i * S::tile + t, S::tile);
     }
 
-    // Rows i and i + 4 interleaved, three times over.
+    // Transposes by interleaving rows i and i + 4, three times.
     static void transpose_8x8(const bf16* in, std::int64_t in_stride, bf16* out, std::int64_t out_stride) {
         using Row = std::uint16_t __attribute__((vector_size(16)));
         Row a[8], b[8];
@@ -173,7 +179,7 @@ private:
 #ifdef __clang__
                 b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
                 b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-#else  // GCC has the other one since version 12
+#else  // GCC has __builtin_shufflevector only since version 12
                 b[2 * i] = __builtin_shuffle(a[i], a[i + 4], Row{0, 8, 1, 9, 2, 10, 3, 11});
                 b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], Row{4, 12, 5, 13, 6, 14, 7, 15});
 #endif

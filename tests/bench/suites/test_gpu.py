@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as bench
 from bench.harness.measure import save
-from bench.suites import gpu
+from bench.suites import gpu, gpu_check
 from bench.suites.gpu import Step
-from fastalign import ops as ops_package
+from fastalign.models import linear
 
 PLAN = gpu.plan()
-OPS = Path(ops_package.__file__).parent
 
 
 def test_the_plan_fits_into_ten_minutes():
@@ -128,7 +125,7 @@ def test_a_step_is_a_process_that_is_ended_with_its_children(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     assert gpu.run_step(["work"], 30) is None
     assert gpu.run_step(["fail"], 30) == "ended with 3"
-    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
         assert gpu.run_step(["hang"], 1) == "cut off after 1 s"
         os.set_blocking(reader.fileno(), True)
         assert reader.read() == b"", "the child lived on"
@@ -146,9 +143,7 @@ def test_the_checks_pass_what_is_right(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all("of its budget" in line for line in lines)
     ops = {line.split()[0] for line in lines} - {"lora"}
-    # every op that has a backend for GPUs
-    modules = [importlib.import_module(f"fastalign.ops.{path.stem}") for path in OPS.glob("*.py")]
-    on_gpu = {m.__name__.split(".")[-1] for m in modules if "triton" in getattr(m, "BACKENDS", ())}
+    on_gpu = {name.split()[1].split(".")[0] for name, _ in gpu_check.triton_checks()}  # "triton OP.KERNEL"
     assert {op.replace("ewc_penalty_", "ewc").replace("ewc_penalty", "ewc") for op in ops} == on_gpu
 
 
@@ -166,7 +161,7 @@ def test_an_adapter_that_is_rounded_away_is_seen(monkeypatch):
         return [gpu.young_adapter(dtype, "cpu", 500, 64, 192) for dtype in (torch.bfloat16, torch.float16)]
 
     kept = shares()
-    monkeypatch.setattr(gpu, "speed_up_linear", lambda model: None)
+    monkeypatch.setattr(linear, "speed_up_linear", lambda model: None)
     assert max(kept) <= 1 < min(shares())
 
 
