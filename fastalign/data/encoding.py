@@ -10,7 +10,7 @@ from fastalign.data.formats import Example
 
 
 class _Encoded(NamedTuple):
-    """Token ids of a text, and the character at which each token starts (empty if that was not asked for)."""
+    """Token ids of a text, and the character at which each token starts (empty if the starts are not needed)."""
 
     ids: list[int]
     starts: list[int]
