@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastalign.data.encoding import special_prefix
 from fastalign.data.files import load_rows
-from fastalign.data.tokenization import special_prefix, tokenize
+from fastalign.data.tokenization import tokenize
 from fastalign.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")

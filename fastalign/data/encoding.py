@@ -1,0 +1,185 @@
+"""From the texts of one example to its tokens: BOS at the start exactly once, EOS at the end exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastalign.data.formats import Example
+
+
+class _Encoded(NamedTuple):
+    """Token ids of a text, and the character at which each token starts (empty if the starts are not needed)."""
+
+    ids: list[int]
+    starts: list[int]
+
+
+@dataclass
+class Tokens:
+    """Token ids of one example.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        completions: token ids of each completion.
+        masks: shaped like `completions`, 1 for scored tokens.
+        counts: what this example adds to the fields of `DataReport`; `masked` is 1 if a token is not scored.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[int]]
+    counts: Counter
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt together with the longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
+    """Tokens of the prompts, and of the completions as their continuation. BOS and EOS are not added here.
+
+    In generation the model gets the tokens of the prompt alone, so training must use those too. Tokenising
+    prompt + completion as one text gives the completion's tokens as they continue the prompt, but the tokenizer may
+    merge characters across the border: "a " + "b" as one text is ["a", " b"], and the prompt alone is ["a", " "].
+
+        tokens of the one text start with the prompt's tokens:  the rest of them are the completion's
+        they do not, because of a merge:                        the completion is tokenised by itself, and counted
+    """
+    prompts = [example.prompt for example in examples]
+    prompt_ids = [encoded.ids for encoded in _tokenize_texts(tokenizer, prompts)]
+    # One entry per completion from here on; `owner` is the example that each belongs to.
+    owner = [row for row, example in enumerate(examples) for _ in example.completions]
+    texts = [_strip_after_eos(text, tokenizer.eos_token) for example in examples for text in example.completions]
+    spans = [span for example in examples for span in example.spans]
+    with_starts = any(span is not None for span in spans)
+
+    wholes = _tokenize_texts(
+        tokenizer, [prompts[row] + text for row, text in zip(owner, texts, strict=True)], with_starts
+    )
+    parts = [
+        _drop_prompt_tokens(prompt_ids[row], len(prompts[row]), whole)
+        for row, whole in zip(owner, wholes, strict=True)
+    ]  # fmt: skip
+    merged = [n for n, part in enumerate(parts) if part is None]
+    apart = dict(zip(merged, _encode_apart(tokenizer, [texts[n] for n in merged], with_starts), strict=True))
+
+    tokens = [Tokens(ids, [], [], Counter()) for ids in prompt_ids]
+    for n, (row, part, span) in enumerate(zip(owner, parts, spans, strict=True)):
+        ids, starts = part or apart[n]
+        tokens[row].completions.append(ids)
+        tokens[row].masks.append(
+            [1] * len(ids) if span is None else [int(any(a <= start < b for a, b in span)) for start in starts]
+        )
+    for n in merged:
+        tokens[owner[n]].counts["token_merges"] += 1
+    return tokens
+
+
+def _tokenize_texts(tokenizer, texts: list[str], with_starts: bool = False) -> list[_Encoded]:
+    """Tokens of each text, without the special tokens that the tokenizer would add."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=with_starts,
+        verbose=False,
+    )
+    starts = [[a for a, _ in pairs] for pairs in encoded["offset_mapping"]] if with_starts else [[] for _ in texts]
+    return [_Encoded(*pair) for pair in zip(encoded["input_ids"], starts, strict=True)]
+
+
+def _drop_prompt_tokens(prompt: list[int], characters: int, whole: _Encoded) -> _Encoded | None:
+    """The tokens of prompt + completion without those of the prompt; None if tokens merge at the border.
+
+    Args:
+        prompt: the tokens of the prompt alone.
+        characters: the length of the prompt, which is subtracted from the starts.
+        whole: the tokens of prompt + completion as one text.
+    """
+    ids, starts = whole
+    if ids[: len(prompt)] != prompt:
+        return None
+    return _Encoded(ids[len(prompt) :], [start - characters for start in starts[len(prompt) :]])
+
+
+def _encode_apart(tokenizer, texts: list[str], with_starts: bool) -> list[_Encoded]:
+    """Tokens of texts that follow another text without merging with it.
+
+    Some tokenizers put a space before the first word of a text, which a continuation must not have. So each text is
+    tokenised behind a newline, and the newline's tokens are dropped. If the newline merges with the text, the text is
+    tokenised alone.
+    """
+    ((newline, _),) = _tokenize_texts(tokenizer, ["\n"])
+    behind_newline = _tokenize_texts(tokenizer, ["\n" + text for text in texts], with_starts)
+    alone = _tokenize_texts(tokenizer, texts, with_starts)
+    return [
+        _drop_prompt_tokens(newline, 1, behind) or plain for behind, plain in zip(behind_newline, alone, strict=True)
+    ]
+
+
+def _strip_after_eos(text: str, eos: str) -> str:
+    """The text without white space after an EOS at its end. Chat templates write a newline there."""
+    stripped = text.rstrip()
+    return stripped if stripped.endswith(eos) else text
+
+
+# BOS, EOS and length
+
+
+def special_prefix(tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text: usually [BOS] or none."""
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return next((whole[:n] for n in range(len(whole)) if bare and whole[n : n + len(bare)] == bare), [])
+
+
+def add_bos_and_eos(tokens: Tokens, example: Example, prefix: list[int], eos: int) -> None:
+    """Makes the prompt start with the prefix (BOS) exactly once, and each completion end with EOS exactly once.
+
+    Both may be written in the text already, by a chat template or by whoever made the data. Two BOS or two EOS are
+    sequences that the model never sees in generation.
+    """
+    counts = tokens.counts
+    # Without a prompt, a BOS that the text holds is at the start of the completions.
+    for ids, mask in [(tokens.prompt, [])] if tokens.prompt else zip(tokens.completions, tokens.masks, strict=True):
+        written = _length_of_repeats(ids, prefix)
+        counts["duplicate_bos"] |= int(written > 0)
+        del ids[:written], mask[:written]
+    tokens.prompt = prefix + tokens.prompt
+    for ids, mask, span in zip(tokens.completions, tokens.masks, example.spans, strict=True):
+        counts["eos_present" if ids[-1:] == [eos] else "eos_added"] += 1
+        while ids[-1:] == [eos]:
+            del ids[-1], mask[-1]
+        counts["eos_inside"] += int(span is None and eos in ids)
+        ids.append(eos)
+        mask.append(1)
+    counts["template_mismatch"] = int(example.template_mismatch)
+    counts["masked"] = int(any(0 in mask for mask in tokens.masks))
+
+
+def _length_of_repeats(ids: list[int], prefix: list[int]) -> int:
+    """How many tokens at the start of `ids` are repetitions of `prefix`."""
+    length = 0
+    while prefix and ids[length : length + len(prefix)] == prefix:
+        length += len(prefix)
+    return length
+
+
+def truncate_prompt(tokens: Tokens, prefix: list[int], max_length: int) -> bool:
+    """Cuts the beginning of the prompt, behind BOS, until the example fits. Returns whether that was possible.
+
+    At least one token of the prompt besides BOS must stay, since it predicts the first token of the completions.
+    """
+    excess = tokens.length - max_length
+    if len(tokens.prompt) - excess <= len(prefix):
+        return False
+    tokens.prompt = prefix + tokens.prompt[len(prefix) + excess :]
+    tokens.counts["prompts_cut"] = 1
+    return True
