@@ -710,6 +710,8 @@ def fused_linear_orpo(
 
     The paper's first term is the NLL of the chosen completion. It is a mean over tokens, so it is added outside: the
     trainer and `fused_linear_orpo` add it with weight 1 by default.
+    Over prompt and completion together, as the paper's authors and TRL take it, it is `fused_linear_orpo`'s
+    `nll_targets` and the trainer's `nll_over`.
 
     An average of 0 means probability one and infinite odds. An average that has rounded to 0 therefore counts as the
     largest number below 0, and gets no gradient.
