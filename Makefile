@@ -14,7 +14,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint docs bench gpu-check build sanitize aarch64 clean
+.PHONY: help demo tax test lint generated docs bench gpu-check build import-path sanitize aarch64 clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
@@ -30,9 +30,16 @@ test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev  ## ruff: rules and format
+lint: $(VENV)/.dev  ## rules, format and docstrings by ruff, unused code by vulture, types by pyright
 	$(STEP) "ruff check, ruff format --check"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(STEP) "vulture"
+	@$(BIN)/vulture
+	$(STEP) "pyright"
+	@$(BIN)/python .ci/check_types.py
+
+generated: $(VENV)/.dev  ## write the files that are derived from code: the table of options, the text of --help
+	@$(BIN)/python -m pytest -q --regenerate
 
 docs: $(DOCS)/.ready  ## the documentation, in site/: open site/index.html
 	$(STEP) "mkdocs build --strict"
@@ -76,7 +83,8 @@ $(VENV)/.tools: $(VENV)/.torch
 	$(QUIET) $(PIP) install -q "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.25" ninja
 	@touch $@
 
-$(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE)
+# Without build/import, from where Python imports the editable install, it is built again.
+$(VENV)/.build: $(VENV)/.tools pyproject.toml $(NATIVE) $(if $(wildcard build/import/fastalign/__init__.py),,import-path)
 	$(STEP) "Build and install fastalign (editable) and what it needs"
 	$(QUIET) $(PIP) install -q --no-build-isolation -e .
 	@$(BIN)/fastalign info | sed -n 's/^native module */   /p'  # pip shows no warning of a build that succeeds

@@ -1,6 +1,6 @@
 """DPO with a LoRA adapter on a file of preference pairs; the run folder then holds adapter, metrics and tokenizer.
 
-    python examples/dpo.py --model smollm2-135m-instruct --train pairs.jsonl --steps 24
+python examples/dpo.py --model smollm2-135m-instruct --train pairs.jsonl --steps 24
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """KTO: thumbs up and thumbs down on single answers instead of pairs.
 
-    python examples/kto.py --model smollm2-135m-instruct --train labelled.jsonl
+python examples/kto.py --model smollm2-135m-instruct --train labelled.jsonl
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """DPO in a training loop of your own: fastalign computes the loss from hidden states, everything else is plain PyTorch.
 
-    python examples/own_loop.py --model smollm2-135m-instruct --steps 10
+python examples/own_loop.py --model smollm2-135m-instruct --steps 10
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a chat model with LoRA: only the assistant's words are scored.
 
-    python examples/sft_lora.py --model smollm2-135m-instruct --train messages.jsonl
+python examples/sft_lora.py --model smollm2-135m-instruct --train messages.jsonl
 """
 
 import argparse

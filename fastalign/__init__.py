@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The functions `fused_linear_<loss>` come from the table of losses, so `__all__` is made when it is asked for.
-__getattr__, __dir__, _ = lazy_exports(
+# The functions `fused_linear_<loss>` come from the table of losses: a name that ends in `*` stands for all of them.
+lazy_exports(
     __name__,
     {
         "Distillation": "fastalign.regularizers",

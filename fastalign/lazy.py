@@ -10,19 +10,20 @@ from typing import Any
 from fastalign.options import nearest
 
 
-# The first two are functions, and typed as Any on purpose: where a type checker sees a function `__getattr__` in a
-# package, it takes every misspelt name for one of the package's.
-def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Any, Any, list[str]]:
-    """The `__getattr__`, `__dir__` and `__all__` of a package whose public names live in other modules (PEP 562).
+def lazy_exports(package: str, homes: Mapping[str, str]) -> None:
+    """Gives a package, whose public names live in other modules, its `__getattr__`, `__dir__` and `__all__` (PEP 562).
 
-    A type checker does not run this: beside the table, the package imports the same names under `TYPE_CHECKING`.
+    A type checker does not run this, so the package also imports the same names under `TYPE_CHECKING`. The three are
+    set here, not assigned in the package, because a type checker allows any name of a package that it sees has a
+    `__getattr__`.
 
     Args:
         package: The package's `__name__`.
         homes: For each public name, the module that defines it. A name that ends in `*` stands for all names of that
-            module with the same beginning. Only importing the module can list them, so a package with such a name lets
-            `__getattr__` make its `__all__` and ignores the one returned here.
+            module with the same beginning. Only importing the module can list them, so `__all__` is made when it is
+            read.
     """
+    module: Any = sys.modules[package]
     single = {name: home for name, home in homes.items() if not name.endswith("*")}
     families = {name[:-1]: home for name, home in homes.items() if name.endswith("*")}
 
@@ -45,10 +46,12 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Any, Any, list
             hint = "" if name.startswith("_") else f"; {nearest(name, known)}"
             raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}", name=name)
         value = getattr(importlib.import_module(home), name)
-        setattr(sys.modules[package], name, value)  # the next access does not come here
+        setattr(module, name, value)  # the next access does not come here
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *all_names()})
+        return sorted({*vars(module), *all_names()})
 
-    return __getattr__, __dir__, sorted(single)
+    module.__getattr__, module.__dir__ = __getattr__, __dir__
+    if not families:
+        module.__all__ = sorted(single)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -82,6 +83,51 @@ def selective_logprobs(
 
 def _ignored(targets: Tensor, ignore_index: int | None) -> Tensor:
     return torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int | None = ...,
+    entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(
@@ -307,7 +353,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SwiGLU between its matrix products: `silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, both of one shape."""
     gate = gate.to(compute_dtype(gate, up))
     return gate * torch.sigmoid(gate) * up

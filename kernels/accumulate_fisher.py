@@ -1,7 +1,8 @@
-"""`accumulate_fisher_` in Triton: `F += sum_s (G_s' X_s)^2`, the square being the epilogue of the product.
+"""`accumulate_fisher_` in Triton: `F += sum_s (G_s' X_s)^2`, where the square is the epilogue of the product.
 
-One program a tile of F: it stays in registers over all sequences, beside the product of the one at hand, and F is read
-and written once. bfloat16 and float16 are multiplied as they are, float32 in three TF32 products (on AMD in float32).
+There is one program per tile of F. The tile stays in registers over all sequences, beside the product of the current
+sequence, and F is read and written once. bfloat16 and float16 are multiplied as they are, float32 in three TF32
+products (on AMD in float32).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ def _fisher(
     fisher_ptr, fisher_stride, g_ptr, g_stride, x_ptr, x_stride, offsets_ptr, sequences, tokens, out, width,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    """One tile (ROWS, COLUMNS) of F."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of F's rows
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.arange(0, TOKENS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for s in range(sequences):
+        # Wrong offsets must not read outside of the tensors, even where an assertion of the device reports them later.
         begin = tl.maximum(tl.load(offsets_ptr + s), 0)
         end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)  # G_s' X_s
@@ -39,9 +42,9 @@ def _fisher(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
-def accumulate_fisher(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seqlens: Tensor) -> None:
-    """In place on fisher (out, in) float32; grad_output (T, out), input (T, in) of one dtype, cu_seqlens (S + 1,)."""
-    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad_output, input))
+def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor) -> None:
+    """In place on fisher (out, in) float32; grad_output (T, out), inputs (T, in) of one dtype, cu_seqlens (S + 1,)."""
+    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad_output, inputs))
     if triton.knobs.runtime.interpret and g.dtype == torch.bfloat16:
         g, x = g.float(), x.float()  # the interpreter would multiply their bits as integers
     (out, width), sequences = fisher.shape, cu_seqlens.shape[0] - 1
@@ -53,7 +56,7 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, input: Tensor, cu_seq
         )  # fmt: skip
 
 
-# What `make gpu-check` compiles, and what it may take. Two tiles of F are held in registers, and three chunks of both
+# What `make gpu-check` compiles, and what each kernel may use: two tiles of F in registers, and three chunks of both
 # operands in shared memory.
 _SIGNATURE = "*fp32:16, i32:16, *{0}:16, i32:16, *{0}:16, i32:16, *i64:16, i32, i32, i32:16, i32:16, '{1}', 128, 64, 32"
 CHECKS = [

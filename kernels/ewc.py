@@ -1,7 +1,7 @@
 """Elastic weight consolidation in Triton: many tensors in one launch, each element read once.
 
-A table of addresses lies on the GPU; one program takes one block of one tensor. Sums are written one a block and added
-up afterwards, in an order that only the shapes decide.
+A table of addresses lies on the GPU, and each program takes one block of one tensor. Sums have two levels: each program
+writes the sum of its block, and these are added up afterwards. So the order of additions depends on the shapes alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @triton.jit
 def _at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from an address; the compiler uses 16-byte loads where it knows of the alignment."""
     pointer = address.to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -26,16 +27,14 @@ def _at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load(at, inside):
-    if inside is None:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=inside, other=0.0)
+    """The values there, of all elements where `inside` is None."""
+    return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def _held(row, column, inside, strength, THETA: tl.constexpr, ANCHOR: tl.constexpr, FISHER: tl.constexpr,
-          GRAD: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """F (theta - theta0)^2 of some elements of a tensor; and its gradient is written."""
+def _block_penalty(row, column, inside, strength, THETA: tl.constexpr, ANCHOR: tl.constexpr, FISHER: tl.constexpr,
+                   GRAD: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """F (theta - theta0)^2 of some elements of a tensor; its gradient is written."""
     theta = _load(_at(tl.load(row), THETA, ALIGNED) + column, inside).to(tl.float32)
     anchor = _load(_at(tl.load(row + 1), ANCHOR, ALIGNED) + column, inside).to(tl.float32)
     distance = theta - anchor
@@ -57,24 +56,26 @@ def _penalty(
     THETA: tl.constexpr, ANCHOR: tl.constexpr, FISHER: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums[b] = sum F (theta - theta0)^2 of block b, and grad = or += strength F (theta - theta0).
+    """One block: sums[b] = sum F (theta - theta0)^2, and grad = or += strength F (theta - theta0).
 
-    tensors: (n, 6) addresses of theta, theta0, F and the gradient, elements, and 1 where the gradient is fresh.
+    tensors: (n, 6) addresses of theta, theta0, F and the gradient, number of elements, and 1 where the gradient's old
+    values do not count. blocks: (programs, 2) tensor, and block of it.
     """
     program = tl.program_id(0).to(tl.int64)
     row = tensors_ptr + 6 * tl.load(blocks_ptr + 2 * program)
     start = tl.load(blocks_ptr + 2 * program + 1) * BLOCK
     column = start + tl.arange(0, BLOCK)
     size = tl.load(row + 4)
-    if start + BLOCK <= size:  # without a mask: behind a branch, it would make single values of 16-byte loads
-        parts = _held(row, column, None, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
+    if start + BLOCK <= size:  # whole blocks go without a mask, which would turn 16-byte loads into single values
+        parts = _block_penalty(row, column, None, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
     else:
-        parts = _held(row, column, column < size, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
+        parts = _block_penalty(row, column, column < size, strength, THETA, ANCHOR, FISHER, GRAD, ALIGNED)
     tl.store(sums_ptr + program, tl.sum(parts.to(tl.float64), 0))
 
 
 @triton.jit
 def _square(row, column, inside, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
+    """F += g^2 of some elements of a tensor."""
     fisher = _at(tl.load(row), tl.float32, ALIGNED) + column
     g = _load(_at(tl.load(row + 1), GRAD, ALIGNED) + column, inside).to(tl.float32)
     tl.store(fisher, _load(fisher, inside) + g * g, mask=inside)
@@ -82,7 +83,7 @@ def _square(row, column, inside, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _squares(tensors_ptr, blocks_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """F += g^2 of one block; tensors: (n, 3) addresses of F and g, and elements."""
+    """One block of F += g^2; tensors: (n, 3) addresses of F and g, and number of elements."""
     program = tl.program_id(0).to(tl.int64)
     row = tensors_ptr + 3 * tl.load(blocks_ptr + 2 * program)
     start = tl.load(blocks_ptr + 2 * program + 1) * BLOCK
@@ -95,11 +96,12 @@ def _squares(tensors_ptr, blocks_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 
 
 def _tables(rows: list[list[int]], sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table of tensors, and (tensor, block of it) of each program."""
+    """The table of tensors, and the table (programs, 2) of tensor and block of it, on the device."""
     blocks = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, BLOCK))]
     tables = torch.tensor(rows), torch.tensor(blocks, dtype=torch.int64).view(-1, 2)
-    if device.type == "cuda":  # pinned, so that nothing waits
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tables)
+    if device.type == "cuda":  # from pinned memory, so that nothing waits
+        tensors, programs = (t.pin_memory().to(device, non_blocking=True) for t in tables)
+        return tensors, programs
     return tables
 
 
@@ -119,8 +121,11 @@ def ewc_penalty(
     grads: list[Tensor] | None = None,
     fresh: list[bool] | None = None,
 ) -> Tensor:
-    """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient, `strength F (theta -
-    theta0)`, over the grads or (where not fresh) added to them. All contiguous, on one device, fishers float32."""
+    """`sum_i F_i (theta_i - theta0_i)^2` over all tensors, a float64 scalar, and its gradient.
+
+    The gradient `strength F (theta - theta0)` overwrites the grads, or is added to them where `fresh` is False. All
+    tensors are contiguous and on one device, and fishers are float32.
+    """
     device, sums = parameters[0].device, []
     kinds = {(p.dtype, a.dtype) for p, a in zip(parameters, anchors, strict=True)}
     for theta, anchor in sorted(kinds, key=str):  # tensors of the same dtypes go together
@@ -146,7 +151,7 @@ def ewc_penalty(
 
 
 def add_squares_(fishers: list[Tensor], grads: list[Tensor]) -> None:
-    """`F_i += g_i^2` over all tensors. All contiguous, on one device, fishers float32."""
+    """`F_i += g_i^2` over all tensors, which are contiguous and on one device; fishers are float32."""
     for dtype in sorted({g.dtype for g in grads}, key=str):
         pairs = [(f, g) for f, g in zip(fishers, grads, strict=True) if g.dtype == dtype]
         sizes = [f.numel() for f, _ in pairs]
@@ -159,8 +164,8 @@ def add_squares_(fishers: list[Tensor], grads: list[Tensor]) -> None:
             )  # fmt: skip
 
 
-# What `make gpu-check` compiles, and what it may take. Squares pass through shared memory from the gradient's layout,
-# 16 bytes of bfloat16 a thread, to that of F.
+# What `make gpu-check` compiles, and what each kernel may use. Squares pass through shared memory from the gradient's
+# layout, 16 bytes of bfloat16 per thread, to that of F.
 _SQUARES = {"registers": 48, "shared": 8 << 10, "loads": 6, "stores": 4}
 CHECKS = [
     {

@@ -1,8 +1,10 @@
-"""The epilogue of `linear_divergence` in Triton: what fastalign/ops/divergence_tiles.py does to tiles of logits.
+"""The epilogue of `linear_divergence` in Triton: what fastalign/ops/head/divergence_terms.py does to tiles of logits.
 
-One program a row, which lies in its registers. `normalise` turns products into logits and folds them into the softmax's
-normaliser; `terms` reads student and teacher together, adds up the divergence, and leaves what the gradient is made of;
-`gradient` forms that in the dtype of the last product.
+There is one program per row, and the row lies in its registers. Three kernels follow each other:
+
+- `normalise` turns products into logits, and folds them into the softmax's normaliser;
+- `terms` reads student and teacher together, adds up the divergence, and leaves what the gradient is made of;
+- `gradient` forms the gradient in the dtype of the last product.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 @triton.jit
 def _tanh(x):
-    """tanh x, and x - tanh x with its digits where that is small: the series has converged there."""
+    """Tanh x, and x - tanh x, which keeps its digits where it is small: a series has converged there."""
     square = x * x
     near = tl.abs(x) < 0.25
     series = x * square * (1 / 3 + square * (-2 / 15 + square * (17 / 315 - square * (62 / 2835))))
@@ -31,7 +33,7 @@ def _tanh(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x > -1, within a few ulp: what 1 + x rounds away is put back in proportion."""
+    """Log(1 + x) for x > -1, within a few ulp: what 1 + x rounds away is put back in proportion."""
     rounded = 1 + x
     lost = rounded == 1
     return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
@@ -41,6 +43,7 @@ def _log1p(x):
 def _normalise(
     z_ptr, stride, bias_ptr, factor, inner, outer, top_ptr, total_ptr, columns, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """One row of `normalise`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -50,6 +53,7 @@ def _normalise(
         u = tl.maximum(u + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32), START)
     z = u * factor if outer is None else _tanh(u * inner)[0] * outer
     tl.store(at, z, mask=inside)
+    # Online softmax: the old sum is taken relative to the new maximum, then this tile is added.
     before, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
     z = tl.where(inside, z, float("-inf"))
     top = tl.maximum(before, tl.max(z, 0))
@@ -63,18 +67,19 @@ def _terms(
     a_ptr, a_stride, b_ptr, b_stride, stats_ptr, stats_stride, values_ptr, moments_ptr, beta, factor, outer, columns,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """stats: (R, 5) the maximum and the log-sum of the student, then of the teacher."""
+    """One row of `terms`; stats (R, 5) begin with the maximum and the log-sum of the student, then of the teacher."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     a_ptr, b_ptr = a_ptr + row * a_stride + column, b_ptr + row * b_stride + column
     z = tl.load(a_ptr, mask=inside, other=0.0)
     of_row = stats_ptr + row * stats_stride
+    # The two parts are subtracted one by one: their sum would be rounded to its own, larger size.
     log_s = (z - tl.load(of_row)) - tl.load(of_row + 1)
     log_t = (tl.load(b_ptr, mask=inside, other=0.0) - tl.load(of_row + 2)) - tl.load(of_row + 3)
     value, moment = tl.load(values_ptr + row), tl.load(moments_ptr + row)
     s, t = tl.exp(log_s), tl.exp(log_t)
-    d = (log_t - log_s) * 0.5
+    d = (log_t - log_s) * 0.5  # then t - s = (s + t) tanh d, without a difference of rounded exponentials
     tanh, rest = _tanh(d)
     near = tl.abs(d) < 0.25
     if KIND == FORWARD_KL:
@@ -107,6 +112,7 @@ def _gradient(
     a_ptr, a_stride, b_ptr, b_stride, moments_ptr, scale, coefficients_ptr, out_ptr, out_stride, columns,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of `gradient`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -117,50 +123,59 @@ def _gradient(
     c *= scale
     if coefficients_ptr is not None:
         c *= tl.load(coefficients_ptr + row)
-    # Threads run at different times, and out may lie in the memory of a that another has yet to read.
+    # Threads run at different times, and out may lie in memory of a that another thread has yet to read.
     tl.debug_barrier()
     tl.store(out_ptr + row * out_stride + column, c.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _shape(columns: int) -> dict[str, int]:
+    """The block that holds a row of so many columns, and its warps."""
     block = max(16, triton.next_power_of_2(columns))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def _outer(head) -> float | None:
-    return None if head.softcap is None else head.softcap / head.temperature
+def _outer(transform) -> float | None:
+    return None if transform.softcap is None else transform.softcap / transform.temperature
 
 
-def normalise(z: Tensor, bias: Tensor | None, head, top: Tensor, total: Tensor) -> None:
-    """Products z (R, T) float32 become logits in place, those that the bias rules out -1e30 and not -inf; top and total
-    (R,) follow: the maximum so far, and `sum exp(z - top)`. They start at START and 0."""
+def normalise(z: Tensor, bias: Tensor | None, transform, top: Tensor, total: Tensor) -> None:
+    """Turn products z (R, T) float32 into logits in place, and fold them into the softmax's normaliser.
+
+    Logits that the bias rules out become -1e30 and not -inf. top (R,) is the maximum so far and total (R,) is
+    `sum exp(z - top)`; they start at START and 0.
+    """
     rows, columns = z.shape
-    inner = None if head.softcap is None else head.logit_scale / head.softcap
+    inner = None if transform.softcap is None else transform.logit_scale / transform.softcap
     if rows:
         _normalise[(rows,)](
-            z, z.stride(0), bias, head.factor, inner, _outer(head), top, total, columns, **_shape(columns)
+            z, z.stride(0), bias, transform.factor, inner, _outer(transform), top, total, columns, **_shape(columns)
         )
 
 
-def terms(a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, head, values: Tensor, moments: Tensor) -> None:
-    """Logits of student and teacher, a and b (R, T), are added to values and moments (R,), the divergence and K.
+def terms(
+    a: Tensor, b: Tensor, stats: Tensor, kind: str, beta: float, transform, values: Tensor, moments: Tensor
+) -> None:
+    """Add what a tile contributes to the divergences values (R,) and to their moments K (R,).
 
-    Left in place, times dz/du of a soft cap: forward_kl `s - t` in a; reverse_kl, jsd s in a, and s times its log-ratio
-    to t or m in b. stats (R, 4 or more): the maximum and the log-sum of the student, then of the teacher.
+    a and b (R, T) hold the logits of student and teacher. They are overwritten with what the gradient is made of, times
+    dz/du of a soft cap. For forward_kl: `s - t` in a. For reverse_kl and jsd: s in a, and s times its log-ratio to t or
+    m in b. stats (R, 4 or more): the maximum and the log-sum of the student, then of the teacher.
     """
     rows, columns = a.shape
     if rows:
         _terms[(rows,)](
-            a, a.stride(0), b, b.stride(0), stats, stats.stride(0), values, moments, beta, head.factor, _outer(head),
-            columns, KIND=KINDS[kind], **_shape(columns),
+            a, a.stride(0), b, b.stride(0), stats, stats.stride(0), values, moments, beta, transform.factor,
+            _outer(transform), columns, KIND=KINDS[kind], **_shape(columns),
         )  # fmt: skip
 
 
 def gradient(
     a: Tensor, b: Tensor | None, moments: Tensor, scale: float, coefficients: Tensor | None, out: Tensor
 ) -> None:
-    """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given; into out (R, T), which
-    may be a's own memory, row by row, in out's dtype."""
+    """`scale a`, or `scale (b - moments a)` where b is given, times coefficients (R,) if given.
+
+    The result goes to out (R, T) in out's dtype. out may lie in the memory of a, row by row.
+    """
     rows, columns = a.shape
     if rows:
         _gradient[(rows,)](
@@ -169,7 +184,7 @@ def gradient(
         )  # fmt: skip
 
 
-# What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and what it may take.
+# What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and what each kernel may use.
 CHECKS = [
     {
         "kernel": _normalise,

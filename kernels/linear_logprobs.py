@@ -1,7 +1,10 @@
-"""The epilogue of `linear_logprobs` in Triton: what fastalign/ops/epilogue.py defines, in one read of each tile.
+"""The epilogue of `linear_logprobs` in Triton: what fastalign/ops/head/epilogue.py defines, in one read of each tile.
 
-One program a row; the whole row of the tile lies in its registers before anything is stored, so that outputs may lie
-in the memory of the tile itself. 32 elements a thread, of the widest tiles, take some 60 registers.
+There is one program per row. The whole row of the tile lies in its registers before anything is stored, so that outputs
+may lie in the memory of the tile itself. The widest tiles give each thread 32 elements, which take some 60 registers.
+
+Letters: R tokens, T vocabulary entries of a tile, H the width of hidden states. Names as in epilogue.py: u products, z
+logits, e their exponentials.
 """
 
 from __future__ import annotations
@@ -10,19 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Where kernels decorated from here on will run.
+# Where the kernels of this process run: Triton decides it when a kernel is decorated.
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 START = tl.constexpr(-1e30)
-# The shift follows the running maximum only when that has moved this far: e^8 costs no digits, and the accumulated
-# products are hardly ever rescaled.
+# Lazy rescaling: the shift follows the running maximum only when that has moved this far. A factor of e^8 costs no
+# digits, and the accumulated products (R, H) are then hardly ever rescaled.
 LAG = tl.constexpr(8.0)
-# How much of a row of the accumulated products is rescaled at a time.
+# How many entries of a row of the accumulated products are rescaled at a time.
 WIDTH = tl.constexpr(1024)
 
 
 @triton.jit
 def _tanh(x):
-    """Within a few ulp everywhere: the quotient cancels near 0, where the series has converged."""
+    """Tanh within a few ulp everywhere. The quotient cancels near 0, so there a series is used, which has converged."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     e = tl.exp(-2 * tl.abs(x))
@@ -32,7 +35,7 @@ def _tanh(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0, within a few ulp: what 1 + x rounds away is put back in proportion."""
+    """Log(1 + x) for x >= 0, within a few ulp: what 1 + x rounds away is put back in proportion."""
     rounded = 1 + x
     lost = rounded == 1
     return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
@@ -40,28 +43,27 @@ def _log1p(x):
 
 @triton.jit
 def _logit(u, factor, inner, outer):
-    """inner = logit_scale / softcap and outer = softcap / temperature, or None without a cap."""
-    if outer is None:
-        return u * factor
-    else:
-        return _tanh(u * inner) * outer
+    """The logit of a product. inner is logit_scale / softcap and outer softcap / temperature; None without a cap."""
+    return u * factor if outer is None else _tanh(u * inner) * outer
 
 
 @triton.jit
 def _slope(z, factor, outer):
+    """The slope dz/du of a soft cap, from the logit."""
     t = tl.maximum(z / outer, -1)  # entries set to -inf count as the cap's lower end
     return factor * (1 - t * t)
 
 
 @triton.jit
-def _absorb(
+def _absorb(  # noqa: C901 - a kernel is one pass over its row, and its branches are decided when it is compiled
     u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
     shift_ptr, others_ptr, zothers_ptr, target_ptr, e_ptr, e_stride, ze_ptr, ze_stride,
     a_ptr, a_stride, b_ptr, b_stride, best_ptr, argmax_ptr, columns, width,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    """One row of `absorb`: its running sums take in the tile, and e and ze are left for the next products."""
+    row = tl.program_id(0).to(tl.int64)  # int64: a row's offset may exceed 2^31 elements
+    column = tl.arange(0, BLOCK)  # (T,) padded to a power of two
     inside = column < columns
     target = tl.load(targets_ptr + row) - first
     has_target = (target >= 0) & (target < columns)
@@ -74,16 +76,17 @@ def _absorb(
     tl.store(target_ptr + row, _logit(u_y, factor, inner, outer), mask=has_target)
     z = tl.where(inside, _logit(u, factor, inner, outer), float("-inf"))
 
-    top = tl.max(z, 0)
+    top = tl.max(z, 0)  # of this tile
     if best_ptr is not None:
         best = tl.load(best_ptr + row)
         tl.store(argmax_ptr + row, tl.argmax(z, 0).to(tl.int64) + first, mask=top > best)
         tl.store(best_ptr + row, top, mask=top > best)
+    # Online softmax: sums relative to the old shift become sums relative to the new one, then this tile is added.
     old = tl.load(shift_ptr + row)
     shift = tl.where(top > old + LAG, top, old)
     moved = old - shift
     shrink = tl.exp(moved)
-    e = tl.where(column == target, 0.0, tl.exp(z - shift))
+    e = tl.where(column == target, 0.0, tl.exp(z - shift))  # (T,); the target is left out of every sum
     others = tl.load(others_ptr + row)
     tl.store(others_ptr + row, shrink * others + tl.sum(e, 0))
     tl.store(shift_ptr + row, shift)
@@ -95,10 +98,10 @@ def _absorb(
         e *= _slope(z, factor, outer)
     if e_ptr is not None:
         tl.store(e_ptr + row * e_stride + column, e.to(e_ptr.dtype.element_ty), mask=inside)
-    if ze_ptr is not None:  # formed again, for registers are scarcer than arithmetic
+    if ze_ptr is not None:  # z - shift is computed again, because registers are scarcer than arithmetic
         ze = tl.maximum(z - shift, START) * e
         tl.store(ze_ptr + row * ze_stride + column, ze.to(ze_ptr.dtype.element_ty), mask=inside)
-    if a_ptr is not None:  # noqa: SIM102 - known when compiled, the other is not
+    if a_ptr is not None:  # noqa: SIM102 - this is known when the kernel is compiled, the next condition is not
         if (old > START) & (shift > old):
             for start in range(0, width, WIDTH):
                 at = start + tl.arange(0, WIDTH)
@@ -116,12 +119,13 @@ def _finish(
     a_ptr, a_stride, b_ptr, b_stride, width,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """stats (3, R): of `Stats` target, slope and mean."""
+    """One row of `finish`; stats (3, R) are the fields target, slope and mean of `Stats`."""
     row = tl.program_id(0).to(tl.int64)
     shift, others, z_y = tl.load(shift_ptr + row), tl.load(others_ptr + row), tl.load(target_ptr + row)
     shifted = z_y - shift
     at_target = tl.exp(shifted)
     total = others + at_target
+    # log1p keeps the digits of a log-probability near 0; far below the maximum its argument would overflow.
     near = -_log1p(others * tl.exp(tl.minimum(-shifted, 30)))
     tl.store(logprobs_ptr + row, tl.where(shifted > -30, near, shifted - tl.log(total)))
     mean = total * 0
@@ -157,6 +161,7 @@ def _softmax_gradient(
     u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
     shift_ptr, mean_ptr, logprobs_ptr, entropy_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of `softmax_gradient`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -174,7 +179,7 @@ def _softmax_gradient(
     else:
         g *= _slope(z, factor, outer)
     du = tl.where(column == tl.load(targets_ptr + row) - first, tl.load(target_ptr + row), g)
-    # Threads run at different times, and du may lie in the memory of u that another has yet to read.
+    # Threads run at different times, and du may lie in memory of u that another thread has yet to read.
     tl.debug_barrier()
     tl.store(du_ptr + row * du_stride + column, du.to(du_ptr.dtype.element_ty), mask=inside)
 
@@ -183,6 +188,7 @@ def _softmax_gradient(
 def _kept_gradient(
     kept_ptr, kept_stride, targets_ptr, first, scale_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr
 ):
+    """One row of `kept_gradient`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -193,14 +199,16 @@ def _kept_gradient(
 
 
 def _shape(columns: int) -> dict[str, int]:
+    """The block that holds a row of so many columns, and its warps: 16 elements per thread, 32 in the widest."""
     block = max(16, triton.next_power_of_2(columns))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-def _head(head) -> tuple[float, float | None, float | None]:
-    if head.softcap is None:
-        return head.factor, None, None
-    return head.factor, head.logit_scale / head.softcap, head.softcap / head.temperature
+def _numbers(transform) -> tuple[float, float | None, float | None]:
+    """The kernels' factor, inner and outer."""
+    if transform.softcap is None:
+        return transform.factor, None, None
+    return transform.factor, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
 def _stride(t: Tensor | None) -> int:
@@ -212,7 +220,7 @@ def absorb(
     targets: Tensor,
     first: int,
     bias: Tensor | None,
-    head,
+    transform,
     sums,
     *,
     entropy: bool = False,
@@ -222,12 +230,12 @@ def absorb(
     b: Tensor | None = None,
     best: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fold a tile into the sums, as fastalign/ops/epilogue.py says; leaves `e` and `ze` for the second products."""
+    """Fold a tile into the running sums, as fastalign/ops/head/epilogue.py says."""
     rows, columns = u.shape
     if rows:
         _absorb[(rows,)](
-            u, u.stride(0), targets, first, bias, *_head(head), sums.shift, sums.others, sums.zothers, sums.target,
-            e, _stride(e), ze, _stride(ze), a, _stride(a), b, _stride(b), *(best or (None, None)),
+            u, u.stride(0), targets, first, bias, *_numbers(transform), sums.shift, sums.others, sums.zothers,
+            sums.target, e, _stride(e), ze, _stride(ze), a, _stride(a), b, _stride(b), *(best or (None, None)),
             columns, 0 if a is None else a.shape[1], ENTROPY=entropy, **_shape(columns),
         )  # fmt: skip
 
@@ -235,37 +243,39 @@ def absorb(
 def finish(
     weight: Tensor,
     targets: Tensor,
-    head,
+    transform,
     sums,
     *,
     entropy: bool = False,
     a: Tensor | None = None,
     b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over the whole vocabulary become results, as fastalign/ops/epilogue.py says: log-probs (R,), entropies
-    (R,), and target, slope and mean of the stats (3, R); a and b become gradients."""
+    """The results of R rows, as fastalign/ops/head/epilogue.py says: log-probs (R,), entropies (R,) and stats (3, R).
+
+    Stats are the fields target, slope and mean of `Stats`. a and b become gradients.
+    """
     rows, width = targets.shape[0], 0 if a is None else a.shape[1]
     logprobs, entropies, stats = (sums.shift.new_empty(*shape) for shape in ((rows,), (rows,), (3, rows)))
     block = min(WIDTH.value, max(16, triton.next_power_of_2(width)))
     if rows:
         _finish[(rows,)](
-            weight, weight.stride(0), targets, *_head(head), *sums, logprobs, entropies, stats, rows, a, _stride(a),
-            b, _stride(b), width, ENTROPY=entropy, BLOCK=block, num_warps=4,
+            weight, weight.stride(0), targets, *_numbers(transform), *sums, logprobs, entropies, stats, rows, a,
+            _stride(a), b, _stride(b), width, ENTROPY=entropy, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return logprobs, entropies, stats
 
 
-def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, head, c, du: Tensor) -> None:
-    """The gradient in u of a tile, from its products, as fastalign/ops/epilogue.py says."""
+def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, transform, c, du: Tensor) -> None:
+    """The gradient in u of a tile, from its products, as fastalign/ops/head/epilogue.py says."""
     rows, columns = u.shape
     if rows:
         _softmax_gradient[(rows,)](
-            u, u.stride(0), targets, first, bias, *_head(head), *c, du, du.stride(0), columns, **_shape(columns)
+            u, u.stride(0), targets, first, bias, *_numbers(transform), *c, du, du.stride(0), columns, **_shape(columns)
         )
 
 
 def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, target: Tensor, du: Tensor) -> None:
-    """The gradient in u of a tile, from the exponentials that `absorb` left, as fastalign/ops/epilogue.py says."""
+    """The gradient in u of a tile, from what `absorb` left of it, as fastalign/ops/head/epilogue.py says."""
     rows, columns = kept.shape
     if rows:
         _kept_gradient[(rows,)](
@@ -273,7 +283,8 @@ def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, targ
         )
 
 
-# What `make gpu-check` compiles, as it is launched for tiles of 16384 entries, and what it may take.
+# What `make gpu-check` compiles, as it is launched for tiles of 16384 entries, and what each kernel may use: registers
+# per thread, bytes of shared memory, and the widths of loads and stores.
 _SUMS, _COEFFICIENTS = ", ".join(["*fp32:16"] * 4), ", ".join(["*fp32:16"] * 5)
 _UNCAPPED, _CAPPED = "fp32, None, None", "fp32, fp32, fp32"
 CHECKS = [

@@ -1,9 +1,9 @@
 """`preference_loss` in Triton: from token log-probs to losses, rewards and each token's coefficient in one launch.
 
-One program a pair (or labelled completion): it sums both sequences, forms loss and derivative, and writes the
-coefficients. The sums are few, so they and the formulas are in float64, in an order that only a sequence's length
-decides. Offsets that do not rise from 0 to the number of tokens reach nothing outside: their sums, and so the losses,
-are NaN.
+There is one program per pair (or labelled completion). It sums both sequences, forms loss and derivative, and writes
+the coefficients. The sums are few, so they and the formulas are in float64, in an order that only a sequence's length
+decides. Offsets that do not rise from 0 to the number of tokens read and write nothing outside of the tensors: their
+sums, and so the losses, are NaN.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Form of fastalign/ops/preference_loss.py.
+# `Form` of fastalign/ops/preference_loss.py; 0, LOGISTIC, is what is left.
 SQUARE, HINGE, ODDS, KTO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-# An average that has rounded to 0 counts as the largest float32 below it, with no gradient.
+# An average log-probability that has rounded to 0 counts as the largest normal float32 below 0, with no gradient.
 HIGHEST = tl.constexpr(-1.1754943508222875e-38)
 BLOCK = 256
 WARPS = 4
@@ -23,7 +23,7 @@ WARPS = 4
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) within a few ulp: what 1 + x rounds away is put back in proportion."""
+    """Log(1 + x) within a few ulp: what 1 + x rounds away is put back in proportion."""
     rounded = 1 + x
     lost = rounded == 1
     return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
@@ -31,7 +31,7 @@ def _log1p(x):
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, within a few ulp, by the same device."""
+    """Exp(x) - 1 for x <= 0, within a few ulp, by the same trick."""
     e = tl.exp(x)
     lost, gone = e == 1, e < 0.25
     safe = tl.where(lost | gone, 0.5, e)
@@ -104,7 +104,8 @@ def _pair_loss(u, v, scale, offset, slope, FORM: tl.constexpr):
 
 
 @triton.jit
-def _spread(out_ptr, begin, end, value, BLOCK: tl.constexpr):
+def _fill(out_ptr, begin, end, value, BLOCK: tl.constexpr):
+    """Write the value to all tokens [begin, end)."""
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + at, tl.zeros((BLOCK,), tl.float32) + value.to(tl.float32), mask=at < end)
@@ -116,6 +117,7 @@ def _loss(
     sequences, tokens, items, beta, scale, offset, slope,
     FORM: tl.constexpr, AVERAGED: tl.constexpr, ALTERNATING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One pair or labelled completion of `preference_loss`."""
     item = tl.program_id(0)
     first = item * 2 if FORM != KTO and ALTERNATING else item
     begin, end, right = _span(offsets_ptr, first, sequences, tokens)
@@ -136,9 +138,9 @@ def _loss(
             AVERAGED, BLOCK,
         )  # fmt: skip
         loss, d_u, d_v = _pair_loss(u, v, scale, offset, slope, FORM)
-        _spread(out_ptr, begin_v, end_v, d_v / length_v, BLOCK)
+        _fill(out_ptr, begin_v, end_v, d_v / length_v, BLOCK)
     tl.store(losses_ptr + item, loss.to(tl.float32))
-    _spread(out_ptr, begin, end, d_u / length, BLOCK)
+    _fill(out_ptr, begin, end, d_u / length, BLOCK)
 
 
 @triton.jit
@@ -146,7 +148,7 @@ def _backward(
     grad_losses_ptr, grad_sums_ptr, coefficients_ptr, offsets_ptr, out_ptr, sequences, tokens, items,
     ALTERNATING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad[t] = grad_losses[item of t] * coefficients[t] + grad_sums[sequence of t]"""
+    """One sequence of the gradient: grad[t] = grad_losses[item of t] * coefficients[t] + grad_sums[sequence of t]."""
     i = tl.program_id(0)
     item = tl.where(items == sequences, i, i // 2 if ALTERNATING else i % items)
     begin, end, _ = _span(offsets_ptr, i, sequences, tokens)
@@ -175,7 +177,7 @@ def preference_loss(
     offset: float,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward op of fastalign/ops/preference_loss.py, float32: losses, rewards, sums, coefficients."""
+    """The forward op of fastalign/ops/preference_loss.py in float32: losses, rewards, sums, coefficients."""
     sequences = cu_seqlens.shape[0] - 1
     items = sequences // 2 if labels is None else sequences
     losses, rewards, sums, coefficients = (
@@ -210,7 +212,8 @@ def preference_loss_backward(
     return out
 
 
-# What `make gpu-check` compiles, and what it may take. Some thousand tokens are moved: being one launch is what counts.
+# What `make gpu-check` compiles, and what each kernel may use. Some thousand tokens are moved, so what counts is that
+# there is one launch.
 _COUNTS = "i32, i32, i32, fp32, fp32, fp32, fp32"
 _FOUR = "*fp32:16, *fp32:16, *fp32:16, *fp32:16"
 CHECKS = [

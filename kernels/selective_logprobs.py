@@ -1,11 +1,13 @@
 """`selective_logprobs` in Triton: the target's log-probability from logits that exist, and its gradient.
 
-Forward reads the logits once; backward reads them once more and writes the gradient once, over them if asked to. With
-m and `others` the maximum and sum of exponentials of all entries but the target y, nothing cancels near p_y = 1:
+Forward reads the logits once. Backward reads them once more and writes the gradient once, into their memory where that
+is asked for. With m and `others` the maximum and the sum of exponentials of all entries except the target y, nothing
+cancels near p_y = 1:
 
     x = z_y - m - log others      log p_y = -log(1 + exp(-x))      1 - p_y = 1 / (1 + exp(x))
 
-Both m + log others and x are handed to the backward pass, whose programs may overwrite the target's logit early.
+The backward pass is given both m + log others and x, because one of its programs may have overwritten the target's
+logit before another one needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ WARPS = 8
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1], within a few ulp: what 1 + x rounds away is put back in proportion."""
+    """Log(1 + x) for x in [0, 1], within a few ulp: what 1 + x rounds away is put back in proportion."""
     rounded = 1 + x
     lost = rounded == 1
     return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
@@ -33,11 +35,13 @@ def _log1p(x):
 def _forward(
     logits_ptr, stride, targets_ptr, logprobs_ptr, stats_ptr, vocab, factor, ignore_index, BLOCK: tl.constexpr
 ):
+    """One row of `selective_logprobs`, a block of logits after the other."""
     row = tl.program_id(0).to(tl.int64)
     at = logits_ptr + row * stride
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < vocab)
-    # Each lane keeps a maximum and a sum of its own; one exponential serves both: of whichever is below the other.
+    # Online softmax in every lane: each has its own maximum and sum, so no reduction is needed per block. One
+    # exponential serves both cases: that of the smaller of logit and maximum relative to the larger one.
     peaks = tl.zeros((BLOCK,), tl.float32) + START
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -48,7 +52,7 @@ def _forward(
         sums = tl.where(z > peaks, sums * e + 1, sums + e)
         peaks = tl.maximum(peaks, z)
     peak = tl.max(peaks, 0)
-    # A target without any others beside it has the log-odds of the smallest sum there is: p = 1.
+    # Where the vocabulary has no other entry, the sum counts as the smallest one there is, so that p = 1.
     log_others = tl.log(tl.maximum(tl.sum(sums * tl.exp(peaks - peak), 0), TINY))
     z_y = tl.load(at + target, mask=inside & (target != ignore_index), other=0.0).to(tl.float32) * factor
     odds = (z_y - peak) - log_others
@@ -64,6 +68,7 @@ def _backward(
     grad_ptr, logits_ptr, stride, targets_ptr, stats_ptr, out_ptr, out_stride, vocab, factor, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One block of one row of `selective_logprobs_backward`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
@@ -80,8 +85,8 @@ def _backward(
 def selective_logprobs(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """`z_y - logsumexp(z)` with `z = logits / temperature`: logits (N, V), targets (N,) -> logprobs (N,), stats (N, 2).
 
-    0 where the target is `ignore_index`, NaN where it is outside the vocabulary. stats: logsumexp of the other logits,
-    and the target's minus that.
+    A log-probability is 0 where the target is `ignore_index`, NaN where it is outside the vocabulary. stats: the
+    logsumexp of the other logits, and the target's logit minus that.
     """
     logits, targets = _rows(logits), targets.contiguous()
     rows, vocab = logits.shape
@@ -104,9 +109,9 @@ def selective_logprobs_backward(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """`grad (onehot - p) / temperature` in the logits' dtype, (N, V); with `in_place` in the logits' own memory.
+    """`grad (onehot - p) / temperature` (N, V) in the logits' dtype; with `in_place` in the memory of the logits.
 
-    0 for rows whose target is `ignore_index` or outside the vocabulary.
+    It is 0 for rows whose target is `ignore_index` or outside the vocabulary.
     """
     read = _rows(logits)
     out = logits if in_place and read is logits else torch.empty_like(read, memory_format=torch.contiguous_format)
@@ -128,7 +133,7 @@ def _block(vocab: int) -> int:
     return min(BLOCK, max(16, triton.next_power_of_2(vocab)))
 
 
-# What `make gpu-check` compiles, as it is launched for a large vocabulary, and what it may take.
+# What `make gpu-check` compiles, as it is launched for a large vocabulary, and what each kernel may use.
 CHECKS = [
     {
         "kernel": _forward,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,11 @@ def test_importing_the_package_and_missing_a_name_do_not_import_torch():
     code = """
 import sys, fastalign
 print(hasattr(fastalign, "PreferenceTrainr"), hasattr(fastalign, "__wrapped__"), fastalign.__version__)
-print(sorted({"torch", "transformers", "numpy"} & sys.modules.keys()))
+print(sorted({"torch", "transformers", "numpy", "peft", "datasets"} & sys.modules.keys()))
+print(sorted(name for name in sys.modules if name.startswith("fastalign.")))
 """
-    assert run(code) == f"False False {fastalign.__version__}\n[]\n"
+    light = ["fastalign.errors", "fastalign.lazy", "fastalign.options"]
+    assert run(code) == f"False False {fastalign.__version__}\n[]\n{light}\n"
 
 
 def test_dir_and_star_show_every_name():
@@ -54,12 +57,19 @@ def test_a_misspelt_name_is_an_attribute_error_with_the_nearest_one(name, hint):
 
 
 def test_a_name_is_looked_up_once(monkeypatch):
-    package = types.ModuleType("package")
+    package: Any = types.ModuleType("package")
     monkeypatch.setitem(sys.modules, "package", package)
-    look_up, _, names = lazy.lazy_exports("package", {"Path": "pathlib", "is*": "keyword"})
-    assert names == ["Path"] and look_up("__all__") == ["Path", "iskeyword", "issoftkeyword"]
-    assert look_up("Path") is Path is vars(package)["Path"]
-    assert look_up("iskeyword")("def") and "iskeyword" in vars(package) and "issoftkeyword" not in vars(package)
+    lazy.lazy_exports("package", {"Path": "pathlib", "is*": "keyword"})
+    assert package.__all__ == ["Path", "iskeyword", "issoftkeyword"]
+    assert "Path" in dir(package) and "Path" not in vars(package)
+    assert package.Path is Path is vars(package)["Path"]
+    assert package.iskeyword("def") and "iskeyword" in vars(package) and "issoftkeyword" not in vars(package)
+
+
+@pytest.mark.parametrize("name", fastalign.__all__)
+def test_every_name_is_there(name):
+    value = getattr(fastalign, name)
+    assert vars(fastalign)[name] is value  # held for the next access
 
 
 def imported_names(text: str) -> set[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastalign.ops.head.logprobs_tiles import gpu_tile_shape
+from fastalign.ops.head.tiling import gpu_tile_shape
 
 MODES = ("frozen", "cached", "recomputed")
 

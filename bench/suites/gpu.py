@@ -44,7 +44,6 @@ from fastalign.ops.ewc import BACKENDS as EWC
 from fastalign.ops.ewc import ewc_penalty, ewc_penalty_
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
-from fastalign.ops.preference_loss import BACKENDS as PREFERENCE
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.selective_logprobs import BACKENDS as SELECTIVE
 from fastalign.ops.selective_logprobs import selective_logprobs

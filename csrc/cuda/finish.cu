@@ -1,5 +1,5 @@
 // From the sums over the whole vocabulary to the results, one block a row: the log-prob, the entropy, what the backward
-// pass needs, and the gradients in place of the products' sums. `finish` in fastalign/ops/epilogue.py is the definition.
+// pass needs, and the gradients in place of the products' sums. `finish` in fastalign/ops/head/epilogue.py defines it.
 
 #include "device.h"
 

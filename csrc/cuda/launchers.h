@@ -1,6 +1,6 @@
 // The border between bindings_cuda.cpp and the kernels, in plain C++: structs of raw addresses, shapes and options, and
-// one function per kernel launch. Python (fastalign/ops/native_cuda.py) has checked shapes, strides and dtypes; targets
-// are checked by the kernels, for only they look at them. Every launcher returns a cudaError_t as int.
+// one function per kernel launch. Python (fastalign/ops/backends/cuda.py) has checked shapes, strides and dtypes. Targets
+// are checked by the kernels, because only they look at them. Every launcher returns a cudaError_t as int.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct Head {
     float factor, inner, outer;
 };
 
-// A tile of products u = h W' and what makes logits of them; the interface is told in fastalign/ops/epilogue.py.
+// A tile of products u = h W' and what makes logits of them; the interface is told in fastalign/ops/head/epilogue.py.
 struct Tile {
     DType from, to;               // of u; of e, ze, du, kept
     const void* u;                // (rows, columns), unit column stride; kept_gradient: the kept tile
@@ -76,7 +76,7 @@ struct Finish {
     Head head;
     const float *shift, *others, *zothers, *target;  // (rows,) each, as absorb left them; zothers null: no entropy
     float *logprobs, *entropies;                     // (rows,) results
-    float *at_target, *slope, *mean;                 // (rows,) of fastalign/ops/epilogue.py's Stats
+    float *at_target, *slope, *mean;                 // (rows,) of fastalign/ops/head/epilogue.py's Stats
     float *a, *b;                                    // (rows, width) sums, which become gradients, or null
     std::int64_t a_stride, b_stride;
 };
@@ -126,7 +126,7 @@ struct Fisher {
 };
 int accumulate_fisher(Fisher problem, Where where);
 
-// Held logits of student and teacher, by tiles (linear_divergence.cu); see fastalign/ops/divergence_tiles.py.
+// Held logits of student and teacher, by tiles (linear_divergence.cu); see fastalign/ops/head/divergence_tiles.py.
 enum class DivergenceKind : int { forward_kl, reverse_kl, jsd };
 struct Divergence {
     DivergenceKind kind;

@@ -1,5 +1,5 @@
 // The epilogues of linear_divergence, on tiles of logits that are held: one block a row, student and teacher read
-// together, all in place. What is computed, and why so, is told in fastalign/ops/divergence_tiles.py.
+// together, all in place. What is computed, and why so, is told in fastalign/ops/head/divergence_terms.py.
 
 #include "tile.h"
 

@@ -1,6 +1,6 @@
 // The online-softmax epilogue of a tile of logits: one block a row, one read of the tile. It folds the row into its
-// running sums and leaves unnormalised probabilities for the second product. `absorb` in fastalign/ops/epilogue.py is
-// the definition.
+// running sums and leaves unnormalised probabilities for the second product. `absorb` in fastalign/ops/head/epilogue.py
+// defines it.
 
 #include "tile.h"
 

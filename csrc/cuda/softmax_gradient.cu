@@ -1,5 +1,5 @@
 // The gradient of a tile of logits, for a trainable head: one block a row, one read and one write, in place if asked.
-// `softmax_gradient` and `kept_gradient` in fastalign/ops/epilogue.py are the definition.
+// `softmax_gradient` and `kept_gradient` in fastalign/ops/head/epilogue.py are the definition.
 
 #include "tile.h"
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fastalign.cli.methods import build_regularizers, load, method_of
+from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
-from fastalign.config.distillation import DistillationConfig
-from fastalign.config.preference import PreferenceConfig
-from fastalign.config.sft import SFTConfig
 from fastalign.data.files import load_rows
 from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
@@ -21,115 +19,74 @@ from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import lora_config
 from fastalign.models.loading import load_tokenizer
-from fastalign.options import from_mapping, help_field, nearest
-from fastalign.regularizers.distillation import Distillation
-from fastalign.regularizers.ewc import EWC, L2SP
-from fastalign.regularizers.kl import KLToStart
-from fastalign.regularizers.layerwise import LayerWise
-from fastalign.regularizers.replay import Replay
 from fastalign.report.page import format_number, write_report
-from fastalign.training.distillation import DistillationTrainer
-from fastalign.training.preference import PreferenceTrainer
-from fastalign.training.sft import SFTTrainer
-from fastalign.training.trainer import AlignmentTrainer
-
-TRAINERS = {PreferenceConfig: PreferenceTrainer, DistillationConfig: DistillationTrainer, SFTConfig: SFTTrainer}
-# What a configuration file calls them: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
-REGULARIZERS = {
-    "ewc": EWC, "l2_sp": L2SP, "kl_to_start": KLToStart, "distillation": Distillation, "replay": Replay,
-    "layerwise": LayerWise,
-}  # fmt: skip
 
 
-@dataclass
-class RunOptions:
-    """What a run is made of, beside the trainer's own options."""
+def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
+    """Trains as the options say, and leaves everything in the run folder `config.output_dir`.
 
-    model: str | None = help_field(None, "A model folder, a .gguf file, a packaged model, or organisation/name.")
-    train: str | None = help_field(None, "Training rows: a .jsonl, .json, .parquet or .csv file.")
-    eval: str | None = help_field(None, "Held-out rows, for evaluation and for the answers before and after.")
-    title: str | None = help_field(None, "The report's title.")
-    dtype: str = help_field("auto", "Weights in float32, bfloat16, float16; auto picks by machine.")
-    lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
-    lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
-    lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
-    lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
-    samples: int = help_field(32, "Held-out prompts answered before and after; 0 for none.")
-    max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
-    regularizers: list[dict[str, Any]] | None = help_field(
-        None, "What keeps old knowledge, as [{name: l2_sp, strength: 0.1}]; names: " + ", ".join(REGULARIZERS) + "."
-    )
+    Args:
+        options: The model, the data, the adapter and what is shown at the end.
+        config: The options of the method; its class decides which trainer runs.
 
-    def __post_init__(self):
-        for name in ("model", "train"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
-        if self.lora_rank < 0 or self.samples < 0:
-            raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
-        build_regularizers(self.regularizers)
+    Returns:
+        The run folder. It holds the adapter, or a whole model in model/ (safetensors), and config.json, metrics.jsonl,
+        preflight.txt, summary.json, samples.jsonl and report.html.
 
-
-def build_regularizers(options: list[dict[str, Any]] | None) -> list:
-    """Regularisers from mappings of their `name` and options; ConfigError for an unknown name, option or value."""
-    built = []
-    for mapping in options or []:
-        own = dict(mapping)
-        name = own.pop("name", None)
-        if name not in REGULARIZERS:
-            raise ConfigError(f"name of a regularizer is {name!r}; {nearest(str(name), REGULARIZERS)}")
-        built.append(from_mapping(REGULARIZERS[name], own))
-    return built
-
-
-def run(options: RunOptions, config: AlignmentConfig) -> Path:
-    """Train as the options say, and leave everything in the run folder `config.output_dir`; returns the folder.
-
-    It then holds the adapter, or a whole model in model/ (safetensors), config.json, metrics.jsonl, preflight.txt,
-    summary.json, samples.jsonl and report.html.
+    Raises:
+        FastAlignError: Something that was given cannot be used. This is found before the first training step.
     """
     console = Console(highlight=False)
-    folder = Path(config.output_dir)
+    folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
+    regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
-    train_rows = load_rows(options.train)
+    train_rows = load_rows(train)
     eval_rows = load_rows(options.eval) if options.eval else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
-    console.print(f"Loading {options.model}")
-    tokenizer = load_tokenizer(options.model)
-    lora = lora_config(
-        rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout, targets=options.lora_targets
-    ) if options.lora_rank else None  # fmt: skip
-    trainer = TRAINERS[type(config)](
-        options.model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
-        regularizers=build_regularizers(options.regularizers),
+    console.print(f"Loading {model}")
+    tokenizer = load_tokenizer(model)
+    lora = None
+    if options.lora_rank:
+        lora = lora_config(
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
+            targets=options.lora_targets,
+        )
+    trainer = load(method_of(config).trainer)(
+        model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
+        regularizers=regularizers,
     )  # fmt: skip
     write_json(folder / "config.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
-    prompts, questions = _prompts(trainer, eval_rows, options.samples)
-    before, old = _look(trainer, tokenizer, prompts, options, "before")
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
+    before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
-    after, new = _look(trainer, tokenizer, prompts, options, "after")
-    # beside the run's own config.json, where a whole model would put one of its own
+    after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
+    # A whole model has a config.json of its own, which must not replace the run's: it goes into a folder of its own.
     trainer.save_model(str(folder if options.lora_rank else folder / "model"))
 
-    summary = _summary(trainer, options, seconds, comparison(before, after, (old, new) if prompts else None))
+    answers = (old, new) if old and new else None
+    summary = _summary(trainer, options, seconds, comparison(before, after, answers))
     write_json(folder / "summary.json", summary)
-    _write_samples(folder / "samples.jsonl", questions, old, new)
+    _write_samples(folder / "samples.jsonl", questions, answers)
     report = write_report(folder)
-    _show(console, summary, questions, old, new)
+    _show(console, summary)
+    if answers:
+        _show_answers(console, questions, *answers)
+    console.print()
     console.print(f"Run folder {folder}, report {report}")
     return folder
 
 
-def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int]], list[str]]:
+def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
     """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
     if trainer.eval_dataset is None:
         return [], []
@@ -137,7 +94,7 @@ def _prompts(trainer: AlignmentTrainer, rows, count: int) -> tuple[list[list[int
     if len(rows) == len(tokens) and "prompt" in rows.column_names:
         texts = [_last_question(prompt) for prompt in rows["prompt"]]
     else:  # rows were dropped, or the prompt is implicit
-        texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     different = {tuple(ids): text.strip() for ids, text in zip(tokens, texts, strict=True) if ids}
     chosen = list(different.items())[:count]
     return [list(ids) for ids, _ in chosen], [text for _, text in chosen]
@@ -147,7 +104,9 @@ def _last_question(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m.get("content")), "")
 
 
-def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, float], Answers | None]:
+def _evaluate_and_answer(
+    trainer: Any, tokenizer: Any, prompts: list[list[int]], options: RunOptions, when: str
+) -> tuple[dict[str, float], Answers | None]:
     """Held-out metrics and answers of the model as it stands."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not prompts:
@@ -156,17 +115,16 @@ def _look(trainer, tokenizer, prompts, options, when: str) -> tuple[dict[str, fl
     return metrics, answer(trainer.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, label=label)
 
 
-def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
+def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
     state, config = trainer.state, trainer.args
-    losses = "distillation" if isinstance(config, DistillationConfig) else "sft"
-    if isinstance(config, PreferenceConfig):
-        losses = " + ".join(config.loss_type)
+    method = method_of(config)
+    losses = " + ".join(config.loss_type) if method.losses else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
     how = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     return {
         "title": options.title or f"{losses} of {options.model}",
         "model": options.model,
-        "dataset": Path(options.train).name,
+        "dataset": Path(str(options.train)).name,
         "method": losses,
         "rows": rows,
         "facts": {
@@ -180,16 +138,19 @@ def _summary(trainer: AlignmentTrainer, options: RunOptions, seconds: float, row
     }
 
 
-def _write_samples(path: Path, questions: list[str], old: Answers | None, new: Answers | None) -> None:
+def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Answers] | None) -> None:
     path.unlink(missing_ok=True)
-    for i, question in enumerate(questions):
-        append_metrics(path, {"prompt": question, "before": old.texts[i], "after": new.texts[i]})
+    if answers:
+        for question, before, after in zip(questions, answers[0].texts, answers[1].texts, strict=True):
+            append_metrics(path, {"prompt": question, "before": before, "after": after})
 
 
-def _show(console: Console, summary: dict, questions: list[str], old: Answers | None, new: Answers | None) -> None:
+def _show(console: Console, summary: dict) -> None:
     table = Table(title=summary["title"], title_justify="left", title_style="bold")
-    for heading, justify in (("held-out", "left"), ("before", "right"), ("after", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)
+    table.add_column("held-out")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("")
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
         table.add_row(row["metric"], *values, row["unit"])
@@ -197,14 +158,15 @@ def _show(console: Console, summary: dict, questions: list[str], old: Answers | 
     console.print(table)
     for label, value in summary["facts"].items():
         console.print(f"  {label:<16}{value}", markup=False)
-    shown = quartiles(old, new) if questions else []
-    if shown:
-        console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
+
+
+def _show_answers(console: Console, questions: list[str], old: Answers, new: Answers) -> None:
+    shown = quartiles(old, new)
+    console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
     for i in shown:
         console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
         console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
         console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
-    console.print()
 
 
 def quartiles(old: Answers, new: Answers) -> list[int]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastalign.config.preference import PreferenceConfig as PreferenceConfig
     from fastalign.config.sft import SFTConfig as SFTConfig
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "AlignmentConfig": "fastalign.config.base",

@@ -15,37 +15,77 @@ from fastalign.errors import ConfigError
 from fastalign.options import help_field, one_of
 
 ON_TRUNCATE = ("error", "drop", "keep_end")
-
-
 ON_INVALID = ("error", "drop")
 
 
 @dataclass
 class AlignmentConfig(TrainingArguments):
-    """What every fastalign trainer takes, beside the fields of `transformers.TrainingArguments`."""
+    """The options of every fastalign trainer. All fields of `transformers.TrainingArguments` are options too.
+
+    Attributes:
+        output_dir: The run folder. It gets the model or adapter, the configuration, metrics.jsonl and the report.
+        learning_rate: AdamW's initial learning rate. The default suits full fine-tuning. About 1e-4 suits LoRA.
+        logging_steps: Optimiser steps between two logged lines.
+        report_to: Experiment trackers. The default is none, so that nothing leaves the machine.
+        max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
+        on_truncate: What happens to longer rows: "error", "drop", or "keep_end", which cuts the start of the prompt.
+        on_invalid: What happens to rows with empty, missing or identical fields: "error" or "drop".
+        disable_dropout: Turn off the dropout of the model itself. The dropout of LoRA stays as it is configured.
+        memory_budget: Bytes of probability tiles that the forward pass may keep for the backward pass when the output
+            layer is trained. None: 1 GiB.
+        share_prompts: Compute each prompt once for all of its completions.
+        dataloader_pin_memory: Put batches into page-locked memory, from where a GPU copies faster. None: only if CUDA
+            is available.
+        run_name: A name that the report shows.
+
+    Raises:
+        ConfigError: An option has a value out of its range. The message names the option, the value and a remedy.
+    """
 
     output_dir: str | None = help_field("runs/latest", "The run folder: model or adapter, config, metrics, report.")
-    learning_rate: float = help_field(1e-6, "AdamW's initial learning rate; 1e-4 or so suits LoRA.")
+    learning_rate: float = help_field(1e-6, "AdamW's initial learning rate. About 1e-4 suits LoRA.")
     logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
-    report_to: str | list[str] | None = help_field("none", "Experiment trackers; none, so nothing leaves the machine.")
-    max_length: int | None = help_field(1024, "Most tokens of a prompt with one completion; None for no limit.")
-    on_truncate: str = help_field("error", "Rows that are too long: error, drop, or keep_end (cut the prompt's start).")
-    on_invalid: str = help_field("error", "Rows with empty, missing or identical fields: error or drop.")
-    disable_dropout: bool = help_field(True, "Turn the model's own dropout off; LoRA's dropout is kept.")
-    memory_budget: int | None = help_field(None, "Bytes of probability tiles kept for a trainable head; None: 1 GiB.")
-    share_prompts: bool = help_field(True, "Lay out each prompt once for all its completions.")
-    dataloader_pin_memory: bool = help_field(torch.cuda.is_available(), "Page-locked batches, for a GPU.")
-    run_name: str | None = help_field(None, "A name for the run, shown in the report.")
+    report_to: str | list[str] | None = help_field(
+        "none", "Experiment trackers. The default is none, so nothing leaves the machine."
+    )
+    max_length: int | None = help_field(
+        1024, "The most tokens of a prompt together with one completion. None: no limit."
+    )
+    on_truncate: str = help_field(
+        "error", "What happens to rows that are too long: error, drop, or keep_end (cut the start of the prompt)."
+    )
+    on_invalid: str = help_field(
+        "error", "What happens to rows with empty, missing or identical fields: error or drop."
+    )
+    disable_dropout: bool = help_field(True, "Turn off the model's dropout. LoRA's dropout is not changed.")
+    memory_budget: int | None = help_field(
+        None, "Bytes of probability tiles that are kept for a trained output layer. None: 1 GiB."
+    )
+    share_prompts: bool = help_field(True, "Compute each prompt once for all of its completions.")
+    dataloader_pin_memory: bool | None = help_field(
+        None, "Put batches into page-locked memory, for faster copies to a GPU. None: if CUDA is available."
+    )
+    run_name: str | None = help_field(None, "A name for the run, which the report shows.")
 
     def __post_init__(self):
-        self.remove_unused_columns = False  # the collator reads columns that no forward signature names
+        # The Trainer drops columns that are no argument of the model's forward. The collator needs them all.
+        self.remove_unused_columns = False
+        if self.dataloader_pin_memory is None:
+            # The class cannot have this as its default: importing it would start CUDA.
+            self.dataloader_pin_memory = torch.cuda.is_available()
         one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
         one_of("on_invalid", self.on_invalid, ON_INVALID)
         if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; it must hold a prompt and a completion: 2 or more")
+            raise ConfigError(
+                f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens: set 2 or more"
+            )
         super().__post_init__()
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """ConfigError for values that TrainingArguments takes and that fail or do nothing later."""
         if self.max_steps < 1 and self.max_steps != -1:
-            raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 for num_train_epochs instead")
+            raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 to use num_train_epochs instead")
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -53,6 +93,6 @@ class AlignmentConfig(TrainingArguments):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.label_smoothing_factor:
             raise ConfigError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}; no loss here smooths over the vocabulary: "
-                "leave it out (label_smoothing is the preference losses' own)"
+                f"label_smoothing_factor is {self.label_smoothing_factor}; no loss of fastalign smooths over the "
+                "vocabulary: leave it out. For noisy preference labels, set label_smoothing of a preference loss"
             )

@@ -12,25 +12,58 @@ from fastalign.options import help_field
 
 @dataclass
 class DistillationConfig(SFTConfig):
-    """Options of `DistillationTrainer`: `a NLL + (1 - a) tau^2 D(student, teacher)` on data or the student's own."""
+    """Options of `DistillationTrainer`: `weight * NLL + (1 - weight) * temperature^2 * D(student, teacher)`.
 
-    teacher: str | None = help_field(None, "The teacher: a model, `start`, or a .safetensors file of its log-probs.")
-    weight: float = help_field(0.5, "a, the weight of the data's NLL; the teacher's is 1 - a.")
-    temperature: float = help_field(1.0, "tau, of both distributions.")
-    divergence: str = help_field("forward_kl", "D: forward_kl (teacher || student), reverse_kl, or jsd.")
-    jsd_beta: float = help_field(0.5, "The teacher's share in jsd.")
-    top_k: int | None = help_field(None, "Compute the teacher's k largest log-probs once, and keep them on disk.")
-    cache_dir: str | None = help_field(None, "Where they are kept; None: ~/.cache/fastalign.")
-    on_policy: float = help_field(0.0, "Share of steps on the student's own samples, from 0 to 1 (GKD's lambda).")
-    sample_temperature: float = help_field(1.0, "Temperature of these samples.")
-    sample_tokens: int = help_field(128, "Longest sample, in tokens.")
+    The fields of `SFTConfig` and `AlignmentConfig` are options too.
+
+    Attributes:
+        teacher: The teacher: a model that `load_model` takes, "start" for the weights that training starts from, or a
+            .safetensors file of top-k log-probs.
+        weight: The weight of the NLL of the data, from 0 to below 1. The teacher's term has the weight `1 - weight`.
+        temperature: The temperature of both distributions.
+        divergence: D: "forward_kl" is KL(teacher || student), "reverse_kl" is KL(student || teacher), and "jsd" is the
+            generalised Jensen-Shannon divergence.
+        jsd_beta: The share of the teacher in the mixture of "jsd".
+        top_k: Compute the k largest log-probs of the teacher once for every training token and store them on disk.
+            None: run the teacher at every step.
+        cache_dir: The folder where they are stored. None: ~/.cache/fastalign.
+        on_policy: The share of steps that train on samples of the student itself, from 0 to 1 (lambda of GKD,
+            arXiv:2306.13649).
+        sample_temperature: The temperature of these samples.
+        sample_tokens: The most tokens of a sample.
+
+    Raises:
+        ConfigError: An option has a value out of its range, or two options exclude each other.
+    """
+
+    teacher: str | None = help_field(
+        None,
+        "The teacher: a model, `start` (the weights before training), or a .safetensors file of its log-probs.",
+        path=True,
+    )
+    weight: float = help_field(0.5, "Weight of the data's NLL. The teacher's term has the weight 1 - weight.")
+    temperature: float = help_field(1.0, "Temperature of the student's and the teacher's distribution.")
+    divergence: str = help_field(
+        "forward_kl", "Divergence from the teacher: forward_kl (teacher || student), reverse_kl, or jsd."
+    )
+    jsd_beta: float = help_field(0.5, "Share of the teacher in jsd.")
+    top_k: int | None = help_field(
+        None, "Store the teacher's k largest log-probs per token once, before training. None: run it at every step."
+    )
+    cache_dir: str | None = help_field(None, "Folder of the stored log-probs. None: ~/.cache/fastalign.", path=True)
+    on_policy: float = help_field(0.0, "Share of steps on the student's own samples, from 0 to 1 (lambda of GKD).")
+    sample_temperature: float = help_field(1.0, "Temperature of the student's samples.")
+    sample_tokens: int = help_field(128, "The most tokens of a sample.")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.on_policy <= 1:
-            raise ConfigError(f"on_policy is {self.on_policy}; it is a share of the steps, from 0 to 1")
+            raise ConfigError(f"on_policy is {self.on_policy}; it is a share of the steps: set a number from 0 to 1")
         if self.on_policy and (self.top_k or str(self.teacher).endswith(".safetensors")):
-            raise ConfigError("on_policy asks the teacher about new samples: give the teacher itself, without top_k")
+            raise ConfigError(
+                f"on_policy is {self.on_policy}, and new samples have no stored log-probs: give the teacher itself, "
+                "without top_k"
+            )
         if self.sample_tokens < 1 or not 0 < self.sample_temperature < math.inf:
             raise ConfigError(
                 f"sample_tokens is {self.sample_tokens} and sample_temperature {self.sample_temperature}; the first "

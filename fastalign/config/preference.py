@@ -36,7 +36,9 @@ class PreferenceConfig(AlignmentConfig):
     precompute_ref_log_probs: bool = help_field(
         True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
     )
-    ref_cache_dir: str | None = help_field(None, "Folder of the stored reference log-probs; None: ~/.cache/fastalign.")
+    ref_cache_dir: str | None = help_field(
+        None, "Folder of the stored reference log-probs; None: ~/.cache/fastalign.", path=True
+    )
     sync_ref_model: bool = help_field(False, "Move the reference towards the model while training (TR-DPO).")
     ref_model_mixup_alpha: float = help_field(0.6, "Share of the model in each such move.")
     ref_model_sync_steps: int = help_field(512, "Optimiser steps between two such moves.")

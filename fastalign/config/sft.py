@@ -10,6 +10,12 @@ from fastalign.options import help_field
 
 @dataclass
 class SFTConfig(AlignmentConfig):
-    """Options of `SFTTrainer`: supervised fine-tuning on completions, assistant turns or plain text."""
+    """Options of `SFTTrainer`: supervised fine-tuning on completions, assistant turns or plain text.
 
-    learning_rate: float = help_field(2e-5, "AdamW's initial learning rate; 2e-4 or so suits LoRA.")
+    The fields of `AlignmentConfig` are options too.
+
+    Attributes:
+        learning_rate: AdamW's initial learning rate. The default suits full fine-tuning. About 2e-4 suits LoRA.
+    """
+
+    learning_rate: float = help_field(2e-5, "AdamW's initial learning rate. About 2e-4 suits LoRA.")

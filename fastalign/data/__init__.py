@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastalign.data.text import text_windows as text_windows
     from fastalign.data.tokenization import tokenize as tokenize
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Batch": "fastalign.data.batch",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastalign.evaluation.answers import comparison as comparison
     from fastalign.evaluation.tax import measure_tax as measure_tax
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Answers": "fastalign.evaluation.answers",

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fastalign.fisher.diagonal import fisher_diagonal as fisher_diagonal
     from fastalign.fisher.storage import Fisher as Fisher
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Fisher": "fastalign.fisher.storage",

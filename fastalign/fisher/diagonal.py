@@ -260,7 +260,7 @@ class _Pass:
         if grad.shape[0] * (grad.shape[1] if grad.dim() > 2 else 1) != tokens:
             raise ModelError(
                 f"The layer of {next(iter(names.values()))} sees {tuple(grad.shape)} for {tokens} tokens, so its "
-                "gradient cannot be told apart by sequence: freeze its parameters."
+                "gradient cannot be split by sequence: freeze its parameters."
             )
         if isinstance(module, nn.Embedding):
             self._add_embedding(module, fishers.get("weight"), x.reshape(-1), grad.reshape(tokens, -1))

@@ -17,6 +17,7 @@ from fastalign.fisher.eight_bit import ByteSums, add_products_, add_rows_
 from fastalign.models.adapters import unwrap_layer
 from fastalign.models.head import Head
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.head.transform import LogitTransform
 
 # Vocabulary entries of one tile.
 VOCAB_TILE = 512
@@ -146,11 +147,9 @@ class _Pairs:
 
 def _cap(u: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:
     """The logits `z = softcap * tanh(logit_scale * u / softcap)` of `u = h W' + b`, and dz/du. Overwrites u."""
-    z = u.mul_(head.logit_scale) if head.logit_scale != 1.0 else u
-    if head.softcap is None:
-        return z, head.logit_scale
-    t = z.div_(head.softcap).tanh_()
-    return t * head.softcap, (1 - t * t).mul_(head.logit_scale)
+    transform = LogitTransform(head.logit_scale, head.softcap)
+    z, slope = transform.logits_and_slope_(u)
+    return z, transform.factor if slope is None else slope
 
 
 def logits_tile(hidden: Tensor, head: Head, rows: slice | Tensor) -> tuple[Tensor, Tensor | float]:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fastalign.memory.measure import peak_bytes as peak_bytes
     from fastalign.memory.measure import predict as predict
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "peak_bytes": "fastalign.memory.measure",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastalign.models.teacher import store_topk as store_topk
     from fastalign.models.vocabulary import check_vocabulary as check_vocabulary
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Head": "fastalign.models.head",

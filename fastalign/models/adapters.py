@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
 
@@ -70,6 +70,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
         ModelError: the configuration names layers that the model does not have, or does not fit it otherwise.
     """
     from peft import get_peft_model
+    from transformers import set_seed  # its module imports peft too
 
     set_seed(seed)
     try:

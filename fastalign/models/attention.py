@@ -42,7 +42,7 @@ from fastalign.errors import ModelError
 from fastalign.models import attention_gpu
 from fastalign.models.attention_gpu import Segment
 from fastalign.models.linear import has_native_matmul
-from fastalign.ops import segment_attention
+from fastalign.ops.segment_attention import beats_sdpa, segment_attention
 
 NAME = "fastalign"
 
@@ -195,8 +195,8 @@ def _packed_attention(
     if plain and not options.dropout and query.device.type == "cpu":
         if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
             query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-        if segment_attention.takes(query, key, value):
-            return segment_attention.attend(query, key, value, packed.table, packed.window, options.scaling)
+        if beats_sdpa(query, key, value):
+            return segment_attention(query, key, value, packed.table, packed.window, options.scaling)
     attend = _sdpa if plain else explicit_attention
     if not query.is_cuda and not has_native_matmul(dtype := query.dtype):
         query, key, value = query.float(), key.float(), value.float()

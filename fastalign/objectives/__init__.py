@@ -6,15 +6,17 @@ from fastalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from fastalign.objectives.base import Metrics as Metrics
+    from fastalign.objectives.base import Objective as Objective
     from fastalign.objectives.base import Totals as Totals
     from fastalign.objectives.preference import PreferenceObjective as PreferenceObjective
     from fastalign.objectives.sft import SFTObjective as SFTObjective
     from fastalign.objectives.unpaired import UnpairedObjective as UnpairedObjective
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Metrics": "fastalign.objectives.base",
+        "Objective": "fastalign.objectives.base",
         "PreferenceObjective": "fastalign.objectives.preference",
         "SFTObjective": "fastalign.objectives.sft",
         "Totals": "fastalign.objectives.base",

@@ -13,56 +13,68 @@ from fastalign.ops import segment_sum
 
 
 class PreferenceObjective:
-    """A loss over pairs, or a weighted mixture, plus the chosen completions' NLL where it is asked for."""
+    """A loss over pairs or a weighted mixture of them, plus `nll_coefficient` times the NLL of the chosen completions.
+
+    The loss is `sum of pair losses / pairs + nll_coefficient * NLL of chosen / its tokens`. The completions of a batch
+    alternate: even ones are chosen, odd ones are rejected.
+
+    Args:
+        config: Names the losses, their weights and their options.
+    """
 
     def __init__(self, config: PreferenceConfig):
         self.config = config
         self.needs_reference = config.needs_reference
 
     def totals(self, batch: Batch) -> Totals:
-        bounds = batch.packed.cu_seqlens
+        """Pairs, tokens of the NLL (chosen completions, and prompts where they are scored), and scored tokens."""
+        bounds = batch.packed.cu_seqlens  # (2 * pairs + 1,)
         lengths = bounds.diff()
         tokens = lengths[0::2].sum() + batch.prompt_tokens
         return Totals(lengths.new_tensor(lengths.numel() // 2), tokens, bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
+        """The weight of this batch's loss when batch losses are averaged: its pairs."""
         return totals.items
 
     def __call__(
         self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: Batch, totals: Totals
     ) -> tuple[Tensor, Metrics]:
+        """The loss over pairs plus the weighted NLL, and metrics of rewards and log-probs; see `Objective`."""
         config, bounds = self.config, batch.packed.cu_seqlens
         scored = logprobs.shape[0] - batch.prompt_tokens
-        sums, lengths = segment_sum(logprobs[:scored], bounds), bounds.diff()
-        chosen, rejected = sums[0::2], sums[1::2]
+        sums, lengths = segment_sum(logprobs[:scored], bounds), bounds.diff()  # (2 * pairs,) both
+        chosen, rejected = sums[0::2], sums[1::2]  # (pairs,)
         references = (None, None)
         if ref_logprobs is not None:
             ref_sums = segment_sum(ref_logprobs, bounds)
             references = ref_sums[0::2], ref_sums[1::2]
-        loss = 0.0
-        if config.pairwise:
-            losses = pairwise_loss(
-                list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,
-                lengths_chosen=lengths[0::2], lengths_rejected=lengths[1::2], options=config.loss_options,
-            )  # fmt: skip
-            loss = losses.sum() / totals.items
+        losses = pairwise_loss(
+            list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,
+            lengths_chosen=lengths[0::2], lengths_rejected=lengths[1::2], options=config.loss_options,
+        )  # fmt: skip
+        loss = losses.sum() / totals.items
         metrics = self._metrics(chosen, rejected, references, batch)
+        # Tokens of prompts, where they are scored, lie behind the completions: nll_over="prompt_and_completion".
         nll = -(chosen.sum() + logprobs[scored:].sum())
         if config.nll_coefficient:
             loss = loss + config.nll_coefficient * nll / totals.tokens
         metrics["nll_loss"] = (nll.detach(), self.totals(batch).tokens)
         return loss, metrics
 
-    def _metrics(self, chosen: Tensor, rejected: Tensor, references: tuple, batch: Batch) -> Metrics:
+    def _metrics(
+        self, chosen: Tensor, rejected: Tensor, references: tuple[Tensor | None, Tensor | None], batch: Batch
+    ) -> Metrics:
+        """Implicit rewards, log-probs and lengths. A loss without a reference gets rewards as if it were 0."""
         zero = torch.zeros_like(chosen)
-        ref_chosen, ref_rejected = references if references[0] is not None else (zero, zero)
+        ref_chosen, ref_rejected = (zero if reference is None else reference for reference in references)
         beta, lengths = self.config.reward_beta, batch.packed.completion_lengths
         rewards = (
             implicit_rewards(chosen.detach(), ref_chosen, beta),
             implicit_rewards(rejected.detach(), ref_rejected, beta),
         )
         margins = rewards[0] - rewards[1]
-        scored = batch.packed.cu_seqlens.diff().clamp(min=1)
+        scored = batch.packed.cu_seqlens.diff().clamp(min=1)  # at least 1, since a completion may have no scored token
         per_token = chosen / scored[0::2] - rejected / scored[1::2]
         return {
             "rewards/chosen": mean_of(rewards[0]),

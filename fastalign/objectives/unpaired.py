@@ -7,47 +7,73 @@ from torch import Tensor
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.batch import Batch
+from fastalign.errors import ConfigError
 from fastalign.losses import UNPAIRED, implicit_rewards, kto_baseline
 from fastalign.objectives.base import Metrics, Totals, mean_of
 from fastalign.ops import segment_sum
 
 
 class UnpairedObjective:
-    """KTO or BCO over rows with a label. For KTO's baseline each row carries a second completion, of another row."""
+    """KTO or BCO over rows with a label, averaged over the rows of the accumulated batch.
+
+    Each row of KTO has a second completion, which comes from a row with another prompt. The baseline of KTO is
+    estimated from those (see `fastalign.data.collate.with_mismatched`).
+
+    Args:
+        config: Names the loss and its options.
+
+    Raises:
+        ConfigError: The configured loss takes pairs.
+    """
 
     needs_reference = True
 
     def __init__(self, config: PreferenceConfig):
-        self.config = config
-        self.running = torch.zeros(2, 2, dtype=torch.float64)  # BCO: (sum, count) of rewards, undesirable and desirable
+        if config.unpaired is None:
+            raise ConfigError(f"loss_type is {config.loss_type}; UnpairedObjective takes one of {', '.join(UNPAIRED)}")
+        self.config, self.loss = config, UNPAIRED[config.unpaired]
+        self.has_baseline = config.unpaired == "kto"
+        # BCO shifts rewards by running means: (sum, count) of the rewards of undesirable and of desirable rows.
+        self.running = torch.zeros(2, 2, dtype=torch.float64)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to save: BCO's running rewards."""
+        return {} if self.has_baseline else {"rewards": self.running}
 
     def totals(self, batch: Batch) -> Totals:
+        """Rows, and scored tokens twice: there is no NLL of a part of them."""
         bounds = batch.packed.cu_seqlens
-        return Totals(bounds.new_tensor(batch.desirable.numel()), bounds[-1], bounds[-1])
+        return Totals(bounds.new_tensor(batch.columns["label"].numel()), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
+        """The weight of this batch's loss when batch losses are averaged: its rows."""
         return totals.items
 
-    def __call__(self, logprobs: Tensor, ref_logprobs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
-        config, bounds, labels = self.config, batch.packed.cu_seqlens, batch.desirable
-        sums, ref_sums = segment_sum(logprobs, bounds), segment_sum(ref_logprobs, bounds)
-        each = 2 if config.unpaired == "kto" else 1
-        own, ref_own = sums[::each], ref_sums[::each]
-        rewards = implicit_rewards(own.detach(), ref_own, config.reward_beta)
-        if config.unpaired == "kto":
+    def __call__(
+        self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: Batch, totals: Totals
+    ) -> tuple[Tensor, Metrics]:
+        """The loss over labelled rows, and metrics of rewards and log-probs for each label; see `Objective`."""
+        assert ref_logprobs is not None, "KTO and BCO compare with a reference: pass its log-probs"
+        config, bounds, labels = self.config, batch.packed.cu_seqlens, batch.columns["label"]  # (B,) bool
+        sums, ref_sums = segment_sum(logprobs, bounds), segment_sum(ref_logprobs, bounds)  # (C,)
+        completions = 2 if self.has_baseline else 1  # per row: with KTO the second one is of another prompt
+        matched, ref_matched = sums[::completions], ref_sums[::completions]  # (B,)
+        rewards = implicit_rewards(matched.detach(), ref_matched, config.reward_beta)
+        if self.has_baseline:
             shift = kto_baseline(sums[1::2], ref_sums[1::2])
         else:
-            shift = self._reward_shift(rewards, labels, own.requires_grad)
-        losses = UNPAIRED[config.unpaired](own, ref_own, labels, shift, **config.unpaired_options)
+            shift = self._reward_shift(rewards, labels, matched.requires_grad)
+        losses = self.loss(matched, ref_matched, labels, shift, **config.unpaired_options)
         metrics = {"baseline": mean_of(shift.view(1))}
         for name, mask in (("chosen", labels), ("rejected", ~labels)):
             metrics[f"rewards/{name}"] = ((rewards * mask).sum(), mask.sum())
-            metrics[f"logps/{name}"] = ((own.detach() * mask).sum(), mask.sum())
+            metrics[f"logps/{name}"] = ((matched.detach() * mask).sum(), mask.sum())
         metrics["rewards/accuracies"] = mean_of(((rewards > 0) == labels).float())
         return losses.sum() / totals.items, metrics
 
     def _reward_shift(self, rewards: Tensor, labels: Tensor, training: bool) -> Tensor:
-        """Half the sum of the running mean rewards of either label."""
+        """BCO's delta: half the sum of the running mean rewards of the two labels. Only training updates the means."""
         self.running = self.running.to(rewards.device)
         if training:
             for row, mask in enumerate((~labels, labels)):

@@ -6,10 +6,13 @@ from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
 from fastalign.ops.logits_divergence import logits_divergence
 from fastalign.ops.preference_loss import preference_loss
+from fastalign.ops.rms_norm import rms_norm
+from fastalign.ops.segment_attention import segment_attention
 from fastalign.ops.segment_sum import segment_sum
 from fastalign.ops.selective_logprobs import selective_logprobs
 from fastalign.ops.sparse_divergence import sparse_divergence
 from fastalign.ops.sparse_logits_divergence import sparse_logits_divergence
+from fastalign.ops.swiglu import swiglu
 
 __all__ = [
     "accumulate_fisher_",
@@ -20,8 +23,11 @@ __all__ = [
     "logits_divergence",
     "lora_ewc_penalty",
     "preference_loss",
+    "rms_norm",
+    "segment_attention",
     "segment_sum",
     "selective_logprobs",
     "sparse_divergence",
     "sparse_logits_divergence",
+    "swiglu",
 ]

@@ -1,5 +1,7 @@
-"""Elastic weight consolidation: the quadratic penalty that holds parameters near where they were, by how much they
-mattered there. As a loss term, as one fused pass that adds its gradient in place, and for LoRA on the merged weight.
+"""Elastic weight consolidation: a quadratic penalty that holds parameters near where they were.
+
+How strongly it holds each parameter depends on how much that parameter mattered there: its Fisher information. There
+are three forms: a loss term, one fused pass that adds the gradient in place, and a form for LoRA on the merged weight.
 
 Kirkpatrick et al. 2017, arXiv:1612.00796 (EWC); Schwarz et al. 2018, arXiv:1805.06370 (online EWC); Li et al. 2018,
 arXiv:1802.01483 (L2-SP: Fisher information 1 everywhere).
@@ -8,7 +10,6 @@ arXiv:1802.01483 (L2-SP: Fisher information 1 everywhere).
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
-from fastalign.ops.backends import cpu, pick
+from fastalign.errors import InputError
+from fastalign.ops.backends import pick
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
-# Of one block of the plain torch version: three of them stay in a core's cache.
+# Elements of one block of the plain torch version: three such blocks stay in a core's cache.
 _BLOCK = 1 << 16
-# Of one tile of the merged LoRA weight.
+# Bytes of one tile of the merged LoRA weight.
 _TILE_BYTES = 1 << 20
 
 
@@ -35,18 +36,28 @@ def ewc_penalty(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """`strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over all tensors, a scalar to be added to a loss.
+    """The penalty `strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over all tensors, a scalar to add to a loss.
 
-    parameters (theta), anchors (theta0), fishers (F >= 0): as many tensors of pairwise the same shape; parameters and
-    anchors float32, bfloat16, float16 or float64, fishers float32; fishers None: F = 1 (L2-SP). Returns a float32
-    scalar (float64 if a parameter is), summed in float64. Where a gradient is wanted, the same pass forms it,
-    `strength * F (theta - theta0)` in each parameter's dtype, and backward hands it over, times the factor by which the
-    penalty enters the loss (16 bits are rounded once more by it, unless it is a power of two). So theta, theta0 and F
-    are read once, or once more for each further backward over the same graph, and nothing waits for a GPU.
+    Where a gradient is wanted, the same pass forms it: `strength * F (theta - theta0)` in each parameter's dtype.
+    Backward returns it, times the factor by which the penalty enters the loss (in 16 bits that rounds once more, unless
+    the factor is a power of two). So theta, theta0 and F are read once, and once more for each further backward pass
+    over the same graph. Nothing waits for a GPU. To skip autograd and add to gradients that exist already, call
+    `ewc_penalty_`.
 
-    To skip autograd and add to the gradients that are there, call `ewc_penalty_`. backend: "cpu" (C++: all tensors in
-    one pass), "triton" or "cuda" (the same on a GPU), "torch" (any device) or "auto". InputError names lists or shapes
-    that do not fit, BackendError a backend that cannot run.
+    Args:
+        parameters: theta, at least one tensor of float32, bfloat16, float16 or float64.
+        anchors: theta0, as many tensors of the same shapes, floating.
+        fishers: F >= 0, as many tensors of the same shapes, float32. None: F = 1 (L2-SP).
+        strength: Finite, 0 or more.
+        backend: "cpu" (C++: all tensors in one pass), "triton" or "cuda" (the same on a GPU), "torch" (any device), or
+            "auto": the first of "cuda", "triton" and "cpu" that takes the tensors, else "torch".
+
+    Returns:
+        A float32 scalar (float64 if a parameter is float64), added up in float64.
+
+    Raises:
+        InputError: The lists or shapes do not fit.
+        BackendError: The backend is unknown, or was asked for by name and cannot run.
     """
     backend = _checked(parameters, anchors, fishers, strength, backend)
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -62,10 +73,24 @@ def ewc_penalty_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """`ewc_penalty`, whose gradient is added to each parameter's `.grad` (made where it is None) in the same pass.
+    """`ewc_penalty`, and its gradient added to each parameter's `.grad` in the same pass.
 
-    Each of theta, theta0, F and `.grad` is read once. Returns the penalty, detached. Arguments and errors are those of
-    `ewc_penalty`. Call it once a step, when the loss's own gradients are there: it takes no part in autograd.
+    A `.grad` that is None is created. Each of theta, theta0, F and `.grad` is read once. Call it once per step, when
+    the loss's gradients are there: it takes no part in autograd.
+
+    Args:
+        parameters: See `ewc_penalty`.
+        anchors: See `ewc_penalty`.
+        fishers: See `ewc_penalty`.
+        strength: See `ewc_penalty`.
+        backend: See `ewc_penalty`.
+
+    Returns:
+        The penalty, detached.
+
+    Raises:
+        InputError: The lists or shapes do not fit.
+        BackendError: The backend is unknown, or was asked for by name and cannot run.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     backend = _checked(parameters, anchors, fishers, strength, backend, grads)
@@ -73,7 +98,7 @@ def ewc_penalty_(
     for parameter, new in zip(parameters, fresh, strict=True):
         if new:
             parameter.grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    grads = [p.grad for p in parameters]
+    grads = [p.grad for p in parameters if p.grad is not None]  # now of all parameters
     return _run(backend, parameters, anchors, fishers, strength, grads, fresh)
 
 
@@ -88,14 +113,14 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads, ctx.grads = ctx.grads, None  # given away: backward may come again
+        grads, ctx.grads = ctx.grads, None  # autograd owns them now; a second backward pass forms them again
         if grads is None:
             strength, backend, anchors, fishers = ctx.options
             grads = _like(ctx.saved_tensors)
             _run(backend, ctx.saved_tensors, anchors, fishers, strength, grads, [True] * len(grads))
-        scale = float(grad) if grad.device.type == "cpu" else grad  # the value on a GPU would have to be waited for
+        scale = float(grad) if grad.device.type == "cpu" else grad  # a value on a GPU would have to be waited for
         if isinstance(scale, Tensor) or scale != 1.0:
-            torch._foreach_mul_(grads, scale)
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage] - has no public name
         return None, None, None, None, None, *grads
 
 
@@ -103,14 +128,20 @@ def _like(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
 
 
-def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None) -> Tensor:
-    """The penalty; grads: where its gradient goes, over what is there unless `fresh`."""
+def _run(
+    backend: str,
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor] | None,
+    strength: float,
+    grads: Sequence[Tensor] | None = None,
+    fresh: Sequence[bool] | None = None,
+) -> Tensor:
+    """The penalty. Its gradient is added to the grads, or overwrites them where `fresh` is True."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     if backend in pick.KERNELS:
         total = pick.KERNELS[backend].ewc_penalty(parameters, anchors, fishers, strength, grads, fresh)
         return (total * (strength / 2)).to(dtype)
-    if backend == "cpu":
-        return torch.tensor(_run_native(parameters, anchors, fishers, strength, grads, fresh), dtype=dtype)
     sums = []
     for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
         fisher = None if fishers is None else fishers[i]
@@ -119,57 +150,56 @@ def _run(backend, parameters, anchors, fishers, strength, grads=None, fresh=None
     return (torch.stack(sums).sum() * (strength / 2)).to(dtype)
 
 
-def _run_native(parameters, anchors, fishers, strength, grads, fresh) -> float:
-    kinds, alive = defaultdict(list), []  # tensors of the same dtypes go together
-    for i, (parameter, anchor) in enumerate(zip(parameters, anchors, strict=True)):
-        fisher = None if fishers is None else fishers[i].to(reference.compute_dtype(parameter))
-        alive.append(fisher)
-        addresses = [0 if t is None else t.data_ptr() for t in (parameter, anchor, fisher, grads and grads[i])]
-        new = bool(grads and fresh[i])
-        if new:  # its pages are not there yet: one by one they would take longer than what is written to them
-            cpu.on_huge_pages(grads[i])
-        kinds[parameter.dtype, anchor.dtype].append((parameter.numel(), *addresses, new))
-    sums = [
-        cpu.run("ewc_penalty", *map(cpu.dtype_code, kind), float(strength), tensors) for kind, tensors in kinds.items()
-    ]
-    return sum(sums) * strength / 2
-
-
-def _one_tensor(parameter, anchor, fisher, strength, grad, fresh) -> list[Tensor]:
-    """Sums of F (theta - theta0)^2 of a tensor's blocks, in float64; the gradient goes to `grad`."""
+def _one_tensor(
+    parameter: Tensor, anchor: Tensor, fisher: Tensor | None, strength: float, grad: Tensor | None, fresh: bool
+) -> list[Tensor]:
+    """The sums of F (theta - theta0)^2 of a tensor's blocks, in float64. The gradient goes to `grad`."""
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     sums = []
-    for theta, theta0, f, g in zip(*map(_blocks, (parameter, anchor, fisher, grad)), strict=False):
+    blocks = _blocks(parameter), _blocks(anchor), _optional_blocks(fisher), _optional_blocks(grad)
+    for theta, theta0, f, block_grad in zip(*blocks, strict=False):
         distance = theta.to(dtype) - theta0.to(dtype)
         weighted = distance if f is None else distance * f.to(dtype)
         sums.append((weighted * distance).sum(dtype=torch.float64))
-        if g is not None and fresh:
-            g.copy_(weighted * strength)
-        elif g is not None:
-            g += weighted * strength
+        if block_grad is not None and fresh:
+            block_grad.copy_(weighted * strength)
+        elif block_grad is not None:
+            block_grad.add_(weighted * strength)
     return sums
 
 
-def _blocks(t: Tensor | None) -> Iterable[Tensor | None]:
-    """Runs of rows that fit a core's cache; None for ever where there is no tensor."""
-    if t is None:
-        return repeat(None)
+def _blocks(t: Tensor) -> Sequence[Tensor]:
+    """Runs of rows that fit a core's cache."""
     t = torch.atleast_1d(t)
     return t.split(max(1, _BLOCK // max(1, t[:1].numel())))
+
+
+def _optional_blocks(t: Tensor | None) -> Iterable[Tensor | None]:
+    """The same, or None for ever where there is no tensor."""
+    return repeat(None) if t is None else _blocks(t)
 
 
 def lora_ewc_penalty(
     lora_a: Tensor, lora_b: Tensor, scaling: float, fisher: Tensor | None = None, strength: float = 1.0
 ) -> Tensor:
-    """EWC on the weight that a LoRA adapter merges to: `strength / 2 * sum_ij F_ij (s B A)_ij^2`, a differentiable
-    scalar, for one adapted layer.
+    """EWC on the weight that a LoRA adapter merges to: `strength / 2 * sum_ij F_ij (s B A)_ij^2`, for one layer.
 
-    lora_a (r, in), lora_b (out, r), fisher (out, in) float32 of the layer's own weight, scaling s. `s B A` is how far
-    the merged weight is from where it was; it is formed a tile of rows at a time, with its gradients
-    `strength s B' (F * s B A)` and `strength s (F * s B A) A'`, so that F is read once and backward only scales them.
-    fisher None (L2-SP): `strength s^2 / 2 * tr((B' B)(A A'))`, which never leaves r x r.
+    `s B A` is how far the merged weight is from where it was. It is formed a tile of rows at a time, together with its
+    gradients `strength s B' (F * s B A)` and `strength s (F * s B A) A'`. So F is read once, and backward only scales.
+    Without F (L2-SP) it is `strength s^2 / 2 * tr((B' B)(A A'))`, which never leaves r x r.
 
-    Returns a float32 scalar (float64 for float64 adapters). InputError names a shape that does not fit.
+    Args:
+        lora_a: (r, in) floating: A.
+        lora_b: (out, r) floating: B.
+        scaling: s.
+        fisher: (out, in) float32, of the layer's weight; None: 1 everywhere.
+        strength: Finite, 0 or more.
+
+    Returns:
+        A differentiable float32 scalar (float64 for float64 adapters).
+
+    Raises:
+        InputError: A shape or the strength does not fit.
     """
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise InputError(
@@ -212,60 +242,53 @@ class _LoraPenalty(torch.autograd.Function):
         return grad_a * grad, grad_b * grad, None, None, None
 
 
-def _why_not(backend, parameters, anchors, fishers, grads) -> str | None:
-    """Why the kernel of this backend cannot take these tensors, or None."""
-    tensors = [*parameters, *anchors, *(fishers or ()), *grads]
-    if backend in pick.KERNELS:
-        why = pick.KERNELS[backend].why_not(*tensors)
-        if why is None and any(f.dtype != torch.float32 for f in fishers or ()):
-            why = "a Fisher diagonal is not float32"
-    else:
-        why = cpu.why_not(*tensors) or cpu.why_no_kernel("ewc_penalty")
-    if why:
-        return why
-    if not all(t.is_contiguous() for t in tensors):
-        return "a tensor is not contiguous"
-    for parameter, anchor in zip(parameters, anchors, strict=True):
-        if anchor.dtype not in (parameter.dtype, reference.compute_dtype(parameter)):
-            return f"an anchor is {anchor.dtype} for a {parameter.dtype} parameter"
-    return None
-
-
 def _check_strength(strength: float) -> None:
     if not (math.isfinite(strength) and strength >= 0):
         raise InputError(f"strength is {strength}; it must be a finite number of 0 or more")
 
 
-def _checked(parameters, anchors, fishers, strength, backend, grads=()) -> str:
-    """The backend to use; InputError or BackendError where the arguments do not fit."""
+def _check_alike(name: str, parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    if len(others) != len(parameters):
+        raise InputError(f"There are {len(others)} {name} for {len(parameters)} parameters; give one for each")
+    for i, (parameter, other) in enumerate(zip(parameters, others, strict=True)):
+        if parameter.shape != other.shape or parameter.device != other.device:
+            raise InputError(
+                f"{name}[{i}] is {tuple(other.shape)} on {other.device}, but its parameter is "
+                f"{tuple(parameter.shape)} on {parameter.device}; they must be alike"
+            )
+        if not parameter.is_floating_point() or not other.is_floating_point():
+            raise InputError(f"parameter {i} is {parameter.dtype}, {name}[{i}] {other.dtype}; both must be floating")
+
+
+def _checked(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor] | None,
+    strength: float,
+    backend: str,
+    grads: Sequence[Tensor] = (),
+) -> str:
+    """Check the arguments; returns the backend to use."""
     _check_strength(strength)
     if not len(parameters):
         raise InputError("There are no parameters to hold: pass at least one tensor")
-    for name, others in (("anchors", anchors), ("fishers", fishers)):
-        if others is None and name == "fishers":
-            continue
-        if len(others) != len(parameters):
-            raise InputError(f"There are {len(others)} {name} for {len(parameters)} parameters; give one for each")
-        for i, (parameter, other) in enumerate(zip(parameters, others, strict=True)):
-            if parameter.shape != other.shape or parameter.device != other.device:
-                raise InputError(
-                    f"{name}[{i}] is {tuple(other.shape)} on {other.device}, but its parameter is "
-                    f"{tuple(parameter.shape)} on {parameter.device}; they must be alike"
-                )
-            if not parameter.is_floating_point() or not other.is_floating_point():
-                raise InputError(
-                    f"parameter {i} is {parameter.dtype}, {name}[{i}] {other.dtype}; both must be floating"
-                )
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; ewc_penalty has {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return backend
-    on_gpu = pick.pick(*parameters, *anchors, *(fishers or ())) if backend == "auto" else None
-    if on_gpu and _why_not(on_gpu, parameters, anchors, fishers, grads) is None:
-        return on_gpu
-    why = _why_not(backend, parameters, anchors, fishers, grads)
-    if backend != "auto":
-        if why:
-            raise BackendError(f"backend={backend!r} cannot run ewc_penalty here: {why}")
-        return backend
-    return "torch" if why else "cpu"
+    _check_alike("anchors", parameters, anchors)
+    if fishers is not None:
+        _check_alike("fishers", parameters, fishers)
+    tensors = [*parameters, *anchors, *(fishers or ()), *grads]
+
+    def why_not(name: str) -> str | None:
+        """What the kernels need besides dtypes and devices."""
+        if name != "cpu" and any(f.dtype != torch.float32 for f in fishers or ()):
+            return "a Fisher diagonal is not float32"
+        if not all(t.is_contiguous() for t in tensors):
+            return "a tensor is not contiguous"
+        for parameter, anchor in zip(parameters, anchors, strict=True):
+            if anchor.dtype not in (parameter.dtype, reference.compute_dtype(parameter)):
+                return f"an anchor is {anchor.dtype} for a {parameter.dtype} parameter"
+        return None
+
+    return pick.resolve(
+        "ewc_penalty", backend, *tensors, backends=BACKENDS, cpu_kernel="ewc_penalty", only_if_fast=False,
+        why_not=why_not,
+    )  # fmt: skip

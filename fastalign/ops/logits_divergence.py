@@ -1,23 +1,32 @@
 """Divergence of two next-token distributions from logits that already exist, some rows at a time.
 
-The arithmetic is that of `divergence_tiles.py`, on whole rows: forward keeps five numbers a row, backward forms the
-gradient from the logits again, in their place on request. Schema, fake, autograd and the public function.
+The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward forms
+the gradient from the logits again, in their memory where that is asked for. Top to bottom: schema, kernels, fakes,
+autograd, and the public function.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
-from fastalign.ops.head import divergence_tiles as tiles
-from fastalign.ops.head.checks import check_devices, check_divergence_options
+from fastalign.errors import InputError
+from fastalign.ops.backends import pick
+from fastalign.ops.head.checks import check_devices, check_divergence, check_per_token
+from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, terms
+from fastalign.ops.head.rows import counting_mask
+from fastalign.ops.head.tiling import START
+from fastalign.ops.head.transform import LogitTransform
 
 BACKENDS = ("auto", "reference", "torch")
-# Rows taken at a time fill this many logits of each side, so that no second [tokens, V] float32 tensor ever exists.
+# Rows are taken so many at a time that they have this many logits on each side: no second [tokens, V] tensor exists.
 _CHUNK = 1 << 21
+# The logits are given: there is nothing left to transform, and the temperature is divided out beforehand.
+_NO_TRANSFORM = LogitTransform()
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _OPTIONS = "Tensor? mask, str divergence, float temperature, float jsd_beta"
@@ -30,39 +39,44 @@ _library.define(
 )
 
 
-def _chunks(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float):
-    """(rows, the two sides' logits over temperature in float32 or float64, scratch), some unmasked rows at a time."""
+def _chunks(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    """Some unmasked rows at a time: their numbers, both sides' logits over temperature, and two scratch tiles.
+
+    The logits are copies in float32 or float64.
+    """
     kept = torch.arange(len(student), device=student.device) if mask is None else mask.nonzero().squeeze(1)
     vocab, dtype = student.shape[1], reference.compute_dtype(student, teacher)
     step = max(1, _CHUNK // max(vocab, 1))
     spare = student.new_empty(2, min(step, len(kept)), vocab, dtype=dtype)
     for rows in kept.split(step):
-        a, b = (t[rows].to(dtype).clamp_(min=tiles.START).div_(temperature) for t in (student, teacher))
-        yield rows, a, b, tuple(spare[:, : len(a)])
+        a, b = (t[rows].to(dtype).clamp_(min=START).div_(temperature) for t in (student, teacher))
+        yield rows, a, b, (spare[0, : len(a)], spare[1, : len(a)])
 
 
 def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta):
-    dtype, kind = reference.compute_dtype(student, teacher), tiles.Divergence(divergence, jsd_beta)
+    dtype, kind = reference.compute_dtype(student, teacher), Divergence(divergence, jsd_beta)
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
         for i, z in enumerate((a, b)):
-            sums = tiles.LogSumExp(len(z), z)
+            sums = LogSumExp(len(z), z)
             sums.absorb(z, scratch[0])
             stats[rows, 2 * i], stats[rows, 2 * i + 1] = sums.top, sums.total.log()
-        value, moment = tiles.terms(a, b, stats[rows], kind, tiles.Head(), scratch)
-        values[rows] = value.masked_fill_(value > tiles.RULED_OUT, float("inf"))
+        value, moment = terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
+        values[rows] = value.masked_fill_(value > RULED_OUT, float("inf"))
         stats[rows, 4] = 0.0 if moment is None else moment
     return values, stats
 
 
 def _gradient_into(out, grad, student, teacher, stats, mask, divergence, temperature, jsd_beta) -> None:
-    """The gradient of the logits (N, V) into `out`, which may be the student's logits."""
-    kind = tiles.Divergence(divergence, jsd_beta)
+    """The gradient in the student's logits (N, V) into `out`, which may be those logits."""
+    kind = Divergence(divergence, jsd_beta)
     scale = grad.to(stats.dtype).unsqueeze(1) / temperature
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
-        tiles.terms(a, b, stats[rows], kind, tiles.Head(), scratch)
-        out[rows] = tiles.gradient(a, b, stats[rows, 4], kind, tiles.Head()).mul_(scale[rows]).to(out.dtype)
+        terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
+        out[rows] = gradient(a, b, stats[rows, 4], kind, _NO_TRANSFORM).mul_(scale[rows]).to(out.dtype)
     if mask is not None:
         out[~mask] = 0.0
 
@@ -110,7 +124,7 @@ class _LogitsDivergence(torch.autograd.Function):
     def backward(ctx, grad):
         student, teacher, stats, mask = ctx.saved_tensors
         if ctx.in_place:
-            student = student.detach()  # shares the version counter: whoever saved the logits too is told
+            student = student.detach()  # it shares the version counter, so autograd notices the change
             torch.ops.fastalign.logits_divergence_backward_(grad, student, teacher, stats, mask, *ctx.options)
             return student, *[None] * 6
         found = torch.ops.fastalign.logits_divergence_backward(grad, student, teacher, stats, mask, *ctx.options)
@@ -131,28 +145,40 @@ def logits_divergence(
 ) -> Tensor:
     """Divergence of the student's next-token distribution from the teacher's, per token, from both models' logits.
 
-    As `linear_divergence`, for who has logits already: "forward_kl" `KL(t || s)`, "reverse_kl" `KL(s || t)`, "jsd" with
-    `m = jsd_beta t + (1 - jsd_beta) s`, of the softmax at `temperature`. Differentiable (once) in the student's logits.
+    It is `linear_divergence` for callers that have logits already: "forward_kl" `KL(t || s)`, "reverse_kl"
+    `KL(s || t)`, "jsd" with `m = jsd_beta t + (1 - jsd_beta) s`, of the softmax at `temperature`, in nats. It is
+    differentiable (once) in the student's logits.
 
-    student_logits, teacher_logits: (..., V) and (..., U) floating; the first min(V, U) entries count, so that
-        vocabularies may differ by padding. Neither is copied for it; only longer student logits' gradient is.
-    mask: (...) bool. Rows where it is False are not looked at, return 0 and get zero gradient.
-    token_weights: (...) floating constants that multiply the divergences; rows of weight 0 are not looked at either.
-    inplace_backward: the backward pass overwrites the student's logits with their gradient, instead of allocating a
-        second tensor of that size: for logits that nothing else reads afterwards. Autograd raises where another
-        backward pass needs them. It has no effect under torch.compile, or on logits that are not contiguous.
+    Args:
+        student_logits: (..., V) floating.
+        teacher_logits: (..., U) floating. Only the first min(V, U) entries count, so vocabularies may differ by
+            padding. Neither side is copied for that.
+        mask: (...) bool. Rows where it is False are not read, return 0 and get zero gradient.
+        token_weights: (...) floating constants that multiply the divergences. Rows of weight 0 are not read either.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        temperature: Divides the logits of both sides; above 0.
+        jsd_beta: The teacher's share in m, between 0 and 1.
+        inplace_backward: Whether the backward pass overwrites the student's logits with their gradient, instead of
+            allocating a second tensor of that size. It is meant for logits that nothing else reads afterwards. Autograd
+            raises where another backward pass needs them. It has no effect under torch.compile, nor on logits that are
+            not contiguous.
+        backend: "torch" (some rows at a time), "reference", or "auto".
 
-    Returns (...) float32, or float64 for float64 logits; computed in that dtype a chunk of rows at a time. InputError
-    names a wrong shape, dtype, device or option; BackendError an unknown backend.
+    Returns:
+        (...) float32, or float64 for float64 logits.
+
+    Raises:
+        InputError: A shape, dtype, device or option does not fit.
+        BackendError: The backend is unknown.
     """
-    check_divergence_options(divergence, temperature, jsd_beta, None, "auto")
-    _check_logits(student_logits, teacher_logits, mask, token_weights)
-    student_logits, teacher_logits = _cut_alike(student_logits, teacher_logits)
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; logits_divergence has {', '.join(BACKENDS)}")
+    check_divergence(divergence, temperature, jsd_beta)
+    _check_logits(student_logits, teacher_logits)
+    check_per_token(mask, token_weights, student_logits.shape[:-1])
+    check_devices(student_logits, teacher_logits, mask, token_weights)
+    student_logits, teacher_logits = _cut_to_shared_vocabulary(student_logits, teacher_logits)
+    backend = pick.resolve("logits_divergence", backend, student_logits, backends=BACKENDS)
     weights = None if token_weights is None else token_weights.detach()
-    if weights is not None:
-        mask = weights != 0 if mask is None else mask & (weights != 0)
+    mask = counting_mask(mask, weights)
     if backend == "reference":
         values = reference.logits_divergence(
             student_logits, teacher_logits.detach(), divergence=divergence, temperature=temperature, jsd_beta=jsd_beta
@@ -169,13 +195,16 @@ def logits_divergence(
     return values if weights is None else values * weights.to(values.dtype)
 
 
-def _cut_alike(*logits: Tensor) -> list[Tensor]:
-    """Their first entries, as many as both have; what is not cut stays what it is, for a gradient in its place."""
-    vocab = min(t.shape[-1] for t in logits)
-    return [t if t.shape[-1] == vocab else t[..., :vocab] for t in logits]
+def _cut_to_shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that both sides have. A side that need not be cut stays the same tensor, for an in-place gradient."""
+    vocab = min(student.shape[-1], teacher.shape[-1])
+    return (
+        student if student.shape[-1] == vocab else student[..., :vocab],
+        teacher if teacher.shape[-1] == vocab else teacher[..., :vocab],
+    )
 
 
-def _check_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, t in (("student_logits", student), ("teacher_logits", teacher)):
         if not t.is_floating_point() or t.dim() == 0:
             raise InputError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be (..., V) of a floating dtype")
@@ -184,9 +213,3 @@ def _check_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, token_w
             f"student_logits is {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; they must hold the "
             "same tokens: (..., V) and (..., U)"
         )
-    for name, t, wanted in (("mask", mask, "bool"), ("token_weights", token_weights, "floating")):
-        right = t is None or (t.dtype == torch.bool if wanted == "bool" else t.is_floating_point())
-        if not right or (t is not None and t.shape != student.shape[:-1]):
-            shape = tuple(student.shape[:-1])
-            raise InputError(f"{name} is {tuple(t.shape)} {t.dtype}; it must be {wanted} and {shape}")
-    check_devices(student, teacher, mask, token_weights)

@@ -1,7 +1,8 @@
 """Preference losses from token log-probabilities in one launch: segment sum, loss and derivative fused.
 
-Schema, fake, autograd and the public function, top to bottom. What each loss is, `fastalign.losses` says; here those
-that a kernel can hold are brought into five forms with three numbers each. A kernel knows the forms alone.
+What each loss is, `fastalign.losses` defines. Here the losses that a kernel can compute are brought into five forms
+with three numbers each, so that a kernel knows the five forms alone. Top to bottom: the forms, schema, kernels, fakes,
+autograd, and the public function.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
-from fastalign.losses import PAIRWISE, UNPAIRED, canonical, log1mexp, options_of, pairwise_loss
+from fastalign.errors import InputError
+from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
 from fastalign.losses.checks import check_logprobs
-from fastalign.ops.backends import cpu, pick
-from fastalign.ops.segment_sum import check_offsets
+from fastalign.losses.preference import log1mexp
+from fastalign.ops.backends import pick
+from fastalign.ops.head.checks import check_devices
+from fastalign.ops.offsets import as_offsets, check_offsets
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_KERNELS = {"cpu": cpu, **pick.KERNELS}
 
 
 class Form(IntEnum):
-    """With u, v the log-ratios of chosen and rejected, s the sigmoid, and x = scale (u - v) - offset:
+    """The form of a loss.
+
+    With u and v the log-ratios of chosen and rejected, s the sigmoid, and x = scale (u - v) - offset:
 
     LOGISTIC  -log s(x) + slope x
     SQUARE    x^2
@@ -45,7 +49,7 @@ class Form(IntEnum):
 
 
 class Formula(NamedTuple):
-    """A loss as the kernels take it."""
+    """A loss as the kernels take it: its form and the form's numbers."""
 
     form: Form
     scale: float
@@ -87,11 +91,12 @@ def _preference_loss(
     logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope,
     backend,
 ):  # fmt: skip
-    if backend in _KERNELS:
-        return _KERNELS[backend].preference_loss(
+    if backend in pick.KERNELS:
+        return pick.KERNELS[backend].preference_loss(
             logprobs, cu_seqlens, ref_sums, lengths, labels, kl, form, averaged, alternating, beta, scale, offset, slope
         )
-    check_offsets(logprobs, cu_seqlens)
+    if cu_seqlens.device.type == "cpu":  # on a GPU the check would wait for the offsets
+        check_offsets(cu_seqlens, logprobs.shape[0])
     spans = cu_seqlens.diff()
     sums = torch.segment_reduce(logprobs, "sum", offsets=cu_seqlens, axis=0, initial=0.0)
     ratios = sums.clone() if ref_sums is None else sums - ref_sums
@@ -111,19 +116,22 @@ def _preference_loss(
 
 
 def _split(values: Tensor, alternating: bool) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) of a value per sequence."""
-    return (values[0::2], values[1::2]) if alternating else values.chunk(2)
+    """(chosen, rejected) of values (2B,), one per sequence."""
+    if alternating:
+        return values[0::2], values[1::2]
+    pairs = values.shape[0] // 2
+    return values[:pairs], values[pairs:]
 
 
 def _pair_loss(u: Tensor, v: Tensor, formula: Formula) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Losses, and their derivatives in u and v."""
+    """Losses (B,), and their derivatives in u and in v."""
     form, scale, offset, slope = formula
     if form == Form.ODDS:
         below_zero = -torch.finfo(u.dtype).tiny
         a, b = u.clamp(max=below_zero), v.clamp(max=below_zero)
         log_miss_a, log_miss_b = log1mexp(a), log1mexp(b)
         log_odds_ratio = (a - b) - (log_miss_a - log_miss_b)
-        # s(-x) / (1 - e^a) from logarithms: either factor may leave the range of the dtype where the result does not.
+        # s(-x) / (1 - e^a) is formed from logarithms: either factor may leave the dtype's range, the result does not.
         falling = F.logsigmoid(-log_odds_ratio)
         d_u = (-scale * (falling - log_miss_a).exp()).masked_fill(u > below_zero, 0.0)
         d_v = (scale * (falling - log_miss_b).exp()).masked_fill(v > below_zero, 0.0)
@@ -139,7 +147,7 @@ def _pair_loss(u: Tensor, v: Tensor, formula: Formula) -> tuple[Tensor, tuple[Te
 
 
 def _labelled_loss(u: Tensor, labels: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
-    """Losses, and their derivatives in u."""
+    """Losses (B,), and their derivatives in u."""
     _, scale, desirable, undesirable = formula
     sign = torch.full_like(u, -1.0).masked_fill(labels, 1.0)
     weight = torch.full_like(u, undesirable).masked_fill(labels, desirable)
@@ -158,8 +166,8 @@ def _preference_loss_fake(
 
 
 def _preference_loss_backward(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating, backend):
-    if backend in _KERNELS:
-        run = _KERNELS[backend].preference_loss_backward
+    if backend in pick.KERNELS:
+        run = pick.KERNELS[backend].preference_loss_backward
         return run(grad_losses, grad_sums, coefficients, cu_seqlens, items, alternating)
     spans, tokens = cu_seqlens.diff(), coefficients.shape[0]
     out = torch.zeros_like(coefficients)
@@ -208,7 +216,7 @@ class _PreferenceLoss(torch.autograd.Function):
 
 
 class PreferenceLosses(NamedTuple):
-    """What `preference_loss` returns. `losses` and `sums` carry gradients."""
+    """What `preference_loss` returns. Only `losses` and `sums` carry gradients."""
 
     losses: Tensor  # (B,)
     rewards: Tensor  # (2B,), (B,) for kto: beta * (sums - ref_sums), or beta * sums without a reference
@@ -232,32 +240,46 @@ def preference_loss(
 ) -> PreferenceLosses:
     """The loss of each pair from the log-probabilities of its tokens: `losses.<loss_type>` o `segment_sum`.
 
-    logprobs: (S,) float32 or float64, of packed sequences. cu_seqlens: (2B + 1,) int64 offsets, rising from 0 to S:
-    chosen and rejected in turn, or with `alternating=False` all chosen and then all rejected. ref_sums: (2B,) sums of
-    the reference in that order, for the losses that take one. loss_type: a key of FORMULAS, or TRL's name for it.
+    Args:
+        logprobs: (S,) float32 or float64, of the tokens of packed sequences.
+        cu_seqlens: (2B + 1,) int64 or int32 offsets, rising from 0 to S. Chosen and rejected alternate, or with
+            `alternating=False` all chosen come first and then all rejected. For "kto": (B + 1,).
+        ref_sums: (2B,) sums of the reference model in that order, for the losses that take one.
+        loss_type: A key of FORMULAS, or TRL's name for it.
+        averaged: Whether the loss is given averages per token instead of sums; None: as LENGTH_NORMALISED says.
+        lengths: (2B,) the tokens to divide by, where not every token counts. An empty sequence has the average 0.
+        alternating: See cu_seqlens.
+        labels: (B,) bool, True for desirable; only "kto" takes them, whose sequences are single completions.
+        kl: The reference point of `kto_baseline`, for "kto".
+        backend: One of
+            "cpu": C++, in float64 between input and output;
+            "triton", "cuda": on a GPU, float32 only. Offsets that do not fit give NaN, since looking at them would wait
+            for the GPU;
+            "torch": any device;
+            "reference": the losses and autograd;
+            "auto": on a GPU "cuda", else "triton", for float32; on the CPU "cpu" where it is built; else "torch".
+        **options: beta, label_smoothing, ... (for "kto" also weights): those of the function of that name in
+            `fastalign.losses`, which holds formula and paper.
 
-    `averaged` gives the loss averages per token instead of sums; None is as LENGTH_NORMALISED says. `lengths`, (2B,),
-    are the tokens to divide by where not every token counts; an empty sequence has the average 0. `options` (beta,
-    label_smoothing, ...) are those of the function of that name in `fastalign.losses`, which holds formula and paper.
+    Returns:
+        Losses, rewards, sums and coefficients. ref_sums and kl get no gradient.
 
-    For "kto" the sequences are single completions, cu_seqlens (B + 1,), with labels (B,) bool, True for desirable;
-    `kl` is the reference point of `kto_baseline`, `weights` an option.
-
-    backend: "cpu" (C++, float64 between input and output), "triton" or "cuda" (the same on a GPU, float32 only; offsets
-    that do not fit give NaN, since looking at them would wait for the GPU), "torch" (any device), "reference" (the
-    losses and autograd), or "auto" ("cuda" or "triton" for float32 on a GPU, cpu where it is built and the tensors lie
-    there, else torch). Only `losses` and
-    `sums` of the result carry gradients; ref_sums and kl get none. InputError names what does not fit; BackendError a
-    backend that cannot run.
+    Raises:
+        InputError: A shape, dtype, device, offset or option does not fit.
+        BackendError: The backend is unknown, or was asked for by name and cannot run.
     """
     name = loss_type if loss_type == "kto" else canonical(loss_type)
     if name not in FORMULAS:
         raise InputError(f"loss_type is {loss_type!r}; preference_loss has {', '.join(FORMULAS)}: use pairwise_loss")
-    options = _options(name, options_of(name), options)
-    averaged = (name != "kto" and PAIRWISE[name].averaged) if averaged is None else averaged
+    loss = (PAIRWISE | UNPAIRED)[name]
+    settings = _complete_options(name, loss.__kwdefaults__ or {}, options)
+    averaged = name in LENGTH_NORMALISED if averaged is None else averaged
+    cu_seqlens = as_offsets(cu_seqlens)
     _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name)
-    check_logprobs(options["beta"], options.get("label_smoothing", 0.0), logprobs=logprobs)
-    backend = _pick(backend, logprobs)
+    check_logprobs(settings["beta"], settings.get("label_smoothing", 0.0), logprobs=logprobs)
+    backend = pick.resolve(
+        "preference_loss", backend, logprobs, cpu_kernel="preference_loss_f32", only_if_fast=False
+    )  # fmt: skip
     if labels is not None:
         if not isinstance(kl, Tensor):
             kl = logprobs.new_full((1,), kl)  # filled on the device: a copy from the host would wait for it
@@ -265,17 +287,19 @@ def preference_loss(
     if ref_sums is not None:
         ref_sums = ref_sums.detach()
     if backend == "reference":
-        return _by_definition(logprobs, cu_seqlens, ref_sums, lengths, labels, kl, name, averaged, alternating, options)
+        return _by_definition(
+            logprobs, cu_seqlens, ref_sums, lengths, labels, kl, name, averaged, alternating, settings
+        )
     return PreferenceLosses(
         *_PreferenceLoss.apply(
             logprobs, cu_seqlens, alternating, backend, ref_sums, lengths, labels, kl if labels is not None else None,
-            averaged, float(options["beta"]), FORMULAS[name](**options),
+            averaged, float(settings["beta"]), FORMULAS[name](**settings),
         )
     )  # fmt: skip
 
 
-def _options(name: str, defaults: dict, given: dict) -> dict:
-    """The loss's options with its defaults; InputError for one that it lacks, or that no kernel could take."""
+def _complete_options(name: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The loss's options with its defaults; InputError for one that it lacks, or for a number that is not finite."""
     for key, value in given.items():
         if key not in defaults:
             raise InputError(f"option {key!r} is not one of {name}; its options are {', '.join(sorted(defaults))}.")
@@ -292,16 +316,16 @@ def _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name) -> Non
             "linear_logprobs returns it"
         )
     sequences = cu_seqlens.numel() - 1
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or sequences < 0 or (name != "kto" and sequences % 2):
+    if name != "kto" and sequences % 2:
         raise InputError(
-            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be "
-            f"{'(B + 1,)' if name == 'kto' else '(2B + 1,)'} int64 offsets from 0 to S={logprobs.shape[0]}"
+            f"cu_seqlens is {tuple(cu_seqlens.shape)}; it must be (2B + 1,) offsets from 0 to S={logprobs.shape[0]}, "
+            "two sequences for each of B pairs"
         )
     if (labels is None) == (name == "kto"):
         raise InputError(f"labels is {'None' if labels is None else 'given'} for {name!r}; only kto takes them")
     if labels is not None and (labels.shape != (sequences,) or labels.dtype != torch.bool):
         raise InputError(f"labels is {tuple(labels.shape)} {labels.dtype}; it must be ({sequences},) bool")
-    takes_reference = name == "kto" or PAIRWISE[name].reference
+    takes_reference = name == "kto" or "ref_chosen" in PAIRWISE[name].__annotations__
     if (ref_sums is not None) != takes_reference:
         found, remedy = ("None", "needs one") if ref_sums is None else ("given", "takes none: leave it out")
         raise InputError(f"ref_sums is {found}; {name!r} {remedy}: the reference's log-probability of each sequence")
@@ -310,31 +334,14 @@ def _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name) -> Non
             raise InputError(
                 f"{what} is {tuple(tensor.shape)} {tensor.dtype}; it must be ({sequences},) {logprobs.dtype}"
             )
-    for what, tensor in (("cu_seqlens", cu_seqlens), ("ref_sums", ref_sums), ("lengths", lengths), ("labels", labels)):
-        if tensor is not None and tensor.device != logprobs.device:
-            raise InputError(f"{what} lies on {tensor.device}, logprobs on {logprobs.device}; move them to one device")
-
-
-def _pick(backend: str, logprobs: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; preference_loss has {', '.join(BACKENDS)}")
-    on_cpu = logprobs.device.type == "cpu"
-    if backend == "auto" and (on_gpu := pick.pick(logprobs)):
-        return on_gpu
-    if backend == "auto":
-        return "cpu" if on_cpu and cpu.module is not None else "torch"
-    if backend in pick.KERNELS and (why := _KERNELS[backend].why_not(logprobs)):
-        raise BackendError(f"backend={backend!r} cannot run preference_loss here: {why}")
-    if backend == "cpu" and (cpu.module is None or not on_cpu):
-        why = f"logprobs lies on {logprobs.device}" if cpu.module else "the native module is missing, run `make build`"
-        raise BackendError(f"backend='cpu' cannot run preference_loss here: {why}")
-    return backend
+    check_devices(logprobs, cu_seqlens, ref_sums, lengths, labels)
 
 
 def _by_definition(
     logprobs, cu_seqlens, ref_sums, lengths, labels, kl, name, averaged, alternating, options
 ) -> PreferenceLosses:
-    check_offsets(logprobs, cu_seqlens)
+    """The loss functions and autograd."""
+    check_offsets(cu_seqlens, logprobs.shape[0])
     with torch.enable_grad():
         leaf = logprobs if logprobs.requires_grad else logprobs.detach().requires_grad_()
         sums = reference.segment_sum(leaf, cu_seqlens)

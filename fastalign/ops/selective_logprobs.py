@@ -1,4 +1,4 @@
-"""Token log-probabilities from logits that already exist: the gather, for who has them.
+"""Token log-probabilities from logits that already exist: the gather, in one pass over the logits.
 
 With z = logits / temperature, y the target, m the largest of the other logits and `others = sum_{v != y} exp(z_v - m)`,
 
@@ -6,8 +6,8 @@ With z = logits / temperature, y the target, m the largest of the other logits a
     log p_y = log s(x)                s the logistic sigmoid
     d log p_y / d z_v = [v = y] - p_v = s(-x) * ([v = y] - [v != y] exp(z_v - m) / others)
 
-The target stays out of the sum because 1 - p_y and log p_y lose every digit to cancellation where p_y is near 1, and
-the log-odds lose none. Schema, fake, autograd and the public function, top to bottom.
+The target stays out of the sum because 1 - p_y and log p_y lose every digit to cancellation where p_y is near 1. The
+log-odds lose none. Top to bottom: schema, kernels, fakes, autograd, and the public function.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
+from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.head.checks import check_devices, check_targets, check_token_ids
+from fastalign.ops.head.tiling import row_slices
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-_BY_NAME = {"cpu": cpu, **pick.KERNELS}
-# Rows that the torch backend takes at a time fill this many logits, so that no second [tokens, V] tensor ever exists.
+# The torch backend takes so many rows at a time that they have this many logits: no second [tokens, V] tensor exists.
 _CHUNK = 1 << 22
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
-# stats: (..., 2), whatever the backend's backward pass wants of a row; of torch and cpu m (not divided) and `others`.
+# stats (..., 2) is what the backend's backward pass needs per row: for torch and cpu m (not divided by the temperature)
+# and `others`.
 _library.define(
     "selective_logprobs(Tensor logits, Tensor targets, float temperature, int ignore_index, str backend) "
     "-> (Tensor, Tensor)"
@@ -44,23 +46,16 @@ _library.define(
 )
 
 
-def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """Looks at values, so it runs inside the op, where a compiler does not look; on a GPU the device asserts."""
-    outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if targets.device.type != "cpu":
-        torch._assert_async(~outside.any(), "selective_logprobs: a target is outside the vocabulary")
-    elif outside.any():
-        raise InputError(
-            f"targets holds {targets[outside][0].item()}, but logits has {vocab} entries; give token ids in "
-            f"[0, {vocab}) or ignore_index={ignore_index}"
-        )
+def _check_target_ids(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    counted = targets.masked_fill(targets == ignore_index, 0)
+    check_token_ids("targets", counted, vocab, op="selective_logprobs", ignore_index=ignore_index)
 
 
 def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
-    _check_targets(targets, logits.shape[-1], ignore_index)
+    _check_target_ids(targets, logits.shape[-1], ignore_index)
     if backend == "cpu":
         return cpu.selective_logprobs(logits, targets, temperature, ignore_index)
-    if backend in ("triton", "cuda"):
+    if backend in pick.GPU_KERNELS:
         return _on_gpu(backend, logits, targets, temperature, ignore_index)
     dtype, vocab = reference.compute_dtype(logits), logits.shape[-1]
     ignored = targets == ignore_index
@@ -78,27 +73,25 @@ def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
 
 
 def _on_gpu(backend, logits, targets, temperature, ignore_index):
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat, kernels = logits.reshape(-1, logits.shape[-1]), pick.GPU_KERNELS[backend]
     with torch.cuda.device_of(logits):  # Triton launches on the current one
-        logprobs, stats = _BY_NAME[backend].selective_logprobs(flat, targets.reshape(-1), temperature, ignore_index)
+        logprobs, stats = kernels.selective_logprobs(flat, targets.reshape(-1), temperature, ignore_index)
     return logprobs.view(targets.shape), stats.view(*targets.shape, 2)
 
 
 def _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, *, in_place):
     flat = logits.view(-1, logits.shape[-1]) if in_place else logits.reshape(-1, logits.shape[-1])
-    rows = grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)
+    rows, kernels = (grad.reshape(-1), flat, targets.reshape(-1), stats.view(-1, 2)), pick.GPU_KERNELS[backend]
     with torch.cuda.device_of(logits):
-        return _BY_NAME[backend].selective_logprobs_backward(*rows, temperature, ignore_index, in_place=in_place)
+        return kernels.selective_logprobs_backward(*rows, temperature, ignore_index, in_place=in_place)
 
 
 def _chunks(flat: Tensor) -> list[slice]:
-    n, vocab = flat.shape
-    step = max(1, _CHUNK // max(vocab, 1))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    return row_slices(flat.shape[0], max(1, _CHUNK // max(flat.shape[1], 1)))
 
 
 def _backward_into(out, grad, logits, targets, stats, temperature, ignore_index) -> None:
-    """The gradient of `logits` (N, V) into `out`, which may be the logits."""
+    """The gradient in `logits` (N, V) into `out`, which may be the logits."""
     ignored = (targets == ignore_index).unsqueeze(1)
     y, scale = targets.unsqueeze(1).masked_fill(ignored, 0), grad.unsqueeze(1) / temperature
     for rows in _chunks(logits):
@@ -115,7 +108,7 @@ def _selective_logprobs_backward(grad, logits, targets, stats, temperature, igno
         d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         cpu.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, d_logits)
         return d_logits
-    if backend in ("triton", "cuda"):
+    if backend in pick.GPU_KERNELS:
         d_logits = _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=False)
         return d_logits.view(logits.shape)
     flat = logits.reshape(-1, logits.shape[-1])
@@ -128,8 +121,8 @@ def _selective_logprobs_backward(grad, logits, targets, stats, temperature, igno
 def _selective_logprobs_backward_(grad, logits, targets, stats, temperature, ignore_index, backend):
     if backend == "cpu":
         cpu.selective_logprobs_backward(grad, logits, targets, stats, temperature, ignore_index, None)
-        return torch.autograd.graph.increment_version(logits)  # autograd does not see what is written by address
-    if backend in ("triton", "cuda"):
+        return torch.autograd.graph.increment_version(logits)  # autograd does not see writes to an address
+    if backend in pick.GPU_KERNELS:
         _on_gpu_backward(backend, grad, logits, targets, stats, temperature, ignore_index, in_place=True)
         return torch.autograd.graph.increment_version(logits)
     flat = logits.view(-1, logits.shape[-1])
@@ -172,7 +165,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, stats = ctx.saved_tensors
         if ctx.in_place:
-            logits = logits.detach()  # shares the version counter: whoever saved the logits too is told
+            logits = logits.detach()  # it shares the version counter, so autograd notices the change
             torch.ops.fastalign.selective_logprobs_backward_(grad, logits, targets, stats, *ctx.options)
             return logits, *[None] * 5
         d_logits = torch.ops.fastalign.selective_logprobs_backward(grad, logits, targets, stats, *ctx.options)
@@ -188,41 +181,39 @@ def selective_logprobs(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`z_y - logsumexp(z)` with `z = logits / temperature`: the target's log-probability, in one pass over the logits.
+    """The target's log-probability `z_y - logsumexp(z)` with `z = logits / temperature`, in one pass over the logits.
 
-    logits: (..., V) floating. targets: (...) int64 in [0, V) or `ignore_index` (those return 0 and get no gradient).
-    Returns (...) float32, or float64 for float64 logits; computed in that dtype whatever the logits' is.
+    It is differentiable (once) in the logits. `targets[i]` is the token that `logits[i]` predicts, the *next* one: from
+    a model's logits (B, T, V) and input_ids (B, T) pass `logits[:, :-1]` and `input_ids[:, 1:]`.
 
-    `inplace_backward` lets the backward pass overwrite the logits with their gradient instead of allocating a second
-    tensor of that size: for logits that nothing else reads afterwards. Autograd raises where another backward pass
-    needs them, and on a second backward. It has no effect under torch.compile, which plans memory itself, or on logits
-    that are not contiguous.
+    Args:
+        logits: (..., V) floating.
+        targets: (...) int64 in [0, V) or `ignore_index`.
+        temperature: Divides the logits; above 0.
+        ignore_index: The target of rows that do not count: those return 0 and get no gradient.
+        inplace_backward: Whether the backward pass overwrites the logits with their gradient, instead of allocating a
+            second tensor of that size. It is meant for logits that nothing else reads afterwards. Autograd raises where
+            another backward pass needs them, and on a second backward pass. It has no effect under torch.compile, which
+            plans memory itself, nor on logits that are not contiguous.
+        backend: "cpu" (C++), "triton" or "cuda" (on a GPU), "torch" (any device, some rows at a time), "reference", or
+            "auto": on a GPU "cuda", else "triton", where either runs; on the CPU "cpu" where it is fast; else "torch".
 
-    backend: "cpu" (C++), "triton" or "cuda" (on a GPU), "torch" (any device, chunked), "reference", or "auto" (cuda or
-    triton on a GPU, cpu where it is fast, else torch). InputError names a wrong shape, dtype or target; BackendError a
-    backend that is unknown or cannot run.
+    Returns:
+        (...) nats in float32, or float64 for float64 logits; computed in that dtype.
+
+    Raises:
+        InputError: A shape, dtype, target or option does not fit.
+        BackendError: The backend is unknown, or was asked for by name and cannot run.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; selective_logprobs has {', '.join(BACKENDS)}")
     if not logits.is_floating_point() or logits.dim() == 0:
         raise InputError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be (..., V) of a floating dtype")
-    if targets.dtype != torch.int64 or targets.shape != logits.shape[:-1]:
-        raise InputError(
-            f"targets is {tuple(targets.shape)} {targets.dtype}; it must be int64 and shaped {tuple(logits.shape[:-1])}"
-        )
-    if targets.device != logits.device:
-        raise InputError(f"logits lies on {logits.device}, targets on {targets.device}; move them to one device")
+    check_targets(targets, logits.shape[:-1], of="logits")
+    check_devices(logits, targets)
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature is {temperature}; it must be above 0 and finite")
+    backend = pick.resolve("selective_logprobs", backend, logits, targets, cpu_kernel="selective_forward")
     if backend == "reference":
-        _check_targets(targets, logits.shape[-1], ignore_index)
+        _check_target_ids(targets, logits.shape[-1], ignore_index)
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
-    if backend == "auto":
-        backend = pick.pick(logits, targets) or backend
-    why_not = _BY_NAME.get(backend, cpu).why_not(logits, targets)
-    if backend in _BY_NAME and why_not:
-        raise BackendError(f"backend={backend!r} cannot run selective_logprobs here: {why_not}")
-    if backend == "auto":
-        backend = "cpu" if why_not is None and cpu.is_fast(logits.dtype) else "torch"
     in_place = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()
     return _SelectiveLogprobs.apply(logits, targets, float(temperature), ignore_index, in_place, backend)

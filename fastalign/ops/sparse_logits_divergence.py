@@ -1,29 +1,34 @@
 """Divergence from a teacher's top k, from student logits that already exist, some rows at a time.
 
-The k log-probabilities and the tail's, as `sparse_divergence.py` has them, from whole rows of logits; backward forms
-the gradient from the logits again. Schema, fake, autograd and the public function.
+The log-probabilities of the k entries and of the tail are those of `sparse_divergence.py`, from whole rows of logits.
+Backward forms the gradient from the logits again. Top to bottom: schema, kernels, fakes, autograd, and the public
+function.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import BackendError, InputError
-from fastalign.ops.head import divergence_tiles as tiles
-from fastalign.ops.head.checks import check_devices, check_divergence_options
-from fastalign.ops.sparse_divergence import (
-    BACKENDS,
-    _check_indices,
-    _check_teacher,
-    _normalise,
-    divergence_of_buckets,
-    rows_that_count,
+from fastalign.errors import InputError
+from fastalign.ops.backends import pick
+from fastalign.ops.head.checks import (
+    check_devices,
+    check_divergence,
+    check_per_token,
+    check_tail,
+    check_teacher_entries,
 )
+from fastalign.ops.head.rows import counting_mask
+from fastalign.ops.head.tiling import START
+from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
 
-# Rows taken at a time fill this many logits, so that no second [tokens, V] float32 tensor exists in forward.
+BACKENDS = ("auto", "reference", "torch")
+# Rows are taken so many at a time that they have this many logits: forward makes no second [tokens, V] float32 tensor.
 _CHUNK = 1 << 21
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
@@ -34,22 +39,22 @@ _library.define(
 )
 
 
-def _chunks(logits: Tensor, mask: Tensor | None, temperature: float):
-    """(rows, their logits over temperature in float32 or float64), some unmasked rows at a time."""
+def _chunks(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some unmasked rows at a time: their numbers, and their logits over temperature in float32 or float64."""
     kept = torch.arange(len(logits), device=logits.device) if mask is None else mask.nonzero().squeeze(1)
     for rows in kept.split(max(1, _CHUNK // max(logits.shape[1], 1))):
-        yield rows, logits[rows].to(reference.compute_dtype(logits)).clamp_(min=tiles.START).div_(temperature)
+        yield rows, logits[rows].to(reference.compute_dtype(logits)).clamp_(min=START).div_(temperature)
 
 
 def _topk_logprobs(logits, indices, mask, temperature):
-    _check_indices(indices if mask is None else indices[mask], logits.shape[1])
+    check_entries(indices if mask is None else indices[mask], logits.shape[1])
     (n, k), dtype = indices.shape, reference.compute_dtype(logits)
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
     for rows, z in _chunks(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
-        top = z.scatter_(1, indices[rows], tiles.START).amax(1)
+        top = z.scatter_(1, indices[rows], START).amax(1)  # of the tail, which the k entries are not in
         tail = z.sub_(top.unsqueeze(1)).exp_().sum(1)
-        logprobs[rows], stats[rows] = _normalise(picked, top, tail), torch.stack([top, tail], 1)
+        logprobs[rows], stats[rows] = topk_and_tail_logprobs(picked, top, tail), torch.stack([top, tail], 1)
     return logprobs, stats
 
 
@@ -57,7 +62,7 @@ def _topk_logprobs_backward(grad, logits, indices, mask, logprobs, stats, temper
     out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     for rows, z in _chunks(logits, mask, temperature):
         g, (top, tail) = grad[rows], stats[rows].split(1, 1)
-        c = (g - logprobs[rows].exp() * g.sum(1, keepdim=True)) / temperature  # (R, k + 1), the tail's in all
+        c = (g - logprobs[rows].exp() * g.sum(1, keepdim=True)) / temperature  # (R, k + 1) d loss / d z
         d = z.sub_(top).exp_().mul_(c[:, -1:] / tail)
         out[rows] = d.scatter_(1, indices[rows], c[:, :-1]).to(out.dtype)
     return out
@@ -79,8 +84,8 @@ def _backward_fake(grad, logits, indices, mask, logprobs, stats, temperature):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-class _TopkLogprobs(torch.autograd.Function):
-    """(N, k + 1) log-probabilities of the student: the k entries, and the tail."""
+class _TopkLogprobsOfLogits(torch.autograd.Function):
+    """The student's log-probabilities (N, k + 1): of the k entries, and of the tail."""
 
     @staticmethod
     def forward(ctx, logits, indices, mask, temperature):
@@ -110,43 +115,53 @@ def sparse_logits_divergence(
 ) -> Tensor:
     """Divergence of the student's next-token distribution from a teacher's top k, per token, from the student's logits.
 
-    As `sparse_divergence`, for who has logits already: over the teacher's k entries and, with tail="lump", all others
-    as one. Differentiable (once) in the logits, of which forward makes no second copy.
+    It is `sparse_divergence` for callers that have logits already: over the teacher's k entries and, with tail="lump",
+    all others as one bucket, in nats. It is differentiable (once) in the logits, of which forward makes no second copy.
 
-    student_logits: (..., V) floating. teacher_indices: (..., k) int64 in [0, V), distinct in a row. teacher_logprobs:
-        (..., k) floating, at the same temperature; -inf where a row has fewer entries.
-    mask: (...) bool. Rows where it is False are not looked at, return 0 and get zero gradient.
-    token_weights: (...) constants that multiply the divergences; rows of weight 0 are not looked at either.
-    backend: "torch" (some rows at a time), "reference", or "auto".
+    Args:
+        student_logits: (..., V) floating.
+        teacher_indices: (..., k) int64 in [0, V), distinct in each row.
+        teacher_logprobs: (..., k) floating, at the same temperature; -inf where a row has fewer entries.
+        mask: (...) bool. Rows where it is False are not read, return 0 and get zero gradient.
+        token_weights: (...) floating constants that multiply the divergences. Rows of weight 0 are not read either.
+        divergence: "forward_kl", "reverse_kl" or "jsd".
+        temperature: Divides the logits; above 0.
+        jsd_beta: The teacher's share in the jsd's mixture, between 0 and 1.
+        tail: "lump" or "drop".
+        backend: "torch" (some rows at a time), "reference", or "auto".
 
-    Returns (...) float32, or float64 for float64 logits. InputError names a wrong shape, dtype, device, index or
-    option; BackendError an unknown backend.
+    Returns:
+        (...) float32, or float64 for float64 logits.
+
+    Raises:
+        InputError: A shape, dtype, device, index or option does not fit.
+        BackendError: The backend is unknown.
     """
-    check_divergence_options(divergence, temperature, jsd_beta, None, "auto")
+    check_divergence(divergence, temperature, jsd_beta)
+    check_tail(tail)
     if not student_logits.is_floating_point() or student_logits.dim() == 0:
         found = f"{student_logits.dtype} {tuple(student_logits.shape)}"
         raise InputError(f"student_logits is {found}; it must be (..., V) of a floating dtype")
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
-    _check_teacher(shape, vocab, teacher_indices, teacher_logprobs, mask, token_weights)
+    check_teacher_entries(shape, vocab, teacher_indices, teacher_logprobs)
+    check_per_token(mask, token_weights, shape)
     check_devices(student_logits, teacher_indices, teacher_logprobs, mask, token_weights)
-    if tail not in ("lump", "drop"):
-        raise InputError(f"tail is {tail!r}; it must be lump or drop")
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}; sparse_logits_divergence has {', '.join(BACKENDS)}")
-    kept, k = rows_that_count(mask, token_weights), teacher_indices.shape[-1]
+    backend = pick.resolve("sparse_logits_divergence", backend, student_logits, backends=BACKENDS)
+    counts, k = counting_mask(mask, token_weights), teacher_indices.shape[-1]
     if backend == "reference":
         values = reference.sparse_logits_divergence(
             student_logits, teacher_indices, teacher_logprobs, divergence=divergence, temperature=temperature,
             jsd_beta=jsd_beta, tail=tail,
         )  # fmt: skip
-        values = values if kept is None else values.masked_fill(~kept.view(shape), 0.0)
+        values = values if counts is None else values.masked_fill(~counts, 0.0)
         return values if token_weights is None else values * token_weights.detach().to(values.dtype)
-    logprobs = _TopkLogprobs.apply(
-        student_logits.reshape(-1, vocab), teacher_indices.reshape(-1, k), kept, float(temperature)
+    counts = None if counts is None else counts.reshape(-1)
+    logprobs = _TopkLogprobsOfLogits.apply(
+        student_logits.reshape(-1, vocab), teacher_indices.reshape(-1, k), counts, float(temperature)
     )
     values = divergence_of_buckets(
         logprobs, teacher_logprobs.detach().reshape(-1, k), divergence, jsd_beta,
-        with_tail=tail == "lump" and k < vocab, mask=kept,
+        with_tail=tail == "lump" and k < vocab, mask=counts,
         token_weights=None if token_weights is None else token_weights.reshape(-1),
     )  # fmt: skip
     return values.view(shape)

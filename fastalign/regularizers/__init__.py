@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastalign.regularizers.layerwise import LayerWise as LayerWise
     from fastalign.regularizers.replay import Replay as Replay
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "Distillation": "fastalign.regularizers.distillation",

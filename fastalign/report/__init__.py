@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastalign.report.tax import show_tax as show_tax
     from fastalign.report.tax import write_tax as write_tax
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "format_number": "fastalign.report.rendering",

@@ -7,7 +7,7 @@ from fastalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from fastalign.rollout.in_process import generate as generate
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "generate": "fastalign.rollout.in_process",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastalign.training.sft import SFTTrainer as SFTTrainer
     from fastalign.training.trainer import AlignmentTrainer as AlignmentTrainer
 
-__getattr__, __dir__, __all__ = lazy_exports(
+lazy_exports(
     __name__,
     {
         "AlignmentTrainer": "fastalign.training.trainer",

@@ -1,4 +1,4 @@
-"""Distillation as training of its own: on a data set, or on what the student itself writes (GKD)."""
+"""The trainer of distillation: on a data set, or on what the student itself writes (GKD)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from fastalign.config.distillation import DistillationConfig
@@ -15,19 +16,31 @@ from fastalign.regularizers.distillation import Distillation
 from fastalign.rollout.in_process import generate
 from fastalign.training.sft import SFTTrainer
 
-_WHOLE = 1_000_000
+# Shares of steps are counted in integers of this unit, so that they stay exact however long training is.
+_MILLION = 1_000_000
 
 
 class DistillationTrainer(SFTTrainer):
     """Learns a teacher's next-token distributions: `a NLL + (1 - a) tau^2 D`, D the divergence from the teacher.
 
-    Off-policy on the data set's completions. For a share `on_policy` of the steps, spread evenly, the completions are
-    the student's own samples instead, where D alone counts: on-policy distillation, or GKD (Agarwal et al. 2024,
-    arXiv:2306.13649; its lambda is `on_policy`, its beta `jsd_beta`).
+    By default it is off-policy, on the completions of the data set. For a share `on_policy` of the steps, spread
+    evenly, the completions are samples of the student instead, and D alone counts. That is on-policy distillation, or
+    GKD (Agarwal et al. 2024, arXiv:2306.13649; its lambda is `on_policy`, its beta `jsd_beta`).
 
-    teacher: what `fastalign.Distillation` takes; None: `args.teacher`. Other arguments and errors are those of
-    `SFTTrainer`.
+    Args:
+        model: The student; this and the next six arguments are those of `SFTTrainer`.
+        args: The options, a, tau and D among them.
+        train_dataset: Rows of prompt and completion.
+        eval_dataset: Held-out rows.
+        processing_class: The tokenizer.
+        peft_config: Trains an adapter.
+        callbacks: Further callbacks.
+        teacher: What `fastalign.Distillation` takes as its teacher; None: `args.teacher`.
+        regularizers: Further regularisers.
+        **trainer_options: Further arguments of `SFTTrainer`.
     """
+
+    args: DistillationConfig
 
     def __init__(self, model, args: DistillationConfig, train_dataset, eval_dataset=None, processing_class=None,
                  peft_config=None, callbacks=None, *, teacher: str | PreTrainedModel | None = None,
@@ -35,7 +48,6 @@ class DistillationTrainer(SFTTrainer):
         teacher = args.teacher if teacher is None else teacher
         if teacher is None:
             raise ConfigError("teacher is missing; give the model to learn from, or a file of its log-probs")
-        self._samples = args.on_policy > 0
         distillation = Distillation(
             teacher, args.weight, args.temperature, args.divergence, args.jsd_beta, args.top_k, args.cache_dir
         )
@@ -44,13 +56,17 @@ class DistillationTrainer(SFTTrainer):
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset, found: str) -> None:
-        super()._check_rows(dataset, found)
-        if self._samples and not all(dataset["prompt_ids"]):
+    def _check_rows(self, dataset: Dataset, found: str, args: DistillationConfig) -> None:
+        super()._check_rows(dataset, found, args)
+        if args.on_policy > 0 and not all(dataset["prompt_ids"]):
             raise DataError(f"The data set is '{found}'; on_policy samples from prompts: give prompt and completion.")
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one step, their completions drawn from the student where it is an on-policy one."""
+        """The micro-batches of one optimiser step. In an on-policy step the student writes their completions.
+
+        The Trainer calls this once per optimiser step. The samples have other lengths than the data set's completions,
+        so their totals are counted anew.
+        """
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._on_policy(self.state.global_step):
             samples = [{"batch": self._sampled(sample["batch"])} for sample in samples]
@@ -58,10 +74,12 @@ class DistillationTrainer(SFTTrainer):
         return samples, totals
 
     def _on_policy(self, step: int) -> bool:
-        share = round(self.args.on_policy * _WHOLE)
-        return (step + 1) * share // _WHOLE > step * share // _WHOLE
+        """Whether a step is on-policy: where `share * (step + 1)` passes the next whole number (Bresenham's line)."""
+        share = round(self.args.on_policy * _MILLION)
+        return (step + 1) * share // _MILLION > step * share // _MILLION
 
     def _sampled(self, batch: Batch) -> Batch:
+        """The batch with one sample of the student after each prompt instead of the completion."""
         prompts = [row["prompt_ids"] for row in batch.rows]
         model = self.accelerator.unwrap_model(self.model)
         completions = generate(

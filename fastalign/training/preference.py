@@ -2,57 +2,83 @@
 
 from __future__ import annotations
 
+import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fastalign.config.preference import PreferenceConfig
-from fastalign.data.collate import with_mismatched
-from fastalign.errors import DataError
-from fastalign.models.snapshot import ReferenceWeights
+from fastalign.data.collate import Collator, with_mismatched
+from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
+from fastalign.errors import ConfigError, DataError
+from fastalign.models.adapters import has_adapter
+from fastalign.models.modes import evaluation_mode
+from fastalign.models.snapshot import ReferenceWeights, fingerprint
 from fastalign.objectives.preference import PreferenceObjective
 from fastalign.objectives.unpaired import UnpairedObjective
+from fastalign.training.callbacks import MoveReference
+from fastalign.training.reference import Reference, autocast_dtype, precompute, product_dtype
 from fastalign.training.trainer import AlignmentTrainer
 
 
 class PreferenceTrainer(AlignmentTrainer):
     """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
 
-    The reference is the model as it is given, adapter included, never one loaded anew. Arguments and errors are those
-    of `AlignmentTrainer`.
+    The reference is the model as it is given, with its adapter, never one that is loaded again. Arguments and errors
+    are those of `AlignmentTrainer`, without `objective`.
     """
+
+    args: PreferenceConfig
 
     def __init__(self, model, args: PreferenceConfig, train_dataset, eval_dataset=None, processing_class=None,
                  peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
-        self._unpaired = args.unpaired is not None
-        objective = UnpairedObjective if self._unpaired else PreferenceObjective
+        objective = UnpairedObjective if args.unpaired else PreferenceObjective
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             objective=objective, **trainer_options,
         )  # fmt: skip
-        if args.sync_ref_model:
-            self.add_callback(_MoveReference(self.reference, args))
 
-    def _tokenise(self, rows, tokenizer, args):
-        dataset, report = super()._tokenise(rows, tokenizer, args)
-        return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
-
-    def _moving(self) -> dict[str, Tensor]:
-        """BCO's mean rewards and a reference that is moved, beside what regularisers keep."""
-        rewards = {"rewards": self.objective.running} if self.args.unpaired == "bco" else {}
-        values = self.reference.values if self.args.sync_ref_model else []
-        return super()._moving() | rewards | {f"reference.{i}": value for i, value in enumerate(values)}
-
-    def _check_rows(self, dataset, found: str) -> None:
-        if self._unpaired and "label" not in dataset.column_names:
+    def _check_rows(self, dataset: Dataset, found: str, args: PreferenceConfig) -> None:
+        if args.unpaired and "label" not in dataset.column_names:
             raise DataError(f"The data set is '{found}'; KTO and BCO need the columns prompt, completion and label.")
-        if not self._unpaired and len(dataset[0]["completion_ids"]) != 2:
+        if not args.unpaired and len(dataset[0]["completion_ids"]) != 2:
             raise DataError(f"The data set is '{found}'; a loss over pairs needs chosen and rejected columns.")
 
+    def _tokenize(self, rows, tokenizer, args: PreferenceConfig):
+        dataset, report = super()._tokenize(rows, tokenizer, args)
+        return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 
-class _MoveReference(TrainerCallback):
-    def __init__(self, reference: ReferenceWeights, args: PreferenceConfig):
-        self.reference, self.args = reference, args
+    def _collator(self) -> Collator:
+        collator = super()._collator()
+        collator.score_prompts = self.args.nll_over == "prompt_and_completion"
+        if collator.score_prompts and self.layout == "padded":
+            raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
+        return collator
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.args.ref_model_sync_steps == 0:
-            self.reference.move_towards_model(self.args.ref_model_mixup_alpha)
+    def _prepare_reference(self) -> Reference:
+        """Keeps the weights in hand as the reference.
+
+        - precompute_ref_log_probs=True stores the log-probs of every row before training.
+        - An adapter is small, so a copy of it is kept in any case: an evaluation then has the exact KL divergence.
+        - Otherwise a copy of the weights is scored at every step.
+        """
+        args = self.args
+        adapter = has_adapter(self.model)
+        weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
+        if args.precompute_ref_log_probs:
+            key = fingerprint(self.model, str(autocast_dtype(args)))
+            self.train_dataset = precompute(self.train_dataset, self._score_rows, key, args.ref_cache_dir)
+            if self.eval_dataset is not None and weights is None:  # with a copy, evaluations score it anyway
+                self.eval_dataset = precompute(self.eval_dataset, self._score_rows, key, args.ref_cache_dir)
+        if args.sync_ref_model and weights is not None:  # the config refuses stored log-probs with it
+            self.add_callback(MoveReference(weights, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+        return Reference(weights, product_dtype(args, self.model), args.ref_cache_dir, moves=args.sync_ref_model)
+
+    @torch.no_grad()
+    def _score_rows(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
+        """The batch of some rows, and the (S,) log-probs of its completions under the model as it is."""
+        packed = lay_out(rows, self.layout, self.data_collator.pad_token_id)
+        packed = pad_to_multiple(packed, self.data_collator.multiple)
+        # Accelerate wraps the model's forward with autocast only once training starts.
+        with evaluation_mode(self.model), self.accelerator.autocast():
+            scores = self.model(packed=packed.to(self.args.device))
+        return packed, scores.logprobs

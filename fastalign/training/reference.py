@@ -1,28 +1,157 @@
-"""Log-probabilities under the reference: the weights in hand when training starts, never a reloaded copy.
+"""Log-probabilities under the reference: the model as it was when training started, never one loaded again.
 
-Two ways to have them. `ReferenceWeights` keeps a copy of the trainable weights (a few megabytes of adapters, mostly)
-and puts it in place for a forward pass. `precompute` runs the data set through the model once and keeps one number
-per scored token, on disk, keyed by the token ids and the weights: a change of loss, beta or batch costs nothing.
+There are two ways to have them.
+
+- `ReferenceWeights` is a copy of the trainable weights, mostly a few megabytes of adapters. A forward pass runs with
+  the copy in place of the trained weights.
+- `precompute` runs the data set through the model once, before training. It stores one number per scored token on
+  disk, under a key of the token ids and of the weights. So another loss, beta or batch size needs no new pass.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
+from fastalign.data.batch import Batch
 from fastalign.data.batching import batch_rows
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import PackedBatch
-from fastalign.errors import DataError
+from fastalign.errors import DataError, ModelError
 from fastalign.files import KeyedTensors, write_keyed
+from fastalign.models.adapters import causal_lm
+from fastalign.models.head import Head, output_head
+from fastalign.models.modes import evaluation_mode
+from fastalign.models.scoring import Scores
+from fastalign.models.snapshot import ReferenceWeights
 
 logger = logging.getLogger("fastalign")
+
+# Scores and output layer of one micro-batch under some weights; None: the model's weights as they are.
+ScoreWith = Callable[[ReferenceWeights | None], tuple[Scores, Head]]
+
+
+@dataclass
+class Reference:
+    """What an objective compares the model with, and the checks that it is what training started from.
+
+    Attributes:
+        weights: A copy of the trainable weights. None if the log-probs of every row are stored.
+        dtype: What the model's products are rounded to. It bounds how far stored log-probs may be off.
+        cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        moves: Whether `weights` follow the model while it is trained (TR-DPO).
+    """
+
+    weights: ReferenceWeights | None
+    dtype: torch.dtype
+    cache_dir: str | None = None
+    moves: bool = False
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to save: the weights, if they move."""
+        weights = self.weights.values if self.weights and self.moves else []
+        return {f"reference.{i}": value for i, value in enumerate(weights)}
+
+    def logprobs(self, batch: Batch, policy: Tensor, score_with: ScoreWith, *, first: bool) -> Tensor:
+        """(S,) the completions' log-probs under the reference: stored ones, or from a forward pass.
+
+        Args:
+            batch: The micro-batch. Stored log-probs are its column "ref_logprobs".
+            policy: (S + batch.prompt_tokens,) the same tokens' log-probs under the model.
+            score_with: Scores the micro-batch under given weights.
+            first: Whether this is the first step: the model has had no update, so both must agree. That is checked.
+        """
+        stored, scored = batch.columns.get("ref_logprobs"), policy.shape[0] - batch.prompt_tokens
+        if stored is not None and not first:
+            return stored
+        computed = score_with(self.weights)[0].logprobs
+        assert computed is not None, "every batch of training has targets"
+        if first:
+            check_start(policy.detach()[:scored], computed[:scored])
+            if stored is not None:
+                check_stored(stored, computed[:scored], self.dtype, self.cache_dir)
+        return computed[:scored]
+
+
+@torch.no_grad()
+def score_with_weights(model: nn.Module, packed: PackedBatch, weights: ReferenceWeights | None) -> tuple[Scores, Head]:
+    """Scores and output layer of a batch under other weights: one forward pass without dropout.
+
+    Args:
+        model: The model as training calls it, with its wrappers.
+        packed: The batch.
+        weights: The weights to compute with; None: the model's weights as they are.
+
+    Returns:
+        The scores with their hidden states, and the output layer without a graph.
+    """
+    with evaluation_mode(model), weights.in_place() if weights else nullcontext():
+        scores = model(packed=packed, keep_hidden=True)
+        return scores, output_head(causal_lm(model)).detach()
+
+
+def start_rounding(device: torch.device) -> float:
+    """How far log-probs of the same weights may be apart with and without gradients, in nats per token.
+
+    On a CPU they are equal. On a GPU the matrix library may choose different kernels for the same product, whose sums
+    round differently.
+    """
+    return 0.0 if device.type == "cpu" else 1e-4
+
+
+def check_start(policy: Tensor, reference: Tensor) -> None:
+    """ModelError unless model and reference agree before the first update.
+
+    At that moment both are the same weights, so every log-ratio and every margin must be 0. A difference shows a wrong
+    reference or a model that draws at random. Training would go on without a sign of it, with rewards that mean
+    nothing.
+    """
+    off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
+    if not off <= limit:  # also true for NaN
+        within = f" within {limit:.3g}" if limit else ""
+        raise ModelError(
+            f"Before the first step the model's log-probs differ from the reference's by {off:.3g}; they must be "
+            f"equal{within}. The model is not deterministic: set disable_dropout=True, "
+            "or turn off what draws at random."
+        )
+
+
+def check_stored(stored: Tensor, reference: Tensor, dtype: torch.dtype, cache_dir: str | None) -> None:
+    """DataError unless stored log-probs are those of the reference, within rounding.
+
+    They were computed in other batches, whose sums round differently, and a deep model amplifies that. The limit is
+    10 times the square root of the eps of `dtype`, or of the stored dtype's where that is larger.
+    """
+    limit = max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps) ** 0.5 * 10
+    off = (stored - reference).abs().max().item()
+    if not off <= limit:
+        raise DataError(
+            f"Stored reference log-probs are off by {off:.3g} (at most {limit:.3g} would be rounding): delete the "
+            f"cache folder {cache_dir or '~/.cache/fastalign'} and start again."
+        )
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """What products are rounded to with bf16=True or fp16=True; None: to the dtype of the weights."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
+
+
+def product_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
+    """What the model's products are rounded to: autocast's dtype, or that of the weights."""
+    return autocast_dtype(args) or next(model.parameters()).dtype
 
 
 def precompute(
@@ -31,15 +160,21 @@ def precompute(
     weights: str,
     cache_dir: str | Path | None = None,
 ) -> Dataset:
-    """`dataset` with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
+    """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
 
-    score: takes examples, returns their batch and its (S,) log-probs. weights: the model's `fingerprint`, which names
-    the cache file. Rows whose completions are all in the cache are not computed again.
+    Args:
+        dataset: Tokenised rows.
+        score: Takes rows, returns their batch and its (S,) log-probs.
+        weights: The model's `fingerprint`, which names the file.
+        cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+
+    Returns:
+        The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
     path = cache_folder(cache_dir) / "ref_logprobs" / f"{weights}.safetensors"
     known = _read(path)
-    keys = [row_keys(row) for row in dataset]
-    missing = [i for i, own in enumerate(keys) if any(key not in known for key in own)]
+    keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
+    missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]
     if missing:
         for rows in tqdm(list(batch_rows(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
             batch, logprobs = score([dataset[i] for i in rows])

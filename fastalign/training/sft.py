@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datasets import Dataset
+
+from fastalign.config.base import AlignmentConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import DataError
 from fastalign.objectives.sft import SFTObjective
@@ -9,7 +12,10 @@ from fastalign.training.trainer import AlignmentTrainer
 
 
 class SFTTrainer(AlignmentTrainer):
-    """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`."""
+    """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`.
+
+    Arguments and errors are those of `AlignmentTrainer`, without `objective`.
+    """
 
     def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,
                  peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
@@ -18,6 +24,6 @@ class SFTTrainer(AlignmentTrainer):
             objective=lambda _: SFTObjective(), **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset, found: str) -> None:
+    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
         if len(dataset[0]["completion_ids"]) != 1:
             raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")

@@ -1,4 +1,4 @@
-"""Runs by `fastalign.cli.run.run`: the ways they differ from the one in test_cli.py."""
+"""Runs by `run_training`: the ways they differ from the one in test_train.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
-from fastalign.cli.run import RunOptions, quartiles, run
+from fastalign.cli.run import quartiles, run_training
+from fastalign.cli.run_options import RunOptions
 from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
@@ -40,24 +41,9 @@ def config(tmp_path):
     return config
 
 
-@pytest.mark.parametrize(
-    ("over", "said"),
-    [
-        ({"model": None}, "model is missing"),
-        ({"train": ""}, "train is missing"),
-        ({"lora_rank": -1}, "lora_rank is -1"),
-        ({"samples": -2}, "samples -2"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-    ],
-)
-def test_options_are_checked(options, over, said):
-    with pytest.raises(ConfigError, match=said):
-        options(**over)
-
-
 def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pairs):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    folder = run(options(rows, lora_rank=0), config(SFTConfig, learning_rate=1e-3))
+    folder = run_training(options(rows, lora_rank=0), config(SFTConfig, learning_rate=1e-3))
     kept = json.loads((folder / "config.json").read_text())
     assert kept["lora_rank"] == 0 and kept["learning_rate"] == 1e-3
     model = tf.AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -69,7 +55,7 @@ def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pai
 
 @pytest.mark.parametrize(("targets", "layers"), [("q_proj", {"q_proj"}), ("q_proj, up_proj", {"q_proj", "up_proj"})])
 def test_adapters_are_where_they_were_asked_for(options, config, targets, layers):
-    folder = run(options(lora_targets=targets, lora_rank=2, lora_alpha=6), config())
+    folder = run_training(options(lora_targets=targets, lora_rank=2, lora_alpha=6), config())
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == layers
     assert (adapter["r"], adapter["lora_alpha"]) == (2, 6)
@@ -85,7 +71,7 @@ def test_chat_rows_are_shown_by_their_question(options, config, tmp_path):
 
     rows = [row("Is it?", 0), row("Is it?", 1), row("Was it?", 2)]
     made = options(rows, eval=str(tmp_path / "rows.jsonl"), samples=5, max_new_tokens=3)
-    folder = run(made, config(num_train_epochs=1))
+    folder = run_training(made, config(num_train_epochs=1))
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["Is it?", "Was it?"]  # each question once
 
@@ -95,23 +81,25 @@ def test_run_goes_on_from_a_checkpoint(options, config, tmp_path):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
-    whole = run(options(), config(output_dir=str(tmp_path / "whole"), max_steps=2, lr_scheduler_type="constant"))
+    whole = run_training(
+        options(), config(output_dir=str(tmp_path / "whole"), max_steps=2, lr_scheduler_type="constant")
+    )
     saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
-    folder = run(options(), config(**saving))
+    folder = run_training(options(), config(**saving))
     append_metrics(folder / "metrics.jsonl", {"step": 1, "note": "kept"})
-    run(options(), config(max_steps=2, resume_from_checkpoint=str(folder / "checkpoint-1"), **saving))
+    run_training(options(), config(max_steps=2, resume_from_checkpoint=str(folder / "checkpoint-1"), **saving))
     assert steps(folder) == steps(whole)
     assert len(steps(folder)) == 2
     assert '"kept"' in (folder / "metrics.jsonl").read_text()  # it did not begin again
     with pytest.raises(ConfigError, match="no folder"):
-        run(options(), config(resume_from_checkpoint=str(folder / "checkpoint-9")))
+        run_training(options(), config(resume_from_checkpoint=str(folder / "checkpoint-9")))
 
 
 def test_same_seed_same_run(options, config, tmp_path):
     weights = []
     for name in ("a", "b"):
         torch.manual_seed(len(weights))  # whatever was drawn before
-        folder = run(options(lora_rank=2), config(output_dir=str(tmp_path / name), seed=7, max_steps=2))
+        folder = run_training(options(lora_rank=2), config(output_dir=str(tmp_path / name), seed=7, max_steps=2))
         weights.append((folder / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/online_softmax.cu and softmax_gradient.cu, run on the CPU, against fastalign/ops/epilogue.py in float64."""
+"""csrc/cuda/online_softmax.cu and softmax_gradient.cu, run on the CPU, against fastalign/ops/head/epilogue.py in float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import torch
 
 from fastalign.errors import BackendError
 from fastalign.ops.head import epilogue
-from fastalign.ops.head.epilogue import START, Coefficients, Head, Sums
+from fastalign.ops.head.epilogue import Coefficients, Sums
+from fastalign.ops.head.tiling import START
+from fastalign.ops.head.transform import LogitTransform
 
 ROWS, WIDTH, FIRST = 6, 11, 64
 EPS32 = torch.finfo(torch.float32).eps
 BEFORE = torch.tensor([START, -9.0, 4.0, 30.0, -1.0, 7.0])  # the shift
-HEADS = {"plain": Head(), "scaled": Head(0.5, None, 0.7), "capped": Head(1.3, 8.0, 0.7)}
+HEADS = {"plain": LogitTransform(), "scaled": LogitTransform(0.5, None, 0.7), "capped": LogitTransform(1.3, 8.0, 0.7)}
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -98,11 +100,11 @@ def test_absorb(cuda, dtype, columns, padding, head, masked):
     logit = 1 + exact[0].shift.abs().unsqueeze(1) + 15  # no logit lies further below the maximum than that
     pairs = ((sums.others, sums.zothers, torch.float32), (e, ze, dtype), (a, b, torch.float32))
     s, *matrices, exact_best = exact
-    for (value, z_value, kind), (true, z_true) in zip(
+    for (value, z_value, kind), exact_pair in zip(
         pairs, ((s.others, s.zothers), matrices[:2], matrices[2:]), strict=True
     ):
         # sums of exp(z - m) and of exp(z - m)(z - m), taken from their shift to ours
-        true, z_true = true.view(ROWS, -1), z_true.view(ROWS, -1)
+        true, z_true = (t.view(ROWS, -1) for t in exact_pair)
         within_rounding(value, lag.exp() * true, kind, logit)
         within_rounding(
             z_value, lag.exp() * (z_true + lag * true), kind, logit, size=(lag.exp() * true).abs() * (1 + lag)
@@ -125,7 +127,7 @@ def test_absorb_without_cap_bias_entropy_and_best(cuda, dtype, columns, padding,
 
     def absorbed(absorb, u, e, computed):
         sums, a, _ = begun(computed)
-        absorb(u, targets, FIRST, None, Head(scale), sums, e=e, a=a)
+        absorb(u, targets, FIRST, None, LogitTransform(scale), sums, e=e, a=a)
         return sums, e, a
 
     exact, *matrices = absorbed(epilogue.absorb, u.double(), torch.empty(u.shape).double(), torch.float64)
@@ -163,10 +165,10 @@ def test_absorb_only_the_sums_and_leave_the_rest_alone(cuda):
     u, targets, _ = problem(1051, False)
     kept = u.clone()
     sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
-    cuda.absorb(u, targets, FIRST, None, Head(), sums)
+    cuda.absorb(u, targets, FIRST, None, LogitTransform(), sums)
     assert torch.equal(u, kept) and not sums.zothers.any()
     plain = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
-    epilogue.absorb(u, targets, FIRST, None, Head(), plain)
+    epilogue.absorb(u, targets, FIRST, None, LogitTransform(), plain)
     torch.testing.assert_close(sums.others, plain.others, rtol=1e-6, atol=0)
 
 
@@ -211,7 +213,7 @@ def test_a_tile_too_wide_is_refused(cuda):
     u, targets, _ = problem(16385, False)
     sums = Sums(torch.full((ROWS,), START), *torch.zeros(3, ROWS))
     with pytest.raises(BackendError, match="absorb could not be launched on cpu: invalid argument"):
-        cuda.absorb(u, targets, FIRST, None, Head(), sums)
+        cuda.absorb(u, targets, FIRST, None, LogitTransform(), sums)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])

@@ -10,7 +10,7 @@ from fastalign import linear_divergence, linear_logprobs, preference_loss, selec
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.backends import pick
 from fastalign.ops.ewc import ewc_penalty
-from fastalign.ops.head import divergence_tiles, logprobs_tiles
+from fastalign.ops.head import divergence_tiles, tiling
 
 N, H, G, V, TILE = 48, 8, 4, 72, (32, 32)
 
@@ -18,8 +18,8 @@ N, H, G, V, TILE = 48, 8, 4, 72, (32, 32)
 @pytest.fixture
 def launches(cuda, emulated, monkeypatch):
     """A function that runs one and says how many kernels that launched."""
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: TILE)
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: TILE)
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: TILE)
 
     def count(run):
         before = emulated.launches()
@@ -95,5 +95,5 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_auto_asks_which_kernels_a_gpu_has(op, launches, monkeypatch):
     assert launches(OPS[op])[1] == 0  # on the CPU there are others
-    monkeypatch.setattr(pick, "pick", lambda *tensors, **options: "cuda")
+    monkeypatch.setattr(pick, "pick_gpu_kernels", lambda *tensors, **options: "cuda")
     assert launches(OPS[op])[1] > 0

@@ -1,4 +1,4 @@
-"""csrc/cuda/linear_divergence.cu, run on the CPU, against fastalign/ops/divergence_tiles.py in float64."""
+"""csrc/cuda/linear_divergence.cu, run on the CPU, against fastalign/ops/head/divergence_terms.py in float64."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from fastalign import linear_divergence
-from fastalign.ops.head import divergence_tiles as tiles
-from fastalign.ops.head.epilogue import START, Head
+from fastalign.ops.head import divergence_terms as definition
+from fastalign.ops.head import tiling
+from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.tiling import START
+from fastalign.ops.head.transform import LogitTransform
 
 ROWS, COLUMNS = 5, 1043
-HEADS = {"plain": Head(), "scaled": Head(0.5, None, 0.7), "capped": Head(1.3, 8.0, 0.7)}
-KINDS = [tiles.Divergence("forward_kl", 0.0), tiles.Divergence("reverse_kl", 0.0), tiles.Divergence("jsd", 0.3)]
+HEADS = {"plain": LogitTransform(), "scaled": LogitTransform(0.5, None, 0.7), "capped": LogitTransform(1.3, 8.0, 0.7)}
+KINDS = [Divergence("forward_kl", 0.0), Divergence("reverse_kl", 0.0), Divergence("jsd", 0.3)]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -66,9 +69,9 @@ def held(padding=5, masked=True):
 def by_tiles(dtype, a, b, stats, kind, head):
     """(values, moments, gradient) of the plain driver."""
     a, b, stats = a.to(dtype, copy=True).contiguous(), b.to(dtype, copy=True).contiguous(), stats.to(dtype)
-    value, moment = tiles.terms(a, b, stats, kind, head, (torch.empty_like(a), torch.empty_like(a)))
+    value, moment = definition.terms(a, b, stats, kind, head, (torch.empty_like(a), torch.empty_like(a)))
     moment = torch.zeros_like(value) if moment is None else moment
-    return value, moment, tiles.gradient(a, b, moment, kind, head)
+    return value, moment, definition.gradient(a, b, moment, kind, head)
 
 
 @pytest.mark.parametrize("head", ["scaled", "capped"])
@@ -98,8 +101,8 @@ def test_what_one_side_rules_out_is_beyond_any_divergence(cuda):
     a, b, stats = held()
     a[2, 3] = START
     values, moments = torch.zeros(2, ROWS)
-    cuda.divergence_terms(a, b, stats, "forward_kl", 0.0, Head(), values, moments)
-    assert values[2] > tiles.RULED_OUT and values[1] < tiles.RULED_OUT
+    cuda.divergence_terms(a, b, stats, "forward_kl", 0.0, LogitTransform(), values, moments)
+    assert values[2] > definition.RULED_OUT and values[1] < definition.RULED_OUT
 
 
 # The whole op: the tests of backend "torch", with its budgets, on backend "cuda".
@@ -122,7 +125,7 @@ def shared_tests():
     ids=str,
 )
 def test_op_within_the_error_budget(cuda, mode, dtype, kind, monkeypatch):
-    monkeypatch.setattr(tiles, "tile_shape", lambda device: (16, 32))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 32))
     shared = shared_tests()
     option = {"forward_kl": "plain", "reverse_kl": "scaled", "jsd": "capped"}[kind]
     shared.check_against_float64(

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -10,8 +12,7 @@ from fastalign.models.scoring import prepare
 
 def test_peak_is_at_least_what_is_resident_now():
     block = torch.ones(2**22)  # 16 MiB, touched
-    with open("/proc/self/statm") as statm:
-        resident = int(statm.read().split()[1]) * 4096
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     assert block.sum() > 0
     # the kernel counts pages per thread and adds them up now and then
     assert measure.peak_bytes("cpu") >= resident - block.nbytes // 2

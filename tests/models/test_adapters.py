@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -108,3 +111,8 @@ def test_virtual_tokens_are_refused(tiny_llama):
     model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match="PROMPT_TUNING adds virtual tokens"):
         check_packable(model)
+
+
+def test_without_an_adapter_peft_is_not_imported():
+    code = "import sys, fastalign.models.scoring, fastalign.regularizers.ewc; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Shared by the tests of the native CPU kernels."""
+"""Shared by the tests of the ops: the instruction sets of the native CPU kernels, and threads."""
 
 import pytest
 import torch

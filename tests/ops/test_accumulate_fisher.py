@@ -11,7 +11,7 @@ from fastalign import reference
 from fastalign.errors import BackendError, InputError
 from fastalign.ops import accumulate_fisher as module
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
-from fastalign.ops.backends import cpu
+from fastalign.ops.backends import cpu, pick
 
 BACKENDS = ["cpu", "torch", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -81,12 +81,12 @@ def test_a_gpu_is_waited_for_only_under_auto_where_sequences_may_have_a_token_ea
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with torch._subclasses.fake_tensor.FakeTensorMode():
         few, many = (torch.empty(n + 1, dtype=torch.int64, device="cuda") for n in (39, 40))
-    assert module._looks("cuda", True, 40, many) and module._looks("triton", True, 40, many)
-    assert not module._looks("cuda", True, 40, few), "some have more than one"
-    assert not module._looks("cuda", False, 40, many), "asked for by name"
-    assert module._looks("torch", False, 40, few) and module._looks("cuda", False, 40, offsets([40]))
+    assert module._may_look("cuda", True, 40, many) and module._may_look("triton", True, 40, many)
+    assert not module._may_look("cuda", True, 40, few), "some have more than one"
+    assert not module._may_look("cuda", False, 40, many), "asked for by name"
+    assert module._may_look("torch", False, 40, few) and module._may_look("cuda", False, 40, offsets([40]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not module._looks("cuda", True, 40, many), "a captured graph cannot wait"
+    assert not module._may_look("cuda", True, 40, many), "a captured graph cannot wait"
 
 
 def test_what_auto_looked_at_decides_between_the_squares_and_the_kernel(monkeypatch):
@@ -97,8 +97,8 @@ def test_what_auto_looked_at_decides_between_the_squares_and_the_kernel(monkeypa
         why_not = staticmethod(lambda *tensors: None)
         accumulate_fisher = staticmethod(lambda *operands: launched.append(operands))
 
-    monkeypatch.setitem(module.gpu.KERNELS, "cuda", Kernels)
-    monkeypatch.setattr(module.gpu, "pick", lambda *tensors: "cuda")
+    monkeypatch.setitem(pick.KERNELS, "cuda", Kernels)
+    monkeypatch.setattr(pick, "pick_gpu_kernels", lambda *tensors, **options: "cuda")
     start, g, x = operands(30, 50, 40)
     fisher = accumulate_fisher_(start.clone(), g, x, offsets([1] * 40))
     assert_within_budget(fisher, start, g, x, offsets([1] * 40))
@@ -130,6 +130,16 @@ def test_strided_tensors_and_rows_of_a_larger_fisher(backend):
     assert not whole.any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_in_int32(backend):
+    cu_seqlens = offsets(LENGTHS)
+    start, g, x = operands(20, 30, int(cu_seqlens[-1]))
+    found, expected = (
+        accumulate_fisher_(start.clone(), g, x, given, backend=backend) for given in (cu_seqlens.int(), cu_seqlens)
+    )
+    assert torch.equal(found, expected) and not torch.equal(found, start)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_autocast_rounds_nothing(backend):
     cu_seqlens = offsets([7, 9])
@@ -150,18 +160,18 @@ def test_the_torch_backend_tiles_its_rows(monkeypatch):
 def test_bad_input_is_named():
     fisher, g, x = operands(4, 3, 6)
     cu_seqlens = offsets([2, 4])
-    with pytest.raises(InputError, match=r"grad_output \(6, 4\), input \(6, 3\), fisher \(3, 4\); they must be"):
+    with pytest.raises(InputError, match=r"grad_output \(6, 4\), inputs \(6, 3\), fisher \(3, 4\); they must be"):
         accumulate_fisher_(fisher.T.contiguous(), g, x, cu_seqlens)
     with pytest.raises(InputError, match=r"must be torch.float32 with contiguous rows"):
         accumulate_fisher_(fisher.double(), g, x, cu_seqlens)
     with pytest.raises(InputError, match=r"must be torch.float32 with contiguous rows"):
         accumulate_fisher_(fisher.T.contiguous().T, g, x, cu_seqlens)
-    with pytest.raises(InputError, match=r"cu_seqlens is \[0, 2, 7\]...; it must rise within \[0, T=6\]"):
+    with pytest.raises(InputError, match=r"cu_seqlens is \[0, 2, 7\]...; it must rise within \[0, 6\]"):
         accumulate_fisher_(fisher, g, x, offsets([2, 5]))
     with pytest.raises(InputError, match=r"it must rise"):
         accumulate_fisher_(fisher, g, x, torch.tensor([0, 4, 2]))
-    with pytest.raises(InputError, match=r"must be \(S \+ 1,\) int64"):
-        accumulate_fisher_(fisher, g, x, cu_seqlens.int())
+    with pytest.raises(InputError, match=r"torch.float32; it must be \(S \+ 1,\) offsets of int64 or int32"):
+        accumulate_fisher_(fisher, g, x, cu_seqlens.float())
     with pytest.raises(InputError, match=r"both must be floating"):
         accumulate_fisher_(fisher, g.long(), x, cu_seqlens)
     with pytest.raises(BackendError, match=r"backend is 'tpu'; accumulate_fisher_ has"):

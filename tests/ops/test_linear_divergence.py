@@ -10,7 +10,7 @@ import torch
 
 from fastalign import linear_divergence, reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops.head import divergence_tiles
+from fastalign.ops.head import tiling
 
 EPS = torch.finfo(torch.float32).eps
 N, H, V = 37, 24, 53
@@ -28,7 +28,7 @@ STUDENT = ("hidden", "weight", "bias")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three blocks of rows and four of the vocabulary, the last ones ragged."""
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 16))
 
 
 def problem(dtype=torch.float32, *, n=N, bias=False, seed=0) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def test_a_kl_is_infinite_where_the_second_distribution_rules_out_what_the_first
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(softcap, mode, kind, monkeypatch):
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: (16, 3))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 3))
     generator = torch.Generator().manual_seed(1)
     h, w, b, th, tw = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -404,8 +404,8 @@ def test_while_a_graph_is_captured_ignored_rows_stay_and_count_nothing(trainable
         return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
 
     expected = evaluate()
-    module = importlib.import_module("fastalign.ops.linear_divergence")
-    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    for module in ("fastalign.ops.linear_divergence", "fastalign.ops.head.rows"):
+        monkeypatch.setattr(importlib.import_module(module), "is_capturing", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what would wait for the GPU
     monkeypatch.setattr(torch.Tensor, "__bool__", None)
     got = evaluate()

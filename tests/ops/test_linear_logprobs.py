@@ -9,7 +9,7 @@ import torch
 
 from fastalign import linear_logprobs, reference
 from fastalign.errors import BackendError, InputError
-from fastalign.ops.head import logprobs_tiles
+from fastalign.ops.head import tiling
 
 EPS = torch.finfo(torch.float32).eps
 N, H, V = 37, 24, 53
@@ -35,7 +35,7 @@ OPTIONS_AND_DTYPES = [(option, torch.float64) for option in OPTIONS] + [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three blocks of rows and four of the vocabulary, the last ones ragged; too small to share between threads."""
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: (16, 16))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -171,7 +171,7 @@ def test_confident_rows_keep_their_relative_accuracy(dtype, budget):
 @pytest.mark.parametrize("budget", ["cached", "partly cached", "recomputed"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 def test_gradcheck(entropy, budget, monkeypatch):
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 3))
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: (16, 3))
     options = {"logit_scale": -0.6, "softcap": 3.0, "temperature": 0.7}
     hidden, weight, targets, bias = problem(torch.float64, n=19, ignored=0.1, bias=True)
     hidden, weight, bias, targets = hidden[:, :2], weight[:7, :2], bias[:7], targets.clamp(max=6)
@@ -269,7 +269,7 @@ def test_another_ignore_index():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "threads"), [((16, 16), 1), ((512, 4096), 2)], ids=["small tiles", "real tiles"])
 def test_a_row_is_the_same_bits_in_any_batch(shape, threads, dtype, budget, monkeypatch):
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: shape)
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: shape)
     torch.set_num_threads(threads)
     hidden, weight, targets, _ = problem(dtype, n=100)
 
@@ -416,3 +416,21 @@ def test_errors_say_what_was_found_and_what_to_do(name):
 def test_unknown_backend_lists_the_known():
     with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch"):
         linear_logprobs(*problem()[:3], backend="tpu")
+
+
+@pytest.mark.parametrize(("hidden_length", "target_length"), [(5, 4), (4, 5)], ids=["hidden is not", "targets are not"])
+def test_lengths_that_differ_by_one_name_the_shift(hidden_length, target_length):
+    hidden, targets = torch.randn(2, hidden_length, H), torch.zeros(2, target_length, dtype=torch.int64)
+    with pytest.raises(InputError) as error:
+        linear_logprobs(hidden, torch.randn(V, H), targets)
+    said = str(error.value)
+    assert f"targets is (2, {target_length})" in said and f"(2, {hidden_length})" in said
+    assert "targets[i] is the token that hidden[i] predicts" in said
+    assert "pass hidden[..., :-1, :] with input_ids[..., 1:]" in said
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 5), (10,), (2, 7)], ids=str)
+def test_lengths_that_differ_otherwise_do_not(shape):
+    with pytest.raises(InputError) as error:
+        linear_logprobs(torch.randn(2, 5, H), torch.randn(V, H), torch.zeros(shape, dtype=torch.int64))
+    assert f"targets is {shape}" in str(error.value) and "predicts" not in str(error.value)

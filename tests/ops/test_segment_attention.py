@@ -1,4 +1,4 @@
-"""Attention over packed rows in C++: right to the rounding, gradients too, and blind to what a token must not see."""
+"""Attention over packed rows: right to the rounding, gradients too, and blind to what a token must not see."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastalign import reference
-from fastalign.ops import segment_attention
+from fastalign.errors import BackendError, InputError
 from fastalign.ops.backends import cpu
-from fastalign.ops.segment_attention import attend
+from fastalign.ops.segment_attention import beats_sdpa, segment_attention
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (length, prefix) of segments; one without a prefix begins a group
@@ -16,11 +16,8 @@ SHORT = [(5, 0), (3, 2), (1, 2), (4, 0), (2, 3), (1, 0)]
 LONG = [(300, 0), (140, 270), (1, 129), (7, 0), (260, 4)]  # several tiles of keys, several blocks of queries
 
 
-@pytest.fixture(params=cpu.module.available())
-def isa(request):
-    cpu.select(request.param)
-    yield request.param
-    cpu.select(None)
+def attend(query, key, value, segments, window, scaling):
+    return segment_attention(query, key, value, segments, window, scaling, backend="cpu")
 
 
 def table(lengths):
@@ -229,13 +226,79 @@ def test_gradients_of_some_inputs_alone_and_no_second_derivative():
 
 def test_which_calls_it_takes():
     (q, k, v), _ = make(SHORT, torch.float32)
-    assert segment_attention.takes(q, k, v) == cpu.is_fast(torch.float32)
-    assert not segment_attention.takes(torch.cat([q, q]), torch.cat([k, k]), torch.cat([v, v]))
-    assert not segment_attention.takes(q, k[:, :, 1:], v[:, :, 1:]) and not segment_attention.takes(q, k, v[:, :1])
-    assert not segment_attention.takes(q[:, :3], k, v) and not segment_attention.takes(q[..., 1:], k, v)
-    assert not segment_attention.takes(q, k.bfloat16(), v)
-    assert not segment_attention.takes(q.double(), k.double(), v.double())
-    assert not segment_attention.takes(*(t.to("meta") for t in (q, k, v)))
+    assert beats_sdpa(q, k, v) == cpu.is_fast(torch.float32)
+    assert not beats_sdpa(torch.cat([q, q]), torch.cat([k, k]), torch.cat([v, v]))
+    assert not beats_sdpa(q, k[:, :, 1:], v[:, :, 1:]) and not beats_sdpa(q, k, v[:, :1])
+    assert not beats_sdpa(q[:, :3], k, v) and not beats_sdpa(q[..., 1:], k, v)
+    assert not beats_sdpa(q, k.bfloat16(), v)
+    assert not beats_sdpa(q.double(), k.double(), v.double())
+    assert not beats_sdpa(*(t.to("meta") for t in (q, k, v)))
     found = []
-    torch.vmap(lambda t: (found.append(segment_attention.takes(t, t, t)), t)[1])(q)
+    torch.vmap(lambda t: (found.append(beats_sdpa(t, t, t)), t)[1])(q)
     assert found == [False]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_other_backends(backend, window):
+    inputs, grad = make(SHORT, torch.float64)
+
+    def other(*args):
+        return segment_attention(*args, backend=backend)
+
+    found, truth = (run(f, inputs, grad, table(SHORT), window, 0.25) for f in (other, reference.segment_attention))
+    for ours, exact in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_defaults():
+    (q, k, v), _ = make(SHORT, torch.float32)
+    if cpu.is_fast(torch.float32):
+        assert torch.equal(segment_attention(q, k, v, table(SHORT)), attend(q, k, v, table(SHORT), None, 0.25))
+    wide = [t.double() for t in (q, k, v)]
+    torch_s = segment_attention(*wide, table(SHORT), backend="torch")
+    assert torch.equal(segment_attention(*wide, table(SHORT)), torch_s), "float64 is no faster in C++"
+
+
+def test_opcheck():
+    (q, k, v), _ = make(SHORT, torch.float32)
+    op, segments, options = torch.ops.fastalign, table(SHORT), (3, 0.25)
+    args = (q[0], k[0], v[0], segments, *options)
+    torch.library.opcheck(op.segment_attention.default, args)
+    out, log_sums = op.segment_attention(*args)
+    grad = torch.ones(out.shape).transpose(0, 1)
+    torch.library.opcheck(
+        op.segment_attention_backward.default, (grad, q[0], k[0], v[0], out, log_sums, segments, *options)
+    )
+
+
+def test_compiles_in_one_graph_to_the_same_bits():
+    inputs, grad = make(SHORT, torch.float32)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found, expected = (run(f, inputs, grad, table(SHORT), None, 0.25) for f in (compiled, attend))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": torch.zeros(4, 16, 16)}, ("(4, 16, 16)", "(1, heads, T, width)")),
+        ({"key": torch.zeros(1, 3, 16, 16)}, ("(1, 3, 16, 16)", "key_heads divides heads")),
+        ({"value": torch.zeros(1, 2, 15, 16)}, ("(1, 2, 15, 16)", "(1, key_heads, T, Dv)")),
+        ({"key": torch.zeros(1, 2, 16, 16).bfloat16()}, ("torch.bfloat16", "one dtype")),
+        ({"segments": torch.zeros(6, 3).long()}, ("(6, 3)", "(S, 4) int64 on the CPU")),
+        ({"segments": torch.zeros(6, 4)}, ("torch.float32", "(S, 4) int64 on the CPU")),
+    ],
+    ids=str,
+)
+def test_errors_say_what_was_found_and_what_to_do(change, words):
+    (q, k, v), _ = make(SHORT, torch.float32)
+    with pytest.raises(InputError) as error:
+        segment_attention(**{"query": q, "key": k, "value": v, "segments": table(SHORT)} | change)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_unknown_backend_lists_the_known():
+    (q, k, v), _ = make(SHORT, torch.float32)
+    with pytest.raises(BackendError, match=r"'tpu'; segment_attention has auto, reference, torch, cpu"):
+        segment_attention(q, k, v, table(SHORT), backend="tpu")

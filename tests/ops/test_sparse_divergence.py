@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign import linear_divergence, reference, sparse_divergence
 from fastalign.errors import BackendError, InputError
-from fastalign.ops.head import divergence_tiles
+from fastalign.ops.head import tiling
 
 op = sys.modules["fastalign.ops.sparse_divergence"]  # the name in fastalign.ops is the function's
 EPS = torch.finfo(torch.float32).eps
@@ -29,7 +29,7 @@ LEAVES = ("hidden", "weight", "bias")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three blocks of rows and four of the vocabulary, the last ones ragged."""
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 16))
 
 
 def problem(dtype=torch.float32, *, n=N, k=K, teacher_spread=2.0, seed=0) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def test_error_budget(option, dtype, frozen, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", ["lump", "drop"])
 def test_gradcheck(tail, kind, monkeypatch):
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: (16, 3))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 3))
     x = {name: t[:5] if name not in ("weight", "bias") else t for name, t in problem(torch.float64, k=3).items()}
     mask = torch.tensor([True, True, False, True, True])
 
@@ -209,7 +209,7 @@ def test_products_are_those_that_the_docstring_states(leaves, products, monkeypa
 
         return run
 
-    monkeypatch.setattr(op, "_scan", counted(op._scan))
+    monkeypatch.setattr(op, "_fold_vocabulary", counted(op._fold_vocabulary))
     monkeypatch.setattr(op, "_head_gradients", counted(op._head_gradients))
     x = problem(n=48)
     for name in leaves.split():

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from fastalign.cli.run import build_regularizers
+from fastalign.cli.methods import build_regularizers
 from fastalign.errors import ConfigError, DataError
 from fastalign.regularizers.replay import Replay, curriculum
 from fastalign.training.preference import PreferenceTrainer

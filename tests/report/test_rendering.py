@@ -47,4 +47,4 @@ def test_chat_messages_as_text():
 
 def test_a_value_that_a_template_misses_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="is undefined"):
-        render("tax.html.j2", headings=[], rows=[])
+        render("report.html.j2")

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.packing import pack
-from fastalign.errors import DataError
+from fastalign.errors import DataError, ModelError
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training import reference as reference_module
 from fastalign.training.preference import PreferenceTrainer
-from fastalign.training.reference import precompute
+from fastalign.training.reference import check_start, check_stored, precompute, start_rounding
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -88,6 +89,32 @@ def test_margins_are_zero_in_bfloat16(make, tiny_llama, pairs):
     assert trainer.state.log_history[0]["rewards/margins"] == 0.0
 
 
+def test_before_the_first_step_policy_and_reference_agree(monkeypatch):
+    values = torch.tensor([-3.0, -0.5])
+    check_start(values.clone(), values)
+    with pytest.raises(ModelError, match=r"differ from the reference's by 1e-06; they must be equal\. The"):
+        check_start(values.double() + 1e-6, values.double())
+    with pytest.raises(ModelError, match="by nan"):
+        check_start(values * torch.nan, values)
+    assert start_rounding(torch.device("cpu")) == 0
+    on_a_gpu = start_rounding(torch.device("cuda"))
+    monkeypatch.setattr(reference_module, "start_rounding", lambda device: on_a_gpu)
+    check_start(values + 2e-6, values)  # measured on an H200
+    with pytest.raises(ModelError, match=r"by 0\.001; they must be equal within 0\.0001\. "):
+        check_start(values + 1e-3, values)
+
+
+def test_stored_log_probs_may_be_off_by_rounding_alone():
+    values = torch.tensor([-3.0, -0.5])
+    limit = 10 * torch.finfo(torch.float32).eps ** 0.5
+    check_stored(values + 0.9 * limit, values, torch.float32, None)
+    with pytest.raises(DataError, match=r"off by 0\.00\d+ \(at most 0\.00345 .*~/\.cache/fastalign"):
+        check_stored(values + 1.1 * limit, values, torch.float32, None)
+    check_stored(values + 1.1 * limit, values, torch.bfloat16, None)
+    with pytest.raises(DataError, match=r"off by nan .*delete the cache folder here"):
+        check_stored(values * torch.nan, values, torch.float32, "here")
+
+
 # The reference is what was given
 
 
@@ -136,13 +163,17 @@ def test_synchronised_reference_moves_towards_the_model(make, tiny_llama, pairs)
         tiny_llama(), pairs, peft_config=LoraConfig(**LORA), max_steps=3, precompute_ref_log_probs=False,
         sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25,
     )  # fmt: skip
-    start = [value.clone() for value in trainer.reference.values]
+    start = [value.clone() for value in trainer.reference.weights.values]
     after_two = []
-    trainer.add_callback(_AtStep(2, lambda: after_two.extend(p.detach().clone() for p in trainer.reference.parameters)))
+    trainer.add_callback(
+        _AtStep(2, lambda: after_two.extend(p.detach().clone() for p in trainer.reference.weights.parameters))
+    )
     trainer.train()
-    for value, first, second in zip(trainer.reference.values, start, after_two, strict=True):
+    for value, first, second in zip(trainer.reference.weights.values, start, after_two, strict=True):
         assert torch.allclose(value, 0.25 * second + 0.75 * first, rtol=1e-6, atol=1e-8)
-    assert any((value - first).abs().max() > 1e-4 for value, first in zip(trainer.reference.values, start, strict=True))
+    assert any(
+        (value - first).abs().max() > 1e-4 for value, first in zip(trainer.reference.weights.values, start, strict=True)
+    )
 
 
 class _AtStep(tf.TrainerCallback):

@@ -1,44 +1,106 @@
-"""Which kernels backend="auto" stands for on a GPU.
+"""Which backend runs an op: `resolve` turns a caller's `backend` argument into the name of what runs.
 
-Measured on an H200 (GPU section of bench/LOG.md), forward and backward: kernels of CUDA C++ take 0.4 to 1.1 of the time
-of Triton's, and either is 1.0 to 4 times as fast as the same steps in torch. So CUDA comes first where it is built, but
-for linear_logprobs: there Triton took 1.83 and 2.15 ms against 2.03 and 2.34, and 4.03 against 3.85 at a third shape.
+A backend that the caller names runs, or a BackendError says why it cannot. Nothing falls back silently.
+
+"auto" picks by the device of the tensors:
+- on a GPU: the first of "cuda" and "triton" that takes the tensors, else "torch";
+- on the CPU: "cpu" (C++) where it takes them and is known to be faster, else "torch";
+- elsewhere: "torch".
+
+"cuda" comes before "triton" because its kernels took 0.4 to 1.1 of the time of Triton's on an H200, forward and
+backward (docs/explanation/gpu.md). Either is 1.0 to 4 times as fast as the same steps in torch. The exception is
+`linear_logprobs`, which prefers "triton": at three shapes it took 1.83, 2.15 and 4.03 ms, CUDA 2.03, 2.34 and 3.85.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from fastalign.ops.backends import cuda, triton
-
-KERNELS = {"cuda": cuda, "triton": triton}
-
-
-def pick(first: Tensor, *others: Tensor | None, prefer: str = "cuda") -> str | None:
-    """The name of the kernels that take these tensors, `prefer` before others; None where they lie on no GPU, or none
-    does.
-    """
-    if first.device.type != "cuda":
-        return None
-    names = sorted(KERNELS, key=lambda name: name != prefer)
-    return next((name for name in names if KERNELS[name].why_not(first, *others) is None), None)
-
+from fastalign.errors import BackendError
+from fastalign.ops.backends import cpu, cuda, triton
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+GPU_KERNELS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
+# The modules whose functions are the ops' forward and backward passes, by backend.
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
+# Why the kernels of a backend cannot take an op's arguments, or None.
+WhyNot = Callable[[str], "str | None"]
 
 
-def without_autocast(kernel: Callable) -> Callable:
-    """The kernel as it is outside of autocast, which would round its products, and so the logits, to 16 bits; with
-    its tensors' GPU the current one, which Triton launches on.
+def resolve(
+    op: str,
+    backend: str,
+    *tensors: Tensor | None,
+    backends: Sequence[str] = BACKENDS,
+    cpu_kernel: str | None = None,
+    only_if_fast: bool = True,
+    prefer: str = "cuda",
+    why_not: WhyNot | None = None,
+) -> str:
+    """The name of the backend that runs the op: one of `backends`, never "auto".
+
+    Args:
+        op: The op's name, for error messages.
+        backend: What the caller asked for.
+        *tensors: The op's tensors; the first one, which decides the device and the dtype, is never None.
+        backends: Those that the op has.
+        cpu_kernel: A name that the native module must have for "cpu", such as that of the kernel.
+        only_if_fast: Whether "auto" takes "cpu" only where `cpu.is_fast` says so for the first tensor's dtype.
+        prefer: Which GPU kernels "auto" tries first.
+        why_not: Why the kernels of a backend cannot take the arguments for reasons of this op alone, or None.
+
+    Raises:
+        BackendError: The backend is unknown, or was asked for by name and cannot run. Also, under "auto" on the CPU,
+            where FASTALIGN_CPU_ISA asks for kernels that cannot run here.
     """
+    if backend not in backends:
+        raise BackendError(f"backend is {backend!r}; {op} has {', '.join(backends)}")
+    if backend in ("reference", "torch"):
+        return backend
+    if backend != "auto":
+        if why := _why_not(backend, tensors, cpu_kernel, why_not):
+            raise BackendError(f"backend={backend!r} cannot run {op} here: {why}")
+        return backend
+    if on_gpu := pick_gpu_kernels(*tensors, backends=backends, prefer=prefer, why_not=why_not):
+        return on_gpu
+    first = tensors[0]
+    if "cpu" not in backends or first is None or first.device.type != "cpu":
+        return "torch"
+    if cpu.in_use.refused:
+        raise BackendError(f"backend='auto' cannot run {op} here: {cpu.in_use.unavailable}")
+    if only_if_fast and not cpu.is_fast(first.dtype):
+        return "torch"
+    return "torch" if _why_not("cpu", tensors, cpu_kernel, why_not) else "cpu"
 
-    @wraps(kernel)
-    def run(first: Tensor, *args, **options):
-        with torch.autocast(first.device.type, enabled=False), torch.cuda.device_of(first):
-            return kernel(first, *args, **options)
 
-    return run
+def pick_gpu_kernels(
+    *tensors: Tensor | None,
+    backends: Sequence[str] = BACKENDS,
+    prefer: str = "cuda",
+    why_not: WhyNot | None = None,
+) -> str | None:
+    """The name of the GPU kernels that take these tensors, `prefer` before others.
+
+    None where the first tensor lies on no GPU, or where no kernels take them.
+    """
+    first = tensors[0]
+    if first is None or first.device.type != "cuda":
+        return None
+    for name in sorted(GPU_KERNELS, key=lambda name: name != prefer):
+        if name in backends and _why_not(name, tensors, None, why_not) is None:
+            return name
+    return None
+
+
+def _why_not(
+    backend: str, tensors: Sequence[Tensor | None], cpu_kernel: str | None, why_not: WhyNot | None
+) -> str | None:
+    why = KERNELS[backend].why_not(*tensors)
+    if why is None and backend == "cpu" and cpu_kernel is not None:
+        why = cpu.why_no_kernel(cpu_kernel)
+    if why is None and why_not is not None:
+        why = why_not(backend)
+    return why

@@ -1,7 +1,9 @@
 """The tiled driver of `linear_logprobs`: products by torch, and between them an epilogue in torch, Triton or CUDA.
 
-Logits exist one (rows, vocabulary) tile at a time. Each tile is folded into running statistics per row, with the
-target `y` left out of every sum (`'` below), so that `1 - p_y` never comes from a subtraction:
+Logits exist one (rows, vocabulary) tile at a time. A tile is written by one product, read and overwritten in place by
+the epilogue, and read by the next product. The epilogue folds it into running statistics per row. The target `y` is
+left out of every sum (that is what the prime in sum' says), so that `1 - p_y` never comes from a subtraction, which
+would lose its digits where p_y is near 1:
 
     m   = the running maximum of z            others  = sum' exp(z - m)
     z_y = the target's logit                  zothers = sum' exp(z - m) (z - m)         (entropy only)
@@ -13,81 +15,57 @@ where `slope = dz / d(h W' + b)`. Three results follow. With S = others + exp(z_
     entropy              = log S - E[z - m]
     d logprob / d hidden = (others / S) slope_y W[y] - A / S
 
-None of them depends on m, which may therefore lag behind the maximum. The last one does not depend on the loss, so a
-frozen head needs two products per tile and no second look at the logits. A trainable head gets its gradients in
-`backward`, from probability tiles kept by `forward` as far as they were allowed to be, and recomputed beyond.
+None of them depends on m, which may therefore lag behind the maximum (lazy rescaling, see `epilogue.Sums`).
 
-A tile is written by one product, read and overwritten in place by the epilogue, and read by the next product.
+**One pass.** d logprob / d hidden does not depend on the loss. With a frozen output layer the forward pass therefore
+computes loss and gradient together: two products per tile, and no second look at the logits. A trainable output layer
+gets its gradients in `backward`, from the probability tiles that `forward` cached as far as its budget allowed, and
+from recomputed logits beyond.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.epilogue import START as _START
-from fastalign.ops.head.epilogue import TORCH, Coefficients, Epilogue, Head, Stats, Sums
+from fastalign.ops.head import tiling
+from fastalign.ops.head.epilogue import TORCH, Coefficients, Epilogue, Stats, Sums
 from fastalign.ops.head.products import accumulate, in_place, operand, product_into
-from fastalign.ops.head.rows import ROW_MULTIPLE, padded
+from fastalign.ops.head.tiling import ROW_MULTIPLE, START, round_up_rows, vocabulary_tiles
+from fastalign.ops.head.transform import LogitTransform
 
 
 class Cache(NamedTuple):
-    """Tiles `exp(z - shift) * slope`, targets zeroed, of the first rows: (C, V) and the shifts (C, tiles)."""
+    """Cached tiles of the first C rows, for the backward pass of a trainable output layer."""
 
-    tiles: Tensor
-    shifts: Tensor
+    tiles: Tensor  # (C, V) exp(z - shift) * slope, 0 at the target
+    shifts: Tensor  # (C, tiles) the shift at the time when each tile was written
 
 
 class Forward(NamedTuple):
+    """What the forward pass returns for N rows."""
+
     logprobs: Tensor  # (N,)
-    entropy: Tensor  # (N,), zeros unless asked for
+    entropy: Tensor  # (N,), zeros unless wanted
     grad_logprobs: Tensor | None  # (N, H) d logprob / d hidden
     grad_entropy: Tensor | None  # (N, H) d entropy / d hidden
     stats: Stats
     cache: Cache | None
 
 
-def tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one tile: 8 MB of float32 logits on the CPU, a share of the memory on a GPU."""
-    if device.type == "cuda":
-        return _device_tile_shape(device)
-    return (512, 4096) if device.type == "cpu" else (2048, 8192)
-
-
-@lru_cache
-def _device_tile_shape(device: torch.device) -> tuple[int, int]:
-    if not torch.cuda.is_available():  # a graph traced for a GPU on a machine without one
-        return gpu_tile_shape(16 << 30)
-    return gpu_tile_shape(torch.cuda.get_device_properties(device).total_memory)
-
-
-def gpu_tile_shape(memory_bytes: int) -> tuple[int, int]:
-    """Rows and vocabulary entries of a tile for a GPU with so much memory, of which a tile takes a thousandth or 16 MB.
-
-    As many entries as the epilogues take: every tile costs launches, which small models wait for, and the second
-    product reads and writes its (R, H) sums once a tile. Rows are a multiple of 128, 256 at least, so that a product
-    reads the weight faster than it multiplies, and 2048 at most. Tiles small enough for the second-level cache were
-    no faster (bench/LOG.md).
-    """
-    columns = 16384
-    rows = memory_bytes // 1024 // (4 * columns)
-    return min(max(rows - rows % 128, 256), 2048), columns
-
-
-def vocabulary_tiles(vocab: int, device: torch.device) -> list[tuple[int, int]]:
-    """The tile boundaries over the vocabulary; their order is fixed, so a token's result is too."""
-    step = tile_shape(device)[1]
-    return [(start, min(start + step, vocab)) for start in range(0, vocab, step)]
-
-
 def cacheable_rows(rows: int, row_bytes: int, memory_budget: int) -> int:
-    """How many of `rows` have their probabilities kept within the budget: all, or whole multiples, never a cut one."""
+    """How many of `rows` have their probabilities cached within the budget: all, or a whole multiple of rows."""
     affordable = memory_budget // row_bytes
-    return min(padded(rows), affordable - affordable % ROW_MULTIPLE)
+    return min(round_up_rows(rows), affordable - affordable % ROW_MULTIPLE)
+
+
+def cache_shifts(vocab: int, device: torch.device) -> int:
+    """How many shifts a cached row has: one per vocabulary tile."""
+    return len(vocabulary_tiles(vocab, tiling.logprobs_tile_shape(device)[1]))
 
 
 def forward(
@@ -95,83 +73,122 @@ def forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    head: Head,
+    transform: LogitTransform,
     *,
     grads: bool = False,
     entropy: bool = False,
     cache_rows: int = 0,
     epilogue: Epilogue = TORCH,
 ) -> Forward:
-    """Log-probs, entropy and, with `grads`, their gradients in hidden; every target is a real one.
+    """Log-probabilities, entropies and, with `grads`, their gradients in hidden.
 
-    hidden (N, H) with N a multiple of 16 (`pad_rows`), weight (V, H), targets (N,), bias (V,). Keeps the probability
-    tiles of the first `cache_rows` rows. 1U = 2 N V H FLOP without `grads`, 2U with, 3U with the entropy's too.
+    1U = 2 N V H FLOP without `grads`, 2U with them, 3U with those of the entropy too.
+
+    Args:
+        hidden: (N, H) with N a multiple of 16 (`pad_rows`).
+        weight: (V, H).
+        targets: (N,) int64; every target is a token id.
+        bias: (V,) or None.
+        transform: From products to logits.
+        grads: Whether the gradients in hidden are wanted.
+        entropy: Whether the entropies are wanted.
+        cache_rows: How many rows, the first ones, have their probability tiles cached.
+        epilogue: What runs between the products.
     """
     n, vocab = hidden.shape[0], weight.shape[0]
     kept = min(cache_rows, n)
     cache = None
     if cache_rows:
-        shifts = len(vocabulary_tiles(vocab, hidden.device))
+        shifts = cache_shifts(vocab, hidden.device)
         acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         cache = Cache(hidden.new_empty(cache_rows, vocab), hidden.new_empty(cache_rows, shifts, dtype=acc_dtype))
         for t in cache:
-            t[kept:] = 0  # promised to the fake, but fewer rows are scored
+            t[kept:] = 0  # the fake has promised this shape, but fewer rows are scored
     blocks = []
     for r0, r1 in row_blocks(n, kept, hidden.device):
         rows = slice(r0, r1)
-        part = Cache(cache.tiles[rows], cache.shifts[rows]) if r0 < kept else None
-        blocks.append(_scan_rows(hidden[rows], weight, targets[rows], bias, head, grads, entropy, part, epilogue))
-    joined = blocks[0]
-    if len(blocks) > 1:
-        joined = [None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)]
-    return Forward(*joined[:4], stats=Stats(*joined[4:]), cache=cache)
+        part = Cache(cache.tiles[rows], cache.shifts[rows]) if cache is not None and r0 < kept else None
+        block = _fold_vocabulary(
+            hidden[rows], weight, targets[rows], bias, transform, grads=grads, entropy=entropy, cache=part,
+            epilogue=epilogue,
+        )  # fmt: skip
+        blocks.append(block)
+    return _join(blocks)._replace(cache=cache)
+
+
+def _join(blocks: list[Forward]) -> Forward:
+    """The blocks' rows one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    grad_logprobs = [block.grad_logprobs for block in blocks if block.grad_logprobs is not None]
+    grad_entropy = [block.grad_entropy for block in blocks if block.grad_entropy is not None]
+    return Forward(
+        torch.cat([block.logprobs for block in blocks]),
+        torch.cat([block.entropy for block in blocks]),
+        torch.cat(grad_logprobs) if grad_logprobs else None,
+        torch.cat(grad_entropy) if grad_entropy else None,
+        Stats(*map(torch.cat, zip(*(block.stats for block in blocks), strict=True))),
+        None,
+    )
 
 
 def row_blocks(n: int, kept: int, device: torch.device) -> list[tuple[int, int]]:
-    """The bounds of the blocks of rows, none of which holds both kept rows and others; no rows are one empty block."""
-    bounds = sorted({*range(0, n, tile_shape(device)[0]), min(kept, n), n})
+    """The bounds of the blocks of rows: a block's rows are either all cached or none. No rows make one empty block."""
+    bounds = sorted({*range(0, n, tiling.logprobs_tile_shape(device)[0]), min(kept, n), n})
     return list(pairwise(bounds)) or [(0, 0)]
 
 
-def _scan_rows(h, weight, targets, bias, head, grads, entropy, cache, epilogue):
-    """Fold the whole vocabulary into the statistics of one block of rows (R, H); see the head of this file."""
+def _fold_vocabulary(
+    h: Tensor,  # (R, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (R,)
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    *,
+    grads: bool,
+    entropy: bool,
+    cache: Cache | None,  # of these rows: (R, V) and (R, tiles)
+    epilogue: Epilogue,
+) -> Forward:
+    """Fold the whole vocabulary into the statistics of one block of rows; see the head of this file."""
     dtype, h = h.dtype, operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     sums = h.new_zeros(4, h.shape[0], dtype=acc_dtype)
-    sums[0].fill_(_START)
+    sums[0].fill_(START)
     sums = Sums(*sums.unbind(0))
     a = torch.zeros_like(h, dtype=acc_dtype) if grads else None  # (R, H)
-    b = torch.zeros_like(a) if grads and entropy else None  # (R, H)
-    width = min(weight.shape[0], tile_shape(h.device)[1])
+    b = torch.zeros_like(a) if a is not None and entropy else None  # (R, H)
+    width = min(weight.shape[0], tiling.logprobs_tile_shape(h.device)[1])
     dtype = dtype if epilogue.low_precision else acc_dtype
+    # One buffer serves all tiles. `low` is the same memory in the dtype of the second product's operand.
     buffer = h.new_empty(h.shape[0], width, dtype=acc_dtype)
     second = None if b is None else torch.empty_like(buffer, dtype=dtype)
     u, low = buffer, in_place(buffer, dtype)
 
-    for i, w in enumerate(weight.split(width)):
-        v0, v1 = i * width, i * width + w.shape[0]
+    for i, tile in enumerate(weight.split(width)):
+        v0, v1 = i * width, i * width + tile.shape[0]
         if v1 - v0 < width:
             u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
-        w = operand(w)  # (T, H)
+        w = operand(tile)  # (T, H)
         product_into(h, w.t(), u)  # (R, T)
-        # A kernel stores e even where nobody reads it: it is the same one then, and so are the bits of the log-probs.
+        # A kernel is told to store e even where nobody reads it. So it is the same kernel with and without gradients,
+        # and the log-probabilities have the same bits.
         e, ze = low if grads or epilogue.low_precision else None, None
         if cache is not None:
             e = cache.tiles[:, v0:v1]
-        elif b is not None:
+        elif second is not None:
             e, ze = second[:, : v1 - v0], low
-        epilogue.absorb(
-            u, targets, v0, None if bias is None else bias[v0:v1], head, sums, entropy=entropy, e=e, ze=ze, a=a, b=b
-        )
-        if a is not None:
+        part = None if bias is None else bias[v0:v1]
+        epilogue.absorb(u, targets, v0, part, transform, sums, entropy=entropy, e=e, ze=ze, a=a, b=b)
+        if a is not None and e is not None:
             accumulate(a, e, w)
-        if b is not None:
+        if b is not None and ze is not None:
             accumulate(b, ze, w)
         if cache is not None:
             cache.shifts[:, i] = sums.shift
 
-    logprobs, entropies, stats = epilogue.finish(weight, targets, head, sums, entropy=entropy, a=a, b=b)
-    return logprobs, entropies, a, b, *stats
+    logprobs, entropies, stats = epilogue.finish(weight, targets, transform, sums, entropy=entropy, a=a, b=b)
+    return Forward(logprobs, entropies, a, b, stats, None)
 
 
 def backward(
@@ -181,78 +198,94 @@ def backward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    head: Head,
+    transform: LogitTransform,
     stats: Stats,
     cache: Cache | None,
     *,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     epilogue: Epilogue = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden (N, H), weight (V, H) and bias (V,), as far as `needs` asks for each.
+    """Gradients in hidden (N, H), weight (V, H) and bias (V,), where `needs` says so for each.
 
-    2U FLOP where tiles were kept, 3U where the logits are recomputed. The weight's gradient is accumulated in
-    float32 and leaves in the weight's dtype, one vocabulary tile after the other.
+    2U FLOP where tiles were cached, 3U where the logits are recomputed. The weight's gradient is accumulated in float32
+    and converted to the weight's dtype, one vocabulary tile after the other.
+
+    Args:
+        grad_logprobs: (N,).
+        grad_entropy: (N,) or None.
+        hidden: (N, H), padded as in `forward`.
+        weight: (V, H).
+        targets: (N,).
+        bias: (V,) or None.
+        transform: From products to logits.
+        stats: What `forward` returned.
+        cache: What `forward` returned. It does not serve the entropy's gradient, which needs the logits themselves.
+        needs: Which of the three gradients are wanted.
+        epilogue: What runs between the products.
     """
     acc_dtype = stats.shift.dtype
     d_hidden = torch.zeros_like(hidden, dtype=acc_dtype) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
-    d_bias = torch.empty_like(bias) if needs[2] else None
+    d_bias = torch.empty_like(bias) if bias is not None and needs[2] else None
     coefficients = _coefficients(stats, grad_logprobs, grad_entropy)
-    kept = 0 if cache is None or grad_entropy is not None else min(cache.tiles.shape[0], hidden.shape[0])
-    if kept:
-        scales = _kept_scales(cache.shifts[:kept], stats, coefficients, head)  # (tiles, kept)
+    kept, scales = 0, None
+    if cache is not None and grad_entropy is None:
+        kept = min(cache.tiles.shape[0], hidden.shape[0])
+        scales = _cached_scales(cache.shifts[:kept], stats, coefficients, transform)  # (tiles, kept)
     blocks = row_blocks(hidden.shape[0], kept, hidden.device)
-    width = min(weight.shape[0], tile_shape(hidden.device)[1])
+    width = min(weight.shape[0], tiling.logprobs_tile_shape(hidden.device)[1])
     buffer = hidden.new_empty(max(r1 - r0 for r0, r1 in blocks), width, dtype=acc_dtype)
     dtype = hidden.dtype if epilogue.low_precision else acc_dtype
-    for i, (v0, v1) in enumerate(vocabulary_tiles(weight.shape[0], hidden.device)):
+    for i, (v0, v1) in enumerate(vocabulary_tiles(weight.shape[0], width)):
         w = operand(weight[v0:v1])  # (T, H)
-        dw = torch.zeros_like(w, dtype=acc_dtype) if needs[1] else None
+        dw = torch.zeros_like(w, dtype=acc_dtype) if d_weight is not None else None
         db = torch.zeros(v1 - v0, dtype=acc_dtype, device=w.device)
+        part = None if bias is None else bias[v0:v1]
         for r0, r1 in blocks:
             rows = slice(r0, r1)
             h = operand(hidden[rows])
             u = buffer[: r1 - r0, : v1 - v0]
             du = in_place(u, dtype)
-            if r0 < kept:
-                epilogue.kept_gradient(
-                    cache.tiles[rows, v0:v1], targets[rows], v0, scales[i, rows], coefficients.target[rows], du
-                )
+            c = coefficients.rows(rows)
+            if cache is not None and scales is not None and r0 < kept:
+                epilogue.kept_gradient(cache.tiles[rows, v0:v1], targets[rows], v0, scales[i, rows], c.target, du)
             else:
-                part = None if bias is None else bias[v0:v1]
-                epilogue.softmax_gradient(
-                    product_into(h, w.t(), u), targets[rows], v0, part, head, coefficients.rows(rows), du
-                )
+                epilogue.softmax_gradient(product_into(h, w.t(), u), targets[rows], v0, part, transform, c, du)
             if d_hidden is not None:
                 accumulate(d_hidden[rows], du, w)
             if dw is not None:
                 accumulate(dw, du.t(), h)
-            if needs[2]:
+            if d_bias is not None:
                 db += du.sum(0, dtype=acc_dtype)
-        if dw is not None:
+        if d_weight is not None and dw is not None:
             d_weight[v0:v1] = dw
-        if needs[2]:
+        if d_bias is not None:
             d_bias[v0:v1] = db
     return d_hidden, d_weight, d_bias
 
 
 def _coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
-    """The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but `g_logprobs (1 - p_y) slope_y`
-    (+ entropy term) at the target.
+    """What `softmax_gradient` needs per row.
+
+    The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but at the target it is
+    `g_logprobs (1 - p_y) slope_y` plus the entropy's term.
     """
     total = stats.others + stats.target
     target = g_logprobs * (stats.others / total)
     if g_entropy is not None:
         p_y = stats.target / total
-        target = target - g_entropy * p_y * (stats.target.log().clamp(min=_START) - stats.mean)
+        target = target - g_entropy * p_y * (stats.target.log().clamp(min=START) - stats.mean)
     return Coefficients(
         stats.shift, stats.mean, -g_logprobs / total, None if g_entropy is None else -g_entropy / total,
         target * stats.slope,
     )  # fmt: skip
 
 
-def _kept_scales(shifts: Tensor, stats: Stats, c: Coefficients, head: Head) -> Tensor:
-    """What a kept tile `exp(z - shift then)` is multiplied with, per vocabulary tile and row: (tiles, C)."""
+def _cached_scales(shifts: Tensor, stats: Stats, c: Coefficients, transform: LogitTransform) -> Tensor:
+    """What a cached tile is multiplied with, per vocabulary tile and row: (tiles, C).
+
+    The tile holds `exp(z - shift at that time)`, so the factor also takes it to the final shift.
+    """
     kept = shifts.shape[0]
-    scale = c.logprobs[:kept] * (head.factor if head.softcap is None else 1.0)
+    scale = c.logprobs[:kept] * (transform.factor if transform.softcap is None else 1.0)
     return (shifts.t().contiguous() - stats.shift[:kept]).exp_().mul_(scale)

@@ -1,4 +1,7 @@
-"""The rows that are scored: found, gathered before the products, scattered after them."""
+"""The rows (tokens) that are scored: found before the matrix products, gathered for them, scattered after them.
+
+Rows that do not count never reach a product, which is why prompts and padding cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,85 +10,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.errors import InputError
-
-
-def kept_rows(mask: Tensor | None) -> Tensor | None:
-    """The numbers of the unmasked rows, None for all of them."""
-    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
+from fastalign.ops.head.checks import check_token_ids
+from fastalign.ops.head.tiling import pad_rows
 
 
 class ScoredRows(NamedTuple):
-    """The rows that have a target."""
+    """Which of N rows are scored.
 
-    rows: Tensor | None  # their numbers, None for all
-    targets: Tensor  # theirs
-    ignored: Tensor | None  # (N,) rows that stay, as zeros, although they have none
+    Usually the other rows are dropped, and `rows` lists those that stay. While a CUDA graph is captured nothing can be
+    dropped, since shapes may not depend on values: then all rows stay, and `ignored` marks those that count as zeros.
+    """
+
+    rows: Tensor | None  # (S,) int64, the numbers of the scored rows; None: all N
+    ignored: Tensor | None = None  # (N,) bool, or None
 
 
-def find_scored_rows(targets: Tensor, ignore_index: int | None, vocab: int) -> ScoredRows:
-    """Sort out the rows without a target, and check targets against the vocabulary.
+def kept_rows(mask: Tensor | None) -> Tensor | None:
+    """The numbers (S,) of the rows where mask (N,) is True; None for all rows."""
+    return None if mask is None or bool(mask.all()) else mask.nonzero().squeeze(1)
 
-    On a GPU, where ignored rows are to be found, the host has to wait for their number.
+
+def counting_mask(mask: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
+    """Where a row is unmasked and has a weight other than 0, shaped like the inputs; None for everywhere."""
+    if token_weights is None:
+        return mask
+    counts = token_weights != 0
+    return counts if mask is None else mask & counts
+
+
+def find_unmasked_rows(mask: Tensor | None) -> ScoredRows:
+    """The rows where mask (N,) is True. On a GPU the host waits for their number, except while a graph is captured."""
+    if mask is not None and is_capturing(mask.device):
+        return ScoredRows(None, ~mask)
+    return ScoredRows(kept_rows(mask))
+
+
+def find_rows_with_target(targets: Tensor, ignore_index: int | None, vocab: int) -> tuple[ScoredRows, Tensor]:
+    """The rows whose target (N,) is not `ignore_index`, and their targets, which are checked against the vocabulary.
+
+    On a GPU the host waits for the number of rows, with two exceptions: where ignore_index is None, and while a graph
+    is captured.
     """
     if ignore_index is None:
-        check_targets(targets, ignore_index, vocab)
-        return ScoredRows(None, targets.contiguous(), None)
+        check_token_ids("targets", targets, vocab, op="linear_logprobs")
+        return ScoredRows(None), targets.contiguous()
     kept = targets != ignore_index
     if is_capturing(targets.device):
         targets = targets.masked_fill(~kept, 0)
-        check_targets(targets, ignore_index, vocab)
-        return ScoredRows(None, targets, ~kept)
+        check_token_ids("targets", targets, vocab, op="linear_logprobs", ignore_index=ignore_index)
+        return ScoredRows(None, ~kept), targets
     rows = kept.nonzero().squeeze(1)
     everything = rows.numel() == targets.numel()
     targets = targets.contiguous() if everything else targets[rows]
-    check_targets(targets, ignore_index, vocab)
-    return ScoredRows(None if everything else rows, targets, None)
-
-
-def check_targets(targets: Tensor, ignore_index: int | None, vocab: int) -> None:
-    inside = targets.clamp(0, vocab - 1) == targets
-    if targets.device.type != "cpu":
-        torch._assert_async(inside.all(), "linear_logprobs: a target is outside the vocabulary")
-    elif not inside.all():
-        bad = targets[~inside][0].item()
-        or_ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise InputError(
-            f"targets holds {bad}, but weight has {vocab} rows; give token ids in [0, {vocab}){or_ignored}"
-        )
+    check_token_ids("targets", targets, vocab, op="linear_logprobs", ignore_index=ignore_index)
+    return ScoredRows(None if everything else rows), targets
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: then shapes may not depend on values, and no row can be dropped."""
+    """Whether a CUDA graph is being captured on this device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def gather_rows(t: Tensor, scored: ScoredRows) -> Tensor:
+    """The scored rows of t (N, ...), padded with zero rows as the products need it."""
     if scored.ignored is not None:
         t = t.masked_fill(scored.ignored.view(-1, *[1] * (t.dim() - 1)), 0)
     return pad_rows(t if scored.rows is None else t[scored.rows])
 
 
 def scatter_rows(values: Tensor, scored: ScoredRows, n: int) -> Tensor:
-    """The inverse of `_gather`: rows that were dropped are 0."""
+    """The inverse of `gather_rows`: n rows, of which those that were dropped are 0."""
     if scored.ignored is not None:
         return values[:n].masked_fill(scored.ignored.view(-1, *[1] * (values.dim() - 1)), 0)
     if scored.rows is None:
         return values if values.shape[0] == n else values[:n].clone()
     return values.new_zeros(n, *values.shape[1:]).index_copy_(0, scored.rows, values[: scored.rows.shape[0]])
-
-
-# BLAS libraries take other code paths, with other rounding, for a handful of rows; whole multiples of this many
-# rows all give a row the same bits (measured with MKL from 8 rows on).
-ROW_MULTIPLE = 16
-
-
-def padded(rows: int) -> int:
-    """The next number of rows that gives each row the same bits in any batch."""
-    return rows + -rows % ROW_MULTIPLE
-
-
-def pad_rows(t: Tensor) -> Tensor:
-    """Rows (N, ...) filled up with zeros to `padded(N)`."""
-    missing = padded(t.shape[0]) - t.shape[0]
-    return t if missing == 0 else torch.cat([t, t.new_zeros(missing, *t.shape[1:])])

@@ -75,7 +75,7 @@ class Setting:
     base: Scorer
 
     def ewc(self, factor: float) -> EWC:
-        """EWC whose penalty for the plain run's final weights is `factor` times DPO's loss at the start, which is log 2."""
+        """EWC whose penalty for the plain run's final weights is `factor` times DPO's loss at the start, log 2."""
         plain = read_json(self.folder / "runs" / "plain-1.json")
         return EWC(str(self.folder / "fisher.safetensors"), factor * math.log(2) / plain["fisher_distance"])
 

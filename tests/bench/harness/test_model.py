@@ -7,9 +7,11 @@ import torch
 
 from bench.harness import model
 from fastalign import linear_logprobs
-from fastalign.ops.head import divergence_tiles, logprobs_tiles
-from fastalign.ops.head.epilogue import TORCH, Head
+from fastalign.ops.head import divergence_tiles, logprobs_tiles, tiling
+from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.epilogue import TORCH
 from fastalign.ops.head.products import product_into
+from fastalign.ops.head.transform import LogitTransform
 
 N, H, V, TILE = 48, 8, 72, (32, 32)
 
@@ -65,9 +67,9 @@ def counted(monkeypatch):
         return run
 
     original = {"product": product_into, "accumulate": accumulate}
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: TILE)
-    monkeypatch.setattr(logprobs_tiles, "_product", product)
-    monkeypatch.setattr(logprobs_tiles, "_accumulate", accumulate)
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: TILE)
+    monkeypatch.setattr(logprobs_tiles, "product_into", product)
+    monkeypatch.setattr(logprobs_tiles, "accumulate", accumulate)
     monkeypatch.setattr(logprobs_tiles, "forward", recorded(logprobs_tiles.forward))
     monkeypatch.setattr(logprobs_tiles, "backward", recorded(logprobs_tiles.backward))
     return passes
@@ -108,16 +110,14 @@ def test_the_driver_of_divergences_does_what_is_stated(kind, monkeypatch):
         lambda z, *_: count("normalise", 0, 2 * size(z)), terms,
         lambda a, b, moments, scale, coefficients, out: count("gradient", 0, size(a, b, out)),
     )  # fmt: skip
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: TILE)
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: TILE)
     monkeypatch.setattr(divergence_tiles, "multiply", multiply)
-    monkeypatch.setattr(divergence_tiles, "_accumulate", accumulate)
+    monkeypatch.setattr(divergence_tiles, "accumulate", accumulate)
     student, teacher = (
-        divergence_tiles.Side(torch.zeros(N, width), torch.zeros(V, width), None, Head())
+        divergence_tiles.Side(torch.zeros(N, width), torch.zeros(V, width), None, LogitTransform())
         for width in (H, teacher_width)
     )
-    divergence_tiles.forward(
-        student, teacher, divergence_tiles.Divergence(kind, 0.5), grads=True, budget=1 << 30, epilogue=epilogue
-    )
+    divergence_tiles.forward(student, teacher, Divergence(kind, 0.5), grads=True, budget=1 << 30, epilogue=epilogue)
     rows = divergence_tiles.block_rows(N, V, 4, 1 << 30, torch.device("cpu"))
     assert steps == model.linear_divergence(N, H, teacher_width, V, (rows, TILE[1]), kind, element=4)
 

@@ -10,12 +10,14 @@ import torch
 
 from fastalign import linear_divergence
 from fastalign.kernels import linear_divergence as kernels
-from fastalign.ops.head import divergence_tiles as definition
-from fastalign.ops.head.epilogue import Head
+from fastalign.ops.head import divergence_terms as definition
+from fastalign.ops.head import tiling
+from fastalign.ops.head.tiling import START
+from fastalign.ops.head.transform import LogitTransform
 
 EPS = torch.finfo(torch.float32).eps
 R, T = 5, 37
-HEADS = {"plain": Head(), "scaled": Head(-0.6, None, 1.7), "softcap": Head(0.8, 3.0, 0.7)}
+HEADS = {"plain": LogitTransform(), "scaled": LogitTransform(-0.6, None, 1.7), "softcap": LogitTransform(0.8, 3.0, 0.7)}
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
 
 
@@ -27,14 +29,14 @@ def logits(seed=0, spread=2.0, columns=T):
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("head", HEADS)
 def test_normalise(head, with_bias):
-    head, top, total = HEADS[head], torch.full((R,), definition.START), torch.zeros(R)
+    head, top, total = HEADS[head], torch.full((R,), START), torch.zeros(R)
     seen = []
     for seed in range(3):  # the maximum rises, falls, rises
         u = logits(seed) + (0, -40, 5)[seed]
         bias = torch.linspace(-1, 1, T) if with_bias else None
         if with_bias and head.factor > 0:
             bias[3] = -torch.inf
-        wide = u.double() if bias is None else (u.double() + bias.double()).clamp(min=definition.START)
+        wide = u.double() if bias is None else (u.double() + bias.double()).clamp(min=START)
         if head.softcap is None:
             seen.append(wide * head.factor)
         else:
@@ -56,7 +58,7 @@ def both_sides(apart, head):
     b = a + apart * logits(1)
     if head.softcap is not None:
         a, b = (torch.tanh(z) * (head.softcap / head.temperature) for z in (a, b))
-    a[0, 3], b[1, 4], a[2, 5], b[2, 5] = (definition.START,) * 4  # ruled out by one side, and by both
+    a[0, 3], b[1, 4], a[2, 5], b[2, 5] = (START,) * 4  # ruled out by one side, and by both
     stats = torch.zeros(R, 5)
     stats[:, 0], stats[:, 2] = a.amax(1), b.amax(1)
     stats[:, 1], stats[:, 3] = ((z - z.amax(1, keepdim=True)).exp().sum(1).add(0.3).log() for z in (a, b))
@@ -96,11 +98,11 @@ def test_terms_and_gradient(kind, head, apart):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_logits_on_both_sides_are_exactly_nothing(kind):
-    a, _, stats = both_sides(0.0, Head())
+    a, _, stats = both_sides(0.0, LogitTransform())
     a[2, 5] = 0.0
     stats[:, 2:4] = stats[:, :2]
     b, values, moments = a.clone(), torch.zeros(R), torch.zeros(R)
-    kernels.terms(a, b, stats, kind, 0.5, Head(), values, moments)
+    kernels.terms(a, b, stats, kind, 0.5, LogitTransform(), values, moments)
     out = torch.empty(R, T)
     kernels.gradient(a, None if kind == "forward_kl" else b, moments, 1.0, None, out)
     assert not values.any() and not moments.any() and not out.any()
@@ -129,7 +131,7 @@ shared = shared_tests()
     ids=str,
 )
 def test_op_within_the_error_budget(mode, dtype, kind, monkeypatch):
-    monkeypatch.setattr(definition, "tile_shape", lambda device: (16, 32))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 32))
     option = {"forward_kl": "plain", "reverse_kl": "scaled", "jsd": "capped"}[kind]
     inputs = shared.problem(dtype, n=11, bias=True)
     shared.check_against_float64(inputs, mode, divergence=kind, **shared.OPTIONS[option])

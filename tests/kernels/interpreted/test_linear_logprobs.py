@@ -13,16 +13,18 @@ import torch
 from fastalign import linear_logprobs
 from fastalign.kernels import linear_logprobs as kernels
 from fastalign.ops.backends import triton
-from fastalign.ops.head import epilogue, logprobs_tiles
-from fastalign.ops.head.epilogue import START, Coefficients, Head, Sums
+from fastalign.ops.head import epilogue, tiling
+from fastalign.ops.head.epilogue import Coefficients, Sums
 from fastalign.ops.head.products import in_place
+from fastalign.ops.head.tiling import START
+from fastalign.ops.head.transform import LogitTransform
 
 EPS = torch.finfo(torch.float32).eps
 R, T, H = 5, 37, 11
 HEADS = {
-    "plain": Head(),
-    "scaled": Head(logit_scale=-0.6, temperature=1.7),
-    "softcap": Head(logit_scale=0.8, softcap=3.0, temperature=0.7),
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(logit_scale=-0.6, temperature=1.7),
+    "softcap": LogitTransform(logit_scale=0.8, softcap=3.0, temperature=0.7),
 }
 
 
@@ -97,11 +99,11 @@ def test_absorb_in_place_reads_before_it_writes_and_stays_in_its_columns(dtype):
     memory[:, T:] = 1e9  # what a mask too wide by one would fold in
     apart, beside = torch.empty(R, T, dtype=dtype), torch.empty(R, T)
     expected = Sums(*(torch.full((R,), value) for value in (START, 0.0, 0.0, 0.0)))
-    kernels.absorb(u[:, :T].clone(), targets, 0, None, Head(), expected, entropy=True, e=beside, ze=apart)
+    kernels.absorb(u[:, :T].clone(), targets, 0, None, LogitTransform(), expected, entropy=True, e=beside, ze=apart)
     sums = Sums(*(torch.full((R,), value) for value in (START, 0.0, 0.0, 0.0)))
     tile = memory[:, :T]
     inside, e = in_place(tile, dtype), torch.empty(R, T)
-    kernels.absorb(tile, targets, 0, None, Head(), sums, entropy=True, e=e, ze=inside)
+    kernels.absorb(tile, targets, 0, None, LogitTransform(), sums, entropy=True, e=e, ze=inside)
     assert torch.equal(inside, apart) and torch.equal(e, beside) and all(map(torch.equal, sums, expected))
     assert (memory[:, T:] == 1e9).all()
 
@@ -113,11 +115,11 @@ def test_absorb_of_masked_entries_and_argmax():
     before = Sums(*(t.clone() for t in sums))
     best = torch.full((R,), -math.inf), torch.full((R,), -1)
     e = torch.full((R, T), math.nan)
-    kernels.absorb(u.clone(), torch.full((R,), 3), 0, bias, Head(), sums, entropy=True, e=e, best=best)
+    kernels.absorb(u.clone(), torch.full((R,), 3), 0, bias, LogitTransform(), sums, entropy=True, e=e, best=best)
     assert not e.any() and all(map(torch.equal, sums[:3], before[:3])) and (sums.target == -math.inf).all()
     for seed, first in ((0, 50), (1, 50 + T)):
         u, _ = products(seed=seed)
-        kernels.absorb(u, torch.full((R,), -1), first, None, Head(), sums, best=best)
+        kernels.absorb(u, torch.full((R,), -1), first, None, LogitTransform(), sums, best=best)
     both = torch.cat([products(seed=0)[0], products(seed=1)[0]], 1)
     assert torch.equal(best[0], both.amax(1)) and torch.equal(best[1], both.argmax(1) + 50)
 
@@ -179,12 +181,12 @@ def test_targets_out_of_range_touch_nothing(target):
     sums = Sums(torch.full((R,), START), torch.zeros(R), torch.zeros(R), memory[1])
     u, bias = products()
     e = torch.empty(R, T)
-    kernels.absorb(u.clone(), targets, first, bias, Head(), sums, e=e)
+    kernels.absorb(u.clone(), targets, first, bias, LogitTransform(), sums, e=e)
     assert (memory == 7).all()
     assert torch.allclose(sums.others, e.sum(1)) and (e > 0).all()
     c = coefficients(False)
     du = torch.empty(R, T)
-    kernels.softmax_gradient(u, targets, first, bias, Head(), c, du)
+    kernels.softmax_gradient(u, targets, first, bias, LogitTransform(), c, du)
     assert not (du == c.target.unsqueeze(1)).any()
 
 
@@ -206,7 +208,7 @@ shared = shared_tests()
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 32))
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: (16, 32))
 
 
 @pytest.mark.parametrize("budget", shared.BUDGETS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastalign
-from fastalign.ops.backends import cpu
+from fastalign.ops.backends import cpu, cpu_head
 
 pytestmark = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
@@ -34,7 +34,7 @@ def huge_pages(request):
     """Asked for, whatever machine tests, but where a test says otherwise; afterwards as the machine has it."""
     cpu.module.use_huge_pages(getattr(request, "param", True))
     yield
-    cpu.module.use_huge_pages(not cpu._host_takes_memory_back())
+    cpu.module.use_huge_pages(not cpu.host_takes_memory_back())
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_the_weights_gradient_and_the_kept_probabilities(inputs):
     hidden, weight, targets = inputs
     (grad,) = torch.autograd.grad(fastalign.linear_logprobs(hidden, weight, targets, backend="cpu").sum(), weight)
     assert asked_for(grad)
-    *_, cache, _ = cpu.linear_logprobs(
-        hidden, weight.detach(), targets, None, None, 1.0, None, 1.0, grads=False, entropy=False, cache_rows=N
+    *_, cache, _ = cpu_head.linear_logprobs(
+        hidden, weight.detach(), targets, None, None, (1.0, None, 1.0), grads=False, entropy=False, cache_rows=N
     )
     assert asked_for(cache)
 
@@ -61,7 +61,7 @@ def test_the_weights_gradient_of_divergences(inputs):
     hidden, weight, targets = inputs
     head = (1.0, 0.0, 1.0)
     student, teacher = (hidden, weight.detach(), None, head), (torch.randn(N, H), torch.randn(V, H), None, head)
-    formed = cpu.linear_divergence(
+    formed = cpu_head.linear_divergence(
         student, teacher, None, "forward_kl", 0.5, grads=True, budget=1 << 20, coefficients=torch.ones(N),
         needs=(True, False),
     )  # fmt: skip
@@ -96,10 +96,10 @@ def test_hosts_that_take_memory_back_are_known_by_a_feature(features, found, mon
         (tmp_path / device).mkdir()
         (tmp_path / device / "features").write_text(f"{bits}\n", encoding="ascii")
     monkeypatch.setattr(cpu, "Path", lambda path: tmp_path)
-    assert cpu._host_takes_memory_back() is found
+    assert cpu.host_takes_memory_back() is found
 
 
 def test_a_feature_that_cannot_be_read_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "virtio0" / "features").mkdir(parents=True)
     monkeypatch.setattr(cpu, "Path", lambda path: tmp_path)
-    assert not cpu._host_takes_memory_back()
+    assert not cpu.host_takes_memory_back()

@@ -1,14 +1,21 @@
-"""What backends "triton" and "cuda" say where they cannot run: for each op, what is missing, and how to get it."""
+"""Which backend runs each op, and what is said where the one that was asked for cannot: what is missing, the remedy."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastalign import linear_divergence, linear_logprobs, preference_loss, selective_logprobs
+from fastalign import (
+    linear_divergence,
+    linear_logprobs,
+    preference_loss,
+    segment_sum,
+    selective_logprobs,
+    sparse_divergence,
+)
 from fastalign.errors import BackendError, InputError
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
-from fastalign.ops.backends import cuda, pick, triton
+from fastalign.ops.backends import cpu, cuda, pick, triton
 from fastalign.ops.ewc import ewc_penalty
 
 
@@ -90,20 +97,69 @@ def test_auto_on_a_gpu_takes_the_kernels_that_are_there(monkeypatch):
     monkeypatch.setattr(triton, "why_not", lambda *tensors: None)
     with torch._subclasses.fake_tensor.FakeTensorMode():
         monkeypatch.setattr(cuda, "module", Built)
-        assert pick.pick(tensor(), None, tensor()) == "cuda"
-        assert pick.pick(tensor(), None, tensor(), prefer="triton") == "triton"
-        assert pick.pick(tensor("cpu")) is None
+        assert pick.resolve("op", "auto", tensor(), None, tensor()) == "cuda"
+        assert pick.resolve("op", "auto", tensor(), None, tensor(), prefer="triton") == "triton"
+        assert pick.resolve("op", "auto", tensor(), backends=("auto", "torch", "triton")) == "triton"
+        assert pick.resolve("op", "auto", tensor(), why_not=lambda name: "no" if name == "cuda" else None) == "triton"
+        assert pick.pick_gpu_kernels(tensor("cpu")) is None
         monkeypatch.setattr(cuda, "module", None)
-        assert pick.pick(tensor()) == "triton"
+        assert pick.resolve("op", "auto", tensor()) == "triton"
         monkeypatch.setattr(triton, "why_not", lambda *tensors: "no")
-        assert pick.pick(tensor()) is None
+        assert pick.resolve("op", "auto", tensor()) == "torch"
         monkeypatch.setattr(cuda, "module", Built)
-        assert pick.pick(tensor(), prefer="triton") == "cuda"
+        assert pick.resolve("op", "auto", tensor(), prefer="triton") == "cuda"
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_auto_prefers_triton_for_log_probs_and_cuda_for_the_rest(op, monkeypatch):
     asked = []
-    monkeypatch.setattr(pick, "pick", lambda *tensors, prefer="cuda": asked.append(prefer))
+    monkeypatch.setattr(pick, "pick_gpu_kernels", lambda *tensors, prefer, **options: asked.append(prefer))
     CALLS[op]()
     assert asked == ["triton" if op == "linear_logprobs" else "cuda"]
+
+
+ON_THE_CPU = CALLS | {
+    "segment_sum": lambda **options: segment_sum(torch.zeros(4), whole(0, 4), **options),
+    "sparse_divergence": lambda **options: sparse_divergence(
+        matrix(1, 4), matrix(5, 4), whole(0, 1).view(1, 2), matrix(1, 2).neg(), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("op", ON_THE_CPU)
+def test_forced_kernels_that_cannot_run_are_refused_under_auto_too(op, monkeypatch):
+    why = "FASTALIGN_CPU_ISA=mmx cannot be honoured: no kernels named 'mmx' were built"
+    monkeypatch.setattr(cpu, "in_use", cpu.Selection(unavailable=why, refused=True))
+    for backend in ("auto", "cpu"):
+        with pytest.raises(BackendError, match=rf"backend='{backend}' cannot run {op} here: FASTALIGN_CPU_ISA=mmx"):
+            ON_THE_CPU[op](backend=backend)
+    ON_THE_CPU[op](backend="torch")
+
+
+@pytest.mark.parametrize("op", ON_THE_CPU)
+def test_without_a_build_auto_is_torch_and_cpu_raises(op, monkeypatch):
+    monkeypatch.setattr(cpu, "in_use", cpu.Selection(unavailable="the native module is not built, run `make build`"))
+    ON_THE_CPU[op]()
+    with pytest.raises(BackendError, match=rf"backend='cpu' cannot run {op} here: .*not built, run `make build`"):
+        ON_THE_CPU[op](backend="cpu")
+
+
+@pytest.mark.parametrize("op", ON_THE_CPU)
+def test_an_unknown_backend_lists_the_known(op):
+    with pytest.raises(BackendError, match=rf"backend is 'tpu'; {op} has auto, (reference, )?torch, cpu"):
+        ON_THE_CPU[op](backend="tpu")
+
+
+def test_slow_kernels_are_not_taken_by_themselves():
+    t = torch.zeros(1)
+    cpu.select("plain")
+    try:
+        assert pick.resolve("op", "auto", t) == "torch"
+        assert pick.resolve("op", "auto", t, only_if_fast=False) == "cpu"
+        assert pick.resolve("op", "cpu", t) == "cpu"
+    finally:
+        cpu.select(None)
+    assert pick.resolve("op", "auto", t.double()) == "torch"
+    assert pick.resolve("op", "auto", t, why_not=lambda name: "no") == "torch"
+    assert pick.resolve("op", "auto", t, cpu_kernel="of_tomorrow", only_if_fast=False) == "torch"
+    assert pick.resolve("op", "auto", t, backends=("auto", "torch")) == "torch"

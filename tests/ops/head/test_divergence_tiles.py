@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign import linear_divergence, reference
-from fastalign.ops.head import divergence_tiles
+from fastalign.ops.head import divergence_tiles, tiling
+from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.transform import LogitTransform
 
 N, H, V, G = 48, 8, 40, 12
 U, T = 2 * N * V * H, 2 * N * V * G
@@ -20,7 +22,7 @@ def _addmm_flop(acc_shape, a_shape, b_shape, *args, **kwargs) -> int:
 
 @pytest.fixture
 def products(monkeypatch):
-    """FLOP of the matrix products that the driver really runs, in the order of the calls (as in test_tiles.py)."""
+    """FLOP of the matrix products that the driver really runs, in order of the calls; see test_logprobs_tiles.py."""
     counts = []
 
     def counted(function):
@@ -32,7 +34,7 @@ def products(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(divergence_tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(tiling, "divergence_tile_shape", lambda device: (16, 16))
     monkeypatch.setattr(divergence_tiles, "forward", counted(divergence_tiles.forward))
     monkeypatch.setattr(divergence_tiles, "backward", counted(divergence_tiles.backward))
     return counts
@@ -100,10 +102,10 @@ class Allocations(TorchDispatchMode):
 def peak(vocab: int, trainable: bool, n=256, **options) -> int:
     tensors = inputs(n, vocab)
     student, teacher = (
-        divergence_tiles.Side(tensors[f"{of}hidden"], tensors[f"{of}weight"], None, divergence_tiles.Head())
+        divergence_tiles.Side(tensors[f"{of}hidden"], tensors[f"{of}weight"], None, LogitTransform())
         for of in ("", "teacher_")
     )
-    kind, budget = divergence_tiles.Divergence("jsd", 0.5), 1 << 22
+    kind, budget = Divergence("jsd", 0.5), 1 << 22
     with Allocations(tensors.values()) as allocations:
         out = divergence_tiles.forward(student, teacher, kind, grads=True, budget=budget)
         if trainable:
@@ -115,8 +117,8 @@ def peak(vocab: int, trainable: bool, n=256, **options) -> int:
 def test_extra_memory_does_not_grow_with_the_vocabulary(trainable):
     """Held logits, scratch and results; a trainable head's gradient, H float32 an entry, is a result."""
     at = {v: peak(v, trainable) - trainable * v * H * 4 for v in (2_048, 8_192, 32_768)}
-    tile = 256 * divergence_tiles.tile_shape(torch.device("cpu"))[1] * 4
-    assert all(bytes <= (1 << 22) + (6 if trainable else 3) * tile for bytes in at.values()), at
+    tile = 256 * tiling.divergence_tile_shape(torch.device("cpu"))[1] * 4
+    assert all(extra <= (1 << 22) + (6 if trainable else 3) * tile for extra in at.values()), at
     assert at[32_768] <= at[8_192] + tile / 2
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign import linear_logprobs
-from fastalign.ops.head import logprobs_tiles
+from fastalign.ops.head import logprobs_tiles, tiling
 
 N, H, V = 48, 8, 40
 U = 2 * N * V * H
@@ -41,7 +41,7 @@ def products(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(logprobs_tiles, "tile_shape", lambda device: (16, 16))
+    monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: (16, 16))
     monkeypatch.setattr(logprobs_tiles, "forward", counted(logprobs_tiles.forward))
     monkeypatch.setattr(logprobs_tiles, "backward", counted(logprobs_tiles.backward))
     return counts
@@ -128,10 +128,10 @@ def test_extra_memory_does_not_grow_with_the_vocabulary():
     # Freed tiles go back to the system at once, so that one measurement leaves the next nothing to reuse.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     extra = json.loads(run.stdout)
-    tile = 256 * logprobs_tiles.tile_shape(torch.device("cpu"))[1] * 4
+    tile = 256 * tiling.logprobs_tile_shape(torch.device("cpu"))[1] * 4
     frozen, trainable = extra["torch False"], extra["torch True"]
     # The weight's gradient is made beside the one it is added to: 32 float32 a vocabulary entry, and no more.
     trainable = [extra - vocab * 32 * 4 for extra, vocab in zip(trainable, (8_000, 32_000, 128_000), strict=True)]
@@ -139,8 +139,3 @@ def test_extra_memory_does_not_grow_with_the_vocabulary():
         assert max(at_8k, at_32k, at_128k) <= 4 * tile
         assert at_128k - at_8k <= tile / 2
     assert extra["reference False"][2] >= 256 * 128_000 * 4  # the measurement sees logits where there are some
-
-
-@pytest.mark.parametrize(("gigabytes", "rows"), [(141, 2048), (80, 1280), (40, 640), (24, 384), (16, 256), (6, 256)])
-def test_a_gpus_tile_takes_a_thousandth_of_its_memory(gigabytes, rows):
-    assert logprobs_tiles.gpu_tile_shape(gigabytes << 30) == (rows, 16384)

@@ -165,7 +165,7 @@ def test_threads_do_not_change_a_bit(isa, threads, dtype):
 
 
 def test_threads_do_not_change_a_bit_of_a_wide_heads_gradient(isa, threads):
-    """Where rows of all workers would be too much for a budget of scratch memory; as in test_cpu.py."""
+    """Where rows of all workers would be too much for a budget of scratch memory; as in test_cpu_head.py."""
     inputs, results = problem(n=130, width=8192, vocab=3 * 256 + 1), []
     for count in (1, 2, 8, 16):
         threads(count)

@@ -18,7 +18,7 @@ N, V, H = 19, 601, 24
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles of rows and of the vocabulary even of a small problem."""
-    monkeypatch.setattr("fastalign.ops.head.logprobs_tiles.tile_shape", lambda device: (16, 256))
+    monkeypatch.setattr("fastalign.ops.head.tiling.logprobs_tile_shape", lambda device: (16, 256))
 
 
 def head_problem(dtype=torch.float32):

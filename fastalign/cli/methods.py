@@ -1,0 +1,104 @@
+"""The table of training methods and the table of regularisers; nothing here imports torch.
+
+Classes stand in the tables as `module:name`, so that a command imports only what it runs. A new trainer is a row of
+METHODS, a new regulariser a row of REGULARIZERS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastalign.cli import table
+from fastalign.options import check_keys, from_mapping, one_of
+
+
+class Method(NamedTuple):
+    """One row of METHODS."""
+
+    title: str  # in reports
+    help: str
+    config: str
+    trainer: str
+    losses: bool = False  # whether each preference loss is a command, which sets loss_type
+
+
+METHODS = {
+    "sft": Method(
+        title="sft",
+        help="train on completions, chats or plain text",
+        config="fastalign.config:SFTConfig",
+        trainer="fastalign.training:SFTTrainer",
+    ),
+    "distill": Method(
+        title="distillation",
+        help="train on a teacher's probabilities",
+        config="fastalign.config:DistillationConfig",
+        trainer="fastalign.training:DistillationTrainer",
+    ),
+    "preference": Method(
+        title="preference",
+        help="train on preferences",
+        config="fastalign.config:PreferenceConfig",
+        trainer="fastalign.training:PreferenceTrainer",
+        losses=True,
+    ),
+}
+
+# Names in a configuration file: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
+REGULARIZERS = {
+    "ewc": "fastalign.regularizers:EWC",
+    "l2_sp": "fastalign.regularizers:L2SP",
+    "kl_to_start": "fastalign.regularizers:KLToStart",
+    "distillation": "fastalign.regularizers:Distillation",
+    "replay": "fastalign.regularizers:Replay",
+    "layerwise": "fastalign.regularizers:LayerWise",
+}
+
+
+def load(name: str) -> Any:
+    """The class that a row calls `module:name`."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def commands() -> dict[str, str]:
+    """Command -> its row in METHODS: sft, distill, and every preference loss by its name and by TRL's."""
+    found = {}
+    for name, method in METHODS.items():
+        found.update(dict.fromkeys([*table.losses(), *table.aliases()] if method.losses else [name], name))
+    return found
+
+
+def method_of(config: object) -> Method:
+    """The row of METHODS whose options are `config`."""
+    return next(method for method in METHODS.values() if load(method.config) is type(config))
+
+
+def check_regularizers(options: Sequence[Mapping[str, Any]] | None) -> None:
+    """Checks the names, options and types of regularisers as a configuration file gives them, without importing them.
+
+    Raises:
+        ConfigError: A regulariser or an option is unknown, a required option is missing, or a value has another type.
+    """
+    for mapping in options or []:
+        one_of("name of a regularizer", mapping.get("name"), REGULARIZERS)
+        given = {key: value for key, value in mapping.items() if key != "name"}
+        known = table.regularizer(mapping["name"])
+        needed = [name for name, option in known.items() if "default" not in option]
+        check_keys(REGULARIZERS[mapping["name"]].partition(":")[2], given, known, needed)
+        table.check_types(given, known)
+
+
+def build_regularizers(options: Sequence[Mapping[str, Any]] | None) -> list:
+    """Regularisers from mappings of their `name` and options.
+
+    Raises:
+        ConfigError: As `check_regularizers`, or a regulariser refuses a value.
+    """
+    check_regularizers(options)
+    return [
+        from_mapping(load(REGULARIZERS[mapping["name"]]), {k: v for k, v in mapping.items() if k != "name"})
+        for mapping in options or []
+    ]

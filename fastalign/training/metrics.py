@@ -1,0 +1,114 @@
+"""What is logged: metrics of a held-out batch, sums of metrics between two lines, and tokens per second."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.data.batch import Batch
+from fastalign.models.adapters import causal_lm
+from fastalign.models.head import output_head, token_divergence
+from fastalign.models.snapshot import ReferenceWeights
+from fastalign.objectives.base import Metrics, Objective
+from fastalign.regularizers.base import count_of
+from fastalign.training.reference import score_with_weights
+
+Mode = Literal["train", "eval"]
+
+
+class MetricSums:
+    """Sums and counts of metrics over micro-batches, kept apart for training and for evaluation.
+
+    They stay on the device until `take_means`. To read a number off a GPU waits for everything before it, so the
+    training loop must not do that in every micro-batch. Sums are float64: many micro-batches may come before a line.
+    """
+
+    def __init__(self):
+        self.sums: dict[Mode, dict[str, Tensor]] = {"train": {}, "eval": {}}  # each (2,) float64: sum and count
+
+    def add(self, mode: Mode, metrics: Metrics) -> None:
+        """Adds the (sum, count) pairs of one micro-batch."""
+        sums = self.sums[mode]
+        for name, pair in metrics.items():
+            values = torch.stack([part.detach().double() for part in pair])
+            sums[name] = sums[name] + values if name in sums else values
+
+    def take_means(self, mode: Mode) -> dict[str, float]:
+        """The means since the last call, one transfer for all of them. Names of an evaluation start with "eval_".
+
+        Losses over labelled rows give rewards of chosen and of rejected rows, but no pairs. Their margin is the
+        difference of both means.
+        """
+        sums = self.sums[mode]
+        if not sums:
+            return {}
+        values = torch.stack(list(sums.values())).tolist()
+        means = {name: total / count for name, (total, count) in zip(sums, values, strict=True) if count}
+        sums.clear()
+        if "rewards/chosen" in means and "rewards/rejected" in means:
+            means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+        prefix = "eval_" if mode == "eval" else ""
+        return {prefix + name: value for name, value in means.items()}
+
+
+class Throughput:
+    """Tokens that training has computed: in all, and per second since the last log line.
+
+    Attributes:
+        total: Tokens so far. A shared prompt counts once, and tokens that only fill up a row do not count.
+    """
+
+    def __init__(self):
+        self.total = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock of `per_second`."""
+        self._tokens, self._since = 0, time.monotonic()
+
+    def add(self, batch: Batch) -> None:
+        """Counts the tokens of one micro-batch."""
+        tokens = batch.packed.input_ids.numel() - batch.packed.filling
+        self._tokens += tokens
+        self.total += tokens
+
+    def per_second(self) -> float:
+        """Tokens per second since the last call."""
+        tokens, seconds = self._tokens, time.monotonic() - self._since
+        self.restart()
+        return tokens / max(seconds, 1e-9)
+
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module, batch: Batch, objective: Objective, reference: ReferenceWeights | None
+) -> tuple[Tensor, Metrics]:
+    """Loss and metrics of one held-out batch, without regularisers.
+
+    Args:
+        model: The model as training calls it.
+        batch: The batch, with the column "ref_logprobs" if the objective needs a reference and there is no copy of it.
+        objective: What is minimised.
+        reference: A copy of the reference's weights. With it the metrics include "kl", the exact KL divergence
+            `KL(model || reference)` over the whole vocabulary, per scored token.
+
+    Returns:
+        The loss of the batch, and the metrics. They include "loss" weighted by the size of the batch: a plain mean of
+        batch losses would give a short last batch the weight of a full one.
+    """
+    scores = model(packed=batch.packed, keep_hidden=True)
+    ref_logprobs, metrics = batch.columns.get("ref_logprobs"), {}
+    if reference is not None:
+        ref_scores, ref_head = score_with_weights(model, batch.packed, reference)
+        assert ref_scores.logprobs is not None and ref_scores.hidden is not None, "it has targets and keeps them"
+        ref_logprobs = ref_scores.logprobs[: scores.logprobs.shape[0] - batch.prompt_tokens]
+        head = output_head(causal_lm(model))
+        kl = token_divergence(scores.hidden, head, ref_scores.hidden, ref_head, divergence="reverse_kl")
+        metrics["kl"] = (kl.sum(dtype=torch.float64), count_of(kl))
+    totals = objective.totals(batch)
+    loss, of_objective = objective(scores.logprobs, ref_logprobs, batch, totals)
+    weight = objective.weight(totals)
+    return loss, {**metrics, **of_objective, "loss": (loss * weight, weight)}

@@ -1,0 +1,24 @@
+"""The options of a run that are checked without its method."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastalign.cli.run_options import RunOptions
+from fastalign.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"model": None}, "model is missing"),
+        ({"train": ""}, "train is missing"),
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"samples": -2}, "samples -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"regularizers": [{"name": "ewcc"}]}, "did you mean 'ewc'"),
+    ],
+)
+def test_options_are_checked(over, said):
+    with pytest.raises(ConfigError, match=said):
+        RunOptions(**{"model": "m", "train": "rows.jsonl", **over})

@@ -1,0 +1,50 @@
+"""Before training: options that are refused, and the report on what training starts from."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from peft import LoraConfig
+
+from fastalign.config.sft import SFTConfig
+from fastalign.errors import ConfigError
+from fastalign.training.preflight import check_options, row_tokens
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def test_predicted_memory_counts_prompts_as_they_are_laid_out(make_trainer, tiny_llama, pairs):
+    def tokens(**options) -> int:
+        report = make_trainer(tiny_llama(), pairs, per_device_train_batch_size=8, **options).preflight_report()
+        return int(report.split("longest batch (")[1].split()[0].replace(",", ""))
+
+    assert tokens(share_prompts=False) - tokens() == sum(len(row["prompt"]) for row in pairs)
+
+
+def test_preflight_report_says_what_training_starts_from(make_trainer, tiny_llama, pairs):
+    trainer = make_trainer(
+        tiny_llama(), pairs, peft_config=LoraConfig(**LORA), per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    report = trainer.preflight_report()
+    assert "8 of 8 kept" in report
+    assert "2 x 4 rows per step, packed, each prompt once" in report
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert f"{trainable:,} of " in report and "predicted memory" in report
+
+
+def test_a_row_counts_its_prompt_as_it_is_laid_out():
+    row = {"prompt_ids": [1, 2, 3], "completion_ids": [[4], [5, 6]]}
+    assert [row_tokens(row, layout) for layout in ("shared", "packed", "padded")] == [6, 9, 9]
+
+
+def test_options_that_would_fail_late_are_refused(tmp_path, monkeypatch):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="epoch")
+    check_options(args, has_eval_rows=True)
+    with pytest.raises(ConfigError, match="eval_strategy is 'epoch', but there is no eval_dataset"):
+        check_options(args, has_eval_rows=False)
+    monkeypatch.setitem(sys.modules, "galore_torch", None)  # as where it is not installed
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["mlp"])
+    with pytest.raises(ConfigError, match="optim is 'galore_adamw', and cannot run here"):
+        check_options(args, has_eval_rows=False)
