@@ -21,7 +21,7 @@ from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
 from fastalign.losses.checks import check_logprobs
-from fastalign.losses.preference import log1mexp
+from fastalign.losses.numerics import log1mexp
 from fastalign.ops.backends import pick
 from fastalign.ops.head.checks import check_devices
 from fastalign.ops.offsets import as_offsets, check_offsets
