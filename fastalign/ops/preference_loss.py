@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.errors import InputError
-from fastalign.losses import LENGTH_NORMALISED, PAIRWISE, UNPAIRED, canonical, pairwise_loss
+from fastalign.losses import PAIRWISE, UNPAIRED, canonical, log1mexp, options_of, pairwise_loss
 from fastalign.losses.checks import check_logprobs
-from fastalign.losses.numerics import log1mexp
 from fastalign.ops.backends import pick
 from fastalign.ops.head.checks import check_devices
 from fastalign.ops.offsets import as_offsets, check_offsets
@@ -271,9 +270,8 @@ def preference_loss(
     name = loss_type if loss_type == "kto" else canonical(loss_type)
     if name not in FORMULAS:
         raise InputError(f"loss_type is {loss_type!r}; preference_loss has {', '.join(FORMULAS)}: use pairwise_loss")
-    loss = (PAIRWISE | UNPAIRED)[name]
-    settings = _complete_options(name, loss.__kwdefaults__ or {}, options)
-    averaged = name in LENGTH_NORMALISED if averaged is None else averaged
+    settings = _complete_options(name, options_of(name), options)
+    averaged = (name != "kto" and PAIRWISE[name].averaged) if averaged is None else averaged
     cu_seqlens = as_offsets(cu_seqlens)
     _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name)
     check_logprobs(settings["beta"], settings.get("label_smoothing", 0.0), logprobs=logprobs)
@@ -325,7 +323,7 @@ def _check_tensors(logprobs, cu_seqlens, ref_sums, lengths, labels, name) -> Non
         raise InputError(f"labels is {'None' if labels is None else 'given'} for {name!r}; only kto takes them")
     if labels is not None and (labels.shape != (sequences,) or labels.dtype != torch.bool):
         raise InputError(f"labels is {tuple(labels.shape)} {labels.dtype}; it must be ({sequences},) bool")
-    takes_reference = name == "kto" or "ref_chosen" in PAIRWISE[name].__annotations__
+    takes_reference = name == "kto" or PAIRWISE[name].reference
     if (ref_sums is not None) != takes_reference:
         found, remedy = ("None", "needs one") if ref_sums is None else ("given", "takes none: leave it out")
         raise InputError(f"ref_sums is {found}; {name!r} {remedy}: the reference's log-probability of each sequence")
