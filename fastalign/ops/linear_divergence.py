@@ -90,8 +90,8 @@ def _linear_divergence(
 ):  # fmt: skip
     n, vocab = hidden.shape[0], min(weight.shape[0], teacher_weight.shape[0])
     scored = find_unmasked_rows(counting_mask(mask, coefficients))
+    formed = (needs[0] and coefficients is not None, needs[1] and coefficients is not None)
     if backend == "cpu":
-        formed = needs if coefficients is not None else (False, False)
         values, grad_hidden, stats, d_weight, d_bias = cpu_head.linear_divergence(
             _cut_vocabulary(vocab, hidden, weight, bias, transform),
             _cut_vocabulary(vocab, teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
@@ -99,16 +99,15 @@ def _linear_divergence(
             needs=formed,
         )  # fmt: skip
         return values, grad_hidden, stats, *_full_vocab_gradients(d_weight, d_bias, weight, bias, values)
-    row_coefficients = None
     if coefficients is not None:
-        row_coefficients = gather_rows(coefficients, scored).to(reference.compute_dtype(hidden))
+        coefficients = gather_rows(coefficients, scored).to(reference.compute_dtype(hidden))
     out = tiles.forward(
         _side(hidden, weight, bias, transform, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_transform, scored, vocab),
         Divergence(divergence, jsd_beta),
         grads=grads,
-        coefficients=row_coefficients,
-        needs=(needs[0] and coefficients is not None, needs[1] and coefficients is not None),
+        coefficients=coefficients,
+        needs=formed,
         budget=memory_budget,
         epilogue=_epilogue(backend),
     )
@@ -125,8 +124,7 @@ def _linear_divergence_fake(
     hidden, weight, bias, transform, teacher_hidden, teacher_weight, teacher_bias, teacher_transform,
     mask, coefficients, divergence, jsd_beta, grads, needs, memory_budget, *, backend="torch",
 ):  # fmt: skip
-    n = hidden.shape[0]
-    new = hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
+    n, new = hidden.shape[0], hidden.new_empty(0, dtype=reference.compute_dtype(hidden))
     formed_weight, formed_bias = (need and coefficients is not None for need in needs)
     return (
         new.new_empty(n),

@@ -144,7 +144,7 @@ def test_reference_backend_and_another_ignore_index():
         ({"targets": torch.full((N,), -1)}, ("-1", "[0, 31)", "ignore_index=-100")),
         ({"temperature": -1.0}, ("temperature is -1.0", "above 0")),
         ({"temperature": math.inf}, ("temperature is inf", "finite")),
-        ({"targets": torch.zeros(N, dtype=torch.int64, device="meta")}, ("targets on meta", "one device")),
+        ({"targets": torch.zeros(N, dtype=torch.int64, device="meta")}, ("cpu", "meta", "one device")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else next(iter(value)),
 )

@@ -60,7 +60,7 @@ def evaluate_sum(function, inputs, leaves=("hidden",), **options):
     return out.detach(), *torch.autograd.grad(out.sum(), leaves)
 
 
-def cpu(**arguments):
+def native(**arguments):
     return linear_divergence(**arguments, backend="cpu")
 
 
@@ -81,7 +81,7 @@ def test_values_and_gradients_against_float64(isa, head, kind, dtype):
     """A logit off by e changes a probability by 2 e at most, relatively, and so each term of value and gradient."""
     inputs, options = problem(dtype, bias=True), HEADS[head] | {"divergence": kind, "jsd_beta": 0.3}
     mask = torch.arange(N) % 3 != 1
-    values, grad = evaluate(cpu, inputs, mask=mask, **options)
+    values, grad = evaluate(native, inputs, mask=mask, **options)
     exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), mask=mask, **options)
     finer = torch.finfo(torch.float64).eps / EPS if dtype == torch.float64 else 1.0
     error = (logit_error(inputs) * max(1.0, 1 / options.get("temperature", 1.0)) + V / 256 * EPS) * finer
@@ -103,8 +103,8 @@ def test_the_gradient_of_a_trainable_head(isa, run, head, kind, dtype):
     inputs |= {name: torch.cat([inputs[name], torch.ones_like(inputs[name][:5])]) for name in ("weight", "bias")}
     mask = torch.arange(N) % 3 != 1
     leaves = ("hidden", "weight", "bias")
-    found = run(cpu, inputs, leaves, mask=mask, **options)[1:]
-    frozen = run(cpu, inputs, mask=mask, **options)[1]
+    found = run(native, inputs, leaves, mask=mask, **options)[1:]
+    frozen = run(native, inputs, mask=mask, **options)[1]
     exact = evaluate(reference.linear_divergence, doubled(inputs), leaves, mask=mask, **options)[1:]
     finer = torch.finfo(torch.float64).eps / EPS if dtype == torch.float64 else 1.0
     error = (logit_error(inputs) * max(1.0, 1 / options.get("temperature", 1.0)) + (V / 256 + N) * EPS) * finer
@@ -120,8 +120,8 @@ def test_the_gradient_of_a_trainable_head(isa, run, head, kind, dtype):
 @pytest.mark.parametrize("leaves", [("weight",), ("bias",), ("hidden", "bias")], ids=" ".join)
 def test_each_gradient_alone_has_the_same_bits(isa, run, leaves):
     inputs, every = problem(bias=True), ("hidden", "weight", "bias")
-    everything = dict(zip(every, run(cpu, inputs, every)[1:], strict=True))
-    for name, grad in zip(leaves, run(cpu, inputs, leaves)[1:], strict=True):
+    everything = dict(zip(every, run(native, inputs, every)[1:], strict=True))
+    for name, grad in zip(leaves, run(native, inputs, leaves)[1:], strict=True):
         assert torch.equal(grad, everything[name])
 
 
@@ -130,7 +130,7 @@ def test_threads_do_not_change_a_bit_of_a_trainable_heads_gradient(isa, threads,
     inputs, results = problem(n=230, vocab=5000, bias=True), []
     for count in (1, 2, 8):
         threads(count)
-        results.append(run(cpu, inputs, ("hidden", "weight", "bias"), memory_budget=100 * 5000 * 8))
+        results.append(run(native, inputs, ("hidden", "weight", "bias"), memory_budget=100 * 5000 * 8))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -148,7 +148,7 @@ def test_within_1e_5_of_float64_at_a_models_size(isa, kind):
     inputs |= {
         f"teacher_{name}": t + 0.2 * t.std() * torch.randn(t.shape, generator=generator) for name, t in inputs.items()
     }
-    values, grad = evaluate(cpu, inputs, divergence=kind)
+    values, grad = evaluate(native, inputs, divergence=kind)
     exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), divergence=kind)
     assert 0.01 < exact.min() < exact.max() < 1
     assert ((values - exact) / exact).abs().max() < 1e-5
@@ -159,7 +159,7 @@ def test_within_1e_5_of_float64_at_a_models_size(isa, kind):
 def test_logits_of_200_on_opposite_sides(isa, kind):
     inputs = problem(bias=True, spread=0.1)
     inputs["bias"], inputs["teacher_bias"] = torch.linspace(-200, 200, V), torch.linspace(200, -200, U)
-    values, grad = evaluate(cpu, inputs, divergence=kind)
+    values, grad = evaluate(native, inputs, divergence=kind)
     exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), divergence=kind)
     rounding = 4 * 200 * EPS  # of a logit
     # The terms of a tile are added one by one: at worst half an eps of the sum is lost each time.
@@ -174,7 +174,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence_and_no_gradient(isa, he
     options |= {f"teacher_{k}": v for k, v in options.items() if k != "temperature"}
     inputs = {name: t for name, t in problem(bias=True).items() if not name.startswith("teacher")}
     inputs |= {f"teacher_{name}": t.clone() for name, t in inputs.items()}
-    values, grad = evaluate(cpu, inputs, divergence=kind, **options)
+    values, grad = evaluate(native, inputs, divergence=kind, **options)
     assert not values.any() and not grad.any()
 
 
@@ -185,7 +185,7 @@ def test_small_divergences_keep_their_digits(isa, distance, kind):
     inputs = problem(spread=1.0)
     inputs |= {"teacher_hidden": inputs["hidden"].clone(), "teacher_weight": inputs["weight"].clone()}
     options = {"divergence": kind, "teacher_logit_scale": 1 + distance}
-    values, grad = evaluate(cpu, inputs, **options)
+    values, grad = evaluate(native, inputs, **options)
     exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), **options)
     assert exact.max() < 2 * distance**2
     # The logits, below 8, are off by a few eps each, and their difference by that much of `distance`.
@@ -198,12 +198,12 @@ def test_entries_that_are_ruled_out(isa, kind, ruled_out_by):
     inputs = problem(bias=True)
     inputs["bias"][:300] = inputs["teacher_bias"][:300] = -math.inf  # the whole first tile, and more
     for both in KINDS:
-        values, grad = evaluate(cpu, inputs, divergence=both)
+        values, grad = evaluate(native, inputs, divergence=both)
         exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), divergence=both)
         assert (values - exact).abs().max() <= 4 * logit_error(inputs) * exact.max()
         assert (grad - exact_grad).abs().max() <= 8 * logit_error(inputs) * exact_grad.abs().max()
     inputs[ruled_out_by][1000] = -math.inf
-    assert (cpu(**inputs, divergence=kind) == math.inf).all()
+    assert (native(**inputs, divergence=kind) == math.inf).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,7 +213,7 @@ def test_gradcheck(isa, softcap, kind):
     mask = torch.arange(7) != 2
 
     def run(hidden):
-        return cpu(**inputs | {"hidden": hidden}, mask=mask, divergence=kind, softcap=softcap, jsd_beta=0.3)
+        return native(**inputs | {"hidden": hidden}, mask=mask, divergence=kind, softcap=softcap, jsd_beta=0.3)
 
     torch.autograd.gradcheck(run, inputs["hidden"].clone().requires_grad_())
 
@@ -226,7 +226,7 @@ def test_gradcheck_of_a_trainable_head(isa, weights, kind):
 
     def run(hidden, weight, bias):
         sides = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
-        out = cpu(**sides, token_weights=weights, divergence=kind, softcap=3.0, jsd_beta=0.3)
+        out = native(**sides, token_weights=weights, divergence=kind, softcap=3.0, jsd_beta=0.3)
         return out if weights is None else out.sum()
 
     torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in leaves])
@@ -251,13 +251,13 @@ def test_threads_batch_and_budget_do_not_change_a_row_by_a_bit(isa, threads, dty
     inputs, results = problem(dtype, n=230, vocab=5000), []
     for count, budget in ((1, None), (2, None), (8, 0), (2, 5000 * 8 * 60)):
         threads(count)
-        results.append(evaluate(cpu, inputs, divergence=kind, memory_budget=budget))
+        results.append(evaluate(native, inputs, divergence=kind, memory_budget=budget))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
     for rows in ([0], [229], list(range(200, 90, -7))):
         part = {name: t[rows] if "hidden" in name else t for name, t in inputs.items()}
         part["hidden"].requires_grad_()
-        out = cpu(**part, divergence=kind)
+        out = native(**part, divergence=kind)
         assert torch.equal(out.detach(), results[0][0][rows])
         weights = torch.linspace(-1, 2, 230)[rows]
         (grad,) = torch.autograd.grad((weights * out).sum(), part["hidden"])
@@ -268,7 +268,7 @@ def test_threads_batch_and_budget_do_not_change_a_row_by_a_bit(isa, threads, dty
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_around_the_tiles(isa, kind, n, vocab):
     inputs = problem(n=n, vocab=vocab)
-    values, grad = evaluate(cpu, inputs, divergence=kind)
+    values, grad = evaluate(native, inputs, divergence=kind)
     exact, exact_grad = evaluate(reference.linear_divergence, doubled(inputs), divergence=kind)
     error = logit_error(inputs)
     assert (values - exact).abs().max() <= 4 * error * exact.max()
@@ -277,7 +277,7 @@ def test_sizes_around_the_tiles(isa, kind, n, vocab):
 
 def test_every_layout_gives_the_same_bits(isa):
     inputs = problem(bias=True)
-    expected = evaluate(cpu, inputs)
+    expected = evaluate(native, inputs)
     wide = torch.full((N, H + 5), 9.0)
     wide[:, 2 : H + 2] = inputs["hidden"]
     strided = inputs | {
@@ -291,25 +291,25 @@ def test_every_layout_gives_the_same_bits(isa):
 
 def test_no_row_at_all(isa):
     inputs = problem()
-    values, grad = evaluate(cpu, inputs, mask=torch.zeros(N, dtype=torch.bool))
+    values, grad = evaluate(native, inputs, mask=torch.zeros(N, dtype=torch.bool))
     assert not values.any() and not grad.any()
     inputs["hidden"][3] = math.nan
-    values = cpu(**inputs)
+    values = native(**inputs)
     assert values[3].isnan() and values[torch.arange(N) != 3].isfinite().all()
 
 
 def test_compiles_in_one_graph_to_the_same_bits():
     inputs = problem()
-    compiled = torch.compile(cpu, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, evaluate(compiled, inputs), evaluate(cpu, inputs)))
+    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, evaluate(compiled, inputs), evaluate(native, inputs)))
 
 
 def test_what_it_cannot_run_is_refused_by_name_and_left_to_torch_by_auto():
     inputs = problem()
     mixed = {name: t.bfloat16() if name.startswith("teacher") else t for name, t in inputs.items()}
     with pytest.raises(BackendError, match=r"float32 and torch.bfloat16"):
-        cpu(**mixed)
+        native(**mixed)
     assert torch.equal(linear_divergence(**mixed), linear_divergence(**mixed, backend="torch"))
     for trainable in (False, True):
         inputs["weight"].requires_grad_(trainable)
-        assert torch.equal(linear_divergence(**inputs), cpu(**inputs))
+        assert torch.equal(linear_divergence(**inputs), native(**inputs))

@@ -53,7 +53,7 @@ def evaluate(function, inputs, leaves=LEAVES, **options):
     return [out.detach(), *torch.autograd.grad((weights * out).sum(), leaves)]
 
 
-def cpu(**arguments):
+def native(**arguments):
     return sparse_divergence(**arguments, backend="cpu")
 
 
@@ -77,7 +77,7 @@ def test_values_and_gradients_against_float64(isa, leaves, option, kind, dtype):
     """
     inputs, options = problem(dtype), OPTIONS[option] | {"divergence": kind, "jsd_beta": 0.3}
     mask = torch.arange(N) % 3 != 1
-    found = evaluate(cpu, inputs, leaves, mask=mask, **options)
+    found = evaluate(native, inputs, leaves, mask=mask, **options)
     exact = evaluate(reference.sparse_divergence, doubled(inputs), leaves, mask=mask, **options)
     finer = torch.finfo(torch.float64).eps / EPS if dtype == torch.float64 else 1.0
     slope = max(1.0, options.get("logit_scale", 1.0)) / options.get("temperature", 1.0)
@@ -99,7 +99,7 @@ def test_within_1e_5_of_float64_at_a_models_size(isa, kind):
     noise = torch.randn(24, 5000, generator=generator)
     top = (h @ w.t() + 0.8 * noise).log_softmax(-1).topk(64)
     inputs = {"hidden": h, "weight": w, "teacher_indices": top.indices, "teacher_logprobs": top.values}
-    found = evaluate(cpu, inputs, LEAVES[:2], divergence=kind)
+    found = evaluate(native, inputs, LEAVES[:2], divergence=kind)
     exact = evaluate(reference.sparse_divergence, doubled(inputs), LEAVES[:2], divergence=kind)
     assert 0.01 < exact[0].min() < exact[0].max() < 1
     assert ((found[0] - exact[0]) / exact[0]).abs().max() < 1e-5
@@ -115,7 +115,7 @@ def test_nearly_all_mass_on_either_side(isa, confident_in, kind):
     inputs["teacher_indices"] = torch.arange(K).repeat(N, 1) * (V // K)
     inputs["bias"] = torch.zeros(V)
     inputs["bias"][inputs["teacher_indices"][0]] = 100.0 if confident_in == "top" else -100.0
-    found = evaluate(cpu, inputs, divergence=kind)
+    found = evaluate(native, inputs, divergence=kind)
     exact = evaluate(reference.sparse_divergence, doubled(inputs), divergence=kind)
     for ours, truth in zip(found, exact, strict=True):
         assert (ours - truth).abs().max() <= 4 * 100 * EPS * max(1.0, truth.abs().max())
@@ -128,12 +128,12 @@ def test_entries_that_are_ruled_out(isa, kind):
     ruled_out[:300] = ruled_out[-100:] = True  # a whole tile, and more
     ruled_out[inputs["teacher_indices"]] = False
     inputs["bias"][ruled_out] = -math.inf
-    found = evaluate(cpu, inputs, divergence=kind)
+    found = evaluate(native, inputs, divergence=kind)
     exact = evaluate(reference.sparse_divergence, doubled(inputs), divergence=kind)
     for ours, truth in zip(found, exact, strict=True):
         assert (ours - truth).abs().max() <= 8 * logit_error(inputs) * truth.abs().max()
     inputs["bias"][inputs["teacher_indices"][5, 2]] = -math.inf
-    values = cpu(**inputs, divergence="forward_kl")
+    values = native(**inputs, divergence="forward_kl")
     assert values[5] == math.inf and not values.isnan().any()
 
 
@@ -159,7 +159,7 @@ def test_threads_do_not_change_a_bit(isa, threads, dtype):
     inputs, results = problem(dtype, n=230, vocab=5000), []
     for count in (1, 2, 8):
         threads(count)
-        results.append(evaluate(cpu, inputs))
+        results.append(evaluate(native, inputs))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -169,7 +169,7 @@ def test_threads_do_not_change_a_bit_of_a_wide_heads_gradient(isa, threads):
     inputs, results = problem(n=130, width=8192, vocab=3 * 256 + 1), []
     for count in (1, 2, 8, 16):
         threads(count)
-        results.append(evaluate(cpu, inputs, LEAVES[1:]))
+        results.append(evaluate(native, inputs, LEAVES[1:]))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -181,7 +181,7 @@ def test_the_batch_does_not_change_a_row_by_a_bit(isa):
     def run(rows):
         own = {name: t[rows] for name, t in inputs.items() if name not in shared}
         hidden = own["hidden"].requires_grad_()
-        out = cpu(**own, **shared)
+        out = native(**own, **shared)
         return out.detach(), *torch.autograd.grad(out.sum(), hidden)
 
     whole = run(list(range(230)))
@@ -196,7 +196,7 @@ def test_the_batch_does_not_change_a_row_by_a_bit(isa):
 def test_sizes_around_the_tiles(isa, kind, n, vocab, k):
     """Up to all entries, where there is no tail."""
     inputs = problem(n=n, vocab=vocab, k=k)
-    found = evaluate(cpu, inputs, divergence=kind)
+    found = evaluate(native, inputs, divergence=kind)
     exact = evaluate(reference.sparse_divergence, doubled(inputs), divergence=kind)
     error = logit_error(inputs) + vocab / 256 * EPS
     assert (found[0] - exact[0]).abs().max() <= 4 * error * max(1.0, exact[0].abs().max())
@@ -206,7 +206,7 @@ def test_sizes_around_the_tiles(isa, kind, n, vocab, k):
 
 def test_every_layout_gives_the_same_bits(isa):
     inputs = problem()
-    expected = cpu(**inputs)
+    expected = native(**inputs)
     wide = torch.full((N, H + 5), 9.0)
     wide[:, 2 : H + 2] = inputs["hidden"]
     strided = inputs | {
@@ -214,22 +214,22 @@ def test_every_layout_gives_the_same_bits(isa):
         "bias": inputs["bias"].repeat_interleave(2)[::2],
         "teacher_indices": inputs["teacher_indices"].t().contiguous().t(),
     }
-    assert torch.equal(cpu(**strided | {"hidden": wide[:, 2 : H + 2]}), expected)
+    assert torch.equal(native(**strided | {"hidden": wide[:, 2 : H + 2]}), expected)
     shuffled = torch.randperm(K)
-    again = cpu(**inputs | {name: inputs[name][:, shuffled] for name in ("teacher_indices", "teacher_logprobs")})
+    again = native(**inputs | {name: inputs[name][:, shuffled] for name in ("teacher_indices", "teacher_logprobs")})
     torch.testing.assert_close(again, expected, rtol=4 * EPS, atol=0)
 
 
 def test_masked_rows_are_zero_and_touch_nothing(isa):
     inputs, mask = problem(), torch.arange(N) % 3 != 1
-    expected = evaluate(cpu, inputs, mask=mask)
+    expected = evaluate(native, inputs, mask=mask)
     inputs["hidden"][~mask] = math.nan
     inputs["teacher_indices"][~mask] = -1
-    assert all(map(torch.equal, evaluate(cpu, inputs, mask=mask), expected))
-    assert torch.equal(cpu(**inputs, token_weights=2.0 * mask), 2 * expected[0])
-    for t in evaluate(cpu, inputs, mask=torch.zeros(N, dtype=torch.bool)):
+    assert all(map(torch.equal, evaluate(native, inputs, mask=mask), expected))
+    assert torch.equal(native(**inputs, token_weights=2.0 * mask), 2 * expected[0])
+    for t in evaluate(native, inputs, mask=torch.zeros(N, dtype=torch.bool)):
         assert not t.any()
-    values = cpu(**problem() | {"hidden": inputs["hidden"]})
+    values = native(**problem() | {"hidden": inputs["hidden"]})
     assert values[~mask].isnan().all() and values[mask].isfinite().all()
 
 
@@ -238,7 +238,7 @@ def test_compiles_in_one_graph_to_the_same_bits(leaves):
     inputs, mask = problem(), torch.arange(N) % 3 != 1
 
     def run(hidden, weight, bias, teacher_indices, teacher_logprobs):
-        return cpu(
+        return native(
             hidden=hidden, weight=weight, teacher_indices=teacher_indices, teacher_logprobs=teacher_logprobs,
             bias=bias, mask=mask,
         )  # fmt: skip
@@ -270,4 +270,4 @@ def test_a_dtype_it_does_not_take_is_named():
     inputs = problem()
     inputs |= {name: inputs[name].to(torch.float8_e4m3fn) for name in ("hidden", "weight")}
     with pytest.raises(BackendError, match=r"cannot run sparse_divergence here.*float8_e4m3fn"):
-        cpu(**inputs)
+        native(**inputs)
