@@ -267,8 +267,9 @@ def regularizers() -> str:
     """What configuration files call each regulariser."""
     lines = [("name in a configuration", "class", "what it does")]
     for name, value in entries("REGULARIZERS").items():
-        said = first_sentence(definition(value.id, ast.ClassDef))
-        lines.append((f"`{name}`", f"[`{value.id}`](#fastalign.{value.id})", said))
+        regularizer = ast.literal_eval(value).rpartition(":")[2]  # of `module:class`
+        said = first_sentence(definition(regularizer, ast.ClassDef))
+        lines.append((f"`{name}`", f"[`{regularizer}`](#fastalign.{regularizer})", said))
     return rows(*lines)
 
 
