@@ -267,9 +267,9 @@ def regularizers() -> str:
     """What configuration files call each regulariser."""
     lines = [("name in a configuration", "class", "what it does")]
     for name, value in entries("REGULARIZERS").items():
-        regularizer = ast.literal_eval(value).rpartition(":")[2]  # of `module:class`
-        said = first_sentence(definition(regularizer, ast.ClassDef))
-        lines.append((f"`{name}`", f"[`{regularizer}`](#fastalign.{regularizer})", said))
+        kind = value.value.partition(":")[2]  # of `module:class`
+        said = first_sentence(definition(kind, ast.ClassDef))
+        lines.append((f"`{name}`", f"[`{kind}`](#fastalign.{kind})", said))
     return rows(*lines)
 
 

@@ -30,7 +30,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         config: The options of the method; its class decides which trainer runs.
 
     Returns:
-        The run folder. It holds the adapter, or a whole model in model/ (safetensors), and config.json, metrics.jsonl,
+        The run folder. It holds the adapter, or a whole model in model/ (safetensors), and run.json, metrics.jsonl,
         preflight.txt, summary.json, samples.jsonl and report.html.
 
     Raises:
@@ -61,7 +61,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
         regularizers=regularizers,
     )  # fmt: skip
-    write_json(folder / "config.json", {**vars(options), **config.to_dict()})
+    write_json(folder / "run.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
@@ -70,7 +70,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
-    # A whole model has a config.json of its own, which must not replace the run's: it goes into a folder of its own.
+    # A whole model goes into a folder of its own, so that its many files do not hide the report among them.
     trainer.save_model(str(folder if options.lora_rank else folder / "model"))
 
     answers = (old, new) if old and new else None

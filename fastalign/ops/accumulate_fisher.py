@@ -1,7 +1,7 @@
 """The exact per-sequence diagonal of a linear layer's Fisher information, without per-sequence gradients.
 
-This file holds the public function and its plain torch driver. C++ is in csrc/cpu/kernels/fisher-inl.h; for GPUs there are
-kernels/accumulate_fisher.py and csrc/cuda/accumulate_fisher.cu.
+This file holds the public function and its plain torch driver. The C++ is in csrc/cpu/kernels/fisher-inl.h. For GPUs
+there are kernels/accumulate_fisher.py and csrc/cuda/accumulate_fisher.cu.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ The page is made from the files of the run folder. Every file may be missing; it
 
     metrics.jsonl   one object per logged step: {"step": int, "epoch": float, "time": seconds since start, "loss": ...}.
                     Keys that start with eval_ come from evaluations. report/charts.py lists the known metrics
-    config.json     the options, flat or nested
+    run.json        the options, flat or nested
     summary.json    {"title", "model", "dataset", "method": str,
                      "rows": [{"metric": str, "before": number, "after": number, "unit": str, "better": "up" | "down"}],
                      "facts": {label: value}}. Every field may be missing. Where model, dataset or method is missing,
-                    config.json's is shown
+                    run.json's is shown
     samples.jsonl   {"prompt", "before", "after", "reference"}. Every field may be missing. A prompt may be a list of
                     chat messages
     preflight.txt   plain text
@@ -52,7 +52,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
     Raises:
         InputError: the folder does not exist.
-        DataError: config.json or summary.json is damaged.
+        DataError: run.json or summary.json is damaged.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -64,7 +64,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 def _variables(run_dir: Path) -> dict[str, Any]:
     """The template's variables."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    config = dict(_flatten(read_json(run_dir / "config.json")))
+    config = dict(_flatten(read_json(run_dir / "run.json")))
     summary = read_json(run_dir / "summary.json")
     samples = read_jsonl(run_dir / "samples.jsonl")
     preflight = run_dir / "preflight.txt"

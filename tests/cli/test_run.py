@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
+from fastalign.cli.main import main
 from fastalign.cli.run import quartiles, run_training
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.preference import PreferenceConfig
@@ -44,13 +45,34 @@ def config(tmp_path):
 def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pairs):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     folder = run_training(options(rows, lora_rank=0), config(SFTConfig, learning_rate=1e-3))
-    kept = json.loads((folder / "config.json").read_text())
+    kept = json.loads((folder / "run.json").read_text())
     assert kept["lora_rank"] == 0 and kept["learning_rate"] == 1e-3
     model = tf.AutoModelForCausalLM.from_pretrained(folder / "model")
     assert isinstance(model, tf.LlamaForCausalLM)
     assert tf.AutoTokenizer.from_pretrained(folder / "model").chat_template
     assert (folder / "samples.jsonl").exists() is False  # no held-out rows, nothing to answer
     assert "learning_rate" in (folder / "report.html").read_text()
+
+
+def test_an_adapter_s_run_folder_loads_in_plain_transformers_and_peft_and_in_the_next_command(
+    options, config, model_dir, tmp_path, capsys
+):
+    """The run's options once lay there as config.json, and everything took them for a model's."""
+    from peft import AutoPeftModelForCausalLM
+
+    folder = run_training(options(lora_rank=2), config(learning_rate=0.1))
+    assert not (folder / "config.json").exists()
+    assert tf.AutoTokenizer.from_pretrained(folder).chat_template
+    adapted = tf.AutoModelForCausalLM.from_pretrained(folder)
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        found = [model(input_ids=ids).logits for model in (adapted, by_peft)]
+        base = tf.AutoModelForCausalLM.from_pretrained(model_dir)(input_ids=ids).logits
+    assert torch.equal(*found) and not torch.equal(found[0], base)
+    (tmp_path / "prose.txt").write_text("The river rises in the hills. " * 5, encoding="utf-8")
+    assert main(["tax", str(model_dir), str(folder), "--text", str(tmp_path / "prose.txt"), "--length", "64"]) == 0
+    assert "KL(base || tuned)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("targets", "layers"), [("q_proj", {"q_proj"}), ("q_proj, up_proj", {"q_proj", "up_proj"})])

@@ -187,14 +187,14 @@ def run_folder(tmp_path_factory, model_dir, pairs, write_rows):
 def test_run_folder_is_whole(run_folder):
     names = {path.name for path in run_folder.iterdir()}
     assert names >= {
-        "adapter_model.safetensors", "adapter_config.json", "config.json", "metrics.jsonl", "summary.json",
+        "adapter_model.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "summary.json",
         "preflight.txt", "samples.jsonl", "report.html",
     }  # fmt: skip
     assert not [name for name in names if name.endswith((".tmp", ".bin", ".pt", ".pkl"))]
 
 
 def test_run_keeps_its_options(run_folder):
-    config = json.loads((run_folder / "config.json").read_text())
+    config = json.loads((run_folder / "run.json").read_text())
     assert config["beta"] == 0.3 and config["max_steps"] == 3  # the command line wins
     assert config["loss_type"] == ["dpo"] and config["lora_rank"] == 2
     assert config["learning_rate"] == 0.01

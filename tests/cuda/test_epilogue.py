@@ -1,4 +1,4 @@
-"""csrc/cuda/online_softmax.cu and softmax_gradient.cu, run on the CPU, against fastalign/ops/head/epilogue.py in float64."""
+"""csrc/cuda/online_softmax.cu and softmax_gradient.cu on the CPU, against fastalign/ops/head/epilogue.py in float64."""
 
 from __future__ import annotations
 

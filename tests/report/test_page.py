@@ -17,7 +17,7 @@ SECTIONS = {
     "summary.json": "Before and after",
     "samples.jsonl": "Answers before and after",
     "preflight.txt": "Preflight report",
-    "config.json": "Configuration",
+    "run.json": "Configuration",
 }
 
 
@@ -68,7 +68,7 @@ def fill(run_dir, text="plain"):
     rows += [{"metric": "x", "before": text, "after": [text], "better": text}]
     summary = {"title": text, "model": text, "dataset": text, "method": text, "rows": rows, "facts": {text: text}}
     write_json(run_dir / "summary.json", summary)
-    write_json(run_dir / "config.json", {text: text, "lora": {text: [text], "r": 16}})
+    write_json(run_dir / "run.json", {text: text, "lora": {text: [text], "r": 16}})
     chat = [{"role": text, "content": text}]
     append_metrics(run_dir / "samples.jsonl", {"prompt": chat, "before": text, "after": text, "reference": text})
     write_text(run_dir / "preflight.txt", text)
@@ -194,7 +194,7 @@ def test_a_run_killed_while_writing(run_dir):
     assert write_report(run_dir).read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
 def test_a_damaged_file_is_named_and_the_old_page_stays(run_dir, name):
     fill(run_dir)
     whole = write_report(run_dir).read_bytes()

@@ -134,7 +134,7 @@ def test_regularizers_of_a_file_and_of_the_command_line(files):
     assert main.main(["train", str(files / "recipe.yaml"), f"regularizers={every}"]) == 0
     last = next(line for line in reversed(logged(files)) if "loss" in line)
     assert {"kl_to_start", "l2_sp", "layers_trained", "replay/nll", "distillation"} <= last.keys()
-    assert json.loads((files / "run" / "config.json").read_text())["regularizers"][1]["name"] == "l2_sp"
+    assert json.loads((files / "run" / "run.json").read_text())["regularizers"][1]["name"] == "l2_sp"
 
 
 def test_fisher_of_a_text_holds_an_adapter_in_place(files, model_dir):

@@ -1,8 +1,8 @@
 """The C++ kernels over an output layer, called from Python: log-probabilities, top-k log-probabilities, divergences.
 
-Each function fills in a problem struct of csrc/cpu/base/problem.h with addresses, so the tensors behind them must live until
-the kernel returns: that is what `alive` is for. `rows` (S,) int64 names the scored rows, None all of them; the other
-rows of every result are 0.
+Each function fills in a problem struct of csrc/cpu/base/problem.h with addresses, so the tensors behind them must live
+until the kernel returns: that is what `alive` is for. `rows` (S,) int64 names the scored rows, None all of them; the
+other rows of every result are 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""README's table: between its markers, from the records alone."""
+"""Tables in README and in the documentation: between their markers, from the records alone."""
 
 from __future__ import annotations
 
@@ -29,27 +29,52 @@ def measured(record, trained):
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    path = tmp_path / "README.md"
-    path.write_text(
-        f"{readme.TAX_BEGIN}old 0.12{readme.TAX_END}\n"
-        f"before 1.23\n{readme.BEGIN}\nold 4.56\n{readme.END}\nafter 7.89\n",
-        encoding="utf-8",
-    )
-    monkeypatch.setattr(readme, "README", path)
-    return path
+def files(tmp_path, monkeypatch):
+    """README, docs/benchmarks.md and the page with the tax table, with old figures between the markers."""
+    results = f"before 1.23\n{readme.BEGIN}\nold 4.56\n{readme.END}\nafter 7.89\n"
+    texts = {
+        "README": results, "BENCHMARKS": results, "ABILITIES": f"{readme.TAX_BEGIN}old 0.12{readme.TAX_END}\nafter\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.md"
+        path.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(readme, name, path)
+    return {name: tmp_path / f"{name}.md" for name in texts}
 
 
-def test_what_is_between_the_markers_is_replaced(measured, file):
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_what_is_between_the_markers_is_replaced(measured, files):
     readme.update(measured)
-    text = file.read_text(encoding="utf-8")
+    texts = {name: read(path) for name, path in files.items()}
     tax = readme.tax_table(json.loads(readme.TAX.read_text(encoding="utf-8"))["runs"])
-    assert text.startswith(f"{readme.TAX_BEGIN}\n\n{tax}\n\n{readme.TAX_END}\nbefore 1.23\n")
-    table = f"{readme.section(measured)}\n\n{readme.SHOWN_PLOT}"
-    assert text.endswith(f"\nbefore 1.23\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter 7.89\n")
-    assert [path.name for path in file.parent.iterdir()] == ["README.md"]
+    assert texts["ABILITIES"] == f"{readme.TAX_BEGIN}\n\n{tax}\n\n{readme.TAX_END}\nafter\n"
+    tables = {
+        "BENCHMARKS": f"{readme.section(measured)}\n\n{readme.SHOWN_PLOT}",
+        "README": readme.short_section(measured),
+    }
+    for name, table in tables.items():
+        assert texts[name] == f"before 1.23\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter 7.89\n"
+    assert {path.name for path in files["README"].parent.iterdir()} == {path.name for path in files.values()}
     readme.update(measured)
-    assert file.read_text(encoding="utf-8") == text, "twice is the same as once"
+    assert {name: read(path) for name, path in files.items()} == texts, "twice is the same as once"
+
+
+def test_the_short_table_has_the_fastest_of_each_side(measured, record):
+    slower = [
+        record(case=OP, sizes=SIZES, implementation=name, median_s=9.0) for name in ("fastalign torch", "Liger x")
+    ]
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in readme.short_section([*measured, *slower]).splitlines()
+    ]
+    assert rows[2] == ["DPO step, LoRA float32, dialogue", "2.00 (3.0 GiB)", "TRL: 0.31 (6.0 GiB)", "6.5x"]
+    assert rows[3][1:] == ["1.25 s (5 MiB)", "TRL chunked_logprob: 5.00 s (5 MiB)", "4.0x"]
+    alone = [m for m in measured if m.implementation == "fastalign cpu"]
+    with pytest.raises(SystemExit, match="none of the cases"):
+        readme.short_section(alone)
 
 
 def test_figures_are_those_of_the_records(measured):
@@ -126,21 +151,18 @@ def test_the_tax_of_each_method_is_that_of_the_run_nearest_to_half_the_margin():
     assert rows[2][3] == "0.250"
 
 
-def test_the_tax_in_readme_is_that_of_the_records():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tax_in_the_documentation_is_that_of_the_records():
     runs = json.loads(readme.TAX.read_text(encoding="utf-8"))["runs"]
-    assert readme.between(text, readme.TAX_BEGIN, readme.TAX_END, readme.tax_table(runs)) == text
-    for run in runs:  # what the prose says
-        assert f"{run['tax']['base_perplexity']:.1f}" == "17.1"
-        assert run["method"] != "replay" or run["tax"]["tuned_perplexity"] < 17.1
-    assert f"from 17.1 to {max(run['tax']['tuned_perplexity'] for run in runs):.1f} without" in text.replace("\n", " ")
+    text = readme.between(readme.ABILITIES, readme.TAX_BEGIN, readme.TAX_END, readme.tax_table(runs))
+    assert text == read(readme.ABILITIES)
 
 
-def test_the_results_in_readme_are_those_of_the_records(file):
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    file.write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("name", ["README", "BENCHMARKS"])
+def test_the_results_are_those_of_the_records(name, files):
+    committed = read(readme.ROOT / ("README.md" if name == "README" else "docs/benchmarks.md"))
+    files[name].write_text(committed, encoding="utf-8")
     readme.update([m for path in sorted((readme.ROOT / "bench/results").rglob("*.json")) for m in load(path)])
-    assert file.read_text(encoding="utf-8") == text, "python -m bench report makes it again"
+    assert read(files[name]) == committed, "python -m bench report makes it again"
 
 
 def test_the_days_of_its_records_are_said(measured):
@@ -170,7 +192,7 @@ def test_the_one_plot_is_of_records_with_one_number_of_threads():
     records = load(readme.ROOT / "bench/results" / readme.PLOT.replace(Path(readme.PLOT).name, "ops.json"))
     curve = [m for m in records if m.case.startswith("frozen-float32-2048x576x") and m.case.endswith("-mask0")]
     assert len({m.sizes["v"] for m in curve}) == 5 and len({m.threads for m in curve}) == 1
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    text = read(readme.BENCHMARKS)
     assert text.count("![Memory against vocabulary]") == text.count(readme.SHOWN_PLOT) == 1
     assert (readme.ROOT / "bench/results" / readme.PLOT).exists()
 
@@ -179,21 +201,22 @@ def test_the_one_plot_is_of_records_with_one_number_of_threads():
     "text",
     ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}", f"{readme.BEGIN} {readme.BEGIN} {readme.END}"],
 )
-def test_without_its_markers_it_refuses(text, measured, file):
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit, match=re.escape("README.md must hold")):
+def test_without_its_markers_it_refuses(text, measured, files):
+    files["BENCHMARKS"].write_text(text, encoding="utf-8")
+    before = {name: read(path) for name, path in files.items()}
+    with pytest.raises(SystemExit, match=re.escape("BENCHMARKS.md must hold")):
         readme.update(measured)
-    assert file.read_text(encoding="utf-8") == text
+    assert {name: read(path) for name, path in files.items()} == before
 
 
-def test_without_any_case_of_it_it_refuses(record, file):
-    text = file.read_text(encoding="utf-8")
+def test_without_any_case_of_it_it_refuses(record, files):
+    before = {name: read(path) for name, path in files.items()}
     with pytest.raises(SystemExit, match="none of the cases"):
         readme.update([record()])
-    assert file.read_text(encoding="utf-8") == text
+    assert {name: read(path) for name, path in files.items()} == before
 
 
-def test_a_gpu_has_a_table_that_names_it(measured, file, record):
+def test_a_gpu_has_a_table_that_names_it(measured, files, record):
     case = readme.GPU_OPS[0][0]
     shared = {"case": case, "sizes": SIZES, "device": "a GPU"}
     named = {"fastalign triton": 0.003, "fastalign cuda": 0.002, "TRL chunked_logprob": 0.005, "eager": 0.004}
@@ -206,7 +229,7 @@ def test_a_gpu_has_a_table_that_names_it(measured, file, record):
     versions = dict.fromkeys(("torch", "trl", "liger-kernel", "cut-cross-entropy"), "9.9")
     on_gpu = [replace(m, versions=versions, date="2025-12-31T00:00:00Z") for m in on_gpu]
     readme.update([*on_gpu, *measured])
-    text = file.read_text(encoding="utf-8")
+    text = read(files["BENCHMARKS"])
     assert text.index(readme.section(measured)) < text.index("| on a GPU, bfloat16")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
     header = next(row for row in rows if row[0].startswith("on a GPU, bfloat16"))
@@ -237,11 +260,11 @@ def test_a_floor_alone_on_a_gpu_has_no_errors_to_name(record):
     assert "off by at most - nats (fastalign), - (the others)." in readme.by_machine([floor])[1]
 
 
-def test_another_cpu_has_tables_of_its_own_and_what_was_measured_last_comes_first(measured, file):
+def test_another_cpu_has_tables_of_its_own_and_what_was_measured_last_comes_first(measured, files):
     half = {"median_s": 0.5, "q1_s": 0.5, "q3_s": 0.5, "device": "another CPU, 2 cores, AVX512"}
     other = [replace(m, **half, date="2026-02-01T00:00:00Z") for m in measured]
     readme.update([*measured, *other])
-    text = file.read_text(encoding="utf-8")
+    text = read(files["BENCHMARKS"])
     first, second = readme.section(other), readme.section(measured)
     assert "another CPU" in first and "another CPU" not in second
     assert f"\n\n{first}\n\n{second}\n\n{readme.SHOWN_PLOT}\n\n{readme.END}" in text
