@@ -301,8 +301,7 @@ def _bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: i
             f"there are {count} sequences; give {'a chosen and a rejected one per pair' if group == 2 else 'some'}"
         )
     if cu_seqlens is not None:
-        # flash-attn's offsets are int32, those of segment_sum int64.
-        return cu_seqlens.long() if cu_seqlens.dtype == torch.int32 else cu_seqlens
+        return cu_seqlens
     return torch.arange(count + 1, device=targets.device) * targets.shape[1]
 
 

@@ -1,7 +1,7 @@
 """Plain PyTorch definitions of every op: the truth that the fast versions are tested against.
 
 Read this file to know what an op means. Each function holds in memory what the fast one avoids, above all the
-`[tokens, vocabulary]` logits. float64 inputs are computed in float64, all others in float32.
+`[tokens, vocabulary]` logits. float64 inputs are computed and returned in float64, all others in float32.
 
 Shapes: `...` any leading dimensions, H width of the hidden states, V vocabulary, T tokens of a packed row, S sequences
 in it. `cu_seqlens` (S + 1,) are the offsets of the sequences: sequence i is the tokens `cu_seqlens[i]` to
@@ -176,12 +176,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
         out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])
 
-    Args:
-        values: (T,) floating.
-        cu_seqlens: (S + 1,) offsets that rise from 0 to T.
-
-    Returns:
-        (S,) in the dtype of `values`; 0 for an empty sequence.
+    values (T,), cu_seqlens (S + 1,) rising from 0 to T -> (S,) in the dtype of `values`; 0 for an empty sequence.
     """
     bounds = cu_seqlens.tolist()
     sums = [values[start:end].sum() for start, end in pairwise(bounds)]
@@ -299,14 +294,7 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_se
     G_s and X_s are the rows of `grad_output` and `inputs` that belong to sequence s, and G_s' X_s is the gradient of
     that sequence in the weight.
 
-    Args:
-        fisher: (out, in) sums so far.
-        grad_output: (T, out) gradients of the layer's output.
-        inputs: (T, in) inputs of the layer.
-        cu_seqlens: (S + 1,) offsets of the sequences.
-
-    Returns:
-        (out, in) float32, or float64 for float64 inputs.
+    fisher (out, in), grad_output (T, out), inputs (T, in), cu_seqlens (S + 1,) -> (out, in).
     """
     dtype = compute_dtype(fisher, grad_output, inputs)
     out = fisher.to(dtype, copy=True)
@@ -322,14 +310,8 @@ def ewc_penalty(
 
         strength / 2 * sum_i F_i (theta_i - theta0_i)^2
 
-    Args:
-        parameters: theta, tensors of any shapes.
-        anchors: theta0, tensors of the same shapes.
-        fishers: F, tensors of the same shapes; None: 1 for every weight.
-        strength: Factor of the penalty.
-
-    Returns:
-        A scalar.
+    parameters theta, anchors theta0 and fishers F are lists of tensors of the same shapes; fishers None: F = 1. -> a
+    scalar.
     """
     dtype = compute_dtype(*parameters, *anchors)
     weights = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
@@ -341,13 +323,7 @@ def ewc_penalty(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square normalisation: `x * weight / sqrt(mean(x^2) + eps)`, the mean over the last dimension.
 
-    Args:
-        x: (..., H) floating.
-        weight: (H,) floating.
-        eps: Added to the mean square.
-
-    Returns:
-        (..., H) float32, or float64 for float64 inputs.
+    x (..., H), weight (H,) -> (..., H).
     """
     x = x.to(compute_dtype(x, weight))
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
@@ -365,12 +341,8 @@ def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
     A token sees the prefix of its segment, and its segment up to itself. With a window it sees the last `window` of
     these.
 
-    Args:
-        segments: (S, 4) int64: first token, length, first token of the prefix, length of the prefix.
-        window: Most keys that a token sees; None: all.
-
-    Returns:
-        (T, T) bool, rows are queries and columns keys.
+    segments (S, 4) int64: first token, length, first token of the prefix, length of the prefix -> (T, T) bool, rows are
+    queries and columns keys.
     """
     tokens = int(segments[:, 1].sum())
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -391,16 +363,8 @@ def segment_attention(
 
         out = softmax(scaling * query key') value
 
-    Args:
-        query: (1, heads, T, D) floating.
-        key: (1, key_heads, T, D) floating. Each key head serves heads / key_heads neighbouring query heads.
-        value: (1, key_heads, T, Dv) floating.
-        segments: (S, 4) int64, as for `seen_keys`.
-        window: As for `seen_keys`.
-        scaling: Factor of the scores.
-
-    Returns:
-        (1, T, heads, Dv) float32, or float64 for float64 inputs.
+    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). Each key head
+    serves heads / key_heads neighbouring query heads. segments and window: as for `seen_keys`.
     """
     dtype, shared = compute_dtype(query, key, value), query.shape[1] // key.shape[1]
     k, v = (t.to(dtype).repeat_interleave(shared, 1) for t in (key, value))
@@ -416,11 +380,7 @@ def with_tail(logprobs: Tensor) -> Tensor:
 
     The tail's probability is at least 1e-7: the sum is rounded, and a tail of 0 would make a KL infinite.
 
-    Args:
-        logprobs: (..., k) floating.
-
-    Returns:
-        (..., k + 1).
+    logprobs (..., k) -> (..., k + 1).
     """
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([logprobs, rest.log()], -1)

@@ -271,7 +271,7 @@ def broken(name):
         "packed without offsets": (rows | {"cu_seqlens": None}, "(17,)", "cu_seqlens None", "(2B + 1,)"),
         "padded with offsets": (padded | {"cu_seqlens": cu_seqlens}, "(6, 7)", "cu_seqlens (7,)", "without cu_seqlens"),
         "targets of another length": (padded | {"targets": targets[:, 1:]}, "(6, 7, 5)", "(6, 6)"),
-        "offsets that miss the end": (rows | {"cu_seqlens": cu_seqlens - (cu_seqlens > 16).long()}, "0 to N=17"),
+        "offsets that miss the end": (rows | {"cu_seqlens": cu_seqlens - (cu_seqlens > 16).long()}, "from 0 to 17"),
         "no reference": (padded | {"ref_logps": None}, "both None", "pass one of them"),
         "two references": (padded | {"ref_hidden": hidden}, "both given", "pass one of them"),
         "reference of B": (padded | {"ref_logps": ref[:B]}, "(3,)", "(6,)", "per sequence"),
@@ -333,6 +333,9 @@ def test_an_unknown_option_is_refused_with_the_nearest_one(name):
 
 
 def test_a_new_loss_is_a_function_and_a_row(monkeypatch):
+    # Before the row is added: the help text of `loss_type` lists the losses that are there at the import.
+    from fastalign.config import PreferenceConfig
+
     def toy(chosen, rejected, *, beta: float = 0.7, label_smoothing: float = 0.0):
         """A toy.
 
@@ -364,8 +367,6 @@ def test_a_new_loss_is_a_function_and_a_row(monkeypatch):
     )  # fmt: skip
     expected = 2 * toy(*averages, beta=0.2) + PAIRWISE["dpo"].function(*sums.split(B), *ref.split(B), beta=0.2)
     torch.testing.assert_close(mixed, expected, rtol=1e-12, atol=1e-12)
-
-    from fastalign.config import PreferenceConfig
 
     config = PreferenceConfig(loss_type="trl_toy", label_smoothing=0.1)
     assert config.loss_type == ["toy"] and config.loss_options == {"label_smoothing": 0.1}
