@@ -1,7 +1,7 @@
 """Everything that fastalign knows of peft: adapters around a model and on its layers.
 
-This is the only module that imports peft, or reads the attributes that peft puts on a module. peft takes about a second
-to import, so it is imported inside the functions that need it: a run without an adapter never pays for it.
+This is the only module that imports peft, or reads the attributes that peft puts on a module. peft is slow to import,
+so it is imported inside the functions that need it: a run without an adapter never pays for it.
 
 peft builds its layers at run time and gives them attributes (`lora_A`, `active_adapters`, ...) that no type checker
 sees. Such a layer is therefore annotated as `Any` here.
