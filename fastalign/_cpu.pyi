@@ -1,0 +1,5 @@
+"""The CPU kernels, compiled from csrc/bindings_cpu.cpp; only fastalign.ops calls them. A type checker sees that they exist."""
+
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
