@@ -1,4 +1,4 @@
-"""The CPU kernels, compiled from csrc/bindings_cpu.cpp; only fastalign.ops calls them. A type checker sees that they exist."""
+"""The native CPU module as type checkers see it. csrc/bindings_cpu.cpp defines it; a checkout may not be built."""
 
 from typing import Any
 

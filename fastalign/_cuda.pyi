@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled from csrc/bindings_cuda.cpp; only fastalign.ops calls them. A type checker sees that they exist."""
+"""The CUDA module as type checkers see it. csrc/bindings_cuda.cpp defines it; only fastalign.ops calls it."""
 
 from typing import Any
 
