@@ -94,13 +94,6 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
 
 
-def peft_version() -> str:
-    """The version of peft that is installed."""
-    import peft
-
-    return peft.__version__
-
-
 def check_packable(model: nn.Module) -> None:
     """ModelError if an adapter puts virtual tokens in front of every sequence (prompt tuning and its relatives)."""
     inner = _without_module_wrappers(model)
