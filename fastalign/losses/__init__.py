@@ -1,8 +1,13 @@
 """Losses as pure functions of per-sequence log-probabilities.
 
-`table.py` gives the losses their names and says what each one needs. The functions lie in five files: `preference.py`
-(losses of the margin), `pointwise.py`, `transport.py`, `divergence.py` and `reference_free.py`; those over single
-completions in `unpaired.py`.
+`table.py` gives the losses their names and says what each one needs. The functions lie in six files:
+
+- `preference.py`: losses of the margin between chosen and rejected;
+- `pointwise.py`: losses that judge each completion of a pair by itself;
+- `transport.py`: losses that compare the whole batch, sorted, instead of pairs (optimal transport);
+- `divergence.py`: DPO with another divergence than the KL;
+- `reference_free.py`: losses over pairs that need no reference;
+- `unpaired.py`: losses over single completions with a label each.
 
 What all losses have in common:
 

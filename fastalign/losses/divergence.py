@@ -52,7 +52,7 @@ def dpo_alpha(
     It is the f-divergence with f'(r) = (1 - r^-alpha) / alpha. TRL's `f_alpha_divergence_coef` is 1 - alpha.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -63,7 +63,7 @@ def dpo_alpha(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Wang et al. 2023, arXiv:2309.16240.
@@ -86,7 +86,7 @@ def dpo_forward_kl(
     It is the f-divergence with f'(r) = -1 / r.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -96,7 +96,7 @@ def dpo_forward_kl(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Wang et al. 2023, arXiv:2309.16240.
@@ -115,23 +115,23 @@ def dpo_js(
 ) -> Tensor:
     """DPO under the Jensen-Shannon divergence.
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (log s(u) - log s(v))
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (log s(u) - log s(v))
 
     It is the f-divergence with f'(r) = log(2 r / (1 + r)) = log 2 + log s(log r).
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Strength of the pull to the reference, above 0.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Wang et al. 2023, arXiv:2309.16240.

@@ -33,7 +33,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def logistic_loss(x: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x), with s the logistic sigmoid and e the label smoothing."""
+    """-(1 - eps) log s(x) - eps log s(-x), with s the logistic sigmoid and eps the label smoothing."""
     # logsigmoid(x) = min(x, 0) - log1p(exp(-|x|)) neither overflows nor loses digits; log(sigmoid(x)) does both.
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 

@@ -27,7 +27,7 @@ def nca(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     TRL calls it `nca_pair`.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -37,7 +37,7 @@ def nca(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Chen et al. 2024, arXiv:2402.05369.
@@ -62,7 +62,7 @@ def bco_pair(
         L = -log s(beta u - delta) - log s(-(beta v - delta))
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -74,7 +74,7 @@ def bco_pair(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Jung et al. 2024, arXiv:2404.04656.
@@ -92,7 +92,7 @@ def sppo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Ten
     TRL calls it `sppo_hard`.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -102,7 +102,7 @@ def sppo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Ten
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Wu et al. 2024, arXiv:2405.00675, eq. 4.7.
@@ -122,7 +122,7 @@ def apo_zero(
     It suits chosen completions that are better than what the model writes itself.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -132,7 +132,7 @@ def apo_zero(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7.
@@ -151,7 +151,7 @@ def apo_down(
     It suits models that are better than the chosen completions.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -161,7 +161,7 @@ def apo_down(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8.

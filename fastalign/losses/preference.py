@@ -4,7 +4,7 @@ The formulas use these symbols:
 
     m = (chosen - ref_chosen) - (rejected - ref_rejected)    the margin of a pair
     s(x) = 1 / (1 + exp(-x))                                 the logistic sigmoid
-    e                                                        `label_smoothing`, the share of pairs whose label is wrong
+    eps                                                      `label_smoothing`, the share of pairs whose label is wrong
 
 The head of `fastalign.losses` says what all losses have in common.
 """
@@ -56,24 +56,24 @@ def dpo(
 ) -> Tensor:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
-        L = -(1 - e) log s(beta m) - e log s(-beta m)
+        L = -(1 - eps) log s(beta m) - eps log s(-beta m)
 
-    On averages per token this is TRL's `sigmoid_norm` (the row `dpo_norm` of the table). TRL's `sigmoid` has no label
-    smoothing.
+    On averages per token this is the row `dpo_norm` of the table, which TRL calls `sigmoid_norm`. TRL 1.16 ignores
+    `label_smoothing` in both `sigmoid` and `sigmoid_norm`.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Strength of the pull to the reference, above 0. Smaller values let the policy move further.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Rafailov et al. 2023, arXiv:2305.18290, eq. 7. Smoothing: Mitchell 2023, "A note on DPO with noisy preferences
@@ -91,8 +91,8 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
 
         L = (m - 1 / (2 beta))^2
 
-    The paper writes sums of log-probabilities. Its authors ran averages per token, and so does TRL. This function
-    takes either; `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
+    The paper writes sums of log-probabilities. Its authors used averages per token in their code, and so does TRL.
+    This function takes either. `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
 
     Args:
         chosen: (B,) log-probabilities of the chosen completions under the policy, sums or averages per token.
@@ -105,7 +105,7 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Azar et al. 2023, arXiv:2310.12036, eq. 17.
@@ -128,7 +128,7 @@ def ipo_tau(
 
         L = (beta m - tau)^2
 
-    With tau = 1/2 this is beta^2 times `ipo`, whose gradient does not grow as beta falls.
+    With tau = 1/2 this is beta^2 times `ipo`. Unlike `ipo`'s, its gradient stays bounded for small beta.
 
     Args:
         chosen: (B,) log-probabilities of the chosen completions under the policy, sums or averages per token.
@@ -142,7 +142,7 @@ def ipo_tau(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Azar et al. 2023, arXiv:2310.12036, eq. 17.
@@ -160,7 +160,7 @@ def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Te
         L = max(0, 1 - beta m)
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -170,7 +170,7 @@ def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Te
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         SLiC-HF: Zhao et al. 2023, arXiv:2305.10425. RSO (`hinge-norm`): Liu et al. 2023, arXiv:2309.06657.
@@ -189,25 +189,26 @@ def robust(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Robust DPO: its expectation over wrong labels is the DPO loss on right ones.
+    """Robust DPO: an unbiased estimate of the DPO loss when a known share of the labels is wrong.
 
-        L = (-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2 e)
+        L = (-(1 - eps) log s(beta m) + eps log s(-beta m)) / (1 - 2 eps)
 
-    It has no lower bound: for large margins it falls as -e beta m / (1 - 2 e).
+    If labels are flipped with probability eps, the expected value of this loss equals DPO on the correct labels. It
+    has no lower bound: for large margins it falls as -eps beta m / (1 - 2 eps).
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Strength of the pull to the reference, above 0.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Chowdhury et al. 2024, arXiv:2403.00409.
@@ -216,7 +217,7 @@ def robust(
         beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    # With log s(-x) = log s(x) - x the formula becomes -log s(x) - e x / (1 - 2 e). At x << 0 the two logarithms of
+    # With log s(-x) = log s(x) - x the formula becomes -log s(x) - eps x / (1 - 2 eps). At x << 0 the two logarithms of
     # the formula are nearly equal, and their difference would lose its digits; this form has no such difference.
     return -F.logsigmoid(x) - label_smoothing / (1 - 2 * label_smoothing) * x
 
@@ -232,24 +233,24 @@ def exo(
 ) -> Tensor:
     """Efficient exact optimisation (EXO): the reverse KL from the policy's preference to the smoothed label.
 
-        L = q log(q / (1 - e)) + (1 - q) log((1 - q) / e)  with  q = s(beta m)
+        L = q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)  with  q = s(beta m)
 
-    The policy prefers the chosen completion with probability q, the label says 1 - e. At e = 0 the KL is infinite for
-    every q below 1, so that value is refused. TRL calls this loss `exo_pair`.
+    The policy prefers the chosen completion with probability q, the label says 1 - eps. At eps = 0 the KL is infinite
+    for every q below 1, so that value is refused. TRL calls this loss `exo_pair`.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Strength of the pull to the reference, above 0.
-        label_smoothing: e, in (0, 0.5).
+        label_smoothing: eps, in (0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Ji et al. 2024, arXiv:2402.00856, eq. 16.
@@ -280,7 +281,7 @@ def discopop(
         L = -(1 - w) log s(x) + w exp(-x)  with  x = beta m,  w = s(x / tau)
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
@@ -291,7 +292,7 @@ def discopop(
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Lu et al. 2024, arXiv:2406.08414, eq. 5.

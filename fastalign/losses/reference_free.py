@@ -1,6 +1,6 @@
 """Losses over pairs that need no reference model: they compare the policy's log-probabilities themselves.
 
-With s the logistic sigmoid and e for `label_smoothing`. The head of `fastalign.losses` says what all losses have in
+With s the logistic sigmoid and eps for `label_smoothing`. The head of `fastalign.losses` says what all losses have in
 common.
 """
 
@@ -27,20 +27,20 @@ def simpo(
 ) -> Tensor:
     """Simple preference optimisation (SimPO), on averages per token.
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (chosen - rejected - gamma / beta)
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (chosen - rejected - gamma / beta)
 
     Args:
         chosen: (B,) average log-probability per token of the chosen completions.
         rejected: (B,) that of the rejected completions.
         beta: Scale of the averages, above 0.
         gamma_beta_ratio: gamma / beta, the target margin of the averages. TRL's `simpo_gamma` is beta times this.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Meng et al. 2024, arXiv:2405.14734, eq. 6.
@@ -54,22 +54,22 @@ def simpo(
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """The preference term of contrastive preference optimisation (CPO).
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (chosen - rejected)
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (chosen - rejected)
 
     The paper's second term is the NLL of the chosen completion. It is a mean over tokens, so it is added outside: the
     trainer and `fused_linear_cpo` add it with weight 1 by default.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions.
+        chosen: (B,) log-probability sums of the chosen completions.
         rejected: (B,) those of the rejected completions.
         beta: Scale of the margin, above 0.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Xu et al. 2024, arXiv:2401.08417, eq. 3.
@@ -100,7 +100,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
         (B,) the loss of each pair.
 
     Raises:
-        InputError: The tensors are not alike, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, or beta is not above 0.
 
     References:
         Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7.

@@ -28,22 +28,22 @@ def aot(
 ) -> Tensor:
     """AOT, paired: every quantile of the policy's margins should exceed that of the reference's margins.
 
-        L = -(1 - e) log s(beta d) - e log s(-beta d)  with
+        L = -(1 - eps) log s(beta d) - eps log s(-beta d)  with
         d = sort(chosen - rejected) - sort(ref_chosen - ref_rejected)
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Scale of the differences, above 0.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each quantile.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Melnyk et al. 2024, arXiv:2406.05882.
@@ -66,24 +66,24 @@ def aot_unpaired(
 ) -> Tensor:
     """AOT, unpaired: every quantile of the chosen log-ratios should exceed that of the rejected ones.
 
-        L = -(1 - e) log s(beta d) - e log s(-beta d)  with
+        L = -(1 - eps) log s(beta d) - eps log s(-beta d)  with
         d = sort(chosen - ref_chosen) - sort(rejected - ref_rejected)
 
     The rejected completions may answer other prompts than the chosen ones.
 
     Args:
-        chosen: (B,) log-probabilities of the chosen completions under the policy.
+        chosen: (B,) log-probability sums of the chosen completions under the policy.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
         beta: Scale of the differences, above 0.
-        label_smoothing: e, the probability that a pair's label is wrong, in [0, 0.5).
+        label_smoothing: eps, the probability that a pair's label is wrong, in [0, 0.5).
 
     Returns:
         (B,) the loss of each quantile.
 
     Raises:
-        InputError: The tensors are not alike, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, or an option is out of range.
 
     References:
         Melnyk et al. 2024, arXiv:2406.05882.

@@ -46,7 +46,7 @@ def kto(
     With kl = 0 this is TRL's `apo_zero_unpaired`.
 
     Args:
-        logprobs: (B,) log-probabilities of the completions under the policy.
+        logprobs: (B,) log-probability sums of the completions under the policy.
         ref_logprobs: (B,) those under the reference.
         labels: (B,) bool, True where the completion is desirable.
         kl: The reference point z0, a float or a scalar tensor: see `kto_baseline`.
@@ -57,7 +57,7 @@ def kto(
         (B,) the loss of each completion.
 
     Raises:
-        InputError: The tensors are not alike, `labels` is not bool, or an option is out of range.
+        InputError: The tensors differ in shape, dtype or device, `labels` is not bool, or an option is out of range.
 
     References:
         Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7.
@@ -84,7 +84,7 @@ def kto_baseline(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
         A scalar in nats per completion, without gradient.
 
     Raises:
-        InputError: The tensors are not alike.
+        InputError: The tensors differ in shape, dtype or device.
 
     References:
         Ethayarajh et al. 2024, arXiv:2402.01306.
@@ -107,7 +107,7 @@ def bco(
             -log s(delta - beta u) where not
 
     Args:
-        logprobs: (B,) log-probabilities of the completions under the policy.
+        logprobs: (B,) log-probability sums of the completions under the policy.
         ref_logprobs: (B,) those under the reference.
         labels: (B,) bool, True where the completion is desirable.
         delta: The paper's reward shift, a float or a scalar tensor: half the sum of the running mean rewards beta u of
@@ -118,7 +118,7 @@ def bco(
         (B,) the loss of each completion.
 
     Raises:
-        InputError: The tensors are not alike, `labels` is not bool, or beta is not above 0.
+        InputError: The tensors differ in shape, dtype or device, `labels` is not bool, or beta is not above 0.
 
     References:
         Jung et al. 2024, arXiv:2404.04656.

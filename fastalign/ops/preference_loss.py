@@ -56,7 +56,7 @@ class Formula(NamedTuple):
     slope: float = 0.0
 
 
-# Smoothed labels: -(1 - e) log s(x) - e log s(-x) = -log s(x) + e x, since log s(-x) = log s(x) - x.
+# Smoothed labels: -(1 - eps) log s(x) - eps log s(-x) = -log s(x) + eps x, since log s(-x) = log s(x) - x.
 FORMULAS: dict[str, Callable[..., Formula]] = {
     "dpo": lambda beta, label_smoothing: Formula(Form.LOGISTIC, beta, 0.0, label_smoothing),
     "dpo_norm": lambda beta, label_smoothing: Formula(Form.LOGISTIC, beta, 0.0, label_smoothing),
