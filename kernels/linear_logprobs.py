@@ -16,8 +16,8 @@ from torch import Tensor
 # Where the kernels of this process run: Triton decides it when a kernel is decorated.
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 START = tl.constexpr(-1e30)
-# Lazy rescaling: the shift follows the running maximum only when that has moved this far. A factor of e^8 costs no
-# digits, and the accumulated products (R, H) are then hardly ever rescaled.
+# Lazy rescaling: the shift stays where it is until the running maximum exceeds it by this much. Exponentials may then
+# be as large as e^8. That costs float32 no precision, and the accumulated products (R, H) are hardly ever rescaled.
 LAG = tl.constexpr(8.0)
 # How many entries of a row of the accumulated products are rescaled at a time.
 WIDTH = tl.constexpr(1024)
@@ -25,7 +25,11 @@ WIDTH = tl.constexpr(1024)
 
 @triton.jit
 def _tanh(x):
-    """Tanh within a few ulp everywhere. The quotient cancels near 0, so there a series is used, which has converged."""
+    """Tanh, within a few ulp.
+
+    Near 0 the numerator 1 - e of the quotient would lose its digits. For |x| < 0.25 the Taylor series is used instead;
+    its next term is too small for float32.
+    """
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     e = tl.exp(-2 * tl.abs(x))
@@ -35,7 +39,7 @@ def _tanh(x):
 
 @triton.jit
 def _log1p(x):
-    """Log(1 + x) for x >= 0, within a few ulp: what 1 + x rounds away is put back in proportion."""
+    """Log(1 + x) for x >= 0, within a few ulp. The factor x / ((1 + x) - 1) makes up for the rounding of 1 + x."""
     rounded = 1 + x
     lost = rounded == 1
     return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1, rounded - 1)))
@@ -159,7 +163,8 @@ def _finish(
 @triton.jit
 def _softmax_gradient(
     u_ptr, u_stride, targets_ptr, first, bias_ptr, factor, inner, outer,
-    shift_ptr, mean_ptr, logprobs_ptr, entropy_ptr, target_ptr, du_ptr, du_stride, columns, BLOCK: tl.constexpr,
+    shift_ptr, mean_ptr, logprob_factor_ptr, entropy_factor_ptr, target_ptr, du_ptr, du_stride, columns,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of `softmax_gradient`."""
     row = tl.program_id(0).to(tl.int64)
@@ -170,9 +175,9 @@ def _softmax_gradient(
         u += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     z = _logit(u, factor, inner, outer)
     d = z - tl.load(shift_ptr + row)
-    g = tl.load(logprobs_ptr + row)
-    if entropy_ptr is not None:
-        g += tl.load(entropy_ptr + row) * (tl.maximum(d, START) - tl.load(mean_ptr + row))
+    g = tl.load(logprob_factor_ptr + row)
+    if entropy_factor_ptr is not None:
+        g += tl.load(entropy_factor_ptr + row) * (tl.maximum(d, START) - tl.load(mean_ptr + row))
     g *= tl.exp(d)
     if outer is None:
         g *= factor
@@ -230,7 +235,22 @@ def absorb(
     b: Tensor | None = None,
     best: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fold a tile into the running sums, as fastalign/ops/head/epilogue.py says."""
+    """Fold a tile into the running sums, as fastalign/ops/head/epilogue.py says.
+
+    Args:
+        u: (R, T) float32 products.
+        targets: (R,) int64.
+        first: The vocabulary entry of the tile's first column.
+        bias: (T,) or None.
+        transform: From products to logits.
+        sums: Four float32 tensors (R,), updated in place.
+        entropy: Whether `sums.zothers` is wanted.
+        e: (R, T) or None, in any floating dtype; may lie in the memory of u.
+        ze: (R, T) or None, in any floating dtype; may lie in the memory of u, but not of e.
+        a: (R, H) float32 or None, rescaled in place.
+        b: (R, H) float32 or None, rescaled in place.
+        best: Running (largest logit (R,) float32, its vocabulary entry (R,) int64), or None.
+    """
     rows, columns = u.shape
     if rows:
         _absorb[(rows,)](
@@ -266,7 +286,17 @@ def finish(
 
 
 def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None, transform, c, du: Tensor) -> None:
-    """The gradient in u of a tile, from its products, as fastalign/ops/head/epilogue.py says."""
+    """The gradient in u of a tile, from its products, as fastalign/ops/head/epilogue.py says.
+
+    Args:
+        u: (R, T) float32 products.
+        targets: (R,) int64.
+        first: The vocabulary entry of the tile's first column.
+        bias: (T,) or None.
+        transform: From products to logits.
+        c: `Coefficients`, each (R,) float32.
+        du: (R, T) in any floating dtype, receives the gradient; may lie in the memory of u.
+    """
     rows, columns = u.shape
     if rows:
         _softmax_gradient[(rows,)](
@@ -275,7 +305,16 @@ def softmax_gradient(u: Tensor, targets: Tensor, first: int, bias: Tensor | None
 
 
 def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, target: Tensor, du: Tensor) -> None:
-    """The gradient in u of a tile, from what `absorb` left of it, as fastalign/ops/head/epilogue.py says."""
+    """The gradient in u of a tile, from the exponentials that `absorb` stored, as fastalign/ops/head/epilogue.py says.
+
+    Args:
+        kept: (R, T) in any floating dtype, what `absorb` stored in e.
+        targets: (R,) int64.
+        first: The vocabulary entry of the tile's first column.
+        scale: (R,) float32, what a row is multiplied with.
+        target: (R,) float32, the gradient at the target.
+        du: (R, T) in any floating dtype, receives the gradient.
+    """
     rows, columns = kept.shape
     if rows:
         _kept_gradient[(rows,)](
@@ -283,8 +322,10 @@ def kept_gradient(kept: Tensor, targets: Tensor, first: int, scale: Tensor, targ
         )
 
 
-# What `make gpu-check` compiles, as it is launched for tiles of 16384 entries, and what each kernel may use: registers
-# per thread, bytes of shared memory, and the widths of loads and stores.
+# What `make gpu-check` compiles, as it is launched for tiles of 16384 entries. A budget has these limits:
+# - registers: the most registers per thread;
+# - shared: the most bytes of shared memory;
+# - loads, stores: the fewest 16-byte loads and 16-byte stores that the compiled kernel must have.
 _SUMS, _COEFFICIENTS = ", ".join(["*fp32:16"] * 4), ", ".join(["*fp32:16"] * 5)
 _UNCAPPED, _CAPPED = "fp32, None, None", "fp32, fp32, fp32"
 CHECKS = [

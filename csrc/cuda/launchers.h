@@ -84,7 +84,7 @@ int finish(const Finish& problem, Where where);
 
 // Backward: computes the gradient in u (softmax_gradient.cu).
 struct Gradient : Tile {
-    const float *shift, *mean, *logprobs, *entropy;  // (rows,) coefficients; entropy may be null
+    const float *shift, *mean, *logprobs, *entropy;  // (rows,) `Coefficients` of epilogue.py; entropy may be null
     const float* target;                             // (rows,) the gradient at the target's entry
     void* du;                                        // (rows, columns) in dtype `to`
     std::int64_t du_stride;

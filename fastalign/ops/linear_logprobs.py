@@ -1,7 +1,8 @@
 """Token log-probabilities straight from hidden states, without the `[tokens, vocabulary]` logits.
 
-Top to bottom: schema, kernels, fakes, FLOP formulas, autograd, and the public function. The arithmetic is in
-`head/logprobs_tiles.py` and `head/epilogue.py`, in C++ in csrc/cpu, and for GPUs in kernels/ and csrc/cuda.
+Top to bottom: schema, kernels, fakes (implementations that return shapes only, for `torch.compile`), FLOP formulas,
+autograd, and the public function. The arithmetic is in `head/logprobs_tiles.py` and `head/epilogue.py`, in C++ in
+csrc/cpu, and for GPUs in kernels/ and csrc/cuda.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from fastalign.ops.head.transform import LogitTransform
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
 _library = torch.library.Library("fastalign", "DEF")
-# Returns logprobs (N,), entropy (N,), d logprob / d hidden (N, H), d entropy / d hidden (N, H), stats (N, 5), cached
-# tiles (C, V) and their shifts (C, tiles). What was not asked for is an empty tensor.
+# N is the number of rows (tokens), ignored ones included. Returns logprobs (N,), entropy (N,), d logprob / d hidden
+# (N, H), d entropy / d hidden (N, H), stats (N, 5), cached tiles (C, V) and their shifts (C, tiles). A result that the
+# arguments do not request is an empty tensor.
 _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
     "float temperature, int? ignore_index, bool grads, bool entropy, int cache_rows, *, str backend='torch') "
@@ -120,7 +122,7 @@ def _linear_logprobs_backward(
         )  # fmt: skip
         return tuple(empty.clone() if g is None else g for g in grads)
     row_stats = Stats(*gather_rows(stats, scored).t().contiguous().unbind(0))
-    # Padding rows have stats of 0. Else they would divide 0 by 0, and multiply 0 with a logit's overflow.
+    # Padding rows have stats of 0, which would give 0/0 and 0*inf. So they get harmless values here.
     padding = (row_stats.others + row_stats.target) == 0
     row_stats = row_stats._replace(
         others=row_stats.others.masked_fill(padding, 1.0), shift=row_stats.shift.masked_fill(padding, math.inf)
@@ -191,7 +193,11 @@ class _LogprobsCall(NamedTuple):
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves d logprob / d hidden (N, H) for a frozen output layer; statistics and tiles for a trainable one."""
+    """The op over N rows, where N counts all rows of `hidden`, ignored ones included.
+
+    For a frozen output layer it saves d logprob / d hidden (N, H), for a trainable one the statistics (N, 5) and the
+    cached tiles.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, call: _LogprobsCall):
@@ -294,9 +300,10 @@ def linear_logprobs(
 
     With `z = softcap * tanh(logit_scale * (h W' + b) / softcap) / temperature`, or without a soft cap
     `z = logit_scale * (h W' + b) / temperature`, it computes `z_y - logsumexp(z)` and `-sum_j p_j log p_j`, in nats. It
-    does so one (rows, vocabulary) tile at a time, so the extra memory is O(rows x H) plus a constant, whatever V is.
-    Products of bfloat16 and float16 inputs are accumulated and kept in float32. The result is differentiable (once) in
-    hidden, weight and bias.
+    does so one (rows, vocabulary) tile at a time. With a frozen output layer the extra memory is O(rows x H) plus a few
+    tiles, whatever V is: tens of MB on a CPU, about a thousandth of the memory on a GPU. A trainable output layer adds
+    the cached tiles (see `memory_budget`) and the gradient of weight, (V, H). Products of bfloat16 and float16 inputs
+    are accumulated and kept in float32. The result is differentiable (once) in hidden, weight and bias.
 
     **The shift is the caller's.** `targets[i]` is the token that `hidden[i]` predicts: the *next* token. A model's
     unshifted `input_ids` are wrong: from hidden states (B, T, H) and input_ids (B, T) pass `hidden[:, :-1]` and
@@ -307,19 +314,20 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H) floating.
-        weight: (V, H) floating, the output layer's. Where its dtype differs from hidden's, the wider one is used.
+        weight: (V, H) floating, the output layer's. Where its dtype differs from hidden's, both are
+            converted to torch's common dtype (`torch.promote_types`): float32 for bfloat16 and float16.
         targets: (...) int64 in [0, V) or `ignore_index`.
         bias: (V,) floating. An entry of -inf rules its token out.
-        logit_scale: Multiplies the products.
+        logit_scale: Multiplies `h W' + b`.
         softcap: Bounds the logits before the temperature, as Gemma does; above 0, or None.
         temperature: Divides the logits; above 0.
         ignore_index: The target of rows that do not count. Those are dropped before any product, return 0 and get zero
-            gradient. None: every row has a target, and on a GPU the host need not wait to learn how many have one.
+            gradient. None: every row has a target. On a GPU this avoids a synchronisation.
         entropy: Whether to return the entropies too.
         memory_budget: Bytes of probability tiles that are cached for the backward pass of a trainable output layer
-            (default: 1 GiB). With U = 2 N V H, forward and backward take 3U FLOP where the tiles fit and 4U beyond. A
-            frozen output layer needs no cache, and takes 2U. The entropy's gradient through a trainable output layer
-            always recomputes.
+            (default: 1 GiB). With U = 2 N V H, where N is the number of rows with a target, forward and backward take
+            3U FLOP for rows whose tiles fit, and 4U for the others. A frozen output layer needs no cache, and takes
+            2U. The entropy's gradient through a trainable output layer always recomputes.
         backend: One of
             "torch": the tiled driver, on any device and dtype;
             "triton", "cuda": the same with kernels of our own between its products, on a GPU;
@@ -334,7 +342,7 @@ def linear_logprobs(
         InputError: A shape, dtype, device, target or option does not fit.
         BackendError: The backend is unknown, or was asked for by name and cannot run.
 
-    While a CUDA graph is captured nothing can be dropped: ignored rows are computed, as zeros.
+    While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Examples:
         >>> hidden, weight = torch.randn(6, 16), torch.randn(100, 16)

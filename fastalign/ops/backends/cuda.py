@@ -146,8 +146,9 @@ def softmax_gradient(
 ) -> None:
     """`epilogue.softmax_gradient` in one launch."""
     _launch(
-        "softmax_gradient", module.Gradient(), u, **_tile(u, du, targets, first, bias, transform), **c._asdict(),
-        du=du, du_stride=du.stride(0),
+        "softmax_gradient", module.Gradient(), u, **_tile(u, du, targets, first, bias, transform), shift=c.shift,
+        mean=c.mean, logprobs=c.logprob_factor, entropy=c.entropy_factor, target=c.target, du=du,
+        du_stride=du.stride(0),
     )  # fmt: skip
 
 

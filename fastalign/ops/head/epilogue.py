@@ -51,16 +51,14 @@ class Coefficients(NamedTuple):
 
     shift: Tensor  # of the forward pass
     mean: Tensor  # E[z - shift]
-    logprobs: Tensor  # -grad_logprobs / total
-    entropy: Tensor | None  # -grad_entropy / total
+    # total = others + target of `Stats`, the sum of exp(z - shift) over the whole vocabulary
+    logprob_factor: Tensor  # -grad_logprobs / total
+    entropy_factor: Tensor | None  # -grad_entropy / total; None if the entropy has no gradient
     target: Tensor  # the gradient at the target itself
 
     def rows(self, rows: slice) -> Coefficients:
         """Those of some rows."""
-        shift, mean, logprobs, entropy, target = self
-        return Coefficients(
-            shift[rows], mean[rows], logprobs[rows], None if entropy is None else entropy[rows], target[rows]
-        )
+        return Coefficients(*(None if t is None else t[rows] for t in self))
 
 
 class Epilogue(NamedTuple):
@@ -225,16 +223,17 @@ def softmax_gradient(
 ) -> None:
     """The gradient in u of a tile, from its products, into du (R, T). u is overwritten, and du may lie in its memory.
 
-    It is `(c.logprobs + c.entropy (d - c.mean)) exp(d) dz/du` with `d = z - c.shift`, but c.target at the target.
+    It is `(c.logprob_factor + c.entropy_factor (d - c.mean)) exp(d) dz/du` with `d = z - c.shift`, but c.target at the
+    target.
     """
     z, slope = _logits(u, bias, transform)
     z -= c.shift.unsqueeze(1)
-    if c.entropy is None:
-        g = z.exp_().mul_(c.logprobs.unsqueeze(1))
+    if c.entropy_factor is None:
+        g = z.exp_().mul_(c.logprob_factor.unsqueeze(1))
     else:
         p = z.exp()  # exactly 0 for masked entries, whatever it is multiplied with below
-        g = z.clamp_(min=START).sub_(c.mean.unsqueeze(1)).mul_(c.entropy.unsqueeze(1))
-        g = g.add_(c.logprobs.unsqueeze(1)).mul_(p)
+        g = z.clamp_(min=START).sub_(c.mean.unsqueeze(1)).mul_(c.entropy_factor.unsqueeze(1))
+        g = g.add_(c.logprob_factor.unsqueeze(1)).mul_(p)
     g.mul_(slope if slope is not None else transform.factor)
     _set_target(g, targets - first, c.target)
     if du.data_ptr() != g.data_ptr():

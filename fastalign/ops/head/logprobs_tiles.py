@@ -1,19 +1,29 @@
 """The tiled driver of `linear_logprobs`: products by torch, and between them an epilogue in torch, Triton or CUDA.
 
 Logits exist one (rows, vocabulary) tile at a time. A tile is written by one product, read and overwritten in place by
-the epilogue, and read by the next product. The epilogue folds it into running statistics per row. The target `y` is
-left out of every sum (that is what the prime in sum' says), so that `1 - p_y` never comes from a subtraction, which
-would lose its digits where p_y is near 1:
+the epilogue, and read by the next product. The epilogue folds it into running statistics per row. For one row:
 
-    m   = the running maximum of z            others  = sum' exp(z - m)
-    z_y = the target's logit                  zothers = sum' exp(z - m) (z - m)         (entropy only)
-    A   = sum' exp(z - m) slope W             B       = sum' exp(z - m) (z - m) slope W (entropy only)
+    u       = h W^T + bias                the products, (V,)
+    z       = the logits, made from u by scale, soft cap and temperature
+    slope_j = dz_j / du_j                 slope_y is that of the target y
+    m       = the running maximum of z
 
-where `slope = dz / d(h W' + b)`. Three results follow. With S = others + exp(z_y - m):
+    others  = sum_{j != y} exp(z_j - m)
+    zothers = sum_{j != y} exp(z_j - m) (z_j - m)                  for the entropy only
+    A       = sum_{j != y} exp(z_j - m) slope_j W[j]               (H,)
+    B       = sum_{j != y} exp(z_j - m) (z_j - m) slope_j W[j]     (H,), for the entropy only
+
+Every sum leaves out the target, so that `1 - p_y` never comes from a subtraction, which would lose its digits where p_y
+is near 1. Without a soft cap all slopes are the same constant. The code then leaves the slope out of A, B and the
+cached tiles, and multiplies by it once at the end (`epilogue.finish`, `_cached_scales`).
+
+The results follow. With S = others + exp(z_y - m), p_y = exp(z_y - m) / S and the mean over the whole vocabulary
+E[z - m] = (zothers + exp(z_y - m) (z_y - m)) / S:
 
     logprob              = -log(1 + others exp(m - z_y))
     entropy              = log S - E[z - m]
     d logprob / d hidden = (others / S) slope_y W[y] - A / S
+    d entropy / d hidden = (E[z - m] A - B) / S - p_y (z_y - m - E[z - m]) slope_y W[y]
 
 None of them depends on m, which may therefore lag behind the maximum (lazy rescaling, see `epilogue.Sums`).
 
@@ -42,7 +52,7 @@ from fastalign.ops.head.transform import LogitTransform
 class Cache(NamedTuple):
     """Cached tiles of the first C rows, for the backward pass of a trainable output layer."""
 
-    tiles: Tensor  # (C, V) exp(z - shift) * slope, 0 at the target
+    tiles: Tensor  # (C, V) exp(z - shift), 0 at the target; under a soft cap times the slope
     shifts: Tensor  # (C, tiles) the shift at the time when each tile was written
 
 
@@ -58,7 +68,10 @@ class Forward(NamedTuple):
 
 
 def cacheable_rows(rows: int, row_bytes: int, memory_budget: int) -> int:
-    """How many of `rows` have their probabilities cached within the budget: all, or a whole multiple of rows."""
+    """How many rows have their probabilities cached within the budget.
+
+    That is all `rows` (rounded up to a multiple of 16), or as many as fit, rounded down to a multiple of 16.
+    """
     affordable = memory_budget // row_bytes
     return min(round_up_rows(rows), affordable - affordable % ROW_MULTIPLE)
 
@@ -103,7 +116,9 @@ def forward(
         acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         cache = Cache(hidden.new_empty(cache_rows, vocab), hidden.new_empty(cache_rows, shifts, dtype=acc_dtype))
         for t in cache:
-            t[kept:] = 0  # the fake has promised this shape, but fewer rows are scored
+            # The shape-only implementation of the op returns `cache_rows` rows, so this one must too. Where fewer rows
+            # are scored, the rest is zeros.
+            t[kept:] = 0
     blocks = []
     for r0, r1 in row_blocks(n, kept, hidden.device):
         rows = slice(r0, r1)
@@ -171,7 +186,7 @@ def _fold_vocabulary(
             u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
         w = operand(tile)  # (T, H)
         product_into(h, w.t(), u)  # (R, T)
-        # A kernel is told to store e even where nobody reads it. So it is the same kernel with and without gradients,
+        # Kernels always store e, even if nothing reads it. So the same compiled kernel runs with and without gradients,
         # and the log-probabilities have the same bits.
         e, ze = low if grads or epilogue.low_precision else None, None
         if cache is not None:
@@ -287,5 +302,5 @@ def _cached_scales(shifts: Tensor, stats: Stats, c: Coefficients, transform: Log
     The tile holds `exp(z - shift at that time)`, so the factor also takes it to the final shift.
     """
     kept = shifts.shape[0]
-    scale = c.logprobs[:kept] * (transform.factor if transform.softcap is None else 1.0)
+    scale = c.logprob_factor[:kept] * (transform.factor if transform.softcap is None else 1.0)
     return (shifts.t().contiguous() - stats.shift[:kept]).exp_().mul_(scale)

@@ -167,9 +167,9 @@ def test_kept_gradient(dtype):
     before, c = cache.clone(), coefficients(False)
     memory = torch.full((R, T + 3), 1e9)
     du = in_place(memory[:, :T], dtype)
-    kernels.kept_gradient(kept, targets, T, c.logprobs, c.target, du)
+    kernels.kept_gradient(kept, targets, T, c.logprob_factor, c.target, du)
     exact = torch.empty(R, T, dtype=torch.float64)
-    epilogue.kept_gradient(kept, targets, T, c.logprobs.double(), c.target.double(), exact)
+    epilogue.kept_gradient(kept, targets, T, c.logprob_factor.double(), c.target.double(), exact)
     assert ((du.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
     assert torch.equal(cache, before) and (memory[:, T:] == 1e9).all()
 
