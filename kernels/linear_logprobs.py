@@ -88,8 +88,8 @@ def _absorb(  # noqa: C901 - a kernel is one pass over its row, and its branches
     # Online softmax: sums relative to the old shift become sums relative to the new one, then this tile is added.
     old = tl.load(shift_ptr + row)
     shift = tl.where(top > old + LAG, top, old)
-    moved = old - shift
-    shrink = tl.exp(moved)
+    shift_change = old - shift
+    shrink = tl.exp(shift_change)
     e = tl.where(column == target, 0.0, tl.exp(z - shift))  # (T,); the target is left out of every sum
     others = tl.load(others_ptr + row)
     tl.store(others_ptr + row, shrink * others + tl.sum(e, 0))
@@ -97,7 +97,7 @@ def _absorb(  # noqa: C901 - a kernel is one pass over its row, and its branches
     if ENTROPY:
         zothers = tl.load(zothers_ptr + row)
         here = tl.sum(tl.maximum(z - shift, START) * e, 0)
-        tl.store(zothers_ptr + row, shrink * (zothers + moved * others) + here)
+        tl.store(zothers_ptr + row, shrink * (zothers + shift_change * others) + here)
     if outer is not None:
         e *= _slope(z, factor, outer)
     if e_ptr is not None:
@@ -112,7 +112,7 @@ def _absorb(  # noqa: C901 - a kernel is one pass over its row, and its branches
                 a = tl.load(a_ptr + row * a_stride + at, mask=at < width, other=0.0)
                 if b_ptr is not None:
                     b = tl.load(b_ptr + row * b_stride + at, mask=at < width, other=0.0)
-                    tl.store(b_ptr + row * b_stride + at, shrink * (b + moved * a), mask=at < width)
+                    tl.store(b_ptr + row * b_stride + at, shrink * (b + shift_change * a), mask=at < width)
                 tl.store(a_ptr + row * a_stride + at, shrink * a, mask=at < width)
 
 

@@ -185,7 +185,7 @@ def test_softmax_gradient(cuda, dtype, head, entropy, biased):
         random(ROWS, seed=12),
     )  # fmt: skip
     if not entropy:
-        exact_c = exact_c._replace(entropy=None)
+        exact_c = exact_c._replace(entropy_factor=None)
     c = Coefficients(*(None if t is None else t.float() for t in exact_c))
     exact, plain = torch.empty(ROWS, 1051, dtype=torch.float64), torch.empty(ROWS, 1051, dtype=dtype)
     wide = None if bias is None else bias.double()

@@ -1,11 +1,13 @@
 #pragma once
 
 // The forward pass of linear_logprobs and of sparse_divergence. sparse_divergence has k targets per token instead of
-// one. It needs their logits, and separately the sum over all other entries (the tail).
+// one. It needs their logits, and separately the sum over all other entries (the tail). `ForwardProblem::picked` tells
+// the two apart: it is null for linear_logprobs, and receives the targets' logits for sparse_divergence.
 //
-// A unit of work is one chunk of the vocabulary for one block of rows. What a chunk adds to a row is computed
-// separately, by any worker, and added in the order of the vocabulary. So the result of a token depends neither on the
-// batch nor on the number of threads.
+// A unit of work (an item) is one chunk of the vocabulary for one block of rows. Any worker may take it and computes
+// the sums of the chunk alone, in its scratch memory (`scan`). The sums are then added to the totals of the rows in the
+// order of the vocabulary (`merge`). So the result of a token depends neither on the batch nor on the number of
+// threads.
 
 #include "cpu/base/pool.h"
 #include "cpu/tiles/softmax-inl.h"
@@ -19,7 +21,16 @@ constexpr std::int64_t kScratchBudget = 24u << 20;  // bytes of scratch in the f
 constexpr std::int64_t kRowsBudget = 12u << 20;     // bytes per worker for its rows in the backward pass
 constexpr std::int64_t kWeightBudget = 4u << 20;    // bytes per worker for its part of the weight's gradient
 constexpr std::int64_t kMostRows = 192;             // with more rows the tile of logits does not fit L2
-enum Stat { kShift, kOthers, kTarget, kSlope, kMean, kStats, kSparseStats = kOthers + 1 };
+// The columns of a token's statistics, the fields of `Stats` in fastalign/ops/head/epilogue.py.
+enum Stat {
+    kShift,                      // m, what exponentials are taken relative to
+    kOthers,                     // sum of exp(z - m) without the target, for sparse_divergence without all targets
+    kTarget,                     // exp(z_y - m) of the target y
+    kSlope,                      // dz/du at the target
+    kMean,                       // the mean of z - m; 0 unless the entropy is wanted
+    kStats,                      // how many columns linear_logprobs has
+    kSparseStats = kOthers + 1   // how many columns sparse_divergence has: shift and others
+};
 
 template <typename T, typename Base>
 T* at_row(Base* base, std::int64_t row, std::int64_t width) {
@@ -37,10 +48,16 @@ class ForwardPass {
     Sums<T> totals_{};
     T* target_logits_ = nullptr;  // (rows,), for linear_logprobs only
 
+    // The memory of one worker, for `rows` rows. Under a soft cap the exponentials are multiplied by the slope dz/du.
     struct Scratch {
-        Tiles<T, In> tiles;
-        T *z, *zweighted, *a, *b, *shrink, *moved;
-        Sums<T> sums;
+        Tiles<T, In> tiles;  // the rows' hidden states, laid out for the products
+        T *z,                // panels of (tile, panel): products, then logits, then exp(z - shift)
+            *zweighted,      // likewise, exp(z - shift) (z - shift); only for the gradient of the entropy
+            *a,              // (rows, padded_width) sum of exp(z - shift) W; only with gradients
+            *b,              // (rows, padded_width) the same with zweighted; only for the gradient of the entropy
+            *shrink,         // (rows,) of the latest tile, the factor exp(moved)
+            *moved;          // (rows,) of the latest tile, old shift minus new shift
+        Sums<T> sums;        // (rows,) each, of the chunk
     };
 
     Scratch carve(Carver& c, std::int64_t rows) const {
@@ -132,9 +149,9 @@ private:
         if (block.first + row < p_.cache_rows) keep(block.first / S::panel + p, weight.begin, tile, z, sums.shift);
     }
 
-    // Stores the targets' logits of a panel, and removes them from the tile, so that the sums leave them out. For
-    // sparse_divergence the largest logit is recomputed without them: the tail may be far below the targets and needs
-    // the shift of its own maximum. For linear_logprobs the shift may be that of the target.
+    // Stores the targets' logits of a panel, and removes them from the tile, so that the sums leave them out.
+    // In sparse_divergence the targets can be much larger than the rest, so the maximum is recomputed without them.
+    // In linear_logprobs the maximum may include the target.
     void take_targets(const RowBlock<In>& block, std::int64_t row, const WeightTile<In>& weight, T* z,
                       T* largest) const {
         each_target(block, row, row + S::panel, weight, [&](std::int64_t i, std::int64_t place, std::int64_t column) {

@@ -122,8 +122,8 @@ def absorb(
         best[0].copy_(torch.where(better, top, best[0]))
         best[1].copy_(torch.where(better, indices + first, best[1]))
     shift = torch.maximum(sums.shift, top)
-    moved = sums.shift - shift
-    shrink = moved.exp()
+    shift_change = sums.shift - shift
+    shrink = shift_change.exp()
     sums.shift.copy_(shift)
     z -= shift.unsqueeze(1)
     # For the entropy z is needed once more after the exponential, so that goes elsewhere: into e, where that fits.
@@ -132,14 +132,14 @@ def absorb(
     exps.scatter_(1, column, exps.gather(1, column).masked_fill(here.unsqueeze(1), 0.0))
     if entropy:
         z = z.clamp_(min=START).mul_(exps)  # the clamp turns 0 * -inf of masked entries into 0
-        sums.zothers.copy_(shrink * (sums.zothers + moved * sums.others) + z.sum(1))
+        sums.zothers.copy_(shrink * (sums.zothers + shift_change * sums.others) + z.sum(1))
     sums.others.copy_(shrink * sums.others + exps.sum(1))
     if e is not None:
         _deliver(exps, slope, e)
     if ze is not None:
         _deliver(z, slope, ze)
     if b is not None and a is not None:
-        b.addcmul_(a, moved.unsqueeze(1)).mul_(shrink.unsqueeze(1))
+        b.addcmul_(a, shift_change.unsqueeze(1)).mul_(shrink.unsqueeze(1))
     if a is not None:
         a.mul_(shrink.unsqueeze(1))
 

@@ -122,9 +122,9 @@ def forward(
     blocks = []
     for r0, r1 in row_blocks(n, kept, hidden.device):
         rows = slice(r0, r1)
-        part = Cache(cache.tiles[rows], cache.shifts[rows]) if cache is not None and r0 < kept else None
+        block_cache = Cache(cache.tiles[rows], cache.shifts[rows]) if cache is not None and r0 < kept else None
         block = _fold_vocabulary(
-            hidden[rows], weight, targets[rows], bias, transform, grads=grads, entropy=entropy, cache=part,
+            hidden[rows], weight, targets[rows], bias, transform, grads=grads, entropy=entropy, cache=block_cache,
             epilogue=epilogue,
         )  # fmt: skip
         blocks.append(block)
@@ -193,8 +193,8 @@ def _fold_vocabulary(
             e = cache.tiles[:, v0:v1]
         elif second is not None:
             e, ze = second[:, : v1 - v0], low
-        part = None if bias is None else bias[v0:v1]
-        epilogue.absorb(u, targets, v0, part, transform, sums, entropy=entropy, e=e, ze=ze, a=a, b=b)
+        tile_bias = None if bias is None else bias[v0:v1]
+        epilogue.absorb(u, targets, v0, tile_bias, transform, sums, entropy=entropy, e=e, ze=ze, a=a, b=b)
         if a is not None and e is not None:
             accumulate(a, e, w)
         if b is not None and ze is not None:
@@ -255,7 +255,7 @@ def backward(
         w = operand(weight[v0:v1])  # (T, H)
         dw = torch.zeros_like(w, dtype=acc_dtype) if d_weight is not None else None
         db = torch.zeros(v1 - v0, dtype=acc_dtype, device=w.device)
-        part = None if bias is None else bias[v0:v1]
+        tile_bias = None if bias is None else bias[v0:v1]
         for r0, r1 in blocks:
             rows = slice(r0, r1)
             h = operand(hidden[rows])
@@ -265,7 +265,7 @@ def backward(
             if cache is not None and scales is not None and r0 < kept:
                 epilogue.kept_gradient(cache.tiles[rows, v0:v1], targets[rows], v0, scales[i, rows], c.target, du)
             else:
-                epilogue.softmax_gradient(product_into(h, w.t(), u), targets[rows], v0, part, transform, c, du)
+                epilogue.softmax_gradient(product_into(h, w.t(), u), targets[rows], v0, tile_bias, transform, c, du)
             if d_hidden is not None:
                 accumulate(d_hidden[rows], du, w)
             if dw is not None:

@@ -78,7 +78,7 @@ def test_the_gradient_in_a_tiles_products(name):
         du = torch.empty_like(tile)
         epilogue.softmax_gradient(tile, TARGETS, v0, bias[v0 : v0 + WIDTH], transform, c, du)
         torch.testing.assert_close(du, exact[:, v0 : v0 + WIDTH], rtol=1e-12, atol=1e-14)
-    assert c.rows(slice(1, 3)).entropy is None and torch.equal(c.rows(slice(1, 3)).target, at_target[1:3])
+    assert c.rows(slice(1, 3)).entropy_factor is None and torch.equal(c.rows(slice(1, 3)).target, at_target[1:3])
 
 
 def test_a_cached_tile_is_scaled_and_gets_its_target():
