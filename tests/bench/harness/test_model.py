@@ -10,6 +10,7 @@ from fastalign import linear_logprobs
 from fastalign.ops.head import divergence_tiles, logprobs_tiles, tiling
 from fastalign.ops.head.divergence_terms import Divergence
 from fastalign.ops.head.epilogue import TORCH
+from fastalign.ops.head.products import accumulate as add_product
 from fastalign.ops.head.products import product_into
 from fastalign.ops.head.transform import LogitTransform
 
@@ -66,7 +67,7 @@ def counted(monkeypatch):
 
         return run
 
-    original = {"product": product_into, "accumulate": accumulate}
+    original = {"product": product_into, "accumulate": add_product}
     monkeypatch.setattr(tiling, "logprobs_tile_shape", lambda device: TILE)
     monkeypatch.setattr(logprobs_tiles, "product_into", product)
     monkeypatch.setattr(logprobs_tiles, "accumulate", accumulate)
