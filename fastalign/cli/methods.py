@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastalign.cli import table
+from fastalign.errors import ConfigError
 from fastalign.options import check_keys, from_mapping, one_of
 
 
@@ -57,7 +58,7 @@ REGULARIZERS = {
 }
 
 
-def load(name: str) -> Any:
+def load_class(name: str) -> Any:
     """The class that a row calls `module:name`."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -72,8 +73,16 @@ def commands() -> dict[str, str]:
 
 
 def method_of(config: object) -> Method:
-    """The row of METHODS whose options are `config`."""
-    return next(method for method in METHODS.values() if load(method.config) is type(config))
+    """The row of METHODS whose options are `config`.
+
+    Raises:
+        ConfigError: No row has options of that class.
+    """
+    for method in METHODS.values():
+        if load_class(method.config) is type(config):
+            return method
+    known = ", ".join(method.config.partition(":")[2] for method in METHODS.values())
+    raise ConfigError(f"config is of type {type(config).__name__}; expected one of {known}.")
 
 
 def check_regularizers(options: Sequence[Mapping[str, Any]] | None) -> None:
@@ -99,6 +108,6 @@ def build_regularizers(options: Sequence[Mapping[str, Any]] | None) -> list:
     """
     check_regularizers(options)
     return [
-        from_mapping(load(REGULARIZERS[mapping["name"]]), {k: v for k, v in mapping.items() if k != "name"})
+        from_mapping(load_class(REGULARIZERS[mapping["name"]]), {k: v for k, v in mapping.items() if k != "name"})
         for mapping in options or []
     ]

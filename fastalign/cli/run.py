@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.cli.methods import build_regularizers, load, method_of
+from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.files import load_rows
@@ -57,7 +57,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
             dropout=options.lora_dropout,
             targets=options.lora_targets,
         )
-    trainer = load(method_of(config).trainer)(
+    trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
         regularizers=regularizers,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     from fastalign.cli.run import run_training
 
     transformers_logging.disable_progress_bar()  # one bar at a time: ours
-    config = from_mapping(methods.load(methods.METHODS[row].config), of_method)
+    config = from_mapping(methods.load_class(methods.METHODS[row].config), of_method)
     args.run_folder = Path(config.output_dir)
     run_training(of_run, config)
     return 0
@@ -106,7 +106,7 @@ def _is_newer(key: str, row: str) -> bool:
 
     if version("transformers") == table.read()["transformers"]:
         return False  # the table is complete, so the seconds of the import are spared
-    return key in {f.name for f in fields(methods.load(methods.METHODS[row].config)) if f.init}
+    return key in {f.name for f in fields(methods.load_class(methods.METHODS[row].config)) if f.init}
 
 
 def _check_files(run: RunOptions, of_method: Mapping[str, Any], paths: Iterable[str]) -> None:

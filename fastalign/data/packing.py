@@ -4,10 +4,16 @@ A group is one prompt and its completions. In a packed row the prompt lies once,
 positions of each completion continue where the prompt's end, as if the others were not there. For a prompt of three
 tokens, a pair of completions, and the next prompt:
 
-    tokens      p0  p1  p2 | a0  a1 | b0 | q0  q1 ...        score_index  p2  a0  p2
-    positions    0   1   2 |  3   4 |  3 |  0   1 ...        targets      a0  a1  b0
-    sees        prompt     | prompt | prompt                 cu_seqlens   0       2   3
-                           | and a  | and b
+    place        0   1   2 |  3   4 |  5 |  6   7 |  8 |  9  10
+    tokens      p0  p1  p2 | a0  a1 | b0 | q0  q1 | c0 | d0  d1
+    positions    0   1   2 |  3   4 |  3 |  0   1 |  2 |  2   3
+    sees        p          | p a    | pb | q      | qc | q d
+
+The scored tokens are those of the completions. Their lists, without the prompts:
+
+    targets     a0  a1 | b0 | c0 | d0  d1     the scored tokens
+    score_index  2   3 |  2 |  7 |  7   9     the place of the hidden state that predicts each of them
+    cu_seqlens   0       2    3    4      6   where each completion begins in these lists, and where the last one ends
 
 Two separate rows p a and p b would give the same hidden states, but compute the prompt twice. Which token may see which
 is enforced by the model's attention (fastalign/models/attention.py).
@@ -29,6 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import InputError
+
+# What `lay_out` takes, from the fewest tokens to the most.
+LAYOUTS = ("shared", "packed", "padded")
 
 
 class Group(NamedTuple):
@@ -56,8 +65,9 @@ class PackedBatch:
         score_index: (S,) int64, positions in the flattened hidden states, (T, H) or (R * L, H), that predict the scored
             tokens. The last prompt token is listed once per completion.
         targets: (S,) int64, the scored tokens; None if only hidden states are wanted.
-        cu_seqlens: (C + 1,) int64, offsets into the S scored tokens: completion i has those from cu_seqlens[i] to
-            cu_seqlens[i + 1]. Completions are in the order of the groups, and of each group's completions.
+        cu_seqlens: offsets into the S scored tokens (not into the row), (C + 1,) int64: completion i has those from
+            cu_seqlens[i] to cu_seqlens[i + 1]. Completions are in the order of the groups, and of each group's
+            completions.
         completion_lengths: (C,) int64, tokens of each completion, scored or not.
         filling: how many tokens at the end of a packed row are fillers that `pad_to_multiple` added.
     """
@@ -93,6 +103,9 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
         share_prompts: whether a prompt lies in the row once for all its completions. If False, each completion gets its
             own copy of the prompt. `targets`, `cu_seqlens` and the results are the same either way.
 
+    Returns:
+        The batch, with input_ids and position_ids (1, T), a layout, and no attention_mask.
+
     Raises:
         InputError: there are no examples, a field is missing, a completion is missing or empty, a mask has another
             shape than the completions, or a token id is negative.
@@ -123,6 +136,10 @@ def pad_to_multiple(batch: PackedBatch, multiple: int) -> PackedBatch:
     Args:
         batch: a packed row; padded rows are returned as they are.
         multiple: what the length must be a multiple of.
+
+    Returns:
+        The batch with a longer row. Its scored tokens are the same, so are `score_index`, `targets` and `cu_seqlens`.
+        The batch itself if its length is such a multiple already.
     """
     length = batch.input_ids.shape[1]
     if batch.layout is None or batch.position_ids is None or not (more := -length % multiple):
@@ -142,6 +159,9 @@ def pad(examples: Sequence[Mapping], pad_token_id: int) -> PackedBatch:
     Args:
         examples: as for `pack`. A prompt is repeated for each of its completions.
         pad_token_id: the token that fills the rows; it is masked, so any token of the vocabulary will do.
+
+    Returns:
+        The batch, with input_ids and attention_mask (R, L), one row per completion. It has no position_ids nor layout.
 
     Raises:
         InputError: as for `pack`, and if `pad_token_id` is None or negative.
@@ -246,7 +266,15 @@ def lay_out(examples: list[dict], layout: str, pad_token_id: int) -> PackedBatch
         layout: what `fastalign.models.prepare` returned for the model: "shared" (packed, each prompt once), "packed"
             (each completion with its own prompt) or "padded".
         pad_token_id: fills the rows if the layout is "padded".
+
+    Returns:
+        What `pad` returns if the layout is "padded", else what `pack` returns.
+
+    Raises:
+        InputError: the layout is unknown, or as for `pack` and `pad`.
     """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}, as `prepare` returns it.")
     if layout == "padded":
         return pad(examples, pad_token_id)
     return pack(examples, share_prompts=layout == "shared")

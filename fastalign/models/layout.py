@@ -84,7 +84,7 @@ def _base_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-# Two groups of (prompt, completions); tokens count from the middle of the vocabulary, away from special tokens.
+# Two groups of (prompt, completions); tokens count from a third of the vocabulary, away from special tokens.
 _PROBE = (
     ([0, 1, 2], [[3, 4, 5], [6, 7]]),
     ([8, 9], [[10], [11, 12, 13]]),
@@ -138,6 +138,10 @@ class _Baseline:
         # - a wrong layout (one visible token too many, or a wrong position): 0.1 to 2;
         # - rounding, by the same attention: under 5e-6 in float32, 1.3 eps in bfloat16, over 30 layers;
         # - rounding, by two kinds of attention, which round differently at every layer: 9 eps in bfloat16.
+        # Both thresholds lie between rounding and a wrong layout:
+        # - `same`, for two results of the same attention: 4 eps, three times what was seen;
+        # - `close`, for results of two kinds of attention: 16 eps, nearly twice what was seen.
+        # In float32, whose eps is tiny, both are 1e-4.
         context, eps = _distance(self.hidden, others).mean(), torch.finfo(others.dtype).eps
         self.same, self.close = (max(1e-4, share * eps) * context for share in (4, 16))
         # The first scored token of both completions is predicted from the same prompt; only later tokens differ.
@@ -149,7 +153,7 @@ class _Baseline:
             )
 
     def mismatch(self, body: PreTrainedModel, *, share_prompts: bool) -> str | None:
-        """Why a packed row, by the attention that the model has now, gives other hidden states; None if it does not.
+        """Reason why the current attention gives wrong hidden states for a packed row, or None.
 
         Two comparisons, so that the reason can be named: separate rows with the baseline (is the attention the same
         function?), and the packed row with separate rows (does the layout keep sequences apart?).

@@ -1,10 +1,11 @@
 """Linear layers that add a LoRA adapter before the result is rounded, and that use the faster product of a CPU.
 
-**The adapter is summed before rounding.** peft computes `result + lora_B(lora_A(x)) * scaling`. In 16 bits `result` is
-rounded by then. What the adapter adds is lost wherever it is smaller than half a unit in the last place of `result`.
-This happens at every step, not only on average, so a young adapter has hardly any effect and learns late. The sum also
-takes three more passes over the layer's output in forward, and three in backward. Here the adapter's product is
-accumulated into the layer's product in float32, and the sum is rounded once.
+**The adapter is summed before rounding.** peft computes `result + lora_B(lora_A(x)) * scaling`. In 16 bits `result` has
+been rounded before the adapter is added. What the adapter adds is lost wherever it is smaller than half a unit in the
+last place of `result`. It is lost at every step, because rounding does not average out. So a young adapter, which adds
+little, has hardly any effect and learns late. The sum also takes three more passes over the layer's output in forward,
+and three in backward. Here the adapter's product is accumulated into the layer's product in float32, and the sum is
+rounded once.
 
 **Which product is used.** Adapter factors are float32; where products are in 16 bits they are rounded to 16 bits first,
 as autocast does.
@@ -51,7 +52,7 @@ def speed_up_linear(model: nn.Module) -> None:
             module.forward = types.MethodType(_lora_linear, module)
 
 
-def keep_few_primitives() -> None:
+def limit_onednn_cache() -> None:
     """Limits oneDNN's cache to 64 compiled products, unless the environment sets a limit. Call it before the first one.
 
     The default is 1024 products of a third of a megabyte each, one per shape. Packed rows have a new length every step,
@@ -104,12 +105,12 @@ def _linear(self: nn.Linear, x: Tensor) -> Tensor:
     if not _is_plain(x, self.weight) or x.is_cuda:
         return type(self).forward(self, x)
     dtype = _result_dtype(x, self.weight)
-    if not _is_slow(dtype, x.dtype, self.weight.dtype):
+    if not _has_faster_product(dtype, x.dtype, self.weight.dtype):
         return type(self).forward(self, x)
     return LoraLinearCpu.apply(x, self.weight, self.bias, None, None, 0.0, dtype)
 
 
-def _is_slow(result: torch.dtype, *inputs: torch.dtype) -> bool:
+def _has_faster_product(result: torch.dtype, *inputs: torch.dtype) -> bool:
     """Whether the CPU has a faster product of these dtypes than torch's own."""
     float32 = all(dtype == result == torch.float32 for dtype in inputs)
     return not has_native_matmul(result) or (float32 and _onednn_for_float32())
@@ -125,10 +126,11 @@ def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     if x.is_cuda and not _is_fast_on_gpu(weight, dtype, rank=lora.a.shape[0]):
         return type(self).forward(self, x)
     if is_disabled(self):
-        # The reference must have the policy's bits where their weights are equal. So it takes the policy's product
-        # with B = 0, except where peft's forward gives the same bits:
+        # With the adapter off, the result must be bit-identical to the policy with B = 0. We run the fused kernel with
+        # B = 0, except where peft's forward is known to give the same bits:
         # - the adapter has dropout: then the policy, while it is trained, does not take the fused product either;
-        # - on a CPU, the two products are separate, or columns of zeros do not change the bits of one product.
+        # - on a CPU, the layer's and the adapter's product are computed separately, or they are one product whose bits
+        #   do not change when columns of zeros are appended.
         same_bits = lora.dropout > 0 or (not x.is_cuda and (not _fuses_adapter(dtype) or _zeros_keep_bits()))
         if same_bits:
             return type(self).forward(self, x)
@@ -165,7 +167,9 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class LoraLinearCpu(torch.autograd.Function):
-    """`x W' + bias + s (x A') B'` on a CPU, accumulated once and rounded once.
+    """`x W' + bias + s (x A') B'` on a CPU, accumulated once and rounded once; without an adapter `x W' + bias`.
+
+    Plain `nn.Linear` layers use it too, with a = b = None.
 
     Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in) and b (out, r) or both None (no adapter),
     the scaling s, and the dtype of the result (..., out).
@@ -174,20 +178,20 @@ class LoraLinearCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
         """The result, (..., out)."""
-        wide, w = _operand(_rows(x), dtype), _operand(weight, dtype)  # (T, in), (out, in)
+        rows, w = _operand(_as_rows(x), dtype), _operand(weight, dtype)  # (T, in), (out, in)
         bias_ = None if bias is None else _operand(bias, dtype)
         xa: Any = None
         with torch.autocast(x.device.type, enabled=False):
             if a is not None:
-                xa = _linear_product(wide, _operand(a, dtype))  # (T, r)
+                xa = _linear_product(rows, _operand(a, dtype))  # (T, r)
             if a is None:
-                out = _linear_product(wide, w, bias_)  # (T, out)
+                out = _linear_product(rows, w, bias_)  # (T, out)
             elif _fuses_adapter(dtype):  # (T, in + r) x (out, in + r)'
-                out = linear(torch.cat([wide, xa], 1), torch.cat([w, _operand(b * scaling, dtype)], 1), bias_)
+                out = linear(torch.cat([rows, xa], 1), torch.cat([w, _operand(b * scaling, dtype)], 1), bias_)
             else:
-                out = _linear_product(wide, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
+                out = _linear_product(rows, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
-        # The input is kept once, in its own dtype, and only if a gradient needs it.
+        # The input is saved once, in its original dtype, and only if a gradient needs it.
         ctx.save_for_backward(x if of_weight or of_a or of_b else None, weight, a, b, xa if of_b else None)
         ctx.scaling, ctx.dtype, ctx.x, ctx.has_adapter = scaling, dtype, (x.shape, x.dtype), a is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -204,8 +208,8 @@ class LoraLinearCpu(torch.autograd.Function):
         d_weight = d_bias = d_a = d_b = None
         d_x: Any = None
         with torch.autocast(grad.device.type, enabled=False):
-            g, w = _operand(_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out), (out, in)
-            wide: Any = None if x is None else _operand(_rows(x), ctx.dtype)  # (T, in)
+            g, w = _operand(_as_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out), (out, in)
+            rows: Any = None if x is None else _operand(_as_rows(x), ctx.dtype)  # (T, in)
             # The gradient of x A', (T, r).
             ga: Any = (
                 product(g, _operand(b * ctx.scaling, ctx.dtype).t()) if ctx.has_adapter and (of_x or of_a) else None
@@ -219,13 +223,13 @@ class LoraLinearCpu(torch.autograd.Function):
             if of_x:
                 d_x = d_x.view(ctx.x[0]).to(ctx.x[1])
             if of_weight:
-                d_weight = product(g.t(), wide.t()).to(weight.dtype)
+                d_weight = product(g.t(), rows.t()).to(weight.dtype)
             if of_bias:
                 d_bias = g.sum(0).to(ctx.bias_dtype)
             if of_a:
-                d_a = product(ga.t(), wide.t()).to(a.dtype)
+                d_a = product(ga.t(), rows.t()).to(a.dtype)
             if of_b:
-                xa = product(wide, _operand(a, ctx.dtype)) if twice else xa
+                xa = product(rows, _operand(a, ctx.dtype)) if twice else xa
                 d_b = product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # (r, out)' is twice as fast as (out, r)
         return d_x, d_weight, d_bias, d_a, d_b, None, None
 
@@ -236,19 +240,19 @@ class LoraLinearGpu(torch.autograd.Function):
     Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r), and the scaling s; the result
     is (..., out). The weight gets no gradient.
 
-    The layer's product is added onto half of twice the adapter's product (`beta=0.5`). Doubling and halving are exact,
-    so this changes no number, but it makes cuBLAS add in its float32 accumulator. With `beta=1` cuBLAS on an H200
-    rounds the layer's product first (its kernels are named "badd"), and the adapter is lost as it is with peft.
-    The rounded factors are kept for the backward pass; they are small.
+    We compute 2 * (adapter), then ask cuBLAS for 0.5 * that + x W'. The number is the same, since doubling and halving
+    are exact, but cuBLAS then adds in float32. With a factor of 1 instead of 0.5, cuBLAS on an H200 rounds x W' to 16
+    bits first (its kernels are named "badd"), and the adapter is lost as it is with peft. The factors A and 2 s B in 16
+    bits are saved for the backward pass; they are small.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         """The result, (..., out)."""
-        wide, a16 = _rows(x).to(weight.dtype), a.to(weight.dtype)
+        rows, a16 = _as_rows(x).to(weight.dtype), a.to(weight.dtype)
         b16 = torch.mul(b, 2 * scaling, out=torch.empty_like(b, dtype=weight.dtype))
-        xa = torch.mm(wide, a16.t())  # (T, r)
-        out = torch.mm(xa, b16.t()).addmm_(wide, weight.t(), beta=0.5)  # (T, out)
+        xa = torch.mm(rows, a16.t())  # (T, r)
+        out = torch.mm(xa, b16.t()).addmm_(rows, weight.t(), beta=0.5)  # (T, out)
         if bias is not None:
             out += bias
         of_a, of_b = ctx.needs_input_grad[3:5]
@@ -262,18 +266,18 @@ class LoraLinearGpu(torch.autograd.Function):
         """The gradients of what `forward` was given."""
         x, weight, a, b, a16, b16, xa = ctx.saved_tensors
         of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
-        g, d_x, d_bias, d_a, d_b = _rows(grad), None, None, None, None  # (T, out)
-        wide: Any = None if x is None else _rows(x).to(weight.dtype)  # (T, in)
+        g, d_x, d_bias, d_a, d_b = _as_rows(grad), None, None, None, None  # (T, out)
+        rows: Any = None if x is None else _as_rows(x).to(weight.dtype)  # (T, in)
         if torch.is_grad_enabled():  # a second derivative is wanted: compute from the factors, not from kept copies
             a16, b16 = a.to(weight.dtype), (b * (2 * ctx.scaling)).to(weight.dtype)
-            xa = None if wide is None else torch.mm(wide, a16.t())
+            xa = None if rows is None else torch.mm(rows, a16.t())
         ga: Any = torch.mm(g, b16) if of_x or of_a else None  # (T, r), twice the gradient of x A'
         if of_x:
             d_x = torch.mm(ga, a16).addmm_(g, weight, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
             d_bias = g.sum(0).to(ctx.bias_dtype)
         if of_a:
-            d_a = _factor_gradient(a, ga.t(), wide, 0.5)
+            d_a = _factor_gradient(a, ga.t(), rows, 0.5)
         if of_b:
             d_b = _factor_gradient(b, g.t(), xa, ctx.scaling)
         return d_x, None, d_bias, d_a, d_b, None
@@ -291,5 +295,5 @@ def _factor_gradient(factor: Tensor, left: Tensor, right: Any, scaling: float) -
     return torch.mm(left, right).to(factor.dtype).mul_(scaling)
 
 
-def _rows(t: Tensor) -> Tensor:
+def _as_rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])

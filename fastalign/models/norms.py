@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import reference
+from fastalign.models.linear import PLAIN_TENSORS
 from fastalign.ops import rms_norm, swiglu
 from fastalign.ops.backends import cpu
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Tensors of other types may be quantised, or distributed over devices.
-ORDINARY = (Tensor, nn.Parameter)
 
 
 def speed_up_body(model: nn.Module) -> None:
@@ -105,7 +104,7 @@ def _on_gpu(t: Tensor) -> bool:
 def _takes(*tensors: Tensor) -> bool:
     """Whether all are ordinary floating tensors on a GPU, or can be read by the native module."""
     if all(map(_on_gpu, tensors)):
-        return all(t.dtype in FLOATS and type(t) in ORDINARY for t in tensors)
+        return all(t.dtype in FLOATS and type(t) in PLAIN_TENSORS for t in tensors)
     return not (cpu.why_not(*tensors) or cpu.why_no_kernel("rms_norm"))
 
 

@@ -1,11 +1,12 @@
-"""Log-probabilities under the reference: the model as it was when training started, never one loaded again.
+"""Log-probabilities under the reference, the model as it was when training started. No second model is loaded.
 
-There are two ways to have them.
+There are two ways to compute them.
 
 - `ReferenceWeights` is a copy of the trainable weights, mostly a few megabytes of adapters. A forward pass runs with
   the copy in place of the trained weights.
 - `precompute` runs the data set through the model once, before training. It stores one number per scored token on
-  disk, under a key of the token ids and of the weights. So another loss, beta or batch size needs no new pass.
+  disk, under a key made from the token ids and the weights. A later run with another loss, beta or batch size reads
+  them from there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Reference:
     """What an objective compares the model with, and the checks that it is what training started from.
 
     Attributes:
-        weights: A copy of the trainable weights. None if the log-probs of every row are stored.
+        weights: A copy of the trainable weights. None only if the log-probs of every row are stored and the model has
+            no adapter. The first step then scores the model as it is, which is the reference.
         dtype: What the model's products are rounded to. It bounds how far stored log-probs may be off.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
         moves: Whether `weights` follow the model while it is trained (TR-DPO).
@@ -59,18 +61,26 @@ class Reference:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to save: the weights, if they move."""
+        """What a checkpoint has to save: {name: copied weight in its shape and dtype} if they move, else nothing."""
         weights = self.weights.values if self.weights and self.moves else []
         return {f"reference.{i}": value for i, value in enumerate(weights)}
 
     def logprobs(self, batch: Batch, policy: Tensor, score_with: ScoreWith, *, first: bool) -> Tensor:
         """(S,) the completions' log-probs under the reference: stored ones, or from a forward pass.
 
+        The first step always runs the forward pass, to check what is stored. Where `weights` is None that pass uses the
+        model's weights as they are, which are the reference's until the first update.
+
         Args:
             batch: The micro-batch. Stored log-probs are its column "ref_logprobs".
-            policy: (S + batch.prompt_tokens,) the same tokens' log-probs under the model.
+            policy: (S + batch.prompt_tokens,) log-probs under the model: first those of the S completion tokens, then
+                those of scored prompt tokens, which are ignored.
             score_with: Scores the micro-batch under given weights.
             first: Whether this is the first step: the model has had no update, so both must agree. That is checked.
+
+        Raises:
+            ModelError: In the first step the model's log-probs differ from the reference's.
+            DataError: In the first step stored log-probs differ from computed ones by more than rounding.
         """
         stored, scored = batch.columns.get("ref_logprobs"), policy.shape[0] - batch.prompt_tokens
         if stored is not None and not first:
@@ -116,6 +126,10 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     At that moment both are the same weights, so every log-ratio and every margin must be 0. A difference shows a wrong
     reference or a model that draws at random. Training would go on without a sign of it, with rewards that mean
     nothing.
+
+    Args:
+        policy: (S,) log-probs in nats under the model.
+        reference: (S,) those under the reference.
     """
     off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
     if not off <= limit:  # also true for NaN
@@ -157,7 +171,7 @@ def product_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
 def precompute(
     dataset: Dataset,
     score: Callable[[list[dict]], tuple[PackedBatch, Tensor]],
-    weights: str,
+    fingerprint: str,
     cache_dir: str | Path | None = None,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
@@ -165,13 +179,13 @@ def precompute(
     Args:
         dataset: Tokenised rows.
         score: Takes rows, returns their batch and its (S,) log-probs.
-        weights: The model's `fingerprint`, which names the file.
+        fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
-    path = cache_folder(cache_dir) / "ref_logprobs" / f"{weights}.safetensors"
+    path = cache_folder(cache_dir) / "ref_logprobs" / f"{fingerprint}.safetensors"
     known = _read(path)
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
     missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]

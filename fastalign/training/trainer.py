@@ -30,7 +30,7 @@ from fastalign.errors import ConfigError
 from fastalign.memory import measure
 from fastalign.models.adapters import add_adapter, causal_lm
 from fastalign.models.fit import check_fit
-from fastalign.models.linear import keep_few_primitives
+from fastalign.models.linear import limit_onednn_cache
 from fastalign.models.loading import load_model, load_tokenizer
 from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
 from fastalign.models.scoring import prepare
@@ -59,7 +59,7 @@ class AlignmentTrainer(Trainer):
         processing_class: The tokenizer; None: the one beside the model, which must then be given by its name.
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
-        objective: Builds what is minimised from `args`.
+        objective: Called with `args`, returns the `Objective` to minimise.
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         **trainer_options: Further arguments of `transformers.Trainer`.
@@ -69,10 +69,13 @@ class AlignmentTrainer(Trainer):
         layout: How batches are laid out: "shared", "packed" or "padded".
         reference: What the objective compares with; None if it needs no reference.
         terms: The regularisers' terms, each called with every micro-batch.
-        rates: Factor of the learning rate by the id of a parameter, for regularisers that set one per layer.
+        rates: {id(parameter): factor of its learning rate}, for regularisers that set one per layer. A missing
+            parameter has the factor 1.
 
     Raises:
-        FastAlignError: Before any training step, for whatever would fail later.
+        ConfigError: An option or a combination of options would fail later.
+        DataError: The rows do not suit the method, or do not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
 
     # Trainer.training_step would divide the loss by the number of micro-batches. The objective has divided it by the
@@ -101,7 +104,7 @@ class AlignmentTrainer(Trainer):
         regularizers: Sequence = (),
         **trainer_options,
     ):
-        keep_few_primitives()
+        limit_onednn_cache()
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
@@ -117,7 +120,7 @@ class AlignmentTrainer(Trainer):
             model, args, None, train_dataset, eval_dataset, tokenizer, callbacks=callbacks, **trainer_options
         )
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
-        self.layout = _find_layout(model, args)
+        self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
         install_callbacks(self)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
@@ -148,7 +151,7 @@ class AlignmentTrainer(Trainer):
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
 
     def keep_start(self) -> ReferenceWeights:
-        """Keeps a copy of the weights that training starts from: that of the reference, unless it moves."""
+        """Returns a copy of the initial weights; reuses the reference's copy if the reference is fixed."""
         if self._start is None:
             shared = self.reference.weights if self.reference and not self.reference.moves else None
             self._start = shared or ReferenceWeights(self.model)
@@ -193,7 +196,18 @@ class AlignmentTrainer(Trainer):
         return Totals(*totals.unbind())
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch: Any = None):
-        """The loss of one micro-batch of training. Losses of a step's micro-batches add up to the loss of the step."""
+        """The loss of one micro-batch of training. Losses of a step's micro-batches add up to the loss of the step.
+
+        Args:
+            model: The model as training calls it, with its wrappers.
+            inputs: What the collator returns: {"batch": Batch}.
+            return_outputs: Whether to return (loss, {}) instead of the loss.
+            num_items_in_batch: Despite its name the `Totals` of the step: the Trainer passes on what
+                `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
+
+        Returns:
+            The loss, a scalar.
+        """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
@@ -214,7 +228,17 @@ class AlignmentTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
-        """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch."""
+        """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch.
+
+        Args:
+            model: The model as training calls it, with its wrappers.
+            inputs: What the collator returns: {"batch": Batch}.
+            prediction_loss_only: Has no effect: there are no predictions.
+            ignore_keys: Has no effect.
+
+        Returns:
+            (loss, None, None): a scalar, and neither predictions nor labels.
+        """
         weights = self.reference.weights if self.reference else None
         with self.compute_loss_context_manager():
             loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
@@ -249,7 +273,7 @@ class AlignmentTrainer(Trainer):
         load_extra_state(resume_from_checkpoint, extra_state(self))
 
 
-def _find_layout(model: nn.Module, args: AlignmentConfig) -> str:
+def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
     return "packed" if layout == "shared" and not args.share_prompts else layout

@@ -16,8 +16,8 @@ from fastalign.regularizers.replay import Replay
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_row_names_a_config_and_a_trainer(name):
     row = methods.METHODS[name]
-    assert issubclass(methods.load(row.config), TrainingArguments)
-    assert issubclass(methods.load(row.trainer), Trainer)
+    assert issubclass(methods.load_class(row.config), TrainingArguments)
+    assert issubclass(methods.load_class(row.trainer), Trainer)
     assert row.title and row.help
 
 
@@ -29,6 +29,8 @@ def test_each_method_and_each_loss_is_a_command():
 
 def test_method_of_a_config(tmp_path):
     assert methods.method_of(PreferenceConfig(output_dir=str(tmp_path))) is methods.METHODS["preference"]
+    with pytest.raises(ConfigError, match=r"config is of type dict; expected one of SFTConfig, Dist"):
+        methods.method_of({})
 
 
 def test_regularizers_are_built_from_their_names():

@@ -77,8 +77,10 @@ def test_the_table_is_what_the_installed_classes_have(generated):
         "losses": [*PAIRWISE, *UNPAIRED],
         "aliases": list(ALIASES),
         "inherited": options_of(TrainingArguments),
-        "methods": {name: options_of(methods.load(row.config), INHERITED) for name, row in methods.METHODS.items()},
-        "regularizers": {name: options_of(methods.load(cls)) for name, cls in methods.REGULARIZERS.items()},
+        "methods": {
+            name: options_of(methods.load_class(row.config), INHERITED) for name, row in methods.METHODS.items()
+        },
+        "regularizers": {name: options_of(methods.load_class(cls)) for name, cls in methods.REGULARIZERS.items()},
     }
     held = json.loads(table.FILE.read_text(encoding="utf-8"))
     if {**held, "transformers": ""} == {**content, "transformers": ""}:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from fastalign.data.packing import Group, pack, pad, pad_to_multiple
+from fastalign.data.packing import Group, lay_out, pack, pad, pad_to_multiple
 from fastalign.errors import InputError
 
 PAIR = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]]}
@@ -94,7 +94,7 @@ def test_batches_cross_process_borders_of_data_loader_workers():
     assert batch.layout == pack([PAIR]).layout and batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("lay_out", [pack, lambda examples: pad(examples, 0)], ids=["pack", "pad"])
+@pytest.mark.parametrize("function", [pack, lambda examples: pad(examples, 0)], ids=["pack", "pad"])
 @pytest.mark.parametrize(
     "example, message",
     [
@@ -106,15 +106,31 @@ def test_batches_cross_process_borders_of_data_loader_workers():
         ({"prompt_ids": [-1], "completion_ids": [[2]]}, "Found the token id -1"),
     ],
 )
-def test_bad_examples_are_named(lay_out, example, message):
+def test_bad_examples_are_named(function, example, message):
     with pytest.raises(InputError, match=message):
-        lay_out([PAIR, example])
+        function([PAIR, example])
 
 
 def test_no_examples_and_no_padding_token():
-    for lay_out in (pack, lambda examples: pad(examples, 0)):
+    for function in (pack, lambda examples: pad(examples, 0)):
         with pytest.raises(InputError, match="no examples"):
-            lay_out([])
+            function([])
     for token in (None, -1):
         with pytest.raises(InputError, match=f"pad_token_id is {token}"):
             pad([PAIR], token)
+
+
+def test_the_numbers_of_the_drawing_in_the_modules_docstring():
+    p, a, b, q, c, d = [1, 2, 3], [4, 5], [6], [7, 8], [9], [10, 11]
+    pairs = [{"prompt_ids": p, "completion_ids": [a, b]}, {"prompt_ids": q, "completion_ids": [c, d]}]
+    batch = pack(pairs)
+    assert batch.position_ids is not None and batch.targets is not None
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 2, 3]
+    assert batch.targets.tolist() == [*a, *b, *c, *d]
+    assert batch.score_index.tolist() == [2, 3, 2, 7, 7, 9]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 4, 6]
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(InputError, match="layout is 'shard'; expected one of shared, packed, padded"):
+        lay_out([PAIR], "shard", 0)
