@@ -15,8 +15,9 @@ def test_a_recipe_runs(name, tiny_llama, tokenizer, tmp_path):
     options = read_recipe(name)
     assert options["title"] and (RECIPES / name / "README.md").exists()
     overrides = {
-        "model": tmp_path / "model", "output_dir": tmp_path / "run", "max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "samples": 1, "max_new_tokens": 2,
-        "max_length": 4096, "disable_tqdm": "true",
+        "model": tmp_path / "model", "output_dir": tmp_path / "run", "max_steps": 2, "max_length": 4096,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "samples": 1, "max_new_tokens": 2,
+        "disable_tqdm": "true",
     }  # fmt: skip
     assert main(["train", name, *(f"{key}={value}" for key, value in overrides.items())]) == 0
     assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "run.json").exists()
