@@ -29,7 +29,7 @@ PICTURE = re.compile(r"\]\((\.\./[^)\s]*(?:bench|fastalign)/[^)\s]+\.png)\)")
 FORMULA = re.compile(r"log s\(|\^2|exp\(|max\(|\bs\(")
 GREEK = {
     r"\bs\(": "σ(", r"\bbeta\b": "β", r"\balpha\b": "α", r"\btau\b": "τ", r"\bdelta\b": "δ", r"\bgamma\b": "γ",
-    r"\be\b": "ε", r"\^2": "²",
+    r"\beps\b": "ε", r"\^2": "²",
 }  # fmt: skip
 
 

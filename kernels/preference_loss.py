@@ -212,8 +212,8 @@ def preference_loss_backward(
     return out
 
 
-# What `make gpu-check` compiles, and what each kernel may use. Some thousand tokens are moved, so what counts is that
-# there is one launch.
+# What `make gpu-check` compiles, and each kernel's budget (see linear_logprobs.py). Only some thousand tokens are moved, so
+# what counts is that there is one launch.
 _COUNTS = "i32, i32, i32, fp32, fp32, fp32, fp32"
 _FOUR = "*fp32:16, *fp32:16, *fp32:16, *fp32:16"
 CHECKS = [

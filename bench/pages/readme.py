@@ -23,8 +23,8 @@ TAX = ROOT / "fastalign" / "recipes" / "tax" / "results" / "tax.json"
 # (case of `ops`, what to call it)
 OPS = (
     ("frozen-float32-2048x576x49152-mask0", "log-probs and gradient, frozen head"),
-    ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens prompt"),
-    ("frozen-bfloat16-2048x576x49152-mask50", "half of the tokens prompt, bfloat16"),
+    ("frozen-float32-2048x576x49152-mask50", "the same, half of the tokens are prompt tokens"),
+    ("frozen-bfloat16-2048x576x49152-mask50", "half of the tokens are prompt tokens, bfloat16"),
 )
 GPU_OPS = (  # the same on a GPU, whose results lie in a folder of their own
     ("frozen-bfloat16-2048x576x49152-mask0", "2048 tokens, width 576, vocabulary 49152"),
@@ -47,7 +47,11 @@ TRAIN = (
 )
 # (suite, case, what to call it): beside the fastest of the others alone
 OTHERS = (
-    ("divergences", "forward_kl-float32-2048x576x49152-mask50", "forward KL to a teacher, and gradient, half prompt"),
+    (
+        "divergences",
+        "forward_kl-float32-2048x576x49152-mask50",
+        "forward KL to a teacher and gradient, half prompt tokens",
+    ),
     ("divergences", "reverse_kl-float32-2048x576x49152-mask50", "reverse KL, the same"),
     ("divergences", "jsd-float32-2048x576x49152-mask50", "JSD, the same"),
     ("fisher", "body-32x64", "Fisher information of 4 layers, 32 sequences of 64 tokens"),
@@ -59,10 +63,14 @@ SHORT = (
     *(("train", case, f"DPO step, {name}") for case, name in TRAIN[:4]),
     ("ops", "frozen-float32-2048x576x49152-mask0", "`linear_logprobs` and gradient, frozen output layer"),
     ("ops", "trainable-float32-2048x576x49152-mask0", "`linear_logprobs` and gradients, trained output layer"),
-    ("ops", "frozen-bfloat16-2048x576x49152-mask50", "`linear_logprobs`, bfloat16, half of the tokens prompt"),
-    ("divergences", f"forward_kl-{_HALF}", "forward KL to a teacher, half of the tokens prompt"),
-    ("divergences", f"reverse_kl-{_HALF}", "reverse KL to a teacher, half of the tokens prompt"),
-    ("divergences", f"jsd-{_HALF}", "JSD to a teacher, half of the tokens prompt"),
+    (
+        "ops",
+        "frozen-bfloat16-2048x576x49152-mask50",
+        "`linear_logprobs`, bfloat16, half of the tokens are prompt tokens",
+    ),
+    ("divergences", f"forward_kl-{_HALF}", "forward KL to a teacher, half of the tokens are prompt tokens"),
+    ("divergences", f"reverse_kl-{_HALF}", "reverse KL to a teacher, half of the tokens are prompt tokens"),
+    ("divergences", f"jsd-{_HALF}", "JSD to a teacher, half of the tokens are prompt tokens"),
 )
 SHOWN = {case: name for *_, case, name in (*OPS, *TRAIN, *OTHERS)}
 PLOT = "zen5/memory-frozen-float32-2048x576-mask0.png"  # where all of it was measured with two threads

@@ -58,7 +58,11 @@ class Coefficients(NamedTuple):
 
     def rows(self, rows: slice) -> Coefficients:
         """Those of some rows."""
-        return Coefficients(*(None if t is None else t[rows] for t in self))
+        shift, mean, logprob_factor, entropy_factor, target = self
+        return Coefficients(
+            shift[rows], mean[rows], logprob_factor[rows], None if entropy_factor is None else entropy_factor[rows],
+            target[rows],
+        )  # fmt: skip
 
 
 class Epilogue(NamedTuple):
