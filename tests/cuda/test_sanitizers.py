@@ -63,7 +63,7 @@ MORE_FAULTS = {
         "softmax_gradient", "thread", "    __syncthreads();  // du may", "    // du may", RACE
     ),
     "a narrow result without options is written in place before all is read": Fault(
-        "softmax_gradient", "thread", "    __syncthreads();  // as above", "    // as above", RACE
+        "softmax_gradient", "thread", "    __syncthreads();  // as in gradient_kernel", "    // as in it", RACE
     ),
     "a warp leaves the shuffle early": Fault(
         "online_softmax", "address", "    const float before = p.shift[row];\n    float",
@@ -75,7 +75,7 @@ MORE_FAULTS = {
     ),
     "offsets are believed": Fault("preference_loss", "address", "right ? end : begin", "end", OVERFLOW),
     "a chunk is overwritten while it is multiplied": Fault(
-        "accumulate_fisher", "thread", "        __syncthreads();  // before", "        // before", RACE
+        "accumulate_fisher", "thread", "        __syncthreads();  // the next chunk", "        // the next chunk", RACE
     ),
     "no barrier between a patch and its reading": Fault(
         "accumulate_fisher", "thread", "    __syncwarp();\n    for (int pack", "    for (int pack", RACE

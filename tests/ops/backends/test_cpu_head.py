@@ -355,7 +355,7 @@ def test_compiles_without_a_graph_break(frozen, compiler):
 # Of one forward and backward pass, in a process of its own, whose peak is not another test's.
 MEMORY = """
 import json, torch
-from bench.measure import peak_extra_memory
+from bench.harness.measure import peak_extra_memory
 from fastalign import linear_logprobs
 torch.set_num_threads(2)
 N, H = 256, 32
