@@ -6,6 +6,8 @@ DOCS   := .venv-docs
 BENCH  ?= ops --quick
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Two processes: the suite's tensors are small, so a process keeps one core busy.
+PYTEST_ARGS ?= -n 2
 # The CPU build; a torch that is already there (say, one for CUDA) is kept.
 TORCH  ?= torch==2.13.0
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
@@ -75,7 +77,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "!! failed: $$($(PYTHON) --version) found, Python 3.10 or newer needed; name one with make PYTHON=..." >&2; exit 1; }
 	$(QUIET) $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "   pip install $(TORCH)"; $(PIP) install -q "$(TORCH)"; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "   pip install $(TORCH)"; $(PIP) install -q $(TORCH); }
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch

@@ -25,6 +25,13 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 120
 
 
+def test_every_loss_is_in_the_table():
+    from fastalign.losses import PAIRWISE, UNPAIRED
+
+    rows = re.findall(r"^\| (?:pairs|labelled rows)[^|]*\|([^|]*)\|", README, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {*PAIRWISE, *UNPAIRED}
+
+
 def test_there_are_snippets():
     assert len(PYTHON) >= 2 and any("fastalign dpo" in block for block in SHELL)
 

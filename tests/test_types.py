@@ -10,13 +10,17 @@ import pytest
 
 RIGHT = """
 import torch
-from fastalign import EWC, L2SP, PreferenceConfig, PreferenceTrainer, SFTConfig
+from fastalign import EWC, L2SP, PreferenceConfig, PreferenceTrainer, SFTConfig, linear_logprobs
 
 config = PreferenceConfig(beta=0.1, loss_type="simpo", max_steps=3)
 reveal_type(PreferenceTrainer)
 reveal_type(config.beta)
 terms = [EWC(fisher="fisher.safetensors", strength=1.0), L2SP(strength=0.1)]
 SFTConfig(learning_rate=1e-4)
+hidden, weight, targets = torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
+linear_logprobs(hidden, weight, targets).sum().backward()
+logprobs, entropy = linear_logprobs(hidden, weight, targets, entropy=True)
+(logprobs.mean() + entropy.mean()).backward()
 """
 WRONG = {
     "PreferenceConfig(bata=0.1)": "bata",

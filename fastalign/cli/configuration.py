@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def recipes() -> list[str]:
     """The names of the recipes that ship with fastalign."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.parent.name for path in RECIPES.glob("*/recipe.yaml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         ConfigError: There is neither a recipe nor a file of that name, or the file is not valid.
     """
     if name in recipes():
-        return read_yaml(RECIPES / f"{name}.yaml")
+        return read_yaml(RECIPES / name / "recipe.yaml")
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"There is no recipe or file {name!r}; {nearest(name, recipes())}")

@@ -19,7 +19,8 @@ from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import lora_config
 from fastalign.models.loading import load_tokenizer
-from fastalign.report.page import format_number, write_report
+from fastalign.report.page import write_report
+from fastalign.report.rendering import format_number
 
 
 def run_training(options: RunOptions, config: AlignmentConfig) -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastalign.errors import ConfigError, InputError
 from fastalign.fused import fused_linear_kto, fused_linear_preference, have_target
 from fastalign.losses import canonical
+from fastalign.losses.numerics import log1mexp
 
 
 def _logits_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,7 +122,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
         """The loss and the tuple; `nll_target` (2B, T) holds the tokens that the NLL counts, if not `target`'s."""
         loss, aux = _pairs(lin_weight, _input, target, bias, nll_targets=nll_target, **self.options)
         chosen, rejected = aux[:2]
-        log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+        log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
         return loss, (*aux, nn.functional.logsigmoid(log_odds).mean(), log_odds.mean())
 
 
