@@ -56,8 +56,8 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_se
         )  # fmt: skip
 
 
-# What `make gpu-check` compiles, and each kernel's budget (see linear_logprobs.py). Two tiles of F lie in registers, and
-# three chunks of both operands in shared memory.
+# What `make gpu-check` compiles, with the budgets (see linear_logprobs.py). Two tiles of F lie in registers,
+# and three chunks of both operands in shared memory.
 _SIGNATURE = "*fp32:16, i32:16, *{0}:16, i32:16, *{0}:16, i32:16, *i64:16, i32, i32, i32:16, i32:16, '{1}', 128, 64, 32"
 CHECKS = [
     {

@@ -164,7 +164,7 @@ def add_squares_(fishers: list[Tensor], grads: list[Tensor]) -> None:
             )  # fmt: skip
 
 
-# What `make gpu-check` compiles, and each kernel's budget (see linear_logprobs.py). Squares pass through shared memory from
+# What `make gpu-check` compiles, with the budgets (see linear_logprobs.py). Squares pass through shared memory from
 # the gradient's layout, 16 bytes of bfloat16 per thread, to that of F.
 _SQUARES = {"registers": 48, "shared": 8 << 10, "loads": 6, "stores": 4}
 CHECKS = [

@@ -184,7 +184,7 @@ def gradient(
         )  # fmt: skip
 
 
-# What `make gpu-check` compiles, as it is launched for tiles of 4096 entries, and each kernel's budget (see linear_logprobs.py).
+# What `make gpu-check` compiles, as launched for tiles of 4096 entries, with the budgets (see linear_logprobs.py).
 CHECKS = [
     {
         "kernel": _normalise,

@@ -212,7 +212,7 @@ def preference_loss_backward(
     return out
 
 
-# What `make gpu-check` compiles, and each kernel's budget (see linear_logprobs.py). Only some thousand tokens are moved, so
+# What `make gpu-check` compiles, with the budgets (see linear_logprobs.py). Only some thousand tokens are moved, so
 # what counts is that there is one launch.
 _COUNTS = "i32, i32, i32, fp32, fp32, fp32, fp32"
 _FOUR = "*fp32:16, *fp32:16, *fp32:16, *fp32:16"

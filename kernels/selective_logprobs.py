@@ -133,7 +133,7 @@ def _block(vocab: int) -> int:
     return min(BLOCK, max(16, triton.next_power_of_2(vocab)))
 
 
-# What `make gpu-check` compiles, as it is launched for a large vocabulary, and each kernel's budget (see linear_logprobs.py).
+# What `make gpu-check` compiles, as it is launched for a large vocabulary, with the budgets (see linear_logprobs.py).
 CHECKS = [
     {
         "kernel": _forward,
