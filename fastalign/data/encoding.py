@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastalign.data.formats import Example
+from fastalign.data.chat import Example
 
 
 class _Encoded(NamedTuple):
@@ -161,6 +161,7 @@ def add_bos_and_eos(tokens: Tokens, example: Example, prefix: list[int], eos: in
         ids.append(eos)
         mask.append(1)
     counts["template_mismatch"] = int(example.template_mismatch)
+    counts.update(example.counts)
     counts["masked"] = int(any(0 in mask for mask in tokens.masks))
 
 

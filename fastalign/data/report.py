@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class DataReport:
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
         prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
         template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
+        unread_columns: columns that hold text, or lists, and are not read.
     """
 
     format: str
@@ -74,6 +75,7 @@ class DataReport:
     duplicate_bos: int = 0
     prompts_cut: int = 0
     template_mismatch: int = 0
+    unread_columns: list[str] = field(default_factory=list)
 
     @property
     def scored_fraction(self) -> float:
@@ -149,4 +151,5 @@ class DataReport:
                 "thinking tag: the model is trained on a different prompt than it gets in generation.",
             ),
         ]
-        return [f"{count:,} {text}" for count, text in notes if count]
+        unread = [f"Columns that are not read: {', '.join(self.unread_columns)}."] if self.unread_columns else []
+        return unread + [f"{count:,} {text}" for count, text in notes if count]
