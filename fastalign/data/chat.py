@@ -6,16 +6,14 @@ follows. So everything here is found by rendering conversations and comparing th
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
 
+from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text
 from fastalign.data.messages import RowProblem, read_json, read_messages
+from fastalign.data.template import Template, shared_length, stop_text
 
 _REWRITTEN = ("chat template error", "the template rewrites earlier turns: keep one assistant turn per row")
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn that hold what the model thought
-_PLACEHOLDER = "fastalign-answer"
 
 
 @dataclass
@@ -37,28 +35,6 @@ class Example:
     label: bool | None = None
     template_mismatch: bool = False
     counts: Counter = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class Template:
-    """The chat template of a tokenizer, with the tools and options of one row."""
-
-    tokenizer: object
-    tools: list | None = None
-    options: dict | None = None
-
-    def __call__(self, turns: list[dict], generation: bool = False) -> str:
-        """The text of some turns, with the beginning of an answer behind them if `generation`."""
-        turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
-        try:
-            return self._render(turns, generation)
-        except Exception as error:  # a chat template is code from elsewhere and may raise anything
-            raise RowProblem("chat template error", f"the chat template refuses it: {error!s:.120}") from error
-
-    def _render(self, turns: list[dict], generation: bool) -> str:
-        return self.tokenizer.apply_chat_template(  # pyright: ignore[reportAttributeAccessIssue]  # any tokenizer
-            turns, tools=self.tools, tokenize=False, add_generation_prompt=generation, **(self.options or {})
-        )
 
 
 def chat_example(row: dict, columns: tuple[str, ...], tokenizer) -> Example:
@@ -153,48 +129,87 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
     templates add more there (a tag that makes the model think, for example) than they write before an answer that is
     given. The prompt then ends where the two texts part, and the example is marked as a mismatch.
     """
+    counts = Counter()
     wholes = [template(prompt + completion) for completion in completions]
-    start = _answer_start(wholes, prompt, template)
+    for whole, completion in zip(wholes, completions, strict=True):
+        refuse_ignored_tools(whole, prompt + completion, template)
+    generation = template(prompt, True)
+    start = _answer_start(wholes, generation, prompt, template)
+    if start is not None:
+        wholes = [
+            _whole_last_answer(whole, start, prompt, completion, template, counts)
+            for whole, completion in zip(wholes, completions, strict=True)
+        ]
+        start = _answer_start(wholes, generation, prompt, template)
     if start is None:
         raise RowProblem("chat template error", "the template writes the prompt differently once an answer follows it")
     spans = [
-        _answer_spans(prompt, completion, whole, start, template)
+        _answer_spans(prompt, completion, whole, start, template, counts)
         for completion, whole in zip(completions, wholes, strict=True)
     ]
     # Templates write a newline between turns; behind the last turn it belongs to nothing.
     texts = [whole.rstrip()[start:] for whole in wholes]
     head = wholes[0][:start]
-    return Example(head, texts, spans, template_mismatch=head != template(prompt, True))
+    return Example(head, texts, spans, template_mismatch=head != generation, counts=counts)
 
 
-def _answer_start(wholes: list[str], turns: list[dict], template: Template) -> int | None:
+def _whole_last_answer(
+    whole: str, start: int, prompt: list[dict], completion: list[dict], template: Template, counts: Counter
+) -> str:
+    """The text of a conversation, with what the template leaves out of its last answer; `start` is its first one's."""
+    turns = prompt + completion
+    if len(completion) > 1:
+        start = _start_in([whole], turns[:-1], template)
+    return whole_text(whole, start, turns, template, counts)
+
+
+def _start_in(wholes: list[str], turns: list[dict], template: Template) -> int:
+    start = _answer_start(wholes, template(turns, True), turns, template)
+    if start is None:
+        raise RowProblem(*_REWRITTEN)
+    return start
+
+
+def _answer_start(wholes: list[str], generation: str, turns: list[dict], template: Template) -> int | None:
     """Where the answer behind some turns starts in texts that go on behind it; None if they write the turns otherwise.
 
     Text that the generation prompt shares with every answer is not a part of the answer.
+
+    Args:
+        wholes: the texts.
+        generation: what the template writes for the turns, with the generation prompt.
+        turns: the turns before the answer.
+        template: the chat template.
     """
-    generation, plain = template(turns, True), template(turns)
     if all(whole.startswith(generation) for whole in wholes):
         return len(generation)
+    plain = template(turns)
     if not all(whole.startswith(plain) for whole in wholes):
         return None
-    return max(len(plain), min(_shared_length(generation, whole, template.tokenizer) for whole in wholes))
+    return max(len(plain), min(shared_length(generation, whole, template.tokenizer) for whole in wholes))
 
 
 def _answer_spans(
-    prompt: list[dict], completion: list[dict], whole: str, offset: int, template: Template
+    prompt: list[dict], completion: list[dict], whole: str, offset: int, template: Template, counts: Counter
 ) -> list[tuple[int, int]] | None:
-    """Where the scored turns are in `whole[offset:]`, end-of-turn included; None if there is just one turn."""
+    """Where the scored turns are in `whole[offset:]`, end-of-turn included; None if there is just one turn.
+
+    Earlier answers that lack words, or an end, are counted.
+    """
     if len(completion) == 1:
         return None
     spans, turns = [], prompt + completion
     for n in range(len(prompt), len(turns)):
-        if _is_scored(turns[n]):
-            start = _answer_start([whole], turns[:n], template)
-            if start is None:
-                raise RowProblem(*_REWRITTEN)
-            last = n == len(turns) - 1
-            end = len(whole.rstrip()) if last else _answer_end(whole, start, turns[: n + 1], template)
-            spans.append((start - offset, end - offset))
+        if not _is_scored(turns[n]):
+            continue
+        start = _start_in([whole], turns[:n], template)
+        if n == len(turns) - 1:
+            end = len(whole.rstrip())
+        else:
+            end = _answer_end(whole, start, turns[: n + 1], template)
+            counts["answers_cut"] += bool(missing_parts(turns[n], whole[start:end]))
+            counts["unstopped_answers"] += not stop_text(template)
+        spans.append((start - offset, end - offset))
     return spans
 
 
@@ -215,47 +230,3 @@ def _answer_end(whole: str, start: int, turns: list[dict], template: Template) -
     if words and at >= 0 and not stop:
         return behind
     raise RowProblem(*_REWRITTEN)
-
-
-# What the template writes behind an answer
-
-
-def stop_text(template: Template) -> str:
-    """The special token that the chat template writes behind every answer, the last or not; empty if there is none."""
-    return _stop_text(template.tokenizer, str(template.tokenizer.chat_template))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@lru_cache(maxsize=8)
-def _stop_text(tokenizer, chat_template: str) -> str:
-    """Found with a conversation of its own: what follows an answer, whether a question or another answer comes next.
-
-    ... <|assistant|> ANSWER <|end|> <|user|> ...       both go on with <|end|>, and then they part
-    ... <|assistant|> ANSWER <|end|> <|assistant|>
-    """
-    template, answer = Template(tokenizer), "placeholder"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        texts = [template(turns, True), template([*turns, {"role": "user", "content": "more"}])]
-    except RowProblem:
-        return tokenizer.eos_token
-    first, second = (text.partition(answer)[2] for text in texts)
-    shared = first[: _shared_length(first, second, tokenizer)]
-    match = _special_tokens(tokenizer, chat_template).search(shared)
-    return match[0] if match else ""
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer, chat_template: str) -> re.Pattern:
-    """Matches the tokenizer's special tokens, longer ones first. A new chat template goes with a new entry."""
-    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
-
-
-def _shared_length(one: str, other: str, tokenizer) -> int:
-    """How many characters two texts share at their beginning, where no special token is cut in two."""
-    shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    for text in (one, other):
-        for match in _special_tokens(tokenizer, str(tokenizer.chat_template)).finditer(text):
-            if match.start() < shared < match.end():
-                shared = match.start()
-    return shared

@@ -53,6 +53,10 @@ class DataReport:
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
         prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
         template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
+        answers_cut: answers before the last one of a conversation from which the chat template leaves out thoughts or
+            other words. They are scored as the template writes them.
+        thoughts_kept: last answers whose thoughts the chat template leaves out. They were put in.
+        unstopped_answers: answers before the last one behind which the chat template writes no special token.
         unread_columns: columns that hold text, or lists, and are not read.
     """
 
@@ -75,6 +79,9 @@ class DataReport:
     duplicate_bos: int = 0
     prompts_cut: int = 0
     template_mismatch: int = 0
+    answers_cut: int = 0
+    thoughts_kept: int = 0
+    unstopped_answers: int = 0
     unread_columns: list[str] = field(default_factory=list)
 
     @property
@@ -149,6 +156,21 @@ class DataReport:
                 self.template_mismatch,
                 f"of {rows} have answers that do not start with the chat template's generation prompt, which may add a "
                 "thinking tag: the model is trained on a different prompt than it gets in generation.",
+            ),
+            (
+                self.answers_cut,
+                "earlier answers of conversations are scored without some of their thoughts or words, because the chat "
+                "template leaves them out. To train on all thoughts, make a row of each answer.",
+            ),
+            (
+                self.thoughts_kept,
+                f"of {completions} are scored with the thoughts of their last answer, which the chat template leaves "
+                "out.",
+            ),
+            (
+                self.unstopped_answers,
+                "earlier answers of conversations end without a special token, because the chat template writes none "
+                "there: the model learns to stop from the last answers alone.",
             ),
         ]
         unread = [f"Columns that are not read: {', '.join(self.unread_columns)}."] if self.unread_columns else []
