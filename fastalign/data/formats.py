@@ -7,6 +7,8 @@ data set, so that one error can name all bad rows.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ import datasets
 
 from fastalign.data.chat import Example, chat_example
 from fastalign.data.columns import ALIASES, refuse_changed_meaning, sources
-from fastalign.data.messages import RowProblem, holds_messages
+from fastalign.data.messages import RowProblem, holds_messages, read_json
 from fastalign.errors import DataError
 
 # Name of each format and its columns. A data set has the first format whose columns it has.
@@ -26,6 +28,13 @@ FORMATS = {
     "messages": ("messages",),
     "text": ("text",),
 }
+# What transcripts write before an answer.
+_TURN_MARKER = re.compile(
+    r"(?:^|\n)[ \t]*(?:#+[ \t]*)?(?:assistant|ai|bot|gpt|response|answer|a)[ \t]*:"
+    r"|<\|assistant\|>\n?|<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+    r"|<start_of_turn>model\n|\[/INST\]",
+    re.IGNORECASE,
+)
 _NO_PROMPT = (
     "the prompt is empty, or the two answers do not begin alike: put the question into a column 'prompt', or pass "
     "allow_empty_prompt=True to train without one"
@@ -138,6 +147,7 @@ def _as_label(value) -> bool:
 
 def _string_example(row: dict, fmt: Format, allow_empty_prompt: bool) -> Example:
     _check_strings(row, fmt)
+    counts = Counter()
     prompt = row["prompt"] if "prompt" in fmt.columns else ""
     completions = [row[column] for column in fmt.columns if column not in ("prompt", "label")]
     if any(not text.strip() for text in completions):
@@ -145,19 +155,19 @@ def _string_example(row: dict, fmt: Format, allow_empty_prompt: bool) -> Example
     if len(completions) == 2:
         _refuse_identical(*completions)
     if fmt.name == "preference with implicit prompt":
-        cut = _implicit_prompt_length(*completions)
+        cut, counts = _implicit_prompt_length(*completions)
         prompt, completions = completions[0][:cut], [text[cut:] for text in completions]
     if fmt.name != "text" and not prompt.strip() and not allow_empty_prompt:
         raise RowProblem("no prompt", _NO_PROMPT)
     if (system := row.get("system")) and system.strip():
         prompt = f"{system}\n\n{prompt}"
-    return Example(prompt, completions, [None] * len(completions))
+    return Example(prompt, completions, [None] * len(completions), counts=counts)
 
 
 def _check_strings(row: dict, fmt: Format) -> None:
     """Refuses cells that are no plain text, or need a chat template."""
     for field in ("tools", "chat_template_kwargs"):
-        if row.get(field):
+        if read_json(row, field, object):
             raise RowProblem("unused column", f"{field!r} needs chat messages, and the row holds plain strings")
     for column in ("system", *fmt.columns):
         value = row.get(column, "")
@@ -167,20 +177,28 @@ def _check_strings(row: dict, fmt: Format) -> None:
             raise RowProblem("wrong type", f"{column!r} holds messages, while the first row holds plain text")
 
 
-def _implicit_prompt_length(chosen: str, rejected: str) -> int:
-    """How many characters of the text that both strings start with are the prompt: up to the last space in that text.
+def _implicit_prompt_length(chosen: str, rejected: str) -> tuple[int, Counter]:
+    """How many characters of the text that both strings start with are the prompt, and what to count of it.
 
-    The prompt ends before a space. A cut inside a word would give tokens that never occur in generation, and a cut
-    after the space would separate the space from the word, although one token usually holds both. Each completion must
-    have a word left.
+    - A transcript is cut behind the last marker of an assistant's turn, such as "Assistant:". Words that both answers
+      begin with stay in the answers.
+    - Other text is cut at the last space in what both share. A cut inside a word would give tokens that never occur in
+      generation, and a cut after the space would separate the space from the word, although one token usually holds
+      both. Each completion must have a word left.
     """
     # The last character that is no space stays in the completion: a blank completion would be an empty one.
     shared = min(len(chosen.rstrip()), len(rejected.rstrip())) - 1
     shared = next((n for n in range(shared) if chosen[n] != rejected[n]), shared)
-    for cut in range(shared, 0, -1):
-        if not chosen[cut - 1].isspace() and chosen[cut].isspace() and rejected[cut].isspace():
-            return cut
-    return 0
+    at_space = (
+        cut
+        for cut in range(shared, 0, -1)
+        if not chosen[cut - 1].isspace() and chosen[cut].isspace() and rejected[cut].isspace()
+    )
+    space = next(at_space, 0)
+    marker = max((match.end() for match in _TURN_MARKER.finditer(chosen, 0, shared)), default=0)
+    if marker:
+        return marker, Counter(shared_words=int(marker < space))
+    return space, Counter(unmarked_prompts=int(space > 0))
 
 
 def _refuse_identical(chosen, rejected) -> None:

@@ -57,6 +57,9 @@ class DataReport:
             other words. They are scored as the template writes them.
         thoughts_kept: last answers whose thoughts the chat template leaves out. They were put in.
         unstopped_answers: answers before the last one behind which the chat template writes no special token.
+        shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
+        unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
+        plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
         unread_columns: columns that hold text, or lists, and are not read.
     """
 
@@ -82,6 +85,9 @@ class DataReport:
     answers_cut: int = 0
     thoughts_kept: int = 0
     unstopped_answers: int = 0
+    shared_words: int = 0
+    unmarked_prompts: int = 0
+    plain_on_chat: bool = False
     unread_columns: list[str] = field(default_factory=list)
 
     @property
@@ -158,6 +164,16 @@ class DataReport:
                 "thinking tag: the model is trained on a different prompt than it gets in generation.",
             ),
             (
+                self.shared_words,
+                "pairs without a prompt column have answers that begin with the same words: the prompt ends before "
+                "them, behind the last turn marker.",
+            ),
+            (
+                self.unmarked_prompts,
+                "pairs without a prompt column have no turn marker such as 'Assistant:'. All words that both sides "
+                "begin with count as their prompt, even where the two answers begin alike.",
+            ),
+            (
                 self.answers_cut,
                 "earlier answers of conversations are scored without some of their thoughts or words, because the chat "
                 "template leaves them out. To train on all thoughts, make a row of each answer.",
@@ -173,5 +189,10 @@ class DataReport:
                 "there: the model learns to stop from the last answers alone.",
             ),
         ]
-        unread = [f"Columns that are not read: {', '.join(self.unread_columns)}."] if self.unread_columns else []
-        return unread + [f"{count:,} {text}" for count, text in notes if count]
+        general = [f"Columns that are not read: {', '.join(self.unread_columns)}."] if self.unread_columns else []
+        if self.plain_on_chat:
+            general.append(
+                "The rows are plain strings, and the tokenizer has a chat template, which is not used. To train on its "
+                "turns, give chat messages, or call tokenize(..., apply_chat_template=True)."
+            )
+        return general + [f"{count:,} {text}" for count, text in notes if count]

@@ -65,13 +65,16 @@ def _stop_text(tokenizer, chat_template: str) -> str:
     template, answer = Template(tokenizer), "placeholder"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
+        opening = template(turns[:1], True).removeprefix(template(turns[:1]))  # of an answer, in most templates
         texts = [template(turns, True), template([*turns, {"role": "user", "content": "more"}])]
     except RowProblem:
         return tokenizer.eos_token
     first, second = (text.partition(answer)[2] for text in texts)
     shared = first[: shared_length(first, second, tokenizer)]
     match = _special_tokens(tokenizer, chat_template).search(shared)
-    return match[0] if match else ""
+    if not match or (first.endswith(opening) and match.start() >= len(first) - len(opening)):
+        return ""  # nothing, or what the next turn begins with
+    return match[0]
 
 
 @lru_cache(maxsize=8)

@@ -40,6 +40,7 @@ def tokenize(
     on_invalid: str = "error",
     num_proc: int | None = None,
     allow_empty_prompt: bool = False,
+    apply_chat_template: bool = False,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -64,6 +65,8 @@ def tokenize(
             only with slow chat templates.
         allow_empty_prompt: whether rows of plain strings may lack a prompt: an empty one, or a pair without a prompt
             whose answers do not begin alike. Such rows count as invalid otherwise.
+        apply_chat_template: whether plain strings become chat messages: the prompt a user's turn, and each completion
+            an assistant's. Rows that hold chat messages always go through the chat template.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -87,6 +90,8 @@ def tokenize(
     if not len(rows):
         raise DataError("The data set has no rows: it needs at least one.")
     fmt = detect_format(rows)
+    if apply_chat_template:
+        fmt = _as_chat(fmt)
     _check_tokenizer(tokenizer, fmt)
     unread = unread_columns(rows, fmt.sources)
     rows = rows.select_columns(list(fmt.sources.values()))
@@ -97,7 +102,8 @@ def tokenize(
     tokens = _to_dataset(_run(work, batches, num_proc), outcome, fmt)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
     report = _report(tokens, outcome, fmt, len(rows), max_length)
-    return tokens, replace(report, unread_columns=unread)
+    plain_on_chat = bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None))
+    return tokens, replace(report, unread_columns=unread, plain_on_chat=plain_on_chat)
 
 
 @dataclass
@@ -117,6 +123,13 @@ def _check_options(max_length: int | None, on_truncate: str, on_invalid: str) ->
         raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
     if on_invalid not in ("error", "drop"):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
+
+
+def _as_chat(fmt: Format) -> Format:
+    """The format with its plain strings taken as turns."""
+    if not fmt.chat and "prompt" not in fmt.columns:
+        raise ConfigError(f"apply_chat_template needs rows with a prompt, found {fmt}: leave it out.")
+    return replace(fmt, chat=True)
 
 
 def _check_tokenizer(tokenizer, fmt: Format) -> None:

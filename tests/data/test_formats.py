@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from fastalign.data.tokenization import tokenize
-from fastalign.errors import DataError
+from fastalign.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,50 @@ def test_the_implicit_prompt_of_strings_ends_before_a_space(tokenizer, chosen, r
     tokens, _ = tokenize([{"chosen": chosen, "rejected": rejected}], tokenizer, allow_empty_prompt=True)
     wanted = [text[len(prompt) :] + "<|im_end|>" for text in (chosen, rejected)]
     assert texts(tokenizer, tokens[0]) == (prompt, wanted)
+
+
+TRANSCRIPT = "\n\nHuman: hello\n\nAssistant: hey\n\nHuman: and?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        TRANSCRIPT,
+        "Q: hello\nA:",
+        "### Instruction:\nsay\n\n### Response:",
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] hello [/INST]",
+    ],
+)
+def test_the_implicit_prompt_of_a_transcript_ends_behind_its_last_turn_marker(tokenizer, head):
+    answers = [" the dog is fine", " the dog is there"]
+    rows = [{"chosen": head + answers[0], "rejected": head + answers[1]}]
+    tokens, report = tokenize([*rows, {"chosen": head + " yes", "rejected": head + " no"}], tokenizer)
+    assert texts(tokenizer, tokens[0]) == (head, [text + "<|im_end|>" for text in answers])
+    assert (report.shared_words, report.unmarked_prompts) == (1, 0)
+    assert "1 pairs without a prompt column have answers that begin with the same words" in str(report)
+
+
+def test_implicit_prompts_without_a_turn_marker_are_counted(tokenizer):
+    _, report = tokenize([{"chosen": "the A: dog is fine", "rejected": "the A: dog is there"}], tokenizer)
+    assert (report.shared_words, report.unmarked_prompts) == (0, 1)
+
+
+def test_plain_strings_on_a_chat_model_are_pointed_out_and_can_become_messages(byte_level):
+    row = {"system": "be kind", "instruction": "say", "input": "it", "chosen": "fine", "rejected": "bad"}
+    tokenizer = byte_level()
+    _, report = tokenize([row], tokenizer)
+    assert report.plain_on_chat and "apply_chat_template=True" in str(report)
+    tokens, report = tokenize([row], tokenizer, apply_chat_template=True)
+    turns = [{"role": "system", "content": "be kind"}, user("say\n\nit")]
+    messages = {"prompt": turns, "chosen": [assistant("fine")], "rejected": [assistant("bad")]}
+    assert tokens.to_list() == tokenize([messages], tokenizer)[0].to_list()
+    assert not report.plain_on_chat
+    assert not tokenize([row], byte_level(template=None))[1].plain_on_chat
+    assert not tokenize([{"text": "hello"}], tokenizer)[1].plain_on_chat
+    for row in ({"text": "hello"}, {"chosen": "the dog", "rejected": "the fox"}):
+        with pytest.raises(ConfigError, match="apply_chat_template needs rows with a prompt"):
+            tokenize([row], tokenizer, apply_chat_template=True)
 
 
 def test_the_implicit_prompt_of_a_long_conversation_reaches_to_where_it_parts(tokenizer):
