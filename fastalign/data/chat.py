@@ -37,13 +37,14 @@ class Example:
     counts: Counter = field(default_factory=Counter)
 
 
-def chat_example(row: dict, columns: tuple[str, ...], tokenizer) -> Example:
+def chat_example(row: dict, columns: tuple[str, ...], tokenizer, allow_empty_prompt: bool = False) -> Example:
     """The row, whose cells hold chat messages, as an `Example`.
 
     Args:
         row: the values of the row by field.
         columns: the fields of its format.
         tokenizer: its chat template renders the messages.
+        allow_empty_prompt: whether the turns before the first answer may all be blank.
 
     Raises:
         RowProblem: the row cannot be rendered, or not without losing what its answers hold.
@@ -62,9 +63,18 @@ def chat_example(row: dict, columns: tuple[str, ...], tokenizer) -> Example:
     prompt = _with_system(prompt, row.get("system"))
     if not prompt:
         raise RowProblem("no prompt", "the first turn is an assistant's: put a user or system turn before it")
+    if not allow_empty_prompt and not any(_holds_something(turn) for turn in prompt):
+        raise RowProblem(
+            "no prompt", "the turns before the answer are empty: pass allow_empty_prompt=True to keep them"
+        )
     completions = [_up_to_last_answer(completion) for completion in completions]
     template = Template(tokenizer, read_json(row, "tools", list), read_json(row, "chat_template_kwargs", dict))
     return _render(prompt, completions, template)
+
+
+def _holds_something(turn: dict) -> bool:
+    content = turn["content"]
+    return bool(content.strip() if isinstance(content, str) else content) or bool(turn.get("tool_calls"))
 
 
 def _is_one_turn(cell, prompt: list[dict]) -> bool:

@@ -100,7 +100,7 @@ def to_example(row: dict, fmt: Format, tokenizer, allow_empty_prompt: bool = Fal
         row: a row of the data set.
         fmt: the format of the data set.
         tokenizer: its chat template renders chat messages.
-        allow_empty_prompt: whether plain strings may have no prompt.
+        allow_empty_prompt: whether a row may have an empty prompt.
 
     Raises:
         RowProblem: the row lacks a field, has a value of a wrong type or an empty completion, is a pair of equal
@@ -113,7 +113,9 @@ def to_example(row: dict, fmt: Format, tokenizer, allow_empty_prompt: bool = Fal
     row = _with_context(row)
     try:
         example = (
-            chat_example(row, fmt.columns, tokenizer) if fmt.chat else _string_example(row, fmt, allow_empty_prompt)
+            chat_example(row, fmt.columns, tokenizer, allow_empty_prompt)
+            if fmt.chat
+            else _string_example(row, fmt, allow_empty_prompt)
         )
     except RecursionError as error:
         raise RowProblem("wrong type", "its messages are nested too deeply") from error

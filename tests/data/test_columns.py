@@ -104,7 +104,8 @@ def test_template_options_of_a_row_reach_the_template(byte_level, chatml):
 
 
 def test_a_row_without_a_prompt_is_refused_unless_it_is_allowed(tokenizer):
-    for row in ({"chosen": "hello", "rejected": "the"}, {"prompt": "", **PAIR}, {"question": " \n", **PAIR}):
+    chat = {"prompt": " ", "chosen": [assistant("fine")], "rejected": [assistant("bad")]}
+    for row in ({"chosen": "hello", "rejected": "the"}, {"prompt": "", **PAIR}, {"question": " \n", **PAIR}, chat):
         with pytest.raises(DataError, match=r"1 with no prompt .*allow_empty_prompt=True"):
             tokenize([row], tokenizer)
         tokens, _ = tokenize([row], tokenizer, allow_empty_prompt=True)
