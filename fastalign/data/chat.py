@@ -14,6 +14,9 @@ from fastalign.data.messages import RowProblem, read_json, read_messages
 from fastalign.data.template import Template, shared_length, stop_text
 
 _REWRITTEN = ("chat template error", "the template rewrites earlier turns: keep one assistant turn per row")
+_PROMPT_REWRITTEN = (
+    "chat template error", "the template writes the prompt differently once an answer follows it"
+)  # fmt: skip
 
 
 @dataclass
@@ -145,6 +148,9 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
         refuse_ignored_tools(whole, prompt + completion, template)
     generation = template(prompt, True)
     start = _answer_start(wholes, generation, prompt, template)
+    if start is None and prompt[0]["role"] == "system" and all(len(completion) == 1 for completion in completions):
+        wholes = [generation + _answer_without_system(prompt, completion, template) for completion in completions]
+        start = len(generation)
     if start is not None:
         wholes = [
             _whole_last_answer(whole, start, prompt, completion, template, counts)
@@ -152,7 +158,7 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
         ]
         start = _answer_start(wholes, generation, prompt, template)
     if start is None:
-        raise RowProblem("chat template error", "the template writes the prompt differently once an answer follows it")
+        raise RowProblem(*_PROMPT_REWRITTEN)
     spans = [
         _answer_spans(prompt, completion, whole, start, template, counts)
         for completion, whole in zip(completions, wholes, strict=True)
@@ -161,6 +167,20 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
     texts = [whole.rstrip()[start:] for whole in wholes]
     head = wholes[0][:start]
     return Example(head, texts, spans, template_mismatch=head != generation, counts=counts)
+
+
+def _answer_without_system(prompt: list[dict], completion: list[dict], template: Template) -> str:
+    """What the template writes for an answer when no system turn stands before it.
+
+    Some templates write the system's words into the last question, and only while no answer follows it. The model sees
+    them there in generation, so the answer is put behind that text.
+    """
+    turns = prompt[1:]
+    whole = template(turns + completion) if turns else ""
+    start = _answer_start([whole], template(turns, True), turns, template) if turns else None
+    if start is None:
+        raise RowProblem(*_PROMPT_REWRITTEN)
+    return whole[start:]
 
 
 def _whole_last_answer(

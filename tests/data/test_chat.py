@@ -129,6 +129,27 @@ def test_the_scored_text_is_the_assistants_words_and_end_tokens(family):
     assert report.answers_cut == 0
 
 
+SYSTEM_LATE = (  # the system's words stand in the last turn, if that is a user's, as in Mistral v3
+    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_turn_that_is_written_in_the_last_question_alone_stands_where_generation_has_it(byte_level):
+    tokenizer = byte_level(SYSTEM_LATE, "</s>", "<s>", SPECIALS)
+    turns = [{"role": "system", "content": "be kind "}, user("hello")]
+    pair = {"prompt": turns, "chosen": [assistant("fine")], "rejected": [assistant("bad")]}
+    for row in (pair, {"messages": [*turns, assistant("fine")]}):
+        tokens, report = tokenize([row], tokenizer)
+        assert tokenizer.decode(tokens[0]["prompt_ids"]) == "<s>[INST] be kind hello[/INST]"
+        assert scored(tokenizer, tokens[0]) == " fine</s>"
+        assert report.template_mismatch == 0
+    with pytest.raises(DataError, match="the template writes the prompt differently"):
+        tokenize([{"messages": [*turns, assistant("fine"), user("and?"), assistant("ok")]}], tokenizer)
+
+
 THOUGHT = "<think>\nthe dog\n</think>\n\nfine"
 LONG = [user("hello"), assistant(THOUGHT), user("and?"), assistant(THOUGHT)]
 
