@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import datasets
 
@@ -112,5 +113,5 @@ def _first_filled(rows: datasets.Dataset, name: str):
 
 def _cells(rows: datasets.Dataset, name: str) -> Iterator:
     """The values of a column, read only as far as needed, and pictures not decoded."""
-    tables = rows.select_columns([name]).with_format("arrow").iter(batch_size=1000)
+    tables: Any = rows.select_columns([name]).with_format("arrow").iter(batch_size=1000)
     return (cell.as_py() for cell in chain.from_iterable(table[name] for table in tables))
