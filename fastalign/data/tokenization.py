@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import pyarrow.compute as pc
@@ -281,7 +282,7 @@ def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int,
         every_mask = _arrow("list_flatten", tokens.data["completion_mask"])
         scored = _arrow("sum", _arrow("list_flatten", every_mask)).as_py()
     left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
-    counts = {name: count for name, count in outcome.counts.items() if name != "masked"}
+    counts: dict[str, Any] = {name: count for name, count in outcome.counts.items() if name != "masked"}
     return DataReport(
         format=str(fmt),
         rows_in=rows,
