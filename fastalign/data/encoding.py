@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastalign.data.formats import Example
+from fastalign.data.chat import Example
 
 
 class _Encoded(NamedTuple):
@@ -70,12 +70,23 @@ def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
     for n, (row, part, span) in enumerate(zip(owner, parts, spans, strict=True)):
         ids, starts = part or apart[n]
         tokens[row].completions.append(ids)
-        tokens[row].masks.append(
-            [1] * len(ids) if span is None else [int(any(a <= start < b for a, b in span)) for start in starts]
-        )
+        tokens[row].masks.append([1] * len(ids) if span is None else _mask(starts, span))
     for n in merged:
         tokens[owner[n]].counts["token_merges"] += 1
     return tokens
+
+
+def _mask(starts: list[int], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token that holds a character of a span.
+
+    A token may start before a span, where the space before a word belongs to the text before the answer.
+    """
+    ends = [*starts[1:], starts[-1] + 1] if starts else []
+    # Of a character that takes several tokens, all but the last end where they start.
+    return [
+        int(any(start < b and (a <= start or a < end) for a, b in spans))
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def _tokenize_texts(tokenizer, texts: list[str], with_starts: bool = False) -> list[_Encoded]:
@@ -161,6 +172,7 @@ def add_bos_and_eos(tokens: Tokens, example: Example, prefix: list[int], eos: in
         ids.append(eos)
         mask.append(1)
     counts["template_mismatch"] = int(example.template_mismatch)
+    counts.update(example.counts)
     counts["masked"] = int(any(0 in mask for mask in tokens.masks))
 
 

@@ -19,6 +19,8 @@ from pyarrow import parquet
 
 from fastalign.errors import DataError
 
+MAX_DEPTH = 100  # levels of nesting that are searched for a value that holds itself
+
 
 def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Dataset:
     """The rows of a local file, of a list, or of a data set.
@@ -38,6 +40,7 @@ def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Da
             f"A DatasetDict holds several data sets: choose one of its splits {list(source)}, as in data['...']."
         )
     if isinstance(source, list):
+        _refuse_circles(source)
         return _from_dicts(source, "The list of rows")
     if not isinstance(source, (str, Path)):
         raise DataError(
@@ -45,6 +48,22 @@ def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Da
             "build one with datasets.Dataset.from_list(list(rows))."
         )
     return _from_file(Path(source))
+
+
+def _refuse_circles(rows: list) -> None:
+    """Refuses a row that holds itself: no table can hold it, and Arrow's converters would never return."""
+    for number, row in enumerate(rows, start=1):
+        if _holds_itself(row, []):
+            raise DataError(f"The list of rows, row {number}: a value holds itself. Remove that reference.")
+
+
+def _holds_itself(value, outer: list) -> bool:
+    if not isinstance(value, (dict, list, tuple)) or len(outer) > MAX_DEPTH:
+        return False  # values nested as deeply as that are refused where they are read
+    if any(value is other for other in outer):
+        return True
+    outer = [*outer, value]
+    return any(_holds_itself(item, outer) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _from_file(path: Path) -> datasets.Dataset:
@@ -133,27 +152,74 @@ def _from_dicts(rows: list, where: str) -> datasets.Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         raise DataError(f"{where} holds no rows with any fields: it needs at least one.")
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    columns = {name: [_as_cell(name, row.get(name)) for row in rows] for name in names}
     try:
         return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
     except Exception as error:  # Arrow and its converters raise many kinds of errors for hostile values
         raise DataError(f"{where}: {_explain_columns(columns, error)}") from error
 
 
+def _as_cell(name: str, value):
+    """A value as it goes into the table: what a tool is called with and how it is described becomes JSON text.
+
+    Arrow would give all of them the same keys, with nulls that could not be told from those that somebody wrote.
+    """
+    if name in ("tools", "chat_template_kwargs"):
+        return _as_json(value)
+    if isinstance(value, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value):
+        return [_with_json_arguments(turn) for turn in value]
+    return value
+
+
+def _with_json_arguments(turn):
+    if not isinstance(turn, dict) or not isinstance(turn.get("tool_calls"), list):
+        return turn
+    return turn | {"tool_calls": [_call_with_json(call) for call in turn["tool_calls"]]}
+
+
+def _call_with_json(call):
+    if not isinstance(call, dict):
+        return call
+    if isinstance(function := call.get("function"), dict):
+        return call | {"function": _call_with_json(function)}
+    return call | {"arguments": _as_json(call["arguments"])} if "arguments" in call else call
+
+
+def _as_json(value):
+    """The JSON text of a list or a dict; other values, and those that JSON cannot hold, as they are."""
+    if not isinstance(value, (list, dict)):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return value
+
+
 def _explain_columns(columns: dict[str, list], error: Exception) -> str:
-    """Which value Arrow could not take: the first that fails in a table of its own."""
+    """Which value Arrow could not take: the first one, or of two that do not fit together the later one."""
     for name, values in columns.items():
-        for number, value in enumerate(values, start=1):
-            if cause := _table_error(name, value):
-                return (
-                    f"row {number} has a value in {name!r} that no table can hold ({cause!s:.120}): mend or remove it."
-                )
+        if _table_error(name, values):
+            number, cause = _first_failing(name, values)
+            return f"row {number} has a value in {name!r} that no table can hold ({cause!s:.120}): mend or remove it."
     return f"the rows do not fit into one table ({error!s:.200}): give each field one type."
 
 
-def _table_error(name: str, value) -> Exception | None:
+def _first_failing(name: str, values: list) -> tuple[int, Exception]:
+    """The row, counted from 1, up to which the values fit into no table, and why. Takes log2 of their number tables."""
+    fits, fails = 0, len(values)  # how many values, from the first one, fit and fail
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if _table_error(name, values[:middle]):
+            fails = middle
+        else:
+            fits = middle
+    cause = _table_error(name, values[fails - 1 : fails]) or _table_error(name, values[:fails])
+    return fails, cause or DataError("unknown")
+
+
+def _table_error(name: str, values: list) -> Exception | None:
     try:
-        datasets.Dataset.from_dict({name: [value]}, on_mixed_types="use_json")
+        datasets.Dataset.from_dict({name: values}, on_mixed_types="use_json")
     except Exception as error:  # as in `_from_dicts`
         return error
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -53,6 +53,14 @@ class DataReport:
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
         prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
         template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
+        answers_cut: answers before the last one of a conversation from which the chat template leaves out thoughts or
+            other words. They are scored as the template writes them.
+        thoughts_kept: last answers whose thoughts the chat template leaves out. They were put in.
+        unstopped_answers: answers before the last one behind which the chat template writes no special token.
+        shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
+        unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
+        plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
+        unread_columns: columns that hold text, or lists, and are not read.
     """
 
     format: str
@@ -74,6 +82,13 @@ class DataReport:
     duplicate_bos: int = 0
     prompts_cut: int = 0
     template_mismatch: int = 0
+    answers_cut: int = 0
+    thoughts_kept: int = 0
+    unstopped_answers: int = 0
+    shared_words: int = 0
+    unmarked_prompts: int = 0
+    plain_on_chat: bool = False
+    unread_columns: list[str] = field(default_factory=list)
 
     @property
     def scored_fraction(self) -> float:
@@ -148,5 +163,36 @@ class DataReport:
                 f"of {rows} have answers that do not start with the chat template's generation prompt, which may add a "
                 "thinking tag: the model is trained on a different prompt than it gets in generation.",
             ),
+            (
+                self.shared_words,
+                "pairs without a prompt column have answers that begin with the same words: the prompt ends before "
+                "them, behind the last turn marker.",
+            ),
+            (
+                self.unmarked_prompts,
+                "pairs without a prompt column have no turn marker such as 'Assistant:'. All words that both sides "
+                "begin with count as their prompt, even where the two answers begin alike.",
+            ),
+            (
+                self.answers_cut,
+                "earlier answers of conversations are scored without some of their thoughts or words, because the chat "
+                "template leaves them out. To train on all thoughts, make a row of each answer.",
+            ),
+            (
+                self.thoughts_kept,
+                f"of {completions} are scored with the thoughts of their last answer, which the chat template leaves "
+                "out.",
+            ),
+            (
+                self.unstopped_answers,
+                "earlier answers of conversations end without a special token, because the chat template writes none "
+                "there: the model learns to stop from the last answers alone.",
+            ),
         ]
-        return [f"{count:,} {text}" for count, text in notes if count]
+        general = [f"Columns that are not read: {', '.join(self.unread_columns)}."] if self.unread_columns else []
+        if self.plain_on_chat:
+            general.append(
+                "The rows are plain strings, and the tokenizer has a chat template, which is not used. To train on its "
+                "turns, give chat messages, or call tokenize(..., apply_chat_template=True)."
+            )
+        return general + [f"{count:,} {text}" for count, text in notes if count]

@@ -9,18 +9,22 @@ Nothing here reaches the network or writes a cache: data sets live in memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import pyarrow.compute as pc
 from datasets import Features, List, Value
 
+from fastalign.data.chat import Example
+from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
 from fastalign.data.files import load_rows
-from fastalign.data.formats import Example, Format, RowProblem, detect_format, to_example
+from fastalign.data.formats import Format, detect_format, to_example
+from fastalign.data.messages import RowProblem
 from fastalign.data.report import DataReport, Lengths
 from fastalign.errors import ConfigError, DataError, ModelError
 
@@ -36,6 +40,8 @@ def tokenize(
     on_truncate: str = "error",
     on_invalid: str = "error",
     num_proc: int | None = None,
+    allow_empty_prompt: bool = False,
+    apply_chat_template: bool = False,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -58,6 +64,10 @@ def tokenize(
             "error": they are refused. "drop": they are left out.
         num_proc: how many worker processes to use. A fast tokenizer uses all cores already, so more processes help
             only with slow chat templates.
+        allow_empty_prompt: whether rows of plain strings may lack a prompt: an empty one, or a pair without a prompt
+            whose answers do not begin alike. Such rows count as invalid otherwise.
+        apply_chat_template: whether plain strings become chat messages: the prompt a user's turn, and each completion
+            an assistant's. Rows that hold chat messages always go through the chat template.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -81,14 +91,20 @@ def tokenize(
     if not len(rows):
         raise DataError("The data set has no rows: it needs at least one.")
     fmt = detect_format(rows)
+    if apply_chat_template:
+        fmt = _as_chat(fmt)
     _check_tokenizer(tokenizer, fmt)
-    rows = rows.select_columns([name for name in (*fmt.columns, "tools") if name in rows.column_names])
-    work = partial(_tokenize_rows, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+    unread = unread_columns(rows, fmt.sources)
+    rows = rows.select_columns(list(fmt.sources.values()))
+    read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
+    work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     batches = ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
     outcome = _Outcome()
     tokens = _to_dataset(_run(work, batches, num_proc), outcome, fmt)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
-    return tokens, _report(tokens, outcome, fmt, len(rows), max_length)
+    report = _report(tokens, outcome, fmt, len(rows), max_length)
+    plain_on_chat = bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None))
+    return tokens, replace(report, unread_columns=unread, plain_on_chat=plain_on_chat)
 
 
 @dataclass
@@ -108,6 +124,13 @@ def _check_options(max_length: int | None, on_truncate: str, on_invalid: str) ->
         raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
     if on_invalid not in ("error", "drop"):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
+
+
+def _as_chat(fmt: Format) -> Format:
+    """The format with its plain strings taken as turns."""
+    if not fmt.chat and "prompt" not in fmt.columns:
+        raise ConfigError(f"apply_chat_template needs rows with a prompt, found {fmt}: leave it out.")
+    return replace(fmt, chat=True)
 
 
 def _check_tokenizer(tokenizer, fmt: Format) -> None:
@@ -134,11 +157,15 @@ def _run(work, batches, num_proc: int | None) -> Iterator[_Outcome]:
 
 
 def _tokenize_rows(
-    batch: tuple[int, dict[str, list]], fmt: Format, tokenizer, max_length: int | None, on_truncate: str
+    batch: tuple[int, dict[str, list]],
+    read: Callable[[dict], Example],
+    tokenizer,
+    max_length: int | None,
+    on_truncate: str,
 ) -> _Outcome:
     """Tokenises some rows, given as (how many rows are before them, columns)."""
     outcome = _Outcome()
-    examples = _read_examples(batch, fmt, tokenizer, outcome)
+    examples = _read_examples(batch, read, outcome)
     prefix = special_prefix(tokenizer)
     encoded = encode_examples(list(examples.values()), tokenizer)
     for (number, example), tokens in zip(examples.items(), encoded, strict=True):
@@ -164,14 +191,16 @@ def _tokenize_rows(
     return outcome
 
 
-def _read_examples(batch: tuple[int, dict[str, list]], fmt: Format, tokenizer, outcome: _Outcome) -> dict[int, Example]:
+def _read_examples(
+    batch: tuple[int, dict[str, list]], read: Callable[[dict], Example], outcome: _Outcome
+) -> dict[int, Example]:
     """The usable rows by their numbers. What is wrong with the others goes into `outcome`."""
     before, columns = batch
     examples = {}
     for number, values in enumerate(zip(*columns.values(), strict=True), start=before + 1):
         row = dict(zip(columns, values, strict=True))
         try:  # one bad row must not stop the others
-            examples[number] = to_example(row, fmt, tokenizer)
+            examples[number] = read(row)
         except RowProblem as problem:
             outcome.problems.append((number, problem.kind, problem.detail))
     return examples
@@ -253,7 +282,7 @@ def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int,
         every_mask = _arrow("list_flatten", tokens.data["completion_mask"])
         scored = _arrow("sum", _arrow("list_flatten", every_mask)).as_py()
     left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
-    counts = {name: count for name, count in outcome.counts.items() if name != "masked"}
+    counts: dict[str, Any] = {name: count for name, count in outcome.counts.items() if name != "masked"}
     return DataReport(
         format=str(fmt),
         rows_in=rows,

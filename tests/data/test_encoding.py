@@ -56,7 +56,9 @@ def test_an_eos_written_inside_a_completion_is_counted(tokenizer):
 
 @pytest.mark.parametrize(("prompt", "duplicates"), [("the dog", 0), ("<s>the dog", 1), ("<s><s>the dog", 1), ("", 0)])
 def test_bos_starts_a_string_prompt_exactly_once(bos_tokenizer, prompt, duplicates):
-    tokens, report = tokenize([{"prompt": prompt, "chosen": " a", "rejected": " b"}], bos_tokenizer)
+    tokens, report = tokenize(
+        [{"prompt": prompt, "chosen": " a", "rejected": " b"}], bos_tokenizer, allow_empty_prompt=True
+    )
     bare = bos_tokenizer(prompt.replace("<s>", ""), add_special_tokens=False)["input_ids"]
     assert tokens[0]["prompt_ids"] == [bos_tokenizer.bos_token_id, *bare]
     assert report.duplicate_bos == duplicates

@@ -103,3 +103,23 @@ def test_a_damaged_file_is_refused_with_its_place(tmp_path, name, content, words
 def test_other_sources_are_refused(source, words):
     with pytest.raises(DataError, match=re.escape(words)):
         load_rows(source)
+
+
+def test_a_bad_value_in_a_late_row_is_found_with_few_tables(monkeypatch):
+    made = []
+    make = datasets.Dataset.from_dict
+    monkeypatch.setattr(datasets.Dataset, "from_dict", lambda *args, **kw: made.append(1) or make(*args, **kw))
+    rows = [{"text": "a", "meta": 1, "more": [{"x": 1}]} for _ in range(3000)]
+    rows[2990] = {"text": "a", "meta": 2**70, "more": None}
+    with pytest.raises(DataError, match="row 2991 has a value in 'meta' that no table can hold"):
+        load_rows(rows)
+    assert len(made) < 20
+
+
+def test_a_row_that_holds_itself_is_refused():
+    row = {"text": "a", "shared": [1]}
+    row["also"] = row["shared"]  # held twice, but not by itself
+    assert len(load_rows([row])) == 1
+    row["inner"] = [row]
+    with pytest.raises(DataError, match="row 2: a value holds itself"):
+        load_rows([{"text": "a"}, row])

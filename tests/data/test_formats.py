@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from fastalign.data.tokenization import tokenize
-from fastalign.errors import DataError
+from fastalign.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,53 @@ def test_the_features_are_compact(tokenizer):
     ],
 )
 def test_the_implicit_prompt_of_strings_ends_before_a_space(tokenizer, chosen, rejected, prompt):
-    tokens, _ = tokenize([{"chosen": chosen, "rejected": rejected}], tokenizer)
+    tokens, _ = tokenize([{"chosen": chosen, "rejected": rejected}], tokenizer, allow_empty_prompt=True)
     wanted = [text[len(prompt) :] + "<|im_end|>" for text in (chosen, rejected)]
     assert texts(tokenizer, tokens[0]) == (prompt, wanted)
+
+
+TRANSCRIPT = "\n\nHuman: hello\n\nAssistant: hey\n\nHuman: and?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        TRANSCRIPT,
+        "Q: hello\nA:",
+        "### Instruction:\nsay\n\n### Response:",
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+        "[INST] hello [/INST]",
+    ],
+)
+def test_the_implicit_prompt_of_a_transcript_ends_behind_its_last_turn_marker(tokenizer, head):
+    answers = [" the dog is fine", " the dog is there"]
+    rows = [{"chosen": head + answers[0], "rejected": head + answers[1]}]
+    tokens, report = tokenize([*rows, {"chosen": head + " yes", "rejected": head + " no"}], tokenizer)
+    assert texts(tokenizer, tokens[0]) == (head, [text + "<|im_end|>" for text in answers])
+    assert (report.shared_words, report.unmarked_prompts) == (1, 0)
+    assert "1 pairs without a prompt column have answers that begin with the same words" in str(report)
+
+
+def test_implicit_prompts_without_a_turn_marker_are_counted(tokenizer):
+    _, report = tokenize([{"chosen": "the A: dog is fine", "rejected": "the A: dog is there"}], tokenizer)
+    assert (report.shared_words, report.unmarked_prompts) == (0, 1)
+
+
+def test_plain_strings_on_a_chat_model_are_pointed_out_and_can_become_messages(byte_level):
+    row = {"system": "be kind", "instruction": "say", "input": "it", "chosen": "fine", "rejected": "bad"}
+    tokenizer = byte_level()
+    _, report = tokenize([row], tokenizer)
+    assert report.plain_on_chat and "apply_chat_template=True" in str(report)
+    tokens, report = tokenize([row], tokenizer, apply_chat_template=True)
+    turns = [{"role": "system", "content": "be kind"}, user("say\n\nit")]
+    messages = {"prompt": turns, "chosen": [assistant("fine")], "rejected": [assistant("bad")]}
+    assert tokens.to_list() == tokenize([messages], tokenizer)[0].to_list()
+    assert not report.plain_on_chat
+    assert not tokenize([row], byte_level(template=None))[1].plain_on_chat
+    assert not tokenize([{"text": "hello"}], tokenizer)[1].plain_on_chat
+    for row in ({"text": "hello"}, {"chosen": "the dog", "rejected": "the fox"}):
+        with pytest.raises(ConfigError, match="apply_chat_template needs rows with a prompt"):
+            tokenize([row], tokenizer, apply_chat_template=True)
 
 
 def test_the_implicit_prompt_of_a_long_conversation_reaches_to_where_it_parts(tokenizer):
@@ -160,11 +204,7 @@ def test_a_template_that_drops_earlier_thoughts_still_gives_the_mask(byte_level)
 def test_a_generation_prompt_that_no_answer_begins_with_is_counted(byte_level, chatml):
     tokenizer = byte_level(chatml.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"))
     tokens, report = tokenize([PAIR], tokenizer)
-    prompt = CHAT_PROMPT.removesuffix("<|im_start|>assistant\n")
-    assert texts(tokenizer, tokens[0]) == (
-        prompt,
-        ["<|im_start|>assistant\nparis<|im_end|>", "<|im_start|>assistant\nthe dog<|im_end|>"],
-    )
+    assert texts(tokenizer, tokens[0]) == (CHAT_PROMPT, ["paris<|im_end|>", "the dog<|im_end|>"])
     assert report.template_mismatch == 1
 
 
@@ -219,7 +259,7 @@ CHAT_BAD = [
     ([], "must be a non-empty list of messages"),
     ("hello", "must be a non-empty list of messages, found 'hello'"),
     ([None], "needs messages with 'role' and 'content', found None"),
-    ([{"from": "human", "value": "x"}], "needs messages with 'role' and 'content', found {'from': 'human'"),
+    ([{"who": "human", "text": "x"}], "needs messages with 'role' and 'content', found {"),
     ([{"role": None, "content": None}], "needs messages with 'role' and 'content'"),
     ([user({"a": 1}), assistant("x")], "has a message whose content is {'a': 1}"),
     ([user(["parts"]), assistant("x")], "the chat template refuses it: "),
@@ -260,5 +300,5 @@ def test_labels_that_are_neither_true_nor_false_are_refused(tokenizer, label):
 
 
 def test_unknown_columns_are_named(tokenizer):
-    with pytest.raises(DataError, match=r"has the columns question, answer, and one of these .*prompt/chosen/rejected"):
-        tokenize([{"question": "a", "answer": "b"}], tokenizer)
+    with pytest.raises(DataError, match=r"has the columns title, body, and one of these .*prompt/chosen/rejected"):
+        tokenize([{"title": "a", "body": "b"}], tokenizer)
