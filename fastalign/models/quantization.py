@@ -1,10 +1,90 @@
-"""Quantised weights as floating-point numbers. The only module that imports bitsandbytes."""
+"""Weights in 4 or 8 bits. The only module that imports bitsandbytes.
+
+On a CPU, layers of bitsandbytes 0.50 take another product in evaluation mode than in training mode.
+`use_training_product` lets them take the one of training always, since the other one is wrong for anything but
+inference:
+
+- A `Linear4bit` on a CPU with bfloat16 instructions rearranges its weights in place at its first call in evaluation
+  mode. The product after that has no backward pass, so layers below it get no gradient from then on. The scales are
+  rounded to bfloat16, and `dequantize_4bit` reads the weights in the wrong order. `state_dict` undoes the
+  rearrangement, but not that of the scales, so a saved model is another one. The first loss does not show any of it,
+  because policy and reference take the same product.
+- A `Linear8bitLt` rounds its inputs to 8 bits in evaluation mode, and not in training mode. A reference that is scored
+  in evaluation mode differs from its policy before the first step.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import re
+import types
+from typing import Any
+
+from torch import Tensor, nn
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import plain_name
+
+OLDEST = (0, 50)  # of bitsandbytes; earlier ones have no 4-bit kernels for CPUs
+
+
+def import_bitsandbytes() -> Any:
+    """The package bitsandbytes.
+
+    Its import downloads nothing, see `fastalign.offline`.
+
+    Raises:
+        ModelError: it is missing, broken or too old.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ModelError(
+            f"Quantised weights need bitsandbytes, which cannot be imported ({error}): pip install 'fastalign[quant]'."
+        ) from error
+    version = bitsandbytes.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        raise ModelError(
+            f"bitsandbytes is {version}; fastalign needs {'.'.join(map(str, OLDEST))} or newer: "
+            "pip install 'fastalign[quant]'."
+        )
+    return bitsandbytes
+
+
+def use_training_product(model: nn.Module) -> None:
+    """Lets quantised layers on a CPU compute in evaluation mode as in training mode; the model is changed in place.
+
+    Raises:
+        ModelError: bitsandbytes has rearranged weights of the model already.
+    """
+    check_order(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
+            module.support_avx512bf16_for_cpu = False
+        elif hasattr(module, "init_8bit_state") and "forward" not in vars(module):  # a Linear8bitLt
+            module.forward = types.MethodType(_eight_bit_linear, module)
+
+
+def _eight_bit_linear(self: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a `Linear8bitLt`, which on a CPU always believes to be in training mode."""
+    if x.device.type != "cpu" or self.training:
+        return type(self).forward(self, x)
+    self.training = True
+    try:
+        return type(self).forward(self, x)
+    finally:
+        self.training = False
+
+
+def check_order(model: nn.Module) -> None:
+    """ModelError if bitsandbytes has rearranged weights of the model, or had when it was saved."""
+    layers = [name for name, module in model.named_modules() if _is_rearranged(getattr(module, "weight", None))]
+    if layers:
+        raise ModelError(
+            f"bitsandbytes has rearranged the weights of {len(layers)} layer{'s' * (len(layers) > 1)} "
+            f"({plain_name(layers[0])}{', ...' * (len(layers) > 1)}) for inference on this CPU, which they cannot be "
+            "trained or saved after: load the model anew and pass it to fastalign before it is evaluated; where its "
+            "folder was saved in this state, quantise the original model again."
+        )
 
 
 def float_weight(weight: Tensor) -> Tensor:
@@ -18,7 +98,7 @@ def float_weight(weight: Tensor) -> Tensor:
         noted when it packed the weight.
 
     Raises:
-        ModelError: the weight is quantised in another way.
+        ModelError: the weight is quantised in another way, or bitsandbytes has rearranged it.
     """
     if weight.is_floating_point():
         return weight
@@ -28,7 +108,12 @@ def float_weight(weight: Tensor) -> Tensor:
             f"The output layer holds {weight.dtype} weights of an unknown quantisation; load it unquantised "
             "(llm_int8_skip_modules=['lm_head'])."
         )
-    # Imported here: not every machine has it, and its import may load a binary.
-    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]  # optional
+    if _is_rearranged(weight):
+        raise ModelError("bitsandbytes has rearranged the weights of the output layer: load the model anew.")
+    return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
-    return dequantize_4bit(weight.data, state)
+
+def _is_rearranged(weight: Any) -> bool:
+    """Whether bitsandbytes has ever rearranged a weight: it marks the weight's state, and transposes its scales."""
+    state = getattr(weight, "quant_state", None)
+    return state is not None and (hasattr(state, "packing_format_for_cpu") or state.absmax.dim() != 1)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign.errors import ModelError
 from fastalign.models.adapters import has_adapter, is_adapter_name
 from fastalign.models.loading import logger
+from fastalign.models.quantization import use_training_product
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -18,8 +19,9 @@ def check_trainable(model: nn.Module) -> None:
     updates of them round to nothing.
 
     Raises:
-        ModelError: no parameter requires a gradient.
+        ModelError: no parameter requires a gradient, or bitsandbytes has rearranged weights of the model.
     """
+    use_training_product(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")
