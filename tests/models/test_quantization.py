@@ -126,6 +126,27 @@ def test_trains_as_its_dequantised_copy_also_after_evaluating_generating_and_sav
     assert_same_step(step(again, prepare(again)), expected)
 
 
+@pytest.mark.parametrize("kind", ["nf4 twice", "int8"])
+def test_a_run_that_evaluates_saves_and_resumes_has_the_losses_of_the_copy(plain_dir, pairs, make_trainer, kind):
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"max_steps": 3, "learning_rate": 0.1, "eval_strategy": "steps", "eval_steps": 1}
+
+    def run(model, resume=None, **more):
+        trainer = make_trainer(model, pairs, eval_rows=pairs[:4], peft_config=lora, **options, **more)
+        trainer.train(resume_from_checkpoint=resume)
+        history = trainer.state.log_history
+        return trainer, [row[key] for row in history for key in ("loss", "eval_loss") if key in row]
+
+    base = quantized(plain_dir, kind)
+    copied = dequantized(plain_dir, base)
+    trainer, losses = run(base, save_strategy="steps", save_steps=1)
+    assert all(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    assert losses[0] != losses[2]
+    assert losses == pytest.approx(run(copied)[1], abs=1e-5)
+    checkpoint = f"{trainer.args.output_dir}/checkpoint-1"
+    assert run(quantized(plain_dir, kind), resume=checkpoint)[1] == losses
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_folder_is_read_back_bit_by_bit(plain_dir, tmp_path, kind):
     model = quantized(plain_dir, kind)
