@@ -97,7 +97,7 @@ def test_every_module_has_a_level():
 
 
 def test_few_modules_lie_directly_in_the_package():
-    assert len(list(PACKAGE.glob("*.py"))) <= 7
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_name(module)])

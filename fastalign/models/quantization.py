@@ -20,9 +20,10 @@ import types
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
-from fastalign.models.adapters import plain_name
+from fastalign.models.adapters import causal_lm, has_adapter, plain_name
 
 OLDEST = (0, 50)  # of bitsandbytes; earlier ones have no 4-bit kernels for CPUs
 
@@ -53,10 +54,17 @@ def import_bitsandbytes() -> Any:
 def use_training_product(model: nn.Module) -> None:
     """Lets quantised layers on a CPU compute in evaluation mode as in training mode; the model is changed in place.
 
+    Its method `resize_token_embeddings` raises a ModelError from then on where the embeddings are quantised.
+
     Raises:
-        ModelError: bitsandbytes has rearranged weights of the model already.
+        ModelError: bitsandbytes has rearranged weights of the model already, or a quantised layer shares its weight
+            with the embedding.
     """
     check_order(model)
+    _check_tied(model)
+    base = causal_lm(model)
+    if isinstance(base, PreTrainedModel) and has_quantized_embeddings(base):
+        base.resize_token_embeddings = _refuse_to_resize
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
             module.support_avx512bf16_for_cpu = False
@@ -87,6 +95,29 @@ def check_order(model: nn.Module) -> None:
         )
 
 
+def quantized_layers(model: nn.Module) -> list[str]:
+    """The names of the layers whose weight is no floating-point number."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return [
+        plain_name(name) for name, weight in weights if isinstance(weight, Tensor) and not weight.is_floating_point()
+    ]
+
+
+def has_quantized_embeddings(model: PreTrainedModel) -> bool:
+    """Whether the embedding or the output layer of a model is quantised."""
+    return any(_is_quantized(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+
+
+def check_unquantized(model: nn.Module, remedy: str) -> None:
+    """ModelError, with a remedy, if layers of a model are quantised. Adapters on them can be trained."""
+    layers = [] if has_adapter(model) else quantized_layers(model)
+    if layers:
+        raise ModelError(
+            f"{len(layers)} layers of the model are quantised ({layers[0]}, ...), and quantised weights have no "
+            f"gradient: {remedy}."
+        )
+
+
 def float_weight(weight: Tensor) -> Tensor:
     """The weight of an output layer in floating point.
 
@@ -111,6 +142,29 @@ def float_weight(weight: Tensor) -> Tensor:
     if _is_rearranged(weight):
         raise ModelError("bitsandbytes has rearranged the weights of the output layer: load the model anew.")
     return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
+
+
+def _check_tied(model: nn.Module) -> None:
+    """ModelError if transformers made a layer of bitsandbytes around the embedding's weight, which stays in floats."""
+    for name, module in model.named_modules():
+        from_bitsandbytes = hasattr(module, "support_avx512bf16_for_cpu") or hasattr(module, "init_8bit_state")
+        if from_bitsandbytes and type(module.weight) is nn.Parameter:
+            raise ModelError(
+                f"The layer {plain_name(name)} is quantised, but its weight is that of the embedding, which is not: "
+                "quantise with llm_int8_skip_modules=['lm_head'], or untie the two first (tie_word_embeddings=False)."
+            )
+
+
+def _refuse_to_resize(*args, **kwargs) -> None:
+    raise ModelError(
+        "The vocabulary cannot be resized, because the output layer is quantised or the embedding is: call "
+        "resize_token_embeddings before the model is quantised."
+    )
+
+
+def _is_quantized(module: nn.Module | None) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
 def _is_rearranged(weight: Any) -> bool:

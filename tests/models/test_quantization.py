@@ -15,11 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from fastalign.data.packing import lay_out
-from fastalign.errors import ModelError
+from fastalign.errors import ConfigError, ModelError
+from fastalign.fisher.diagonal import fisher_diagonal
+from fastalign.models.fit import check_fit
 from fastalign.models.loading import load_model
 from fastalign.models.quantization import check_order, float_weight, import_bitsandbytes, use_training_product
 from fastalign.models.ready import check_trainable
 from fastalign.models.scoring import prepare
+from fastalign.regularizers.ewc import EWC
 
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -29,6 +32,7 @@ KINDS = {
     "int8": {"load_in_8bit": True},
 }
 FOUR_BITS = [kind for kind in KINDS if kind != "int8"]
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 EXAMPLES = [{"prompt_ids": [5, 6, 7], "completion_ids": [[8, 9], [10, 11, 12]]}]
 
 
@@ -79,7 +83,7 @@ def dequantized(folder, model):
 def adapted(model):
     """The model with an adapter on every linear layer, of the same random numbers each time."""
     torch.manual_seed(1)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(model, peft.LoraConfig(**LORA))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
@@ -128,7 +132,7 @@ def test_trains_as_its_dequantised_copy_also_after_evaluating_generating_and_sav
 
 @pytest.mark.parametrize("kind", ["nf4 twice", "int8"])
 def test_a_run_that_evaluates_saves_and_resumes_has_the_losses_of_the_copy(plain_dir, pairs, make_trainer, kind):
-    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(**LORA)
     options = {"max_steps": 3, "learning_rate": 0.1, "eval_strategy": "steps", "eval_steps": 1}
 
     def run(model, resume=None, **more):
@@ -239,3 +243,75 @@ def test_a_missing_or_old_bitsandbytes_is_named(monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, "bitsandbytes", found)
     with pytest.raises(ModelError, match=message):
         import_bitsandbytes()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights_are_not_trained_without_an_adapter(plain_dir, pairs, make_trainer, kind):
+    with pytest.raises(ModelError, match=r"14 layers of the model are quantised .*: pass a peft_config"):
+        make_trainer(quantized(plain_dir, kind), pairs)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_output_layer_that_is_tied_is_refused(plain_dir, kind):
+    options = {"llm_int8_skip_modules": ["none"]}
+    model = quantized(plain_dir, kind, **options)
+    # What transformers makes of a model with tied embeddings.
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(
+        ModelError, match=r"lm_head is quantised, but its weight .* llm_int8_skip_modules=\['lm_head'\]"
+    ):
+        prepare(model)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_fisher_information_needs_the_weights_unquantised(plain_dir, kind):
+    model = quantized(plain_dir, kind)
+    with pytest.raises(ModelError, match=r"14 layers of the model are quantised .*: load it unquantised"):
+        fisher_diagonal(model, EXAMPLES)
+    adapter = adapted(model)
+    assert len(fisher_diagonal(adapter, EXAMPLES)) == 28  # the factors of an adapter have gradients
+
+
+def test_ewc_of_a_quantised_model_names_the_remedy(plain_dir, pairs, make_trainer):
+    """The information of the unquantised model holds the adapter; that of packed weights has another shape."""
+    weights = dict(dequantized(plain_dir, quantized(plain_dir, "nf4")).named_parameters())
+    fisher = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    layer = "model.layers.0.mlp.up_proj.weight"
+    packed = fisher | {layer: torch.ones(128 * 64 // 2, 1)}
+    partial = {name: value for name, value in fisher.items() if name != layer}
+    for wrong, message in ((packed, r"is \(4096, 1\), the weight \(128, 64\)"), (partial, "lacks 1 of the 14 weights")):
+        with pytest.raises(ModelError, match=rf"{message}.*: compute it again, for the unquantised model"):
+            make_trainer(
+                quantized(plain_dir, "nf4"), pairs, peft_config=peft.LoraConfig(**LORA), regularizers=[EWC(wrong, 1.0)]
+            )
+    make_trainer(
+        quantized(plain_dir, "nf4"), pairs, peft_config=peft.LoraConfig(**LORA), regularizers=[EWC(fisher, 1.0)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_output_layer_cannot_be_resized(plain_dir, tmp_path, kind):
+    quantized(plain_dir, kind, llm_int8_skip_modules=["none"]).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    message = r"the output layer is quantised.*: call resize_token_embeddings before"
+    with pytest.raises(ModelError, match=message):
+        model.resize_token_embeddings(300)
+    with pytest.raises(ModelError, match=r"knows 259: .* before the model is quantised"):
+        check_fit([{"prompt_ids": [259], "completion_ids": [[1]]}], model)
+    plain_head = quantized(plain_dir, kind)
+    prepare(plain_head)
+    plain_head.resize_token_embeddings(300)
+    assert plain_head.lm_head.weight.shape[0] == 300
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_folder_says_what_it_cannot_be_loaded_as(plain_dir, tmp_path, kind, monkeypatch):
+    quantized(plain_dir, kind).save_pretrained(tmp_path)
+    monkeypatch.setattr("fastalign.models.loading.AutoModelForCausalLM", None)  # refused before anything is loaded
+    with pytest.raises(ConfigError, match=r"dtype is 'float32', but .* is quantised.*: leave dtype out"):
+        load_model(tmp_path, dtype="float32")
+    with pytest.raises(ModelError, match=r"is quantised, .*: train an adapter .*, or load it unquantised"):
+        load_model(tmp_path, for_adapter=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelError, match="need bitsandbytes"):
+        load_model(tmp_path)
