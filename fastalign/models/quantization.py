@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,6 +51,26 @@ def import_bitsandbytes() -> Any:
             "pip install 'fastalign[quant]'."
         )
     return bitsandbytes
+
+
+def quantization_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+    """The `BitsAndBytesConfig` of transformers for the options of `load_model`.
+
+    Args:
+        quantization: "nf4", "fp4" or "int8".
+        double_quantization: whether the scales of 4-bit weights are quantised too.
+        dtype: what products of 4-bit weights are computed in. Products of 8-bit weights are in the input's dtype.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def use_training_product(model: nn.Module) -> None:
@@ -85,27 +107,26 @@ def _eight_bit_linear(self: nn.Module, x: Tensor) -> Tensor:
 
 def check_order(model: nn.Module) -> None:
     """ModelError if bitsandbytes has rearranged weights of the model, or had when it was saved."""
-    layers = [name for name, module in model.named_modules() if _is_rearranged(getattr(module, "weight", None))]
+    layers = [name for name, weight in _weights(model) if _is_rearranged(weight)]
     if layers:
         raise ModelError(
             f"bitsandbytes has rearranged the weights of {len(layers)} layer{'s' * (len(layers) > 1)} "
-            f"({plain_name(layers[0])}{', ...' * (len(layers) > 1)}) for inference on this CPU, which they cannot be "
-            "trained or saved after: load the model anew and pass it to fastalign before it is evaluated; where its "
+            f"({layers[0]}{', ...' * (len(layers) > 1)}) for inference on this CPU, and cannot be trained "
+            "or saved in that order: load the model anew and pass it to fastalign before it is evaluated; where its "
             "folder was saved in this state, quantise the original model again."
         )
 
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """The names of the layers whose weight is no floating-point number."""
-    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
-    return [
-        plain_name(name) for name, weight in weights if isinstance(weight, Tensor) and not weight.is_floating_point()
-    ]
+    return [name for name, weight in _weights(model) if not weight.is_floating_point()]
 
 
 def has_quantized_embeddings(model: PreTrainedModel) -> bool:
     """Whether the embedding or the output layer of a model is quantised."""
-    return any(_is_quantized(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = (getattr(layer, "weight", None) for layer in layers)
+    return any(isinstance(weight, Tensor) and not weight.is_floating_point() for weight in weights)
 
 
 def check_unquantized(model: nn.Module, remedy: str) -> None:
@@ -162,9 +183,14 @@ def _refuse_to_resize(*args, **kwargs) -> None:
     )
 
 
-def _is_quantized(module: nn.Module | None) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not weight.is_floating_point()
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weight of every layer with the layer's plain name.
+
+    peft's layers are left out: their attribute `weight` is that of the layer inside them.
+    """
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            yield plain_name(f"{name}.weight").removesuffix(".weight"), weight
 
 
 def _is_rearranged(weight: Any) -> bool:

@@ -19,7 +19,13 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.diagonal import fisher_diagonal
 from fastalign.models.fit import check_fit
 from fastalign.models.loading import load_model
-from fastalign.models.quantization import check_order, float_weight, import_bitsandbytes, use_training_product
+from fastalign.models.quantization import (
+    check_order,
+    float_weight,
+    import_bitsandbytes,
+    quantized_layers,
+    use_training_product,
+)
 from fastalign.models.ready import check_trainable
 from fastalign.models.scoring import prepare
 from fastalign.regularizers.ewc import EWC
@@ -199,6 +205,8 @@ def test_a_repacked_model_is_refused(plain_dir, kind, saved):
             check(model)
     with pytest.raises(ModelError, match="rearranged"):
         float_weight(layer.weight)
+    with pytest.raises(ModelError, match=message):
+        check_trainable(adapted(model))
 
 
 def test_a_folder_that_was_saved_after_repacking_is_refused(plain_dir, tmp_path):
@@ -315,3 +323,48 @@ def test_a_quantised_folder_says_what_it_cannot_be_loaded_as(plain_dir, tmp_path
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModelError, match="need bitsandbytes"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_quantises_as_transformers_does(plain_dir, kind):
+    name, *twice = kind.split()
+    model = load_model(plain_dir, dtype="float32", quantization=name, double_quantization=bool(twice))
+    expected = quantized(plain_dir, kind).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(found[name], value), name
+    if kind != "int8":
+        assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.float32
+
+
+def test_a_run_quantises_the_model_it_loads(plain_dir, pairs, make_trainer):
+    trainer = make_trainer(plain_dir, pairs, peft_config=peft.LoraConfig(**LORA), quantization="nf4")
+    trainer.train()
+    assert len(quantized_layers(trainer.model)) == 14
+    with pytest.raises(ConfigError, match="quantization is 'nf4', but the model is loaded already"):
+        make_trainer(quantized(plain_dir, "fp4"), pairs, peft_config=peft.LoraConfig(**LORA), quantization="nf4")
+    with pytest.raises(ModelError, match="train an adapter"):
+        make_trainer(plain_dir, pairs, quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "nf5"}, "quantization is 'nf5'"),
+        ({"quantization": "int8", "double_quantization": True}, "double_quantization .* nf4 or fp4, not 'int8'"),
+        ({"double_quantization": True}, "double_quantization .* nf4 or fp4, not 'none'"),
+    ],
+)
+def test_options_of_quantisation_are_checked(plain_dir, options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_model(plain_dir, **options)
+
+
+def test_what_is_quantised_already_is_not_quantised_again(plain_dir, tmp_path):
+    quantized(plain_dir, "nf4").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"quantization is 'int8', but .* is quantised already: leave"):
+        load_model(tmp_path, quantization="int8")
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"quantization is 'nf4', but .* is a GGUF file"):
+        load_model(tmp_path / "weights.gguf", quantization="nf4")
