@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fastalign.lazy import lazy_exports
+from fastalign.offline import guard_imports
 
 if TYPE_CHECKING:
     from fastalign.config import DistillationConfig as DistillationConfig
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # The functions `fused_linear_<loss>` come from the table of losses: a name that ends in `*` stands for all of them.
+guard_imports()
+
 lazy_exports(
     __name__,
     {

@@ -60,7 +60,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         )
     trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
-        regularizers=regularizers,
+        regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
     write_json(folder / "run.json", {**vars(options), **config.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
+from fastalign.config.quantization import check_quantization
 from fastalign.errors import ConfigError
 from fastalign.options import help_field
 
@@ -27,6 +28,10 @@ class RunOptions:
     )
     title: str | None = help_field(None, "The report's title.")
     dtype: str = help_field("auto", "Type of the weights: float32, bfloat16, float16, or auto (the machine decides).")
+    quantization: str = help_field(
+        "none", "Quantises the frozen weights under a LoRA adapter: none, nf4, fp4 or int8 (needs bitsandbytes)."
+    )
+    double_quantization: bool = help_field(False, "Whether the scales of nf4 and fp4 weights are quantised too.")
     lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
     lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
     lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
@@ -43,6 +48,12 @@ class RunOptions:
                 raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
         if self.lora_rank < 0 or self.samples < 0:
             raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
+        check_quantization(self.quantization, self.double_quantization)
+        if self.quantization != "none" and not self.lora_rank:
+            raise ConfigError(
+                f"quantization is {self.quantization!r} and lora_rank 0; quantised weights cannot be trained, "
+                "so set lora_rank to 1 or more"
+            )
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
         check_regularizers(self.regularizers)

@@ -41,6 +41,7 @@ from fastalign.fisher.storage import Fisher
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.quantization import check_unquantized
 from fastalign.models.scoring import prepare
 from fastalign.ops.linear_logprobs import linear_logprobs
 
@@ -97,7 +98,8 @@ def fisher_diagonal(
     Raises:
         ConfigError: an option has an unknown value, or the rows need a tokenizer.
         DataError: there are no rows, or none of their tokens is scored.
-        ModelError: a trainable parameter is of a kind that is not covered; the error names it. Freeze it.
+        ModelError: a trainable parameter is of a kind that is not covered; the error names it. Freeze it. Or the model
+            is quantised and has no adapter.
 
     Examples:
         >>> fisher = fisher_diagonal(model, "abilities.jsonl", tokenizer=tokenizer)
@@ -111,6 +113,7 @@ def fisher_diagonal(
         raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
     if bits not in (8, 32):
         raise ConfigError(f"bits is {bits}; Fisher information is added up in 32 or 8")
+    check_unquantized(model, "load it unquantised")
     rows = _tokenized(data, tokenizer, max_length)
     layout = prepare(model)
     fisher = Fisher(estimator=estimator, per=per)

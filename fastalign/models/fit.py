@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from fastalign.errors import DataError, ModelError
+from fastalign.models.quantization import has_quantized_embeddings
 from fastalign.models.vocabulary import embedding_rows
 
 
@@ -26,9 +27,10 @@ def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
     if largest >= vocab:
+        when = " before the model is quantised" if has_quantized_embeddings(model) else ""
         raise ModelError(
             f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
-            "call model.resize_token_embeddings(len(tokenizer))."
+            f"call model.resize_token_embeddings(len(tokenizer)){when}."
         )
     longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
     if longest > positions:

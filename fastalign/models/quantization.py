@@ -1,10 +1,142 @@
-"""Quantised weights as floating-point numbers. The only module that imports bitsandbytes."""
+"""Weights in 4 or 8 bits. The only module that imports bitsandbytes.
+
+On a CPU, layers of bitsandbytes 0.50 take another product in evaluation mode than in training mode.
+`use_training_product` lets them take the one of training always, since the other one is wrong for anything but
+inference:
+
+- A `Linear4bit` on a CPU with bfloat16 instructions rearranges its weights in place at its first call in evaluation
+  mode. The product after that has no backward pass, so layers below it get no gradient from then on. The scales are
+  rounded to bfloat16, and `dequantize_4bit` reads the weights in the wrong order. `state_dict` undoes the
+  rearrangement, but not that of the scales, so a saved model is another one. The first loss does not show any of it,
+  because policy and reference take the same product.
+- A `Linear8bitLt` rounds its inputs to 8 bits in evaluation mode, and not in training mode. A reference that is scored
+  in evaluation mode differs from its policy before the first step.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import re
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import causal_lm, has_adapter, plain_name
+
+OLDEST = (0, 50)  # of bitsandbytes; earlier ones have no 4-bit kernels for CPUs
+
+
+def import_bitsandbytes() -> Any:
+    """The package bitsandbytes.
+
+    Its import downloads nothing, see `fastalign.offline`.
+
+    Raises:
+        ModelError: it is missing, broken or too old.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ModelError(
+            f"Quantised weights need bitsandbytes, which cannot be imported ({error}): pip install 'fastalign[quant]'."
+        ) from error
+    version = bitsandbytes.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        raise ModelError(
+            f"bitsandbytes is {version}; fastalign needs {'.'.join(map(str, OLDEST))} or newer: "
+            "pip install 'fastalign[quant]'."
+        )
+    return bitsandbytes
+
+
+def quantization_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+    """The `BitsAndBytesConfig` of transformers for the options of `load_model`.
+
+    Args:
+        quantization: "nf4", "fp4" or "int8".
+        double_quantization: whether the scales of 4-bit weights are quantised too.
+        dtype: what products of 4-bit weights are computed in. Products of 8-bit weights are in the input's dtype.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def use_training_product(model: nn.Module) -> None:
+    """Lets quantised layers on a CPU compute in evaluation mode as in training mode; the model is changed in place.
+
+    Its method `resize_token_embeddings` raises a ModelError from then on where the embeddings are quantised.
+
+    Raises:
+        ModelError: bitsandbytes has rearranged weights of the model already, or a quantised layer shares its weight
+            with the embedding.
+    """
+    check_order(model)
+    _check_tied(model)
+    base = causal_lm(model)
+    if isinstance(base, PreTrainedModel) and has_quantized_embeddings(base):
+        base.resize_token_embeddings = _refuse_to_resize
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
+            module.support_avx512bf16_for_cpu = False
+        elif hasattr(module, "init_8bit_state") and "forward" not in vars(module):  # a Linear8bitLt
+            module.forward = types.MethodType(_eight_bit_linear, module)
+
+
+def _eight_bit_linear(self: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a `Linear8bitLt`, which on a CPU always believes to be in training mode."""
+    if x.device.type != "cpu" or self.training:
+        return type(self).forward(self, x)
+    self.training = True
+    try:
+        return type(self).forward(self, x)
+    finally:
+        self.training = False
+
+
+def check_order(model: nn.Module) -> None:
+    """ModelError if bitsandbytes has rearranged weights of the model, or had when it was saved."""
+    layers = [name for name, weight in _weights(model) if _is_rearranged(weight)]
+    if layers:
+        raise ModelError(
+            f"bitsandbytes has rearranged the weights of {len(layers)} layer{'s' * (len(layers) > 1)} "
+            f"({layers[0]}{', ...' * (len(layers) > 1)}) for inference on this CPU, and cannot be trained "
+            "or saved in that order: load the model anew and pass it to fastalign before it is evaluated; where its "
+            "folder was saved in this state, quantise the original model again."
+        )
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """The names of the layers whose weight is no floating-point number."""
+    return [name for name, weight in _weights(model) if not weight.is_floating_point()]
+
+
+def has_quantized_embeddings(model: PreTrainedModel) -> bool:
+    """Whether the embedding or the output layer of a model is quantised."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = (getattr(layer, "weight", None) for layer in layers)
+    return any(isinstance(weight, Tensor) and not weight.is_floating_point() for weight in weights)
+
+
+def check_unquantized(model: nn.Module, remedy: str) -> None:
+    """ModelError, with a remedy, if layers of a model are quantised. Adapters on them can be trained."""
+    layers = [] if has_adapter(model) else quantized_layers(model)
+    if layers:
+        raise ModelError(
+            f"{len(layers)} layers of the model are quantised ({layers[0]}, ...), and quantised weights have no "
+            f"gradient: {remedy}."
+        )
 
 
 def float_weight(weight: Tensor) -> Tensor:
@@ -18,7 +150,7 @@ def float_weight(weight: Tensor) -> Tensor:
         noted when it packed the weight.
 
     Raises:
-        ModelError: the weight is quantised in another way.
+        ModelError: the weight is quantised in another way, or bitsandbytes has rearranged it.
     """
     if weight.is_floating_point():
         return weight
@@ -28,7 +160,40 @@ def float_weight(weight: Tensor) -> Tensor:
             f"The output layer holds {weight.dtype} weights of an unknown quantisation; load it unquantised "
             "(llm_int8_skip_modules=['lm_head'])."
         )
-    # Imported here: not every machine has it, and its import may load a binary.
-    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]  # optional
+    if _is_rearranged(weight):
+        raise ModelError("bitsandbytes has rearranged the weights of the output layer: load the model anew.")
+    return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
-    return dequantize_4bit(weight.data, state)
+
+def _check_tied(model: nn.Module) -> None:
+    """ModelError if transformers made a layer of bitsandbytes around the embedding's weight, which stays in floats."""
+    for name, module in model.named_modules():
+        from_bitsandbytes = hasattr(module, "support_avx512bf16_for_cpu") or hasattr(module, "init_8bit_state")
+        if from_bitsandbytes and type(module.weight) is nn.Parameter:
+            raise ModelError(
+                f"The layer {plain_name(name)} is quantised, but its weight is that of the embedding, which is not: "
+                "quantise with llm_int8_skip_modules=['lm_head'], or untie the two first (tie_word_embeddings=False)."
+            )
+
+
+def _refuse_to_resize(*args, **kwargs) -> None:
+    raise ModelError(
+        "The vocabulary cannot be resized, because the output layer is quantised or the embedding is: call "
+        "resize_token_embeddings before the model is quantised."
+    )
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weight of every layer with the layer's plain name.
+
+    peft's layers are left out: their attribute `weight` is that of the layer inside them.
+    """
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            yield plain_name(f"{name}.weight").removesuffix(".weight"), weight
+
+
+def _is_rearranged(weight: Any) -> bool:
+    """Whether bitsandbytes has ever rearranged a weight: it marks the weight's state, and transposes its scales."""
+    state = getattr(weight, "quant_state", None)
+    return state is not None and (hasattr(state, "packing_format_for_cpu") or state.absmax.dim() != 1)

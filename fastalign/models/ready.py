@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign.errors import ModelError
 from fastalign.models.adapters import has_adapter, is_adapter_name
 from fastalign.models.loading import logger
+from fastalign.models.quantization import check_unquantized, use_training_product
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -18,8 +19,11 @@ def check_trainable(model: nn.Module) -> None:
     updates of them round to nothing.
 
     Raises:
-        ModelError: no parameter requires a gradient.
+        ModelError: no parameter requires a gradient, or the model is quantised and has no adapter, or bitsandbytes
+            has rearranged its weights.
     """
+    use_training_product(model)
+    check_unquantized(model, "pass a peft_config, which trains an adapter on them, or load the model unquantised")
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ModelError("No parameter of the model is trainable: pass a peft_config, or set requires_grad.")

@@ -26,6 +26,7 @@ from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.norms import speed_up_body
+from fastalign.models.quantization import use_training_product
 from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
@@ -59,8 +60,8 @@ def prepare(model: nn.Module) -> str:
         says what they mean.
 
     Raises:
-        ModelError: the model is not a causal language model, or its output layer gives other log-probabilities than
-            fastalign computes from its weights.
+        ModelError: the model is not a causal language model, its output layer gives other log-probabilities than
+            fastalign computes from its weights, or bitsandbytes has rearranged its weights.
 
     Examples:
         >>> layout = prepare(model)
@@ -68,6 +69,7 @@ def prepare(model: nn.Module) -> str:
         >>> model(packed=batch).logprobs.shape
         torch.Size([3])
     """
+    use_training_product(model)
     speed_up_linear(model)
     speed_up_body(model)
     layout = prepare_model(model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.storage import Fisher
 from fastalign.models.adapters import Lora, lora_layers, plain_name
+from fastalign.models.quantization import quantized_layers
 from fastalign.ops.ewc import ewc_penalty, lora_ewc_penalty
 from fastalign.options import help_field
 from fastalign.regularizers.base import Term, check_positive, once_a_step
@@ -173,7 +174,8 @@ def _trained_adapters(
 def _check_names(fishers: Mapping[str, Tensor], model: nn.Module, trained: Mapping[str, tuple]) -> None:
     """ModelError unless F names parameters of the model only, and has every trained weight in its shape."""
     known = {plain_name(name) for name, _ in model.named_parameters()}
-    again = "compute it again, for this model without adapters (fastalign fisher)"
+    which = "the unquantised model" if quantized_layers(model) else "this model"
+    again = f"compute it again, for {which} without adapters (fastalign fisher)"
     if gone := [name for name in fishers if name not in known]:
         raise ModelError(
             f"The Fisher information holds {len(gone)} parameters that the model does not have ({gone[0]}, ...): "

@@ -62,6 +62,8 @@ class AlignmentTrainer(Trainer):
         objective: Called with `args`, returns the `Objective` to minimise.
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
+        quantization: "nf4", "fp4" or "int8" quantises a model that is loaded here; it needs a `peft_config`.
+        double_quantization: Whether the scales of 4-bit weights are quantised too.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -102,6 +104,8 @@ class AlignmentTrainer(Trainer):
         objective: Callable[[Any], Objective],
         dtype: str | torch.dtype = "auto",
         regularizers: Sequence = (),
+        quantization: str = "none",
+        double_quantization: bool = False,
         **trainer_options,
     ):
         limit_onednn_cache()
@@ -111,7 +115,12 @@ class AlignmentTrainer(Trainer):
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
-            model = load_model(model, dtype=dtype, for_adapter=peft_config is not None)
+            model = load_model(
+                model, dtype=dtype, for_adapter=peft_config is not None, quantization=quantization,
+                double_quantization=double_quantization,
+            )  # fmt: skip
+        elif quantization != "none":
+            raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
         model = _ready(model, tokenizer, args, peft_config, [train_dataset, eval_dataset or ()])
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective = objective(args)

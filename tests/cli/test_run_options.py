@@ -16,6 +16,9 @@ from fastalign.errors import ConfigError
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"samples": -2}, "samples -2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"quantization": "nf5"}, "quantization is 'nf5'"),
+        ({"double_quantization": True}, "double_quantization .* not 'none'"),
+        ({"quantization": "nf4", "lora_rank": 0}, "quantization is 'nf4' and lora_rank 0"),
         ({"regularizers": [{"name": "ewcc"}]}, "did you mean 'ewc'"),
     ],
 )

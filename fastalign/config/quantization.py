@@ -1,0 +1,24 @@
+"""The options that load a model with weights in 4 or 8 bits. They are checked without torch."""
+
+from __future__ import annotations
+
+from fastalign.errors import ConfigError
+from fastalign.options import one_of
+
+FOUR_BITS = ("nf4", "fp4")
+QUANTIZATIONS = ("none", *FOUR_BITS, "int8")
+
+
+def check_quantization(quantization: str, double_quantization: bool) -> None:
+    """Checks the two options against each other.
+
+    Args:
+        quantization: "none", "nf4", "fp4" or "int8".
+        double_quantization: whether the scales of 4-bit weights are quantised too.
+
+    Raises:
+        ConfigError: the name is unknown, or there are no 4-bit weights whose scales could be quantised.
+    """
+    one_of("quantization", quantization, QUANTIZATIONS)
+    if double_quantization and quantization not in FOUR_BITS:
+        raise ConfigError(f"double_quantization is for quantization nf4 or fp4, not {quantization!r}; leave it out")
