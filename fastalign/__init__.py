@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fastalign.lazy import lazy_exports
-from fastalign.offline import guard_imports
+from fastalign.models.offline import guard_imports
 
 if TYPE_CHECKING:
     from fastalign.config import DistillationConfig as DistillationConfig

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastalign"
 # From the bottom to the top: a module imports from lower rows, and from its own package. Packages of one row do not
 # know each other. `errors` may be imported by everything.
 LEVELS = [
-    {"errors", "options", "files", "offline", "_cpu", "_cuda"},
+    {"errors", "options", "files", "_cpu", "_cuda"},
     {"lazy", "reference", "losses", "kernels"},
     {"ops"},
     {"fused", "data", "config", "report"},
@@ -33,7 +33,7 @@ LEVELS = [
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 # What these may import beside the standard library and fastalign, with the file or inside a function.
 ONLY = {name: {"torch"} for name in ("reference", "losses", "ops", "fused")}
-ONLY |= {"errors": set(), "options": set(), "lazy": set(), "offline": set(), "files": {"safetensors", "torch", "numpy"}}
+ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensors", "torch", "numpy"}}
 ONLY |= {
     "kernels": {"torch", "triton"},
     "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
@@ -97,7 +97,7 @@ def test_every_module_has_a_level():
 
 
 def test_few_modules_lie_directly_in_the_package():
-    assert len(list(PACKAGE.glob("*.py"))) <= 8
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if package_name(module)])

@@ -30,7 +30,7 @@ print(hasattr(fastalign, "PreferenceTrainr"), hasattr(fastalign, "__wrapped__"),
 print(sorted({"torch", "transformers", "numpy", "peft", "datasets"} & sys.modules.keys()))
 print(sorted(name for name in sys.modules if name.startswith("fastalign.")))
 """
-    light = ["fastalign.errors", "fastalign.lazy", "fastalign.offline", "fastalign.options"]
+    light = ["fastalign.errors", "fastalign.lazy", "fastalign.models", "fastalign.models.offline", "fastalign.options"]
     assert run(code) == f"False False {fastalign.__version__}\n[]\n{light}\n"
 
 

@@ -33,7 +33,7 @@ OLDEST = (0, 50)  # of bitsandbytes; earlier ones have no 4-bit kernels for CPUs
 def import_bitsandbytes() -> Any:
     """The package bitsandbytes.
 
-    Its import downloads nothing, see `fastalign.offline`.
+    Its import downloads nothing, see `fastalign.models.offline`.
 
     Raises:
         ModelError: it is missing, broken or too old.
