@@ -36,6 +36,7 @@ class AlignmentConfig(TrainingArguments):
         share_prompts: Compute each prompt once for all of its completions.
         dataloader_pin_memory: Put batches into page-locked memory, from where a GPU copies faster. None: only if CUDA
             is available.
+        logging_nan_inf_filter: Always False: True would log a loss of NaN as if it were the mean of the losses before.
         run_name: A name that the report shows.
 
     Raises:
@@ -65,6 +66,7 @@ class AlignmentConfig(TrainingArguments):
     dataloader_pin_memory: bool | None = help_field(
         None, "Put batches into page-locked memory, for faster copies to a GPU. None: if CUDA is available."
     )
+    logging_nan_inf_filter: bool = help_field(False, "Always False: True would hide a loss of NaN.")
     run_name: str | None = help_field(None, "A name for the run, which the report shows.")
 
     def __post_init__(self):
@@ -73,6 +75,11 @@ class AlignmentConfig(TrainingArguments):
         if self.dataloader_pin_memory is None:
             # The class cannot have this as its default: importing it would start CUDA.
             self.dataloader_pin_memory = torch.cuda.is_available()
+        if self.logging_nan_inf_filter:
+            raise ConfigError(
+                "logging_nan_inf_filter is True, which logs a loss of NaN as if it were the mean of the losses before: "
+                "leave it out"
+            )
         one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
         one_of("on_invalid", self.on_invalid, ON_INVALID)
         if self.max_length is not None and self.max_length < 2:
@@ -86,6 +93,11 @@ class AlignmentConfig(TrainingArguments):
         """ConfigError for values that TrainingArguments takes and that fail or do nothing later."""
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 to use num_train_epochs instead")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(
+                f"num_train_epochs is {self.num_train_epochs:g}, which trains nothing: "
+                "give a number above 0, or set max_steps"
+            )
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -40,6 +40,7 @@ from fastalign.regularizers.base import Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
 from fastalign.training.checkpoint import extra_state, load_extra_state, remove_pickled_arguments, save_extra_state
+from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import MetricSums, Throughput, held_out
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
@@ -120,6 +121,8 @@ class AlignmentTrainer(Trainer):
         self.layout = _find_layout(model, args)
         self.data_collator = self._collator()
         install_callbacks(self)
+        self.guard = FiniteGuard(self)
+        self.add_callback(self.guard)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, 0
@@ -210,6 +213,7 @@ class AlignmentTrainer(Trainer):
         )  # fmt: skip
         self._micro_batches += 1
         loss = _with_terms(step, self.terms, self.sums)
+        self.guard.check_loss(loss, batch.rows)
         self.throughput.add(batch)
         return (loss, {}) if return_outputs else loss
 
