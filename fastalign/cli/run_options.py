@@ -7,7 +7,7 @@ from typing import Any
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.errors import ConfigError
-from fastalign.options import help_field
+from fastalign.options import help_field, one_of
 
 
 @dataclass
@@ -27,6 +27,11 @@ class RunOptions:
     )
     title: str | None = help_field(None, "The report's title.")
     dtype: str = help_field("auto", "Type of the weights: float32, bfloat16, float16, or auto (the machine decides).")
+    adapter: str | None = help_field(
+        None,
+        "The adapter that the model comes with: merge (into its weights; the default, with a new adapter on top), or "
+        "continue (train it further).",
+    )
     lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
     lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
     lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
@@ -45,4 +50,6 @@ class RunOptions:
             raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
+        if self.adapter is not None:
+            one_of("adapter", self.adapter, ("merge", "continue"))
         check_regularizers(self.regularizers)

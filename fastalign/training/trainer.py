@@ -28,10 +28,10 @@ from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
-from fastalign.models.adapters import add_adapter, causal_lm
+from fastalign.models.adapters import causal_lm, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import keep_few_primitives
-from fastalign.models.loading import load_model, load_tokenizer
+from fastalign.models.loading import load_tokenizer
 from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
@@ -44,6 +44,7 @@ from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import MetricSums, Throughput, held_out
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
+from fastalign.training.start import load_start, start_model, way_of
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
@@ -53,7 +54,8 @@ class AlignmentTrainer(Trainer):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
-        model: A causal language model with its weights, or what `load_model` takes: a folder or a name.
+        model: A causal language model with its weights, or what `load_model` takes: a folder or a name. A model with
+            an adapter is a PeftModel, or the folder of the adapter.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
@@ -61,6 +63,9 @@ class AlignmentTrainer(Trainer):
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Builds what is minimised from `args`.
+        adapter: What happens to an adapter that the model comes with. "merge" merges it into the weights, which are
+            then what training starts from; "continue" trains it further. None: "merge" with a `peft_config`, else
+            "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         **trainer_options: Further arguments of `transformers.Trainer`.
@@ -69,6 +74,7 @@ class AlignmentTrainer(Trainer):
         preflight: The report on the training rows.
         layout: How batches are laid out: "shared", "packed" or "padded".
         reference: What the objective compares with; None if it needs no reference.
+        origin: What training starts from, in words for the preflight report.
         terms: The regularisers' terms, each called with every micro-batch.
         rates: Factor of the learning rate by the id of a parameter, for regularisers that set one per layer.
 
@@ -98,19 +104,24 @@ class AlignmentTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         *,
         objective: Callable[[Any], Objective],
+        adapter: str | None = None,
         dtype: str | torch.dtype = "auto",
         regularizers: Sequence = (),
         **trainer_options,
     ):
         keep_few_primitives()
+        way = way_of(adapter, peft_config)
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
-            model = load_model(model, dtype=dtype, for_adapter=peft_config is not None)
-        model = _ready(model, tokenizer, args, peft_config, [train_dataset, eval_dataset or ()])
+            model = load_start(model, dtype, way, peft_config)
+        for dataset in (train_dataset, eval_dataset or ()):
+            check_fit(dataset, causal_lm(model))
+        model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
+        _make_ready(model, tokenizer, args)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective = objective(args)
         self.sums, self.throughput = MetricSums(), Throughput()
@@ -164,7 +175,10 @@ class AlignmentTrainer(Trainer):
 
     def preflight_report(self) -> str:
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
-        return self.preflight.render(report_lines(self.model, self.train_dataset, self.args, self.layout))
+        reference = self.origin.reference if self.reference else "none: the loss compares with nothing"
+        lines = [("base", self.origin.base), ("reference", reference), ("trained", self.origin.trained)]
+        lines += report_lines(self.model, self.train_dataset, self.args, self.layout)
+        return self.preflight.render(lines)
 
     # Hooks of transformers.Trainer
 
@@ -203,7 +217,10 @@ class AlignmentTrainer(Trainer):
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
         reference = None
         if self.reference is not None:
-            reference = self.reference.logprobs(batch, scores.logprobs, score_with, first=self.state.global_step == 0)
+            first, policy = self.state.global_step == 0, scores.logprobs
+            if first and _draws(model, self.args):  # the check of the first step compares without what is drawn
+                policy = score_with(None)[0].logprobs
+            reference = self.reference.logprobs(batch, policy, score_with, first=first)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
         self.sums.add("train", metrics)
@@ -259,6 +276,11 @@ def _find_layout(model: nn.Module, args: AlignmentConfig) -> str:
     return "packed" if layout == "shared" and not args.share_prompts else layout
 
 
+def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
+    """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
+    return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
+
+
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
     """The loss of a micro-batch plus the regularisers' terms, whose metrics are added to `sums`."""
     loss = step.loss
@@ -287,20 +309,9 @@ def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase
     return tokenizer
 
 
-def _ready(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    args: AlignmentConfig,
-    peft_config: PeftConfig | None,
-    datasets: list,
-) -> nn.Module:
-    """The model as it is trained: fit for the data, with its adapter, without dropout, with the tokenizer's EOS."""
-    for dataset in datasets:
-        check_fit(dataset, causal_lm(model))
-    if peft_config is not None:
-        model = add_adapter(model, peft_config, args.seed)
+def _make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig) -> None:
+    """Makes the model, in place, as it is trained: without dropout, and with the tokenizer's EOS."""
     check_trainable(model)
     if args.disable_dropout:
         disable_dropout(model)
     adopt_special_tokens(causal_lm(model), tokenizer)
-    return model
