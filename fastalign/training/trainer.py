@@ -137,6 +137,7 @@ class AlignmentTrainer(Trainer):
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, 0
+        self._trained = False  # by a call of `train` that is over
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
@@ -161,12 +162,21 @@ class AlignmentTrainer(Trainer):
         """The reference of an objective that needs one: a copy of the weights, scored at every step."""
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
 
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        """The rows with what the reference has to store for them: nothing, where it is scored at every step."""
+        return dataset
+
     def keep_start(self) -> ReferenceWeights:
         """Keeps a copy of the weights that training starts from: that of the reference, unless it moves."""
         if self._start is None:
             shared = self.reference.weights if self.reference and not self.reference.moves else None
             self._start = shared or ReferenceWeights(self.model)
         return self._start
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the weights are still those that training starts from. A second call of `train` goes on instead."""
+        return not self._trained and self.state.global_step == 0
 
     @property
     def tokens_seen(self) -> int:
@@ -187,7 +197,10 @@ class AlignmentTrainer(Trainer):
         if self.args.should_log and not self.args.disable_tqdm:
             print(self.preflight_report(), flush=True)
         self.throughput.restart()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._trained |= self.state.global_step > 0
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
@@ -217,7 +230,7 @@ class AlignmentTrainer(Trainer):
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
         reference = None
         if self.reference is not None:
-            first, policy = self.state.global_step == 0, scores.logprobs
+            first, policy = self.at_start, scores.logprobs
             if first and _draws(model, self.args):  # the check of the first step compares without what is drawn
                 policy = score_with(None)[0].logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=first)
@@ -235,7 +248,7 @@ class AlignmentTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
-        """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch."""
+        """The loss of one held-out batch. Its metrics are gathered until the last batch."""
         weights = self.reference.weights if self.reference else None
         with self.compute_loss_context_manager():
             loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
@@ -243,18 +256,39 @@ class AlignmentTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs a line of training or the results of an evaluation, with the means of the metrics gathered for it."""
-        mode = "eval" if "eval_loss" in logs else "train"
-        logs = {**logs, **self.sums.take_means(mode)}
-        if mode == "train" and "loss" in logs:
+        """Logs a line; a line of training gets the means of the metrics since the last one."""
+        if "loss" in logs or "train_runtime" in logs:  # the second is the last line of a run
+            logs = {**logs, **self.sums.take_means("train")}
+        if "loss" in logs:
             logs["tokens_per_second"] = self.throughput.per_second()
             logs["memory_gb"] = measure.peak_bytes(self.args.device) / 1e9
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`; the metrics returned include those that `log` adds."""
-        metrics = super().evaluate(*args, **kwargs)
-        return {**metrics, **{k: v for k, v in self.state.log_history[-1].items() if k.startswith("eval_")}}
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
+        return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
+        return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
+        self.sums.clear("eval")
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _held_out_rows(self, rows):
+        """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
+        if rows is None:
+            return None
+        if isinstance(rows, dict):  # several data sets by name
+            return {name: self._held_out_rows(value) for name, value in rows.items()}
+        if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
+            rows = self._tokenize(rows, self.processing_class, self.args)[0]
+            check_fit(rows, causal_lm(self.model))
+        return self._with_reference(rows)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
