@@ -63,7 +63,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter,
         dtype=options.dtype, regularizers=regularizers,
     )  # fmt: skip
-    write_json(folder / "run.json", {**vars(options), **config.to_dict()})
+    write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)

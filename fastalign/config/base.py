@@ -24,7 +24,8 @@ class AlignmentConfig(TrainingArguments):
 
     Attributes:
         output_dir: The run folder. It gets the model or adapter, the configuration, metrics.jsonl and the report.
-        learning_rate: AdamW's initial learning rate. The default suits full fine-tuning. About 1e-4 suits LoRA.
+        learning_rate: AdamW's initial learning rate. None: `adapter_rate` or `full_rate`, by what is trained.
+            The trainer's preflight report says which.
         logging_steps: Optimiser steps between two logged lines.
         report_to: Experiment trackers. The default is none, so that nothing leaves the machine.
         max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
@@ -44,7 +45,12 @@ class AlignmentConfig(TrainingArguments):
     """
 
     output_dir: str | None = help_field("runs/latest", "The run folder: model or adapter, config, metrics, report.")
-    learning_rate: float = help_field(1e-6, "AdamW's initial learning rate. About 1e-4 suits LoRA.")
+    learning_rate: float | None = help_field(
+        None, "AdamW's initial learning rate. None: 1e-4 for an adapter, 1e-6 for all weights."
+    )
+    # The learning rates where none is given. They are no options.
+    adapter_rate = 1e-4
+    full_rate = 1e-6
     logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
     report_to: str | list[str] | None = help_field(
         "none", "Experiment trackers. The default is none, so nothing leaves the machine."
@@ -98,7 +104,7 @@ class AlignmentConfig(TrainingArguments):
                 f"num_train_epochs is {self.num_train_epochs:g}, which trains nothing: "
                 "give a number above 0, or set max_steps"
             )
-        if not 0 <= self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:

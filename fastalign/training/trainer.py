@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
-from fastalign.models.adapters import causal_lm, lora_layers
+from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import keep_few_primitives
 from fastalign.models.loading import load_tokenizer
@@ -122,6 +123,7 @@ class AlignmentTrainer(Trainer):
             check_fit(dataset, causal_lm(model))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         _make_ready(model, tokenizer, args)
+        args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective = objective(args)
         self.sums, self.throughput = MetricSums(), Throughput()
@@ -308,6 +310,14 @@ def _find_layout(model: nn.Module, args: AlignmentConfig) -> str:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
     return "packed" if layout == "shared" and not args.share_prompts else layout
+
+
+def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentConfig:
+    """The options with the learning rate that suits what is trained, where none was given; a copy, not in place."""
+    if args.learning_rate is None:
+        args = copy.copy(args)
+        args.learning_rate = args.adapter_rate if has_adapter(model) else args.full_rate
+    return args
 
 
 def _draws(model: nn.Module, args: AlignmentConfig) -> bool:

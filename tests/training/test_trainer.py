@@ -288,3 +288,23 @@ def test_training_again_goes_on(make_trainer, tiny_llama, pairs, kind):
     if kind != "sft":  # the rewards still count from where the first call started
         logged = [line["rewards/margins"] for line in trainer.state.log_history if "rewards/margins" in line]
         assert logged[0] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "rate"),
+    [
+        (PreferenceTrainer, True, 1e-4),
+        (PreferenceTrainer, False, 1e-6),
+        (SFTTrainer, True, 2e-4),
+        (SFTTrainer, False, 1e-5),
+    ],
+)
+def test_the_learning_rate_follows_what_is_trained(make_trainer, tiny_llama, pairs, kind, lora, rate):
+    rows = pairs if kind is PreferenceTrainer else [{"text": row["chosen"]} for row in pairs]
+    adapter = LoraConfig(**LORA) if lora else None
+    trainer = make_trainer(tiny_llama(), rows, kind, peft_config=adapter, learning_rate=None)
+    assert trainer.args.learning_rate == rate and f"{rate:g}" in trainer.preflight_report()
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == rate
+    given = make_trainer(tiny_llama(), rows, kind, peft_config=adapter, learning_rate=0.25)
+    assert given.args.learning_rate == 0.25
