@@ -29,3 +29,7 @@ class ModelError(FastAlignError, ValueError):
 
 class BackendError(FastAlignError, RuntimeError):
     """A backend that was requested by name cannot run here."""
+
+
+class TrainingError(FastAlignError, RuntimeError):
+    """A run had to stop: its loss or its gradients are not finite."""

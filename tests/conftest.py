@@ -164,7 +164,7 @@ def make_trainer(tokenizer, tmp_path):
 
     def make(
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
-        teacher=None, quantization="none", **options,
+        teacher=None, adapter=None, dtype="auto", quantization="none", **options,
     ):  # fmt: skip
         config = typing.get_type_hints(kind.__init__)["args"]  # every trainer says which options it takes
         defaults = {
@@ -176,7 +176,7 @@ def make_trainer(tokenizer, tmp_path):
             defaults["ref_cache_dir"] = str(tmp_path / "cache")
         return kind(
             model, config(**{**defaults, **options}), rows, eval_rows, tokenizer, peft_config, callbacks,
-            regularizers=regularizers, quantization=quantization,
+            regularizers=regularizers, adapter=adapter, dtype=dtype, quantization=quantization,
             **({} if teacher is None else {"teacher": teacher}),
         )  # fmt: skip
 

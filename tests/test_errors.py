@@ -13,6 +13,7 @@ from fastalign import errors
         (errors.ConfigError, ValueError),
         (errors.ModelError, ValueError),
         (errors.BackendError, RuntimeError),
+        (errors.TrainingError, RuntimeError),
     ],
 )
 def test_each_error_is_one_of_ours_and_of_its_kind(error, kind):
@@ -23,4 +24,4 @@ def test_each_error_is_one_of_ours_and_of_its_kind(error, kind):
 
 def test_every_error_is_listed_above():
     public = {value for value in vars(errors).values() if isinstance(value, type)}
-    assert public == {*errors.FastAlignError.__subclasses__(), errors.FastAlignError} and len(public) == 6
+    assert public == {*errors.FastAlignError.__subclasses__(), errors.FastAlignError} and len(public) == 7

@@ -17,7 +17,7 @@ from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
-from fastalign.models.adapters import lora_config
+from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import format_number
@@ -50,8 +50,10 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {model}")
     tokenizer = load_tokenizer(model)
-    lora = None
-    if options.lora_rank:
+    lora, adapter = None, options.adapter
+    if not options.lora_rank and adapter_base(model) is not None:
+        adapter = adapter or "merge"  # lora_rank=0 trains all weights, so the old adapter becomes part of them
+    if options.lora_rank and adapter != "continue":
         lora = lora_config(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
@@ -59,10 +61,10 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
             targets=options.lora_targets,
         )
     trainer = load_class(method_of(config).trainer)(
-        model, config, train_rows, eval_rows, tokenizer, peft_config=lora, dtype=options.dtype,
+        model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
-    write_json(folder / "run.json", {**vars(options), **config.to_dict()})
+    write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
@@ -72,7 +74,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     seconds = time.monotonic() - start
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
     # A whole model goes into a folder of its own, so that its many files do not hide the report among them.
-    trainer.save_model(str(folder if options.lora_rank else folder / "model"))
+    trainer.save_model(str(folder if has_adapter(trainer.model) else folder / "model"))
 
     answers = (old, new) if old and new else None
     summary = _summary(trainer, options, seconds, comparison(before, after, answers))
@@ -121,7 +123,9 @@ def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]
     method = method_of(config)
     losses = " + ".join(config.loss_type) if method.losses else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
-    how = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
+    how = "all weights"
+    if has_adapter(trainer.model):
+        how = "the adapter, further" if options.adapter == "continue" else f"LoRA of rank {options.lora_rank}"
     return {
         "title": options.title or f"{losses} of {options.model}",
         "model": options.model,

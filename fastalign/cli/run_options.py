@@ -8,7 +8,7 @@ from typing import Any
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.config.quantization import check_quantization
 from fastalign.errors import ConfigError
-from fastalign.options import help_field
+from fastalign.options import help_field, one_of
 
 
 @dataclass
@@ -32,6 +32,11 @@ class RunOptions:
         "none", "Quantises the frozen weights under a LoRA adapter: none, nf4, fp4 or int8 (needs bitsandbytes)."
     )
     double_quantization: bool = help_field(False, "Whether the scales of nf4 and fp4 weights are quantised too.")
+    adapter: str | None = help_field(
+        None,
+        "The adapter that the model comes with: merge (into its weights; the default, with a new adapter on top), or "
+        "continue (train it further).",
+    )
     lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
     lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
     lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
@@ -56,4 +61,6 @@ class RunOptions:
             )
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
+        if self.adapter is not None:
+            one_of("adapter", self.adapter, ("merge", "continue"))
         check_regularizers(self.regularizers)

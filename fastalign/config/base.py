@@ -24,7 +24,8 @@ class AlignmentConfig(TrainingArguments):
 
     Attributes:
         output_dir: The run folder. It gets the model or adapter, the configuration, metrics.jsonl and the report.
-        learning_rate: AdamW's initial learning rate. The default suits full fine-tuning. About 1e-4 suits LoRA.
+        learning_rate: AdamW's initial learning rate. None: `adapter_rate` or `full_rate`, by what is trained.
+            The trainer's preflight report says which.
         logging_steps: Optimiser steps between two logged lines.
         report_to: Experiment trackers. The default is none, so that nothing leaves the machine.
         max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
@@ -36,6 +37,7 @@ class AlignmentConfig(TrainingArguments):
         share_prompts: Compute each prompt once for all of its completions.
         dataloader_pin_memory: Put batches into page-locked memory, from where a GPU copies faster. None: only if CUDA
             is available.
+        logging_nan_inf_filter: Always False: True would log a loss of NaN as if it were the mean of the losses before.
         run_name: A name that the report shows.
 
     Raises:
@@ -43,7 +45,12 @@ class AlignmentConfig(TrainingArguments):
     """
 
     output_dir: str | None = help_field("runs/latest", "The run folder: model or adapter, config, metrics, report.")
-    learning_rate: float = help_field(1e-6, "AdamW's initial learning rate. About 1e-4 suits LoRA.")
+    learning_rate: float | None = help_field(
+        None, "AdamW's initial learning rate. None: 1e-4 for an adapter, 1e-6 for all weights."
+    )
+    # The learning rates where none is given. They are no options.
+    adapter_rate = 1e-4
+    full_rate = 1e-6
     logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
     report_to: str | list[str] | None = help_field(
         "none", "Experiment trackers. The default is none, so nothing leaves the machine."
@@ -65,6 +72,7 @@ class AlignmentConfig(TrainingArguments):
     dataloader_pin_memory: bool | None = help_field(
         None, "Put batches into page-locked memory, for faster copies to a GPU. None: if CUDA is available."
     )
+    logging_nan_inf_filter: bool = help_field(False, "Always False: True would hide a loss of NaN.")
     run_name: str | None = help_field(None, "A name for the run, which the report shows.")
 
     def __post_init__(self):
@@ -73,6 +81,11 @@ class AlignmentConfig(TrainingArguments):
         if self.dataloader_pin_memory is None:
             # The class cannot have this as its default: importing it would start CUDA.
             self.dataloader_pin_memory = torch.cuda.is_available()
+        if self.logging_nan_inf_filter:
+            raise ConfigError(
+                "logging_nan_inf_filter is True, which logs a loss of NaN as if it were the mean of the losses before: "
+                "leave it out"
+            )
         one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
         one_of("on_invalid", self.on_invalid, ON_INVALID)
         if self.max_length is not None and self.max_length < 2:
@@ -86,7 +99,12 @@ class AlignmentConfig(TrainingArguments):
         """ConfigError for values that TrainingArguments takes and that fail or do nothing later."""
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 to use num_train_epochs instead")
-        if not 0 <= self.learning_rate < math.inf:
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(
+                f"num_train_epochs is {self.num_train_epochs:g}, which trains nothing: "
+                "give a number above 0, or set max_steps"
+            )
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:

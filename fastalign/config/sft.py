@@ -15,7 +15,11 @@ class SFTConfig(AlignmentConfig):
     The fields of `AlignmentConfig` are options too.
 
     Attributes:
-        learning_rate: AdamW's initial learning rate. The default suits full fine-tuning. About 2e-4 suits LoRA.
+        learning_rate: AdamW's initial learning rate. None: 2e-4 for an adapter, 1e-5 for all weights.
     """
 
-    learning_rate: float = help_field(2e-5, "AdamW's initial learning rate. About 2e-4 suits LoRA.")
+    learning_rate: float | None = help_field(
+        None, "AdamW's initial learning rate. None: 2e-4 for an adapter, 1e-5 for all weights."
+    )
+    adapter_rate = 2e-4
+    full_rate = 1e-5

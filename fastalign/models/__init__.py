@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastalign.models.loading import default_dtype as default_dtype
     from fastalign.models.loading import load_model as load_model
     from fastalign.models.loading import load_tokenizer as load_tokenizer
+    from fastalign.models.loading import load_with_adapter as load_with_adapter
     from fastalign.models.loading import tokenizer_beside as tokenizer_beside
     from fastalign.models.ready import adopt_special_tokens as adopt_special_tokens
     from fastalign.models.ready import check_trainable as check_trainable
@@ -44,6 +45,7 @@ lazy_exports(
         "fingerprint": "fastalign.models.snapshot",
         "load_model": "fastalign.models.loading",
         "load_tokenizer": "fastalign.models.loading",
+        "load_with_adapter": "fastalign.models.loading",
         "output_head": "fastalign.models.head",
         "prepare": "fastalign.models.scoring",
         "store_topk": "fastalign.models.teacher",

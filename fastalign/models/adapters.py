@@ -9,6 +9,7 @@ sees. Such a layer is therefore annotated as `Any` here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,6 +128,60 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     except Exception as error:  # peft has no common error for adapters that do not fit
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The adapter {folder} does not fit {model.name_or_path or 'the model'}: {reason}") from error
+
+
+def adapter_base(source: str | Path) -> str | None:
+    """What an adapter folder names as its base model; None if the source is no adapter folder.
+
+    A base model that has moved with its run is looked for in `base`, inside the folder or beside it.
+
+    Raises:
+        ModelError: the folder's adapter_config.json cannot be read, or names no base model.
+    """
+    folder = Path(source).expanduser()
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").exists():  # with config.json it is a whole model
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"The adapter's configuration {path} cannot be read: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{path} names no base_model_name_or_path: write the base model of the adapter there.")
+    moved = [other for other in (folder / "base", folder.parent / "base") if other.is_dir()]
+    return str(moved[0]) if Path(base).is_absolute() and not Path(base).exists() and moved else base
+
+
+def merge_adapter(model: Any) -> Any:
+    """The model with its active adapters merged into its weights, in the dtype of the weights. All can be trained.
+
+    Args:
+        model: a PeftModel. It is taken apart, so use what is returned.
+
+    Raises:
+        ModelError: the adapter cannot be merged, or the weights are quantised, which would round the sum anew.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise ModelError(
+            f"{type(model).__name__} holds an adapter that cannot be merged into its weights: give the adapter's "
+            "folder, or a PeftModel with LoRA."
+        )
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ModelError(
+            "The weights are quantised, so that merging the adapter would round them anew: load the model with "
+            "dtype='bfloat16' or 'float32' instead, or train the adapter further (adapter='continue')."
+        )
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"The adapter cannot be merged: {' '.join(str(error).split())}") from error
+    return merged.requires_grad_(True)
+
+
+def train_adapter(model: Any) -> None:
+    """Lets the active adapter be trained if nothing is: peft loads adapters frozen."""
+    if hasattr(model, "set_adapter") and not any(p.requires_grad for p in model.parameters()):
+        model.set_adapter(model.active_adapter)
 
 
 # Names and settings

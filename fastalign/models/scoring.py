@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastalign.data.packing import PackedBatch, lay_out
 from fastalign.errors import ModelError
-from fastalign.models.adapters import causal_lm
+from fastalign.models.adapters import causal_lm, plain_name
 from fastalign.models.attention import packed_attention
 from fastalign.models.head import output_head
 from fastalign.models.layout import prepare_model
@@ -100,6 +100,17 @@ def _forward(
     return Scores(logprobs, entropies, hidden if keep_hidden else None)
 
 
+def _check_finite(model: nn.Module) -> None:
+    """ModelError if a weight is NaN or infinite: then the model computes nothing, whatever its architecture."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            found = "NaN" if parameter.isnan().any() else "inf"
+            raise ModelError(
+                f"The model holds {found} in {plain_name(name)}, so it can compute nothing: take the weights "
+                "from before the training that spoilt them."
+            )
+
+
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, layout: str) -> None:
     """ModelError unless `output_head` reproduces the logits of the model's stock forward, within rounding.
@@ -119,6 +130,7 @@ def _check_head(model: PreTrainedModel, layout: str) -> None:
     error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
     limit = torch.finfo(hidden.dtype).eps ** 0.5 * max(1.0, theirs.abs().max().item())
     if not error <= limit:
+        _check_finite(model)
         raise ModelError(
             f"{type(model).__name__} turns hidden states into logits in a way fastalign does not know (log-probs "
             f"differ by {error:.3g}, at most {limit:.3g} would be rounding): this architecture is not supported."

@@ -36,8 +36,12 @@ class MetricSums:
             values = torch.stack([part.detach().double() for part in pair])
             sums[name] = sums[name] + values if name in sums else values
 
-    def take_means(self, mode: Mode) -> dict[str, float]:
-        """The means since the last call, one transfer for all of them. Names of an evaluation start with "eval_".
+    def clear(self, mode: Mode) -> None:
+        """Forgets what was added."""
+        self.sums[mode].clear()
+
+    def take_means(self, mode: Mode, prefix: str = "") -> dict[str, float]:
+        """The means since the last call, one transfer for all of them. Their names start with `prefix`.
 
         Losses over labelled rows give rewards of chosen and of rejected rows, but no pairs. Their margin is the
         difference of both means.
@@ -50,7 +54,6 @@ class MetricSums:
         sums.clear()
         if "rewards/chosen" in means and "rewards/rejected" in means:
             means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
-        prefix = "eval_" if mode == "eval" else ""
         return {prefix + name: value for name, value in means.items()}
 
 

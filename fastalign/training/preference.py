@@ -65,13 +65,20 @@ class PreferenceTrainer(AlignmentTrainer):
         adapter = has_adapter(self.model)
         weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
         if args.precompute_ref_log_probs:
-            key = fingerprint(self.model, str(autocast_dtype(args)))
+            key = self._reference_key = fingerprint(self.model, str(autocast_dtype(args)))
             self.train_dataset = precompute(self.train_dataset, self._score_rows, key, args.ref_cache_dir)
             if self.eval_dataset is not None and weights is None:  # with a copy, evaluations score it anyway
                 self.eval_dataset = precompute(self.eval_dataset, self._score_rows, key, args.ref_cache_dir)
         if args.sync_ref_model and weights is not None:  # the config refuses stored log-probs with it
             self.add_callback(MoveReference(weights, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         return Reference(weights, product_dtype(args, self.model), args.ref_cache_dir, moves=args.sync_ref_model)
+
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        """The rows with their stored log-probs, if there is no copy of the reference to score them with."""
+        if self.reference is None or self.reference.weights is not None or "ref_logprobs" in dataset.column_names:
+            return dataset
+        score = self._score_rows if self.at_start else _reference_is_gone
+        return precompute(dataset, score, self._reference_key, self.args.ref_cache_dir)
 
     @torch.no_grad()
     def _score_rows(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:
@@ -82,3 +89,10 @@ class PreferenceTrainer(AlignmentTrainer):
         with evaluation_mode(self.model), self.accelerator.autocast():
             scores = self.model(packed=packed.to(self.args.device))
         return packed, scores.logprobs
+
+
+def _reference_is_gone(rows: list[dict]):
+    raise ConfigError(
+        "These rows have no stored reference log-probs, and the weights that would give them have been trained: pass "
+        "the rows as eval_dataset, evaluate them once before training, or set precompute_ref_log_probs=False."
+    )

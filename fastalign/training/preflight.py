@@ -49,5 +49,6 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     return [
         ("batches", f"{size} x {args.gradient_accumulation_steps} rows per step, {_LAYOUTS[layout]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+        ("learning rate", f"{args.learning_rate:g}"),
         ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({tokens:,} tokens)"),
     ]

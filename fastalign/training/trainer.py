@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,10 +29,10 @@ from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
-from fastalign.models.adapters import add_adapter, causal_lm
+from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
-from fastalign.models.loading import load_model, load_tokenizer
+from fastalign.models.loading import load_tokenizer
 from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
@@ -40,9 +41,11 @@ from fastalign.regularizers.base import Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
 from fastalign.training.checkpoint import extra_state, load_extra_state, remove_pickled_arguments, save_extra_state
+from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import MetricSums, Throughput, held_out
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
+from fastalign.training.start import load_start, start_model, way_of
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
@@ -52,7 +55,8 @@ class AlignmentTrainer(Trainer):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
-        model: A causal language model with its weights, or what `load_model` takes: a folder or a name.
+        model: A causal language model with its weights, or what `load_model` takes: a folder or a name. A model with
+            an adapter is a PeftModel, or the folder of the adapter.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
@@ -60,6 +64,9 @@ class AlignmentTrainer(Trainer):
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
+        adapter: What happens to an adapter that the model comes with. "merge" merges it into the weights, which are
+            then what training starts from; "continue" trains it further. None: "merge" with a `peft_config`, else
+            "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         quantization: "nf4", "fp4" or "int8" quantises a model that is loaded here; it needs a `peft_config`.
@@ -70,6 +77,7 @@ class AlignmentTrainer(Trainer):
         preflight: The report on the training rows.
         layout: How batches are laid out: "shared", "packed" or "padded".
         reference: What the objective compares with; None if it needs no reference.
+        origin: What training starts from, in words for the preflight report.
         terms: The regularisers' terms, each called with every micro-batch.
         rates: {id(parameter): factor of its learning rate}, for regularisers that set one per layer. A missing
             parameter has the factor 1.
@@ -102,6 +110,7 @@ class AlignmentTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         *,
         objective: Callable[[Any], Objective],
+        adapter: str | None = None,
         dtype: str | torch.dtype = "auto",
         regularizers: Sequence = (),
         quantization: str = "none",
@@ -109,19 +118,21 @@ class AlignmentTrainer(Trainer):
         **trainer_options,
     ):
         limit_onednn_cache()
+        way = way_of(adapter, peft_config)
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
-            model = load_model(
-                model, dtype=dtype, for_adapter=peft_config is not None, quantization=quantization,
-                double_quantization=double_quantization,
-            )  # fmt: skip
+            model = load_start(model, dtype, way, peft_config, quantization, double_quantization)
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-        model = _ready(model, tokenizer, args, peft_config, [train_dataset, eval_dataset or ()])
+        for dataset in (train_dataset, eval_dataset or ()):
+            check_fit(dataset, causal_lm(model))
+        model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
+        _make_ready(model, tokenizer, args)
+        args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective = objective(args)
         self.sums, self.throughput = MetricSums(), Throughput()
@@ -132,9 +143,12 @@ class AlignmentTrainer(Trainer):
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
         install_callbacks(self)
+        self.guard = FiniteGuard(self)
+        self.add_callback(self.guard)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, 0
+        self._trained = False  # by a call of `train` that is over
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
@@ -159,6 +173,10 @@ class AlignmentTrainer(Trainer):
         """The reference of an objective that needs one: a copy of the weights, scored at every step."""
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
 
+    def _with_reference(self, dataset: Dataset) -> Dataset:
+        """The rows with what the reference has to store for them: nothing, where it is scored at every step."""
+        return dataset
+
     def keep_start(self) -> ReferenceWeights:
         """Returns a copy of the initial weights; reuses the reference's copy if the reference is fixed."""
         if self._start is None:
@@ -167,13 +185,21 @@ class AlignmentTrainer(Trainer):
         return self._start
 
     @property
+    def at_start(self) -> bool:
+        """Whether the weights are still those that training starts from. A second call of `train` goes on instead."""
+        return not self._trained and self.state.global_step == 0
+
+    @property
     def tokens_seen(self) -> int:
         """Tokens that training has computed so far. Each shared prompt counts once."""
         return self.throughput.total
 
     def preflight_report(self) -> str:
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
-        return self.preflight.render(report_lines(self.model, self.train_dataset, self.args, self.layout))
+        reference = self.origin.reference if self.reference else "none: the loss compares with nothing"
+        lines = [("base", self.origin.base), ("reference", reference), ("trained", self.origin.trained)]
+        lines += report_lines(self.model, self.train_dataset, self.args, self.layout)
+        return self.preflight.render(lines)
 
     # Hooks of transformers.Trainer
 
@@ -182,7 +208,10 @@ class AlignmentTrainer(Trainer):
         if self.args.should_log and not self.args.disable_tqdm:
             print(self.preflight_report(), flush=True)
         self.throughput.restart()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._trained |= self.state.global_step > 0
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
@@ -223,7 +252,10 @@ class AlignmentTrainer(Trainer):
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
         reference = None
         if self.reference is not None:
-            reference = self.reference.logprobs(batch, scores.logprobs, score_with, first=self.state.global_step == 0)
+            first, policy = self.at_start, scores.logprobs
+            if first and _draws(model, self.args):  # the check of the first step compares without what is drawn
+                policy = score_with(None)[0].logprobs
+            reference = self.reference.logprobs(batch, policy, score_with, first=first)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
         self.sums.add("train", metrics)
@@ -233,6 +265,7 @@ class AlignmentTrainer(Trainer):
         )  # fmt: skip
         self._micro_batches += 1
         loss = _with_terms(step, self.terms, self.sums)
+        self.guard.check_loss(loss, batch.rows)
         self.throughput.add(batch)
         return (loss, {}) if return_outputs else loss
 
@@ -255,18 +288,39 @@ class AlignmentTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs a line of training or the results of an evaluation, with the means of the metrics gathered for it."""
-        mode = "eval" if "eval_loss" in logs else "train"
-        logs = {**logs, **self.sums.take_means(mode)}
-        if mode == "train" and "loss" in logs:
+        """Logs a line; a line of training gets the means of the metrics since the last one."""
+        if "loss" in logs or "train_runtime" in logs:  # the second is the last line of a run
+            logs = {**logs, **self.sums.take_means("train")}
+        if "loss" in logs:
             logs["tokens_per_second"] = self.throughput.per_second()
             logs["memory_gb"] = measure.peak_bytes(self.args.device) / 1e9
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`; the metrics returned include those that `log` adds."""
-        metrics = super().evaluate(*args, **kwargs)
-        return {**metrics, **{k: v for k, v in self.state.log_history[-1].items() if k.startswith("eval_")}}
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
+        return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
+        return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
+        self.sums.clear("eval")
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _held_out_rows(self, rows):
+        """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
+        if rows is None:
+            return None
+        if isinstance(rows, dict):  # several data sets by name
+            return {name: self._held_out_rows(value) for name, value in rows.items()}
+        if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
+            rows = self._tokenize(rows, self.processing_class, self.args)[0]
+            check_fit(rows, causal_lm(self.model))
+        return self._with_reference(rows)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -286,6 +340,19 @@ def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
     return "packed" if layout == "shared" and not args.share_prompts else layout
+
+
+def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentConfig:
+    """The options with the learning rate that suits what is trained, where none was given; a copy, not in place."""
+    if args.learning_rate is None:
+        args = copy.copy(args)
+        args.learning_rate = args.adapter_rate if has_adapter(model) else args.full_rate
+    return args
+
+
+def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
+    """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
+    return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
@@ -316,20 +383,9 @@ def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase
     return tokenizer
 
 
-def _ready(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    args: AlignmentConfig,
-    peft_config: PeftConfig | None,
-    datasets: list,
-) -> nn.Module:
-    """The model as it is trained: fit for the data, with its adapter, without dropout, with the tokenizer's EOS."""
-    for dataset in datasets:
-        check_fit(dataset, causal_lm(model))
-    if peft_config is not None:
-        model = add_adapter(model, peft_config, args.seed)
+def _make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig) -> None:
+    """Makes the model, in place, as it is trained: without dropout, and with the tokenizer's EOS."""
     check_trainable(model)
     if args.disable_dropout:
         disable_dropout(model)
     adopt_special_tokens(causal_lm(model), tokenizer)
-    return model

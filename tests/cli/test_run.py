@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers
 from fastalign.files import append_metrics
+from fastalign.models.loading import load_model
 
 
 @pytest.fixture
@@ -73,6 +75,23 @@ def test_an_adapter_s_run_folder_loads_in_plain_transformers_and_peft_and_in_the
     (tmp_path / "prose.txt").write_text("The river rises in the hills. " * 5, encoding="utf-8")
     assert main(["tax", str(model_dir), str(folder), "--text", str(tmp_path / "prose.txt"), "--length", "64"]) == 0
     assert "KL(base || tuned)" in capsys.readouterr().out
+
+
+def test_stages_chain(options, config, tmp_path, pairs):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    first = run_training(options(rows), config(SFTConfig, learning_rate=1e-2, max_steps=3))
+    first = first.rename(tmp_path / "sft")
+    ids, sft = torch.arange(5, 60)[None], load_model(first, dtype="float32")
+    for way in ({}, {"adapter": "continue"}, {"lora_rank": 0}):
+        folder = run_training(options(model=str(first), dtype="float32", **way), config(learning_rate=1e-9))
+        last = load_model(folder / "model" if "lora_rank" in way else folder, dtype="float32")
+        with torch.no_grad():
+            assert (last(input_ids=ids).logits - sft(input_ids=ids).logits).abs().max() < 1e-3
+        facts = json.loads((folder / "summary.json").read_text())["facts"]["method"]
+        expected = "further" if "adapter" in way else "all weights" if way else "LoRA of rank 16"
+        assert expected in facts
+        assert "the adapter it came with" in (folder / "preflight.txt").read_text()
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("targets", "layers"), [("q_proj", {"q_proj"}), ("q_proj, up_proj", {"q_proj", "up_proj"})])

@@ -13,6 +13,7 @@ from fastalign.errors import ConfigError
     [
         ({"model": None}, "model is missing"),
         ({"train": ""}, "train is missing"),
+        ({"adapter": "join"}, "adapter"),
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"samples": -2}, "samples -2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

@@ -157,6 +157,15 @@ def test_unknown_output_layer_is_refused():
         prepare(DoubledLogits(tf.LlamaConfig(**SIZES)))
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_model_whose_weights_are_not_finite_is_called_that(value):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float(value)
+    with pytest.raises(ModelError, match=f"holds (?i:{value}) in model.layers.1.mlp.up_proj.weight"):
+        prepare(model)
+
+
 def test_models_without_output_layer_are_refused():
     with pytest.raises(ModelError, match="load it as a causal language model"):
         prepare(tf.LlamaModel(tf.LlamaConfig(**SIZES)))

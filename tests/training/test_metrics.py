@@ -99,6 +99,7 @@ class _CountScalarReads(TorchDispatchMode):
 def test_metrics_stay_on_the_device_between_logs(make_trainer, tiny_llama, pairs):
     """Reading a number off the device waits for it: beyond what the model's body does, a micro-batch must not."""
     trainer = make_trainer(tiny_llama(), pairs, loss_type=["dpo", "sft"])
+    trainer.guard.at_once = False  # as on a GPU
     trainer.state.global_step = 1  # at the first step policy and reference are compared, which does read
     inputs = next(iter(trainer.get_train_dataloader()))
     packed = inputs["batch"].packed
@@ -129,7 +130,7 @@ def test_means_are_of_all_micro_batches_since_the_last_line():
     sums.add("eval", {"x": (torch.tensor(5.0), torch.tensor(2))})
     assert sums.take_means("train") == {"x": 4.0}  # not 6, the mean of the means 2 and 10
     assert sums.take_means("train") == {}
-    assert sums.take_means("eval") == {"eval_x": 2.5}
+    assert sums.take_means("eval", prefix="eval_") == {"eval_x": 2.5}
 
 
 def test_margins_of_labelled_rows_are_the_difference_of_the_means():

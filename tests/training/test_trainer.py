@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastalign.config.preference import PreferenceConfig
@@ -197,9 +197,8 @@ def test_rows_longer_than_the_model_has_positions_are_refused(make_trainer, tiny
         make_trainer(tiny_llama(), rows)
 
 
-def test_model_without_trainable_parameters_is_refused(make_trainer, tiny_llama, pairs, tmp_path):
-    get_peft_model(tiny_llama(), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+def test_model_without_trainable_parameters_is_refused(make_trainer, tiny_llama, pairs):
+    model = tiny_llama().requires_grad_(False)
     with pytest.raises(ModelError, match="No parameter of the model is trainable"):
         make_trainer(model, pairs)
 
@@ -220,3 +219,92 @@ def test_missing_tokenizer_and_evaluation_rows_are_said(make_trainer, tiny_llama
         PreferenceTrainer(tiny_llama(), PreferenceConfig(str(tmp_path), use_cpu=True), pairs)
     with pytest.raises(ConfigError, match="eval_dataset"):
         make_trainer(tiny_llama(), pairs, eval_strategy="steps", eval_steps=1)
+
+
+# Evaluations and calls of `train` one after another
+
+
+def evaluations(trainer, other):
+    """The same evaluation before and after another data set was looked at, in every way there is."""
+    first = trainer.evaluate()
+    trainer.predict(other)
+    trainer.evaluate(other, metric_key_prefix="test")
+    trainer.evaluate({"a": other, "b": other[:2]})
+    return first, trainer.evaluate()
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "dpo"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_evaluations_do_not_mix(make_trainer, tiny_llama, pairs, rows_of_many_lengths, loss_type, lora):
+    other = rows_of_many_lengths(5)
+    options = {"peft_config": LoraConfig(**LORA)} if lora else LIVE if loss_type == "dpo" else {}
+    trainer = make_trainer(
+        tiny_llama(), pairs, eval_rows=pairs[:3], loss_type=loss_type, max_steps=2, learning_rate=0.1, **options
+    )
+    trainer.train()
+    first, second = evaluations(trainer, other)
+    same = {name for name in first if not any(part in name for part in ("runtime", "per_second"))}
+    assert {"eval_loss", "eval_rewards/margins"} <= same
+    assert all(second[name] == first[name] for name in same)
+
+
+def test_other_rows_have_their_own_numbers_under_their_own_prefix(make_trainer, tiny_llama, pairs, tmp_path):
+    other, live = pairs[3:], LIVE
+    by_hand = make_trainer(tiny_llama(), pairs, eval_rows=other, max_steps=2, learning_rate=0.1, **live)
+    trainer = make_trainer(tiny_llama(), pairs, eval_rows=pairs[:3], max_steps=2, learning_rate=0.1, **live)
+    for t in (by_hand, trainer):
+        t.train()
+    expected = by_hand.evaluate()
+    found = trainer.evaluate(other, metric_key_prefix="test")
+    predicted = trainer.predict(other).metrics
+    for name in ("loss", "rewards/margins", "logps/chosen", "kl"):
+        assert found[f"test_{name}"] == predicted[f"test_{name}"] == expected[f"eval_{name}"]
+    assert not any(name.startswith("eval_") for name in found)
+    logged = [line for line in trainer.state.log_history if "test_loss" in line]
+    assert [line["test_rewards/margins"] for line in logged] == [found["test_rewards/margins"]]
+
+
+def test_new_rows_when_all_weights_are_trained_and_the_reference_is_stored(make_trainer, gpt2, pairs):
+    trainer = make_trainer(gpt2(dtype=torch.float32), pairs[:4], max_steps=2, learning_rate=0.1)
+    assert trainer.evaluate(pairs[4:6])["eval_rewards/margins"] == 0.0
+    trainer.train()
+    assert trainer.evaluate(pairs[4:6])["eval_rewards/margins"] != 0.0  # stored by the evaluation before
+    with pytest.raises(ConfigError, match="have no stored reference log-probs"):
+        trainer.evaluate(pairs[6:])
+
+
+@pytest.mark.parametrize("kind", ["lora", "all weights", "sft"])
+def test_training_again_goes_on(make_trainer, tiny_llama, pairs, kind):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs] if kind == "sft" else pairs
+    trainer = make_trainer(
+        tiny_llama(), rows, *([SFTTrainer] if kind == "sft" else []), max_steps=2, learning_rate=0.05,
+        peft_config=LoraConfig(**LORA) if kind == "lora" else None,
+    )  # fmt: skip
+    trainer.train()
+    before = copy.deepcopy([p for p in trainer.model.parameters() if p.requires_grad])
+    trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    if kind != "sft":  # the rewards still count from where the first call started
+        logged = [line["rewards/margins"] for line in trainer.state.log_history if "rewards/margins" in line]
+        assert logged[0] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "rate"),
+    [
+        (PreferenceTrainer, True, 1e-4),
+        (PreferenceTrainer, False, 1e-6),
+        (SFTTrainer, True, 2e-4),
+        (SFTTrainer, False, 1e-5),
+    ],
+)
+def test_the_learning_rate_follows_what_is_trained(make_trainer, tiny_llama, pairs, kind, lora, rate):
+    rows = pairs if kind is PreferenceTrainer else [{"text": row["chosen"]} for row in pairs]
+    adapter = LoraConfig(**LORA) if lora else None
+    trainer = make_trainer(tiny_llama(), rows, kind, peft_config=adapter, learning_rate=None)
+    assert trainer.args.learning_rate == rate and f"{rate:g}" in trainer.preflight_report()
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == rate
+    given = make_trainer(tiny_llama(), rows, kind, peft_config=adapter, learning_rate=0.25)
+    assert given.args.learning_rate == 0.25

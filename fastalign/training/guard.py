@@ -1,0 +1,129 @@
+"""Stops a run before a loss or a gradient that is not finite reaches the weights.
+
+A single NaN in an update makes every weight NaN, and everything after it is lost. So each loss and each gradient is
+checked before the optimiser step.
+
+- At once, on a CPU: a check costs nothing there, so the run stops inside the step that failed.
+- Later, on a GPU: to read a number off a GPU waits for everything before it. The result of each check therefore stays
+  on the device. It makes the optimiser skip this step and all later ones, exactly as a gradient scaler would
+  (`found_inf` of fused optimisers). It is read when a line is logged or something is saved, at most 10 steps later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fastalign.errors import TrainingError
+from fastalign.files import write_jsonl
+
+FILE_NAME = "nonfinite_rows.jsonl"
+_READ_EVERY = 10  # optimiser steps between two reads of a GPU's checks
+_MOST_SKIPPED = 10  # steps that the gradient scaler of fp16 may skip in a row
+
+
+class FiniteGuard(TrainerCallback):
+    """Checks every loss and every gradient; `TrainingError` if one is not finite.
+
+    Args:
+        trainer: The trainer. Its tokenizer and output folder serve the report of the rows.
+        at_once: Whether each check is read at once. None: on a CPU.
+    """
+
+    def __init__(self, trainer: Any, at_once: bool | None = None):
+        self.trainer = trainer
+        self.at_once = trainer.args.device.type == "cpu" if at_once is None else at_once
+        self.checks: list[tuple[int, str, list[dict], Tensor]] = []  # step, what was checked, its rows, () bool
+        self.rows: list[dict] = []  # of all micro-batches of the coming optimiser step
+        self.stopped: Tensor | None = None  # () float32, 1 once a check has failed
+        self.skipped = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forgets a failure of an earlier call of `train`."""
+        self.checks, self.rows, self.stopped, self.skipped = [], [], None, 0
+
+    def check_loss(self, loss: Tensor, rows: list[dict]) -> None:
+        """Checks the loss of one micro-batch before its backward pass."""
+        self.rows += rows
+        self._add("loss", rows, ~torch.isfinite(loss.detach()))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Checks the gradients, and lets the optimiser skip the step if a check failed that was not read yet."""
+        rows, self.rows = self.rows, []
+        if args.fp16:  # the scaler looks for inf in the gradients and skips the step, see `on_optimizer_step`
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
+        if not gradients:
+            return
+        # The largest magnitude of each gradient is NaN or inf exactly if one of its elements is.
+        largest = torch.stack([norm.to(args.device) for norm in torch._foreach_norm(gradients, float("inf"))])
+        self._add("gradient", rows, ~torch.isfinite(largest).all())
+        inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
+        if getattr(inner, "_step_supports_amp_scaling", False):
+            inner.found_inf = self.stopped
+        else:  # this optimiser cannot skip a step on the device
+            self.read()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Counts the steps that the gradient scaler of fp16 skipped in a row."""
+        self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
+        if self.skipped >= _MOST_SKIPPED:
+            raise TrainingError(
+                f"Step {state.global_step + 1}: the gradients overflowed float16 in {self.skipped} steps in a row, so "
+                "none of these steps changed a weight: use bf16, or float32 (fp16=False)."
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Reads the checks if their results are due. The Trainer logs, evaluates and saves after this."""
+        due = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if due or state.global_step % _READ_EVERY == 0:
+            self.read()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Reads the checks, since a checkpoint may follow."""
+        self.read()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Reads the checks, since the caller will save the model."""
+        self.read()
+
+    def read(self) -> None:
+        """TrainingError for the first check that failed since the last call."""
+        checks, self.checks = self.checks, []
+        if not checks or not torch.stack([failed for *_, failed in checks]).any():
+            return
+        step, what, rows, _ = next(check for check in checks if check[-1].item())
+        path = Path(str(self.trainer.args.output_dir)) / FILE_NAME
+        records = [self._record(step, what, row) for row in rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, records)
+        first = repr(records[0]["prompt"][:60]) if records else "?"
+        raise TrainingError(
+            f"Step {step}: the {what} is not finite (NaN or inf) on {len(records)} rows, the first of which has the "
+            f"prompt {first}; the weights stay as after step {step - 1}, and the rows are in {path}: look at these "
+            "rows, lower the learning rate, or set max_grad_norm=1.0 if it is off."
+        )
+
+    def _add(self, what: str, rows: list[dict], failed: Tensor) -> None:
+        self.checks.append((self.trainer.state.global_step + 1, what, rows, failed))
+        if self.at_once:
+            self.read()
+        elif self.stopped is None:
+            self.stopped = failed.float()
+        else:
+            self.stopped = torch.maximum(self.stopped, failed.float())
+
+    def _record(self, step: int, what: str, row: dict) -> dict[str, Any]:
+        decode = self.trainer.processing_class.decode
+        return {
+            "step": step,
+            "not_finite": what,
+            "prompt": decode(row["prompt_ids"]),
+            "completions": [decode(ids) for ids in row["completion_ids"]],
+            "prompt_ids": list(row["prompt_ids"]),
+            "completion_ids": [list(ids) for ids in row["completion_ids"]],
+        }
