@@ -77,7 +77,7 @@ def fused_linear_aot(
 ) -> PreferenceOutput:
     """AOT, paired: every quantile of the policy's margins should exceed that of the reference's margins.
 
-        L = -(1 - e) log s(beta d) - e log s(-beta d)  with
+        L = -(1 - eps) log s(beta d) - eps log s(-beta d)  with
         d = sort(chosen - rejected) - sort(ref_chosen - ref_rejected)
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="aot"`.
@@ -110,7 +110,7 @@ def fused_linear_aot_unpaired(
 ) -> PreferenceOutput:
     """AOT, unpaired: every quantile of the chosen log-ratios should exceed that of the rejected ones.
 
-        L = -(1 - e) log s(beta d) - e log s(-beta d)  with
+        L = -(1 - eps) log s(beta d) - eps log s(-beta d)  with
         d = sort(chosen - ref_chosen) - sort(rejected - ref_rejected)
 
     The rejected completions may answer other prompts than the chosen ones.
@@ -271,7 +271,7 @@ def fused_linear_cpo(
 ) -> PreferenceOutput:
     """The preference term of contrastive preference optimisation (CPO).
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (chosen - rejected)
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (chosen - rejected)
 
     The paper's second term is the NLL of the chosen completion. It is a mean over tokens, so it is added outside: the
     trainer and `fused_linear_cpo` add it with weight 1 by default.
@@ -338,10 +338,10 @@ def fused_linear_dpo(
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
-        L = -(1 - e) log s(beta m) - e log s(-beta m)
+        L = -(1 - eps) log s(beta m) - eps log s(-beta m)
 
-    On averages per token this is TRL's `sigmoid_norm` (the row `dpo_norm` of the table). TRL's `sigmoid` has no label
-    smoothing.
+    On averages per token this is the row `dpo_norm` of the table, which TRL calls `sigmoid_norm`. TRL 1.16 ignores
+    `label_smoothing` in both `sigmoid` and `sigmoid_norm`.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="dpo"`.
     `fastalign.losses.dpo` describes the options of the loss and names its paper.
@@ -440,7 +440,7 @@ def fused_linear_dpo_js(
 ) -> PreferenceOutput:
     """DPO under the Jensen-Shannon divergence.
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (log s(u) - log s(v))
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (log s(u) - log s(v))
 
     It is the f-divergence with f'(r) = log(2 r / (1 + r)) = log 2 + log s(log r).
 
@@ -474,10 +474,10 @@ def fused_linear_dpo_norm(
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
-        L = -(1 - e) log s(beta m) - e log s(-beta m)
+        L = -(1 - eps) log s(beta m) - eps log s(-beta m)
 
-    On averages per token this is TRL's `sigmoid_norm` (the row `dpo_norm` of the table). TRL's `sigmoid` has no label
-    smoothing.
+    On averages per token this is the row `dpo_norm` of the table, which TRL calls `sigmoid_norm`. TRL 1.16 ignores
+    `label_smoothing` in both `sigmoid` and `sigmoid_norm`.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="dpo_norm"`.
     `fastalign.losses.dpo` describes the options of the loss and names its paper.
@@ -509,10 +509,10 @@ def fused_linear_exo(
 ) -> PreferenceOutput:
     """Efficient exact optimisation (EXO): the reverse KL from the policy's preference to the smoothed label.
 
-        L = q log(q / (1 - e)) + (1 - q) log((1 - q) / e)  with  q = s(beta m)
+        L = q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)  with  q = s(beta m)
 
-    The policy prefers the chosen completion with probability q, the label says 1 - e. At e = 0 the KL is infinite for
-    every q below 1, so that value is refused. TRL calls this loss `exo_pair`.
+    The policy prefers the chosen completion with probability q, the label says 1 - eps. At eps = 0 the KL is infinite
+    for every q below 1, so that value is refused. TRL calls this loss `exo_pair`.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="exo"`.
     `fastalign.losses.exo` describes the options of the loss and names its paper.
@@ -576,8 +576,8 @@ def fused_linear_ipo(
 
         L = (m - 1 / (2 beta))^2
 
-    The paper writes sums of log-probabilities. Its authors ran averages per token, and so does TRL. This function
-    takes either; `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
+    The paper writes sums of log-probabilities. Its authors used averages per token in their code, and so does TRL.
+    This function takes either. `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="ipo"`.
     `fastalign.losses.ipo` describes the options of the loss and names its paper.
@@ -611,7 +611,7 @@ def fused_linear_ipo_tau(
 
         L = (beta m - tau)^2
 
-    With tau = 1/2 this is beta^2 times `ipo`, whose gradient does not grow as beta falls.
+    With tau = 1/2 this is beta^2 times `ipo`. Unlike `ipo`'s, its gradient stays bounded for small beta.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="ipo_tau"`.
     `fastalign.losses.ipo_tau` describes the options of the loss and names its paper.
@@ -811,11 +811,12 @@ def fused_linear_robust(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> PreferenceOutput:
-    """Robust DPO: its expectation over wrong labels is the DPO loss on right ones.
+    """Robust DPO: an unbiased estimate of the DPO loss when a known share of the labels is wrong.
 
-        L = (-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2 e)
+        L = (-(1 - eps) log s(beta m) + eps log s(-beta m)) / (1 - 2 eps)
 
-    It has no lower bound: for large margins it falls as -e beta m / (1 - 2 e).
+    If labels are flipped with probability eps, the expected value of this loss equals DPO on the correct labels. It
+    has no lower bound: for large margins it falls as -eps beta m / (1 - 2 eps).
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="robust"`.
     `fastalign.losses.robust` describes the options of the loss and names its paper.
@@ -883,7 +884,7 @@ def fused_linear_simpo(
 ) -> PreferenceOutput:
     """Simple preference optimisation (SimPO), on averages per token.
 
-        L = -(1 - e) log s(x) - e log s(-x)  with  x = beta (chosen - rejected - gamma / beta)
+        L = -(1 - eps) log s(x) - eps log s(-x)  with  x = beta (chosen - rejected - gamma / beta)
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="simpo"`.
     `fastalign.losses.simpo` describes the options of the loss and names its paper.
