@@ -195,6 +195,13 @@ def test_files_stay_short(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
+def test_the_trainer_only_wires():
+    """One job: what grows belongs into a part of its own beside it."""
+    tree = ast.parse(MODULES["fastalign.training.trainer"].read_text(encoding="utf-8"))
+    (trainer,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert trainer.end_lineno is not None and trainer.end_lineno - trainer.lineno < 200
+
+
 def test_public_names_are_documented():
     for name in set(fastalign.__all__) - {"__version__"}:
         assert (getattr(fastalign, name).__doc__ or "").strip(), f"fastalign.{name} has no docstring"

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.errors import ModelError
-from fastalign.models.adapters import has_adapter, is_adapter_name
+from fastalign.models.adapters import causal_lm, has_adapter, is_adapter_name
 from fastalign.models.loading import logger
 from fastalign.models.quantization import check_unquantized, use_training_product
 
@@ -62,3 +62,20 @@ def disable_dropout(model: nn.Module) -> None:
         for attribute in ("attention_dropout", "attn_dropout", "dropout"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
+
+
+def make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, disable: bool = True) -> None:
+    """Makes a model, in place, as it is trained: checked, without dropout, and with the tokenizer's EOS.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+        tokenizer: gives the tokens that end and pad.
+        disable: whether the model's own dropout is turned off; an adapter's is kept.
+
+    Raises:
+        ModelError: see `check_trainable`.
+    """
+    check_trainable(model)
+    if disable:
+        disable_dropout(model)
+    adopt_special_tokens(causal_lm(model), tokenizer)

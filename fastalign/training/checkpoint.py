@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -44,3 +45,20 @@ def load_extra_state(checkpoint: str | Path, tensors: Mapping[str, Tensor]) -> N
 def remove_pickled_arguments(folder: str | Path) -> None:
     """Deletes the training arguments that the Trainer saves beside a model: a pickle, which runs code when read."""
     (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+class ExtraStateCheckpoints(Trainer):
+    """The part of `AlignmentTrainer` that saves and loads checkpoints with the extra state in them."""
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        remove_pickled_arguments(output_dir or str(self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            save_extra_state(self._get_output_dir(trial), self.state.global_step, extra_state(self))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_extra_state(resume_from_checkpoint, extra_state(self))

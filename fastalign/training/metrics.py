@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from fastalign.data.batch import Batch
+from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import output_head, token_divergence
 from fastalign.models.snapshot import ReferenceWeights
@@ -115,3 +117,24 @@ def held_out(
     loss, of_objective = objective(scores.logprobs, ref_logprobs, batch, totals)
     weight = objective.weight(totals)
     return loss, {**metrics, **of_objective, "loss": (loss * weight, weight)}
+
+
+class LoggedMetrics(Trainer):
+    """The part of `AlignmentTrainer` that logs: metrics gathered since the last line, tokens per second, memory."""
+
+    sums: MetricSums
+    throughput: Throughput
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that training has computed so far. Each shared prompt counts once."""
+        return self.throughput.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs a line; a line of training gets the means of the metrics since the last one."""
+        if "loss" in logs or "train_runtime" in logs:  # the second is the last line of a run
+            logs = {**logs, **self.sums.take_means("train")}
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.throughput.per_second()
+            logs["memory_gb"] = measure.peak_bytes(self.args.device) / 1e9
+        super().log(logs, start_time)

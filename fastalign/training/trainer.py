@@ -21,28 +21,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
 from fastalign.errors import ConfigError
-from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
 from fastalign.models.loading import load_tokenizer
-from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
+from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.objectives.base import Objective, Totals
 from fastalign.regularizers.base import Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
-from fastalign.training.checkpoint import extra_state, load_extra_state, remove_pickled_arguments, save_extra_state
+from fastalign.training.checkpoint import ExtraStateCheckpoints
+from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
-from fastalign.training.metrics import MetricSums, Throughput, held_out
+from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
@@ -51,12 +51,11 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
-        model: A causal language model with its weights, or what `load_model` takes: a folder or a name. A model with
-            an adapter is a PeftModel, or the folder of the adapter.
+        model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
@@ -64,13 +63,11 @@ class AlignmentTrainer(Trainer):
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
-        adapter: What happens to an adapter that the model comes with. "merge" merges it into the weights, which are
-            then what training starts from; "continue" trains it further. None: "merge" with a `peft_config`, else
-            "continue".
+        adapter: "merge" merges an adapter that the model comes with into the weights, which training then starts
+            from; "continue" trains it further. None: "merge" with a `peft_config`, else "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
-        quantization: "nf4", "fp4" or "int8" quantises a model that is loaded here; it needs a `peft_config`.
-        double_quantization: Whether the scales of 4-bit weights are quantised too.
+        quantization, double_quantization: Of a model that is loaded here, see `load_model`; they need a `peft_config`.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -79,8 +76,7 @@ class AlignmentTrainer(Trainer):
         reference: What the objective compares with; None if it needs no reference.
         origin: What training starts from, in words for the preflight report.
         terms: The regularisers' terms, each called with every micro-batch.
-        rates: {id(parameter): factor of its learning rate}, for regularisers that set one per layer. A missing
-            parameter has the factor 1.
+        rates: {id(parameter): factor of its learning rate}, 1 where missing. Regularisers may set it.
 
     Raises:
         ConfigError: An option or a combination of options would fail later.
@@ -118,27 +114,27 @@ class AlignmentTrainer(Trainer):
         **trainer_options,
     ):
         limit_onednn_cache()
-        way = way_of(adapter, peft_config)
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
-            model = load_start(model, dtype, way, peft_config, quantization, double_quantization)
+            model = load_start(
+                model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
+            )
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
         for dataset in (train_dataset, eval_dataset or ()):
             check_fit(dataset, causal_lm(model))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
-        _make_ready(model, tokenizer, args)
+        make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective = objective(args)
         self.sums, self.throughput = MetricSums(), Throughput()
-        super().__init__(
-            model, args, None, train_dataset, eval_dataset, tokenizer, callbacks=callbacks, **trainer_options
-        )
+        of_transformers = {"callbacks": callbacks, **trainer_options}
+        super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
@@ -189,11 +185,6 @@ class AlignmentTrainer(Trainer):
         """Whether the weights are still those that training starts from. A second call of `train` goes on instead."""
         return not self._trained and self.state.global_step == 0
 
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens that training has computed so far. Each shared prompt counts once."""
-        return self.throughput.total
-
     def preflight_report(self) -> str:
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
         reference = self.origin.reference if self.reference else "none: the loss compares with nothing"
@@ -226,25 +217,13 @@ class AlignmentTrainer(Trainer):
         if not batches:
             return None
         self._micro_batches, self._step_rows = 0, sum(len(batch.rows) for batch in batches)
-        columns = zip(*(self.objective.totals(batch) for batch in batches), strict=True)
-        totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # (3,)
-        if self.args.world_size > 1:
-            # DDP averages gradients over the processes, so each divides by the mean of their totals.
-            totals = torch.as_tensor(self.accelerator.reduce(totals, "sum")) / self.args.world_size
-        return Totals(*totals.unbind())
+        return _step_totals(self.objective, batches, device, self.accelerator)
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch: Any = None):
-        """The loss of one micro-batch of training. Losses of a step's micro-batches add up to the loss of the step.
+        """The loss of one micro-batch, `inputs["batch"]`. Losses of a step's micro-batches add up to the step's loss.
 
-        Args:
-            model: The model as training calls it, with its wrappers.
-            inputs: What the collator returns: {"batch": Batch}.
-            return_outputs: Whether to return (loss, {}) instead of the loss.
-            num_items_in_batch: Despite its name the `Totals` of the step: the Trainer passes on what
-                `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
-
-        Returns:
-            The loss, a scalar.
+        `num_items_in_batch` is, despite its name, the `Totals` of the step: the Trainer passes on what
+        `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
         """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
@@ -252,10 +231,10 @@ class AlignmentTrainer(Trainer):
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
         reference = None
         if self.reference is not None:
-            first, policy = self.at_start, scores.logprobs
-            if first and _draws(model, self.args):  # the check of the first step compares without what is drawn
-                policy = score_with(None)[0].logprobs
-            reference = self.reference.logprobs(batch, policy, score_with, first=first)
+            # The check of the first step compares without what training draws at random.
+            drawn = self.at_start and _draws(model, self.args)
+            policy = score_with(None)[0].logprobs if drawn else scores.logprobs
+            reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
         self.sums.add("train", metrics)
@@ -269,71 +248,15 @@ class AlignmentTrainer(Trainer):
         self.throughput.add(batch)
         return (loss, {}) if return_outputs else loss
 
-    def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
-        """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch.
 
-        Args:
-            model: The model as training calls it, with its wrappers.
-            inputs: What the collator returns: {"batch": Batch}.
-            prediction_loss_only: Has no effect: there are no predictions.
-            ignore_keys: Has no effect.
-
-        Returns:
-            (loss, None, None): a scalar, and neither predictions nor labels.
-        """
-        weights = self.reference.weights if self.reference else None
-        with self.compute_loss_context_manager():
-            loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
-        self.sums.add("eval", metrics)
-        return loss.detach(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs a line; a line of training gets the means of the metrics since the last one."""
-        if "loss" in logs or "train_runtime" in logs:  # the second is the last line of a run
-            logs = {**logs, **self.sums.take_means("train")}
-        if "loss" in logs:
-            logs["tokens_per_second"] = self.throughput.per_second()
-            logs["memory_gb"] = measure.peak_bytes(self.args.device) / 1e9
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
-        return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
-
-    def predict(self, test_dataset, *args, **kwargs):
-        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
-        return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
-        self.sums.clear("eval")
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
-        return output._replace(metrics={**(output.metrics or {}), **means})
-
-    def _held_out_rows(self, rows):
-        """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
-        if rows is None:
-            return None
-        if isinstance(rows, dict):  # several data sets by name
-            return {name: self._held_out_rows(value) for name, value in rows.items()}
-        if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
-            rows = self._tokenize(rows, self.processing_class, self.args)[0]
-            check_fit(rows, causal_lm(self.model))
-        return self._with_reference(rows)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        remove_pickled_arguments(output_dir or str(self.args.output_dir))
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            save_extra_state(self._get_output_dir(trial), self.state.global_step, extra_state(self))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_extra_state(resume_from_checkpoint, extra_state(self))
+def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
+    """The totals of the micro-batches of one optimiser step, over all processes."""
+    columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
+    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # (3,)
+    if accelerator.num_processes > 1:
+        # DDP averages gradients over the processes, so each divides by the mean of their totals.
+        totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
+    return Totals(*totals.unbind())
 
 
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
@@ -381,11 +304,3 @@ def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase
     if tokenizer is None:
         raise ConfigError("processing_class is None; pass the model's tokenizer")
     return tokenizer
-
-
-def _make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig) -> None:
-    """Makes the model, in place, as it is trained: without dropout, and with the tokenizer's EOS."""
-    check_trainable(model)
-    if args.disable_dropout:
-        disable_dropout(model)
-    adopt_special_tokens(causal_lm(model), tokenizer)

@@ -11,11 +11,14 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from fastalign.config.base import AlignmentConfig
 from fastalign.config.preference import PreferenceConfig
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.objectives.sft import SFTObjective
 from fastalign.training import trainer as trainer_module
 from fastalign.training.preference import PreferenceTrainer
 from fastalign.training.sft import SFTTrainer
+from fastalign.training.trainer import AlignmentTrainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 LIVE = {"precompute_ref_log_probs": False}
@@ -122,7 +125,7 @@ def test_few_compiled_products_are_kept_unless_the_environment_says_otherwise(
 def test_a_model_is_placed_before_it_is_tried_out(make_trainer, gpt2, pairs, monkeypatch):
     """What fits it is found by running it, on the kernels that it will train on."""
     done, prepare = [], trainer_module.prepare
-    monkeypatch.setattr(trainer_module.Trainer, "_move_model_to_device", lambda *_: done.append("placed"))
+    monkeypatch.setattr(tf.Trainer, "_move_model_to_device", lambda *_: done.append("placed"))
     monkeypatch.setattr(trainer_module, "prepare", lambda model: done.append("tried") or prepare(model))
     make_trainer(gpt2(dtype=torch.float32), pairs)
     assert done == ["placed", "tried"]
@@ -221,56 +224,7 @@ def test_missing_tokenizer_and_evaluation_rows_are_said(make_trainer, tiny_llama
         make_trainer(tiny_llama(), pairs, eval_strategy="steps", eval_steps=1)
 
 
-# Evaluations and calls of `train` one after another
-
-
-def evaluations(trainer, other):
-    """The same evaluation before and after another data set was looked at, in every way there is."""
-    first = trainer.evaluate()
-    trainer.predict(other)
-    trainer.evaluate(other, metric_key_prefix="test")
-    trainer.evaluate({"a": other, "b": other[:2]})
-    return first, trainer.evaluate()
-
-
-@pytest.mark.parametrize("loss_type", ["simpo", "dpo"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_evaluations_do_not_mix(make_trainer, tiny_llama, pairs, rows_of_many_lengths, loss_type, lora):
-    other = rows_of_many_lengths(5)
-    options = {"peft_config": LoraConfig(**LORA)} if lora else LIVE if loss_type == "dpo" else {}
-    trainer = make_trainer(
-        tiny_llama(), pairs, eval_rows=pairs[:3], loss_type=loss_type, max_steps=2, learning_rate=0.1, **options
-    )
-    trainer.train()
-    first, second = evaluations(trainer, other)
-    same = {name for name in first if not any(part in name for part in ("runtime", "per_second"))}
-    assert {"eval_loss", "eval_rewards/margins"} <= same
-    assert all(second[name] == first[name] for name in same)
-
-
-def test_other_rows_have_their_own_numbers_under_their_own_prefix(make_trainer, tiny_llama, pairs, tmp_path):
-    other, live = pairs[3:], LIVE
-    by_hand = make_trainer(tiny_llama(), pairs, eval_rows=other, max_steps=2, learning_rate=0.1, **live)
-    trainer = make_trainer(tiny_llama(), pairs, eval_rows=pairs[:3], max_steps=2, learning_rate=0.1, **live)
-    for t in (by_hand, trainer):
-        t.train()
-    expected = by_hand.evaluate()
-    found = trainer.evaluate(other, metric_key_prefix="test")
-    predicted = trainer.predict(other).metrics
-    for name in ("loss", "rewards/margins", "logps/chosen", "kl"):
-        assert found[f"test_{name}"] == predicted[f"test_{name}"] == expected[f"eval_{name}"]
-    assert not any(name.startswith("eval_") for name in found)
-    logged = [line for line in trainer.state.log_history if "test_loss" in line]
-    assert [line["test_rewards/margins"] for line in logged] == [found["test_rewards/margins"]]
-
-
-def test_new_rows_when_all_weights_are_trained_and_the_reference_is_stored(make_trainer, gpt2, pairs):
-    trainer = make_trainer(gpt2(dtype=torch.float32), pairs[:4], max_steps=2, learning_rate=0.1)
-    assert trainer.evaluate(pairs[4:6])["eval_rewards/margins"] == 0.0
-    trainer.train()
-    assert trainer.evaluate(pairs[4:6])["eval_rewards/margins"] != 0.0  # stored by the evaluation before
-    with pytest.raises(ConfigError, match="have no stored reference log-probs"):
-        trainer.evaluate(pairs[6:])
+# Calls of `train` one after another
 
 
 @pytest.mark.parametrize("kind", ["lora", "all weights", "sft"])
@@ -308,3 +262,32 @@ def test_the_learning_rate_follows_what_is_trained(make_trainer, tiny_llama, pai
     assert trainer.state.log_history[0]["learning_rate"] == rate
     given = make_trainer(tiny_llama(), rows, kind, peft_config=adapter, learning_rate=0.25)
     assert given.args.learning_rate == 0.25
+
+
+# The base reads no option of one method
+
+
+class Plain(AlignmentTrainer):
+    """A method with the options of `AlignmentConfig` alone, and an objective that needs a reference."""
+
+    def __init__(self, model, args: AlignmentConfig, *arguments, **options):
+        super().__init__(model, args, *arguments, objective=lambda args: Drift(), **options)
+
+    def _check_rows(self, dataset, found, args):
+        pass
+
+
+class Drift(SFTObjective):
+    needs_reference = True
+
+    def __call__(self, logprobs, ref_logprobs, batch, totals):
+        assert torch.equal(logprobs.detach(), ref_logprobs)
+        return super().__call__(logprobs, None, batch, totals)
+
+
+def test_the_base_trainer_needs_no_option_of_a_method(make_trainer, tiny_llama, pairs):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    trainer = make_trainer(tiny_llama(), rows, Plain, learning_rate=0.1)
+    assert type(trainer.args) is AlignmentConfig and not hasattr(trainer.args, "precompute_ref_log_probs")
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0

@@ -1,0 +1,67 @@
+"""Evaluation of a trainer: metrics of held-out rows, each evaluation by itself, also of rows that are given raw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+
+from fastalign.models.adapters import causal_lm
+from fastalign.models.fit import check_fit
+from fastalign.training.metrics import MetricSums, held_out
+
+
+class HeldOutEvaluation(Trainer):
+    """The part of `AlignmentTrainer` that evaluates. It reads the trainer's objective, reference and sums."""
+
+    objective: Any
+    reference: Any
+    sums: MetricSums
+    _tokenize: Callable[..., Any]
+    _with_reference: Callable[[Dataset], Dataset]
+
+    def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
+        """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch.
+
+        Args:
+            model: The model as training calls it, with its wrappers.
+            inputs: What the collator returns: {"batch": Batch}.
+            prediction_loss_only: Has no effect: there are no predictions.
+            ignore_keys: Has no effect.
+
+        Returns:
+            (loss, None, None): a scalar, and neither predictions nor labels.
+        """
+        weights = self.reference.weights if self.reference else None
+        with self.compute_loss_context_manager():
+            loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
+        self.sums.add("eval", metrics)
+        return loss.detach(), None, None
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
+        return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
+        return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
+        self.sums.clear("eval")
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _held_out_rows(self, rows):
+        """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
+        if rows is None:
+            return None
+        if isinstance(rows, dict):  # several data sets by name
+            return {name: self._held_out_rows(value) for name, value in rows.items()}
+        if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
+            rows = self._tokenize(rows, self.processing_class, self.args)[0]
+            check_fit(rows, causal_lm(self.model))
+        return self._with_reference(rows)
