@@ -31,6 +31,9 @@ class AlignmentConfig(TrainingArguments):
         max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
         on_truncate: What happens to longer rows: "error", "drop", or "keep_end", which cuts the start of the prompt.
         on_invalid: What happens to rows with empty, missing or identical fields: "error" or "drop".
+        allow_empty_prompt: Accept rows of plain strings without a prompt. They are refused otherwise: as a rule the
+            prompt is in a column of an unknown name.
+        apply_chat_template: Make a chat of plain strings: the prompt a user's turn, each completion an answer.
         disable_dropout: Turn off the dropout of the model itself. The dropout of LoRA stays as it is configured.
         memory_budget: Bytes of probability tiles that the forward pass may keep for the backward pass when the output
             layer is trained. None: 1 GiB.
@@ -63,6 +66,10 @@ class AlignmentConfig(TrainingArguments):
     )
     on_invalid: str = help_field(
         "error", "What happens to rows with empty, missing or identical fields: error or drop."
+    )
+    allow_empty_prompt: bool = help_field(False, "Accept rows of plain strings that have no prompt.")
+    apply_chat_template: bool = help_field(
+        False, "Make a chat of plain strings: the prompt a user's turn, each completion an answer."
     )
     disable_dropout: bool = help_field(True, "Turn off the model's dropout. LoRA's dropout is not changed.")
     memory_budget: int | None = help_field(

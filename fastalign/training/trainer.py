@@ -156,9 +156,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        dataset, report = tokenization.tokenize(
-            rows, tokenizer, max_length=args.max_length, on_truncate=args.on_truncate, on_invalid=args.on_invalid
-        )
+        names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+        dataset, report = tokenization.tokenize(rows, tokenizer, **{name: getattr(args, name) for name in names})
         self._check_rows(dataset, report.format, args)
         return dataset, report
 

@@ -224,6 +224,22 @@ def test_missing_tokenizer_and_evaluation_rows_are_said(make_trainer, tiny_llama
         make_trainer(tiny_llama(), pairs, eval_strategy="steps", eval_steps=1)
 
 
+def test_rows_without_a_prompt_are_refused_unless_they_are_asked_for(make_trainer, tiny_llama):
+    rows = [{"prompt": "", "completion": "red"}, {"prompt": "", "completion": "blue"}]
+    with pytest.raises(DataError, match="prompt"):
+        make_trainer(tiny_llama(), rows, SFTTrainer)
+    trainer = make_trainer(tiny_llama(), rows, SFTTrainer, allow_empty_prompt=True)
+    assert [row["prompt_ids"] for row in trainer.train_dataset] == [[], []]
+
+
+def test_plain_strings_become_a_chat_where_it_is_asked_for(make_trainer, tiny_llama, tokenizer):
+    rows = [{"prompt": "Name a colour.", "completion": "Red."}]
+    plain, chat = (make_trainer(tiny_llama(), rows, SFTTrainer, apply_chat_template=way) for way in (False, True))
+    assert "apply_chat_template" in plain.preflight_report()
+    prompt = tokenizer.decode(chat.train_dataset[0]["prompt_ids"])
+    assert prompt == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+
+
 # Calls of `train` one after another
 
 
