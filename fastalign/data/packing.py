@@ -45,6 +45,10 @@ class Group(NamedTuple):
 
     A token of the prompt sees the prompt up to itself. A token of a completion sees the whole prompt, and that
     completion up to itself.
+
+    Attributes:
+        prompt: the prompt's range.
+        completions: one range per completion.
     """
 
     prompt: tuple[int, int]

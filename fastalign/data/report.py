@@ -10,7 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Lengths:
-    """Minimum, mean, 95th percentile and maximum of some lengths, in tokens."""
+    """A summary of some lengths, all in tokens.
+
+    Attributes:
+        min: the shortest length.
+        mean: the mean length.
+        p95: the 95th percentile, a length that occurs.
+        max: the longest length.
+    """
 
     min: int
     mean: float

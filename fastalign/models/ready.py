@@ -43,6 +43,10 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
     The configurations of the model and of its generation are changed in place. Chat models may list further tokens at
     which generation stops; they stay in the list.
+
+    Args:
+        model: A transformers model, changed in place.
+        tokenizer: The tokenizer whose special tokens the model takes over.
     """
     generation = model.generation_config
     stops = generation.eos_token_id if generation is not None else None

@@ -194,7 +194,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     # Hooks of transformers.Trainer
 
     def train(self, *args, **kwargs):
-        """`transformers.Trainer.train`, after the preflight report."""
+        """`transformers.Trainer.train`, after the preflight report is printed."""
         if self.args.should_log and not self.args.disable_tqdm:
             print(self.preflight_report(), flush=True)
         self.throughput.restart()
@@ -219,10 +219,14 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         return _step_totals(self.objective, batches, device, self.accelerator)
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch: Any = None):
-        """The loss of one micro-batch, `inputs["batch"]`. Losses of a step's micro-batches add up to the step's loss.
+        """The loss of one micro-batch, a scalar. The losses of a step's micro-batches add up to the step's loss.
 
-        `num_items_in_batch` is, despite its name, the `Totals` of the step: the Trainer passes on what
-        `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
+        Args:
+            model: The model as the Trainer wraps it.
+            inputs: `{"batch": Batch}`, what the collator makes.
+            return_outputs: Whether to return a pair with an empty dict, as the Trainer expects in evaluations.
+            num_items_in_batch: Despite its name the step's `Totals`, which `_get_num_items_in_batch` returned. None:
+                the micro-batch counts as a step by itself.
         """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
