@@ -119,7 +119,13 @@ def topk_and_tail_logprobs(picked: Tensor, m: Tensor, tail: Tensor) -> Tensor:
 
 
 def check_entries(indices: Tensor, vocab: int) -> None:
-    """Entries (N, k) that lie in the vocabulary, and (on the CPU, where looking costs no wait) differ in each row."""
+    """Checks that entries (N, k) lie in the vocabulary and, on the CPU, that those of a row differ.
+
+    On a GPU the second check would make the host wait.
+
+    Raises:
+        InputError: They do not.
+    """
     check_token_ids("teacher_indices", indices, vocab, op="sparse_divergence")
     if indices.device.type == "cpu" and bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
         raise InputError("teacher_indices holds an entry twice in one row; give distinct token ids")
