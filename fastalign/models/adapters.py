@@ -96,7 +96,11 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
 
 
 def check_packable(model: nn.Module) -> None:
-    """ModelError if an adapter puts virtual tokens in front of every sequence (prompt tuning and its relatives)."""
+    """Refuses adapters that put virtual tokens in front of every sequence (prompt tuning and its relatives).
+
+    Raises:
+        ModelError: The model has such an adapter. Packed batches have no place for its tokens.
+    """
     inner = _without_module_wrappers(model)
     if hasattr(inner, "get_base_model") and inner.active_peft_config.is_prompt_learning:
         raise ModelError(
