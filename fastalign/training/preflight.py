@@ -16,7 +16,15 @@ _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt pe
 
 
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
-    """ConfigError for options that the Trainer would refuse only after everything is loaded."""
+    """Refuses options that the Trainer would refuse only after everything is loaded.
+
+    Args:
+        args: The options of the run.
+        has_eval_rows: Whether there are held-out rows.
+
+    Raises:
+        ConfigError: An evaluation is set without rows for it, or the optimiser cannot run here.
+    """
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ConfigError(f"eval_strategy is {strategy!r}, but there is no eval_dataset: give one")

@@ -121,7 +121,7 @@ def start_rounding(device: torch.device) -> float:
 
 
 def check_start(policy: Tensor, reference: Tensor) -> None:
-    """ModelError unless model and reference agree before the first update.
+    """Checks that model and reference agree before the first update.
 
     At that moment both are the same weights, so every log-ratio and every margin must be 0. A difference shows a wrong
     reference or a model that draws at random. Training would go on without a sign of it, with rewards that mean
@@ -130,6 +130,9 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     Args:
         policy: (S,) log-probs in nats under the model.
         reference: (S,) those under the reference.
+
+    Raises:
+        ModelError: They do not agree.
     """
     off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
     if not off <= limit:  # also true for NaN
@@ -142,10 +145,19 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
 
 def check_stored(stored: Tensor, reference: Tensor, dtype: torch.dtype, cache_dir: str | None) -> None:
-    """DataError unless stored log-probs are those of the reference, within rounding.
+    """Checks that stored log-probs are those of the reference, within rounding.
 
     They were computed in other batches, whose sums round differently, and a deep model amplifies that. The limit is
     10 times the square root of the eps of `dtype`, or of the stored dtype's where that is larger.
+
+    Args:
+        stored: (S,) log-probs in nats, read from the cache.
+        reference: (S,) those that the reference gives now.
+        dtype: What the model's products are rounded to.
+        cache_dir: The cache's folder, for the error; None: the default one.
+
+    Raises:
+        DataError: They differ by more.
     """
     limit = max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps) ** 0.5 * 10
     off = (stored - reference).abs().max().item()

@@ -65,7 +65,20 @@ def load_start(
     source: str | Path, dtype: Any, way: str, peft_config: PeftConfig | None, quantization: str = "none",
     double_quantization: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """Loads a model, or the model and the adapter of an adapter folder."""
+    """Loads a model, or the model and the adapter of an adapter folder.
+
+    Args:
+        source: A folder or a name that `load_model` knows.
+        dtype: The dtype of the weights; "auto" picks by machine.
+        way: "merge" or "continue", from `way_of`.
+        peft_config: The new adapter; None: there is none.
+        quantization: As for `load_model`.
+        double_quantization: As for `load_model`.
+
+    Raises:
+        ConfigError: The weights would be quantised and the folder's adapter merged into them.
+        ModelError: The model cannot be loaded.
+    """
     options = {"dtype": dtype, "quantization": quantization, "double_quantization": double_quantization}
     if adapter_base(source) is None:
         return load_model(source, for_adapter=peft_config is not None, **options)
