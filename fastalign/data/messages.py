@@ -150,7 +150,11 @@ def _is_scored(message: dict) -> bool:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value in a cell of JSON text."""
+    """The value in a cell of JSON text; `name` is the column's, for the error.
+
+    Raises:
+        RowProblem: the text is not valid JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,7 +162,16 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def read_json(row: dict, name: str, kind: type) -> Any:
-    """A cell that holds a list or a dict, or its JSON text; None if it is empty."""
+    """A cell that holds a list or a dict, or its JSON text; None if it is empty.
+
+    Args:
+        row: the row.
+        name: the column's name.
+        kind: what the cell must hold, `list` or `dict`.
+
+    Raises:
+        RowProblem: the cell holds something else.
+    """
     value = row.get(name)
     # Nulls of a dict come from Arrow, which gives all rows the same keys. Nulls of JSON text were written.
     value = parse_json(value, name) if isinstance(value, str) and value.strip() else without_nulls(value)
