@@ -90,7 +90,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
 
 
 def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
-    """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
+    """The first `count` different prompts of the held-out rows: tokens, and the text of the last question."""
     if trainer.eval_dataset is None:
         return [], []
     tokens = [row["prompt_ids"] for row in trainer.eval_dataset]

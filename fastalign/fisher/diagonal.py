@@ -155,7 +155,7 @@ def _sequences(rows) -> Iterator[dict]:
 class _Pass:
     """Backward passes over packed batches, and what their hooks need to know about the current batch.
 
-    A *sample* is what is squared on its own: a sequence, a token, or (estimator "batch") the whole batch.
+    A *sample* is what is squared separately: a sequence, a token, or (estimator "batch") the whole batch.
     """
 
     def __init__(self, model: nn.Module, fisher: Fisher, bits: int, seed: int):
@@ -245,7 +245,7 @@ class _Pass:
         if self.calls[module] > 1:
             raise ModelError(
                 f"The layer of {next(iter(self.layers[module].values()))} runs more than once a pass, and the "
-                "gradients of its uses would be squared apart: freeze its parameters."
+                "gradients of its uses would be squared separately: freeze its parameters."
             )
         if not output.requires_grad:  # nothing before the layer is trained, so the backward pass ends here
             output = output.detach().requires_grad_()
@@ -352,8 +352,8 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
     shared = [name for name, n in Counter(name for own in layers.values() for name in own.values()).items() if n > 1]
     if shared:
         raise ModelError(
-            f"{shared[0]} is shared by several layers, whose gradients would be squared apart; only an output layer "
-            "may share the embedding's: freeze it with requires_grad_(False)."
+            f"{shared[0]} is shared by several layers, whose gradients would be squared separately; only an output "
+            "layer may share the embedding's: freeze it with requires_grad_(False)."
         )
     return layers
 

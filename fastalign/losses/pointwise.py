@@ -1,4 +1,4 @@
-"""Losses that judge each completion of a pair by its own log-ratio, not only by the margin between the two.
+"""Losses that judge each completion of a pair by its log-ratio, not only by the margin between the two.
 
 The formulas use these symbols:
 

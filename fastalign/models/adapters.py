@@ -137,7 +137,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 def adapter_base(source: str | Path) -> str | None:
     """What an adapter folder names as its base model; None if the source is no adapter folder.
 
-    A base model that has moved with its run is looked for in `base`, inside the folder or beside it.
+    If the base model is not where the adapter says, `base` inside the folder and next to it is tried: a run that was
+    moved took its merged base model along.
 
     Raises:
         ModelError: the folder's adapter_config.json cannot be read, or names no base model.
@@ -262,7 +263,7 @@ def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
 
 
 def fusible_lora(layer: Any) -> Lora | None:
-    """The active adapter of a LoRA layer if it can be added inside the layer's own product, else None.
+    """The active adapter of a LoRA layer if it can be added inside the layer's product, else None.
 
     That needs exactly one active adapter that adds `scaling * b a` to a frozen weight and does nothing else: no
     dropout, bias or variant, and no hook on one of the parts, since a fused product would not call it. Adapters that

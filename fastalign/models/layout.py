@@ -28,7 +28,7 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
 
     Args:
         model: a transformers model with its weights loaded, or a PeftModel around one. It is changed in place (its
-            attention implementation), except where it must keep its own.
+            attention implementation), except where the model needs the implementation it has.
 
     Returns:
         The best layout that gives the results of separate sequences:

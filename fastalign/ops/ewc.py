@@ -57,7 +57,7 @@ def ewc_penalty(
 
     Raises:
         InputError: The lists or shapes do not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     backend = _checked(parameters, anchors, fishers, strength, backend)
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -90,7 +90,7 @@ def ewc_penalty_(
 
     Raises:
         InputError: The lists or shapes do not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     backend = _checked(parameters, anchors, fishers, strength, backend, grads)

@@ -330,7 +330,7 @@ def linear_logprobs(
             2U. The entropy's gradient through a trainable output layer always recomputes.
         backend: One of
             "torch": the tiled driver, on any device and dtype;
-            "triton", "cuda": the same with kernels of our own between its products, on a GPU;
+            "triton", "cuda": the same on a GPU, with fastalign's kernels between the products;
             "cpu": C++;
             "reference": materialises the logits;
             "auto": on a GPU "triton" or "cuda", where either runs; on the CPU "cpu" where it is faster; else "torch".
@@ -340,7 +340,7 @@ def linear_logprobs(
 
     Raises:
         InputError: A shape, dtype, device, target or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
 
     While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 

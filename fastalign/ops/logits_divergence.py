@@ -1,7 +1,7 @@
 """Divergence of two next-token distributions from logits that already exist, some rows at a time.
 
 The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward forms
-the gradient from the logits again, in their memory where that is asked for. Top to bottom: schema, kernels, fakes,
+the gradient from the logits again, in their memory if `in_place`. Top to bottom: schema, kernels, fakes,
 autograd, and the public function.
 """
 

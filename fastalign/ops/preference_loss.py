@@ -265,7 +265,7 @@ def preference_loss(
 
     Raises:
         InputError: A shape, dtype, device, offset or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     name = loss_type if loss_type == "kto" else canonical(loss_type)
     if name not in FORMULAS:

@@ -151,7 +151,7 @@ def _linear_topk_logprobs(hidden, weight, bias, indices, mask, transform, grads,
     picked, m, tail, expected = (torch.cat(part) for part in zip(*parts, strict=True))
     found = (topk_and_tail_logprobs(picked, m, tail), expected, picked, torch.stack([m, tail], 1))
     count = n if rows is None else rows.numel()
-    if rows is None:  # cut off the padding; an op must not return a view of its own
+    if rows is None:  # without the padding; a copy, because an op must not return a view
         return tuple(t[:count].clone() if t.shape[0] != count and t.dim() == 2 else t for t in found)
     return tuple(
         t.new_zeros(n, t.shape[1]).index_copy_(0, rows, t[:count]) if t.dim() == 2 else t for t in found
@@ -368,7 +368,7 @@ def sparse_divergence(
 
     Raises:
         InputError: A shape, dtype, device, index or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_tail(tail)

@@ -6,7 +6,7 @@
 - `fastalign.models`: `model(packed=batch)` -> log-probs
 - `fastalign.objectives`: log-probs -> loss and metrics
 - `fastalign.regularizers`: terms that are added to the loss
-- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` beside this file: what their names say
+- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` in this folder: what their names say
 """
 
 from __future__ import annotations

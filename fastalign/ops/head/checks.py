@@ -173,8 +173,8 @@ def check_same_tokens(hidden: Tensor, teacher_hidden: Tensor) -> None:
     expected = tuple(hidden.shape[:-1])
     if tuple(teacher_hidden.shape[:-1]) != expected:
         raise InputError(
-            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and its "
-            "own width"
+            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and "
+            "may differ in its last dimension only"
         )
 
 
