@@ -113,6 +113,15 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
     Raises:
         InputError: there are no examples, a field is missing, a completion is missing or empty, a mask has another
             shape than the completions, or a token id is negative.
+
+    Examples:
+        The prompt 5 6 with the completions 7 8 and 9:
+
+            input_ids      5 6   7 8   9
+            position_ids   0 1   2 3   2      each completion continues the prompt
+            score_index      1   2     1      token 7 is predicted at position 1 of the row, 8 at 2, and 9 at 1
+            targets        7 8   9
+            cu_seqlens     0 2 3              of the 3 scored tokens, 2 belong to the first completion
     """
     ids, positions, groups, scored = [], [], [], _ScoredTokens()
     for prompt, completions, masks in _checked(examples):

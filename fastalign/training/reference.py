@@ -197,6 +197,7 @@ def precompute(
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
+    # Other weights get another file. A completion that stands in several data sets is stored once.
     path = cache_folder(cache_dir) / "ref_logprobs" / f"{fingerprint}.safetensors"
     known = _read(path)
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
@@ -206,6 +207,7 @@ def precompute(
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()
+            # A key per completion, from its token ids and its prompt's. The batch has the completions in this order.
             flat = [key for i in rows for key in keys[i]]
             for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
                 known[key] = values[start:end]
