@@ -161,6 +161,7 @@ def fused_linear_preference(
         linear_logprobs, logit_scale=logit_scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
+    # One pass over the vocabulary for the tokens of both terms: each masks out the tokens that only the other counts.
     logprobs = score(hidden, weight, wanted, bias=bias)
     sums = segment_sum(logprobs.masked_fill(~scored, 0.0).flatten(), bounds)
     nll = -logprobs.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)

@@ -146,6 +146,7 @@ def _linear_divergence_backward(
     """
     empty, scored = hidden.new_empty(0), find_unmasked_rows(counting_mask(mask, coefficients))
     kept = grad if scored.rows is None else grad[scored.rows]
+    # The usual loss is the sum of the values, or their sum times a number: then all entries of `grad` are equal.
     may_look = not is_capturing(grad.device)  # at values, which waits for a GPU
     if coefficients is not None and may_look and (kept.numel() == 0 or bool((kept == kept[0]).all())):
         factor = kept[0] if kept.numel() else 0.0

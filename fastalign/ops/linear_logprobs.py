@@ -75,7 +75,7 @@ def _linear_logprobs(
         cache_rows=cache_rows,
         epilogue=_epilogue(backend),
     )
-    empty = out.logprobs.new_empty(0)
+    empty = out.logprobs.new_empty(0)  # cloned below, because an op must not return one tensor twice
     cache, shifts = out.cache or (hidden.new_empty(0), empty.clone())
     return (
         scatter_rows(out.logprobs, scored, n),
@@ -205,6 +205,8 @@ class _LinearLogprobs(torch.autograd.Function):
             hidden, weight, targets, bias, *call[:4], call.frozen, call.entropy, call.cache_rows, backend=call.backend
         )
         ctx.call, ctx.hidden_dtype = call, hidden.dtype
+        # d logp / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer it was
+        # computed together with the log-probs, in one pass over the vocabulary, and nothing else is needed later.
         if call.frozen:
             ctx.save_for_backward(grad_logprobs, grad_entropy)
         else:

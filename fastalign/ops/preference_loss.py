@@ -135,7 +135,7 @@ def _pair_loss(u: Tensor, v: Tensor, formula: Formula) -> tuple[Tensor, tuple[Te
         d_u = (-scale * (falling - log_miss_a).exp()).masked_fill(u > below_zero, 0.0)
         d_v = (scale * (falling - log_miss_b).exp()).masked_fill(v > below_zero, 0.0)
         return -scale * F.logsigmoid(log_odds_ratio), (d_u, d_v)
-    x = scale * (u - v) - offset
+    x = scale * (u - v) - offset  # every other form is a function of the margin alone
     if form == Form.SQUARE:
         losses, d_x = x.square(), 2 * x
     elif form == Form.HINGE:
