@@ -96,6 +96,13 @@ def test_every_module_has_a_level():
     assert {"fastalign.ops.segment_sum", "fastalign.losses.preference", "fastalign.training.trainer"} <= MODULES.keys()
 
 
+def test_the_table_of_levels_in_the_documentation_is_this_one():
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| ([^:|]*)", page, re.MULTILINE)
+    documented = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    assert documented == [{name for name in names if not name.startswith("_")} for names in LEVELS]
+
+
 def test_few_modules_lie_directly_in_the_package():
     assert len(list(PACKAGE.glob("*.py"))) <= 7
 
