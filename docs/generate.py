@@ -149,6 +149,8 @@ def options(name: str) -> str:
         default, help_text = field.value, None
         if isinstance(default, ast.Call) and getattr(default.func, "id", "") == "help_field":
             default, help_text = default.args[:2]
+        elif field.value is not None:  # not shown, as in `--help`
+            continue
         shown = "required" if default is None else f"`{ast.unparse(default)}`"
         kind = ast.unparse(field.annotation).replace(" | ", " or ")  # a bar would end the cell
         lines.append((f"`{field.target.id}`", f"`{kind}`", shown, text(help_text)))
