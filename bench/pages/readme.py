@@ -147,7 +147,7 @@ def tax_table(runs: list[dict]) -> str:
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method and run is not hard]
         shown += sorted(of_method, key=lambda run: abs(run["margin"] - hard["margin"] / 2))[:1]
-    rows = [("method (strength)", "held-out margin", "perplexity of other text", "KL from the start, nats a token")]
+    rows = [("method (strength)", "held-out margin", "perplexity of other text", "KL from the start, nats per token")]
     for run in shown:
         tax = run["tax"]
         perplexity = f"{tax['base_perplexity']:.1f} to {tax['tuned_perplexity']:.1f}"
