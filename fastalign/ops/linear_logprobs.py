@@ -300,19 +300,24 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token from hidden states, and optionally the entropy of its distribution.
 
-    With `z = softcap * tanh(logit_scale * (h W' + b) / softcap) / temperature`, or without a soft cap
-    `z = logit_scale * (h W' + b) / temperature`, it computes `z_y - logsumexp(z)` and `-sum_j p_j log p_j`, in nats. It
-    does so one (rows, vocabulary) tile at a time. With a frozen output layer the extra memory is O(rows x H) plus a few
-    tiles, whatever V is: tens of MB on a CPU, about a thousandth of the memory on a GPU. A trainable output layer adds
-    the cached tiles (see `memory_budget`) and the gradient of weight, (V, H). Products of bfloat16 and float16 inputs
-    are accumulated and kept in float32. The result is differentiable (once) in hidden, weight and bias.
+        u = logit_scale * (h W' + b)
+        z = softcap * tanh(u / softcap) / temperature, or u / temperature without a soft cap
+        logprob = z_y - logsumexp(z)        entropy = -sum_j p_j log p_j  with  p = softmax(z)
+
+    The (rows, vocabulary) logits are computed one tile at a time. With a frozen output layer the extra memory is
+    O(rows x H) plus a few tiles, whatever V is: tens of MB on a CPU, about a thousandth of the memory on a GPU. A
+    trainable output layer adds the cached tiles (see `memory_budget`) and the gradient of weight, (V, H). Products of
+    bfloat16 and float16 inputs are summed in float32 and stay float32. The result is differentiable (once) in hidden,
+    weight and bias.
 
     **The shift is the caller's.** `targets[i]` is the token that `hidden[i]` predicts: the *next* token. A model's
     unshifted `input_ids` are wrong: from hidden states (B, T, H) and input_ids (B, T) pass `hidden[:, :-1]` and
     `input_ids[:, 1:]`.
 
-    The gradient in hidden is `W[y] - E_p[W]`: softmax attention with query h and key = value = W. It does not depend on
-    the loss. So with a frozen output layer loss and gradient need one pass over the vocabulary.
+    d logprob / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer, loss and
+    gradient therefore need one pass over the vocabulary instead of two.
+
+    While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Args:
         hidden: (..., H) floating.
@@ -343,8 +348,6 @@ def linear_logprobs(
     Raises:
         InputError: A shape, dtype, device, target or option does not fit.
         BackendError: There is no such backend, or the backend that was named cannot run.
-
-    While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Examples:
         >>> hidden, weight = torch.randn(6, 16), torch.randn(100, 16)

@@ -59,7 +59,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
-        processing_class: The tokenizer; None: the one beside the model, which must then be given by its name.
+        processing_class: The tokenizer; None: the one in the model's folder, if `model` is a folder or a name.
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
@@ -67,7 +67,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
             from; "continue" trains it further. None: "merge" with a `peft_config`, else "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
-        quantization, double_quantization: Of a model that is loaded here, see `load_model`; they need a `peft_config`.
+        quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
+        double_quantization: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
