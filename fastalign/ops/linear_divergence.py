@@ -142,7 +142,7 @@ def _linear_divergence_backward(
     """The gradients in weight and bias.
 
     `forward` formed them with the coefficients, under the assumption that the values are then summed. That is right up
-    to a factor where `grad` is the same for all rows. For any other `grad` they are formed again.
+    to a factor where `grad` is the same for all rows. For any other `grad` they are recomputed.
     """
     empty, scored = hidden.new_empty(0), find_unmasked_rows(counting_mask(mask, coefficients))
     kept = grad if scored.rows is None else grad[scored.rows]

@@ -1,8 +1,8 @@
 """Divergence of two next-token distributions from logits that already exist, some rows at a time.
 
-The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward forms
-the gradient from the logits again, in their memory if `in_place`. Top to bottom: schema, kernels, fakes,
-autograd, and the public function.
+The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward
+reads the logits a second time to form the gradient, in their memory if `in_place`. Top to bottom: schema, kernels,
+fakes, autograd, and the public function.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ folded once. The k entries are left out of the running sums, so that no tail com
 
 With G_i = d loss / d log s_i, g = d loss / d log s_tail and their sum S, the gradient in hidden is
 `sum_i (G_i - s_i S) slope_i W_i + (g - s_tail S) E`: two products with a frozen output layer, forward and backward
-together. A trainable one forms the logits again, and takes two more.
+together. A trainable one recomputes the logits, and takes two more.
 """
 
 from __future__ import annotations

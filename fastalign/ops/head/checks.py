@@ -135,7 +135,7 @@ def check_divergence(divergence: str, temperature: float, jsd_beta: float) -> No
     check_temperature(temperature)
     if divergence == "jsd" and not 0 < jsd_beta < 1:
         raise InputError(
-            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand forward_kl and reverse_kl"
+            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1 (for the limits use forward_kl or reverse_kl)"
         )
 
 
