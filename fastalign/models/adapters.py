@@ -161,7 +161,7 @@ def merge_adapter(model: Any) -> Any:
     """The model with its active adapters merged into its weights, in the dtype of the weights. All can be trained.
 
     Args:
-        model: a PeftModel. It is taken apart, so use what is returned.
+        model: a PeftModel. It is changed in place and no longer usable: use what is returned.
 
     Raises:
         ModelError: the adapter cannot be merged, or the weights are quantised, which would round the sum anew.

@@ -74,7 +74,7 @@ def make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, disable:
     Args:
         model: a transformers model, or a PeftModel around one.
         tokenizer: gives the tokens that end and pad.
-        disable: whether the model's own dropout is turned off; an adapter's is kept.
+        disable: whether the model's dropout is turned off. An adapter's dropout stays.
 
     Raises:
         ModelError: see `check_trainable`.
