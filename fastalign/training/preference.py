@@ -72,7 +72,7 @@ class PreferenceTrainer(AlignmentTrainer):
         """Keeps the weights in hand as the reference.
 
         - precompute_ref_log_probs=True stores the log-probs of every row before training.
-        - An adapter is small, so a copy of it is kept in any case: an evaluation then has the exact KL divergence.
+        - An adapter is small, so it is copied in any case. With the copy an evaluation has the exact KL divergence.
         - Otherwise a copy of the weights is scored at every step.
         """
         args = self.args

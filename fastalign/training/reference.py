@@ -112,7 +112,7 @@ def score_with_weights(model: nn.Module, packed: PackedBatch, weights: Reference
 
 
 def start_rounding(device: torch.device) -> float:
-    """How far log-probs of the same weights may be apart with and without gradients, in nats per token.
+    """How much log-probs of the same weights may differ with and without gradients, in nats per token.
 
     On a CPU they are equal. On a GPU the matrix library may choose different kernels for the same product, whose sums
     round differently.
@@ -197,7 +197,7 @@ def precompute(
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
-    # Other weights get another file. A completion that stands in several data sets is stored once.
+    # Other weights get another file. A completion that several data sets contain is stored once.
     path = cache_folder(cache_dir) / "ref_logprobs" / f"{fingerprint}.safetensors"
     known = _read(path)
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
@@ -222,6 +222,6 @@ def _read(path: Path) -> dict[bytes, np.ndarray]:
         return {}
     try:
         return KeyedTensors(path, ["logprobs"]).read_all("logprobs")
-    except DataError as error:  # a damaged cache is no reason to stop: it is computed again
+    except DataError as error:  # a damaged cache is no reason to stop: recompute it
         logger.warning("The reference cache is computed again: %s.", error)
         return {}

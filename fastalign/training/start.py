@@ -4,7 +4,7 @@ A model may come with an adapter, for example from supervised fine-tuning that p
 was learnt there must not be lost, so there are two ways to go on:
 
 - merge: the adapter becomes part of the weights. These are what training starts from and what its reference is. A new
-  adapter lies on top of them, or all weights are trained.
+  adapter is added on top of them, or all weights are trained.
 - continue: the adapter is trained further. The reference is the model with the adapter as it came.
 """
 
@@ -96,7 +96,7 @@ def start_model(
 ) -> tuple[nn.Module, Origin]:  # fmt: skip
     """The model with the adapter that is trained, and what the preflight report says of it.
 
-    Where a new adapter lies on merged weights, these are saved into `base` in the run folder. The new adapter names
+    If a new adapter is added to merged weights, these are saved into `base` in the run folder. The new adapter names
     that folder as its base model, so the run can be loaded: on the old base model it would compute something else.
 
     Raises:

@@ -60,7 +60,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
         processing_class: The tokenizer; None: the one in the model's folder, if `model` is a folder or a name.
-        peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
+        peft_config: Trains an adapter, in float32; None: trains the model, or the adapter that it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
         adapter: "merge" merges an adapter that the model comes with into the weights, which training then starts
