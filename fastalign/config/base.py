@@ -73,7 +73,7 @@ class AlignmentConfig(TrainingArguments):
     )
     disable_dropout: bool = help_field(True, "Turn off the model's dropout. LoRA's dropout is not changed.")
     memory_budget: int | None = help_field(
-        None, "Bytes of probability tiles that are kept for a trained output layer. None: 1 GiB."
+        None, "Bytes of probability tiles that are stored for a trained output layer. None: 1 GiB."
     )
     share_prompts: bool = help_field(True, "Compute each prompt once for all of its completions.")
     dataloader_pin_memory: bool | None = help_field(
