@@ -110,7 +110,7 @@ def fisher_diagonal(
             f"estimator is {estimator!r} and per is {per!r}; they must be one of {ESTIMATORS} and of {PER}"
         )
     if estimator == "batch" and per == "token":
-        raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
+        raise ConfigError("per is 'token', but estimator='batch' squares the gradient of a batch; leave per out")
     if bits not in (8, 32):
         raise ConfigError(f"bits is {bits}; Fisher information is added up in 32 or 8")
     check_unquantized(model, "load it unquantised")
@@ -120,7 +120,7 @@ def fisher_diagonal(
     backward = _Pass(model, fisher, bits, seed)
     device = next(model.parameters()).device
     with _recording(model, backward):
-        # A budget of one token puts each sequence into a batch of its own.
+        # With a budget of one token every batch holds one sequence.
         for examples in batches_within(_sequences(rows), token_count, 1 if layout == "padded" else tokens_per_batch):
             pad_token_id = causal_lm(model).config.pad_token_id or 0
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
@@ -362,7 +362,7 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
 def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
     """A context with the hooks on the model, which is in evaluation mode and whose weights require no gradient.
 
-    The products of the hooks stand for the gradients of the weights; autograd need not compute those as well.
+    The products in the hooks replace the gradients of the weights, so autograd need not compute those.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     hooks = [module.register_forward_hook(backward.watch) for module in backward.layers]
