@@ -1,8 +1,8 @@
 """Preference losses from token log-probabilities in one launch: segment sum, loss and derivative fused.
 
-What each loss is, `fastalign.losses` defines. Here the losses that a kernel can compute are brought into five forms
-with three numbers each, so that a kernel knows the five forms alone. Top to bottom: the forms, schema, kernels, fakes,
-autograd, and the public function.
+The losses are defined in `fastalign.losses`. This file maps those that a kernel can compute to five forms with three
+numbers each, so a kernel needs to know only the five forms. Top to bottom: the forms, schema, kernels, fakes, autograd,
+and the public function.
 """
 
 from __future__ import annotations
