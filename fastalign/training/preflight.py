@@ -48,6 +48,12 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     """(label, text) lines on the batches, the trainable parameters and the predicted memory of a run.
 
     The memory is predicted for the longest micro-batch that can occur: the longest rows, as many as one holds.
+
+    Args:
+        model: The model, ready for training.
+        dataset: Tokenised rows.
+        args: The options.
+        layout: "shared", "packed" or "padded".
     """
     size = args.per_device_train_batch_size
     tokens = sum(sorted(row_tokens(dataset[i], layout) for i in range(len(dataset)))[-size:])

@@ -99,8 +99,16 @@ def start_model(
     If a new adapter is added to merged weights, these are saved into `base` in the run folder. The new adapter names
     that folder as its base model, so the run can be loaded: on the old base model it would compute something else.
 
+    Args:
+        model: The model, perhaps with an adapter.
+        tokenizer: Saved with a merged model.
+        args: The options; `output_dir` and `seed` are read.
+        peft_config: The new adapter; None: there is none.
+        adapter: As for `AlignmentTrainer`.
+
     Raises:
-        ConfigError, ModelError: The options contradict each other or the model.
+        ConfigError: The options contradict each other.
+        ModelError: `adapter` is given, and the model comes without one.
     """
     way, base = way_of(adapter, peft_config), causal_lm(model).name_or_path or type(causal_lm(model)).__name__
     as_given = "the model as it is given"
