@@ -215,12 +215,19 @@ class _PreferenceLoss(torch.autograd.Function):
 
 
 class PreferenceLosses(NamedTuple):
-    """What `preference_loss` returns. Only `losses` and `sums` carry gradients."""
+    """What `preference_loss` returns. Only `losses` and `sums` carry gradients.
 
-    losses: Tensor  # (B,)
-    rewards: Tensor  # (2B,), (B,) for kto: beta * (sums - ref_sums), or beta * sums without a reference
-    sums: Tensor  # (2B,), (B,) for kto: the log-probability of each sequence
-    coefficients: Tensor  # (S,) d losses[b] / d logprobs[t], b the pair (or completion) that token t belongs to
+    Attributes:
+        losses: (B,) one per pair, or per completion for kto.
+        rewards: (2B,), or (B,) for kto: beta * (sums - ref_sums), or beta * sums without a reference.
+        sums: (2B,), or (B,) for kto: the log-probability of each sequence in nats.
+        coefficients: (S,) d losses[b] / d logprobs[t], where b is the pair (or completion) that token t belongs to.
+    """
+
+    losses: Tensor
+    rewards: Tensor
+    sums: Tensor
+    coefficients: Tensor
 
 
 def preference_loss(
