@@ -47,6 +47,13 @@ def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
 
         tokens of the one text start with the prompt's tokens:  the rest of them are the completion's
         they do not, because of a merge:                        the completion is tokenised by itself, and counted
+
+    Args:
+        examples: texts of prompts and completions.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        One `Tokens` per example.
     """
     prompts = [example.prompt for example in examples]
     prompt_ids = [encoded.ids for encoded in _tokenize_texts(tokenizer, prompts)]

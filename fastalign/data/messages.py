@@ -53,7 +53,15 @@ def read_messages(value, role: str, column: str) -> list[dict]:
     """A cell as messages, checked. A plain string becomes one message of the given role.
 
     Arrow gives every message all keys that occur in the data set, null where a message lacks one. Nulls are removed,
-    since a chat template may ask only whether a key is there. Nulls inside JSON text stay: somebody wrote them.
+    since a chat template may test only whether a key exists. Nulls inside JSON text stay: somebody wrote them.
+
+    Args:
+        value: the cell: a list of messages, one message, their JSON text, or a plain string.
+        role: the role of a plain string.
+        column: the column's name, for the error.
+
+    Returns:
+        The messages, each a dict of `role`, `content` and other keys that the row has.
 
     Raises:
         RowProblem: the cell holds no messages, or messages that cannot be rendered as text.
