@@ -59,6 +59,7 @@ def chat_example(row: dict, columns: tuple[str, ...], tokenizer, allow_empty_pro
         raise RowProblem("identical pair", "chosen and rejected are the same")
     if _repeats_prompt(prompt, _is_one_turn(row.get("prompt"), prompt), completions):
         prompt = []
+    # Turns of the completions that belong to the prompt: the question, or what two conversations have in common.
     if not prompt or any(completion[0]["role"] != "assistant" for completion in completions):
         shared = _shared_turns(completions)
         prompt = prompt + completions[0][:shared]

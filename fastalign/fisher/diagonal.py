@@ -197,7 +197,7 @@ class _Pass:
         logprobs: Any = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
         scored = int(batch.cu_seqlens.diff().gt(0).sum())
         share = 1.0
-        if self.estimator == "batch":
+        if self.estimator == "batch":  # squares the gradient of the mean over the batch's sequences
             share, count = 1 / max(scored, 1), 1 if scored else 0
         else:
             count = scored if self.per == "sequence" else targets.numel()
@@ -207,6 +207,7 @@ class _Pass:
         if hidden.requires_grad:
             hidden.backward(grad.mul_(-share))
         with torch.no_grad():
+            # The samples' offsets count tokens of the row. The output layer sees the scored positions alone.
             cu_seqlens = torch.searchsorted(batch.score_index, self.bounds)
             self.head.add(leaf.detach(), targets, logprobs.detach(), head, cu_seqlens, share, self.roles)
 
@@ -231,6 +232,7 @@ class _Pass:
         with torch.no_grad():
             for start in range(0, head.weight.shape[0], VOCAB_TILE):
                 z, _ = logits_tile(hidden, head, slice(start, start + VOCAB_TILE))
+                # -log of an exponential variable has the Gumbel distribution.
                 noise = torch.empty_like(z).exponential_(generator=self.generator).log_().neg_()
                 value, index = (z + noise).max(1)
                 targets = torch.where(value > best, index + start, targets)

@@ -60,6 +60,7 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
+        # Columns of stats: maximum and log-sum of the student, then of the teacher, then the moment K.
         for i, z in enumerate((a, b)):
             sums = LogSumExp(len(z), z)
             sums.absorb(z, scratch[0])
