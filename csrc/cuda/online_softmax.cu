@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) absorb_kernel(Absorb p) {
     float top = kNegativeInfinity;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
-    // Its barrier parts every read of this row from every write.
+    // The barrier in it separates every read of this row from every write.
     top = block_reduced(top, kNegativeInfinity, maxima, Max{});
     const float shift = top > before + kLag ? top : before;
 
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) plain_absorb_kernel(Absorb p)
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
-    // Its barrier parts every read of this row from every write.
+    // The barrier in it separates every read of this row from every write.
     top = block_reduced(top, kNegativeInfinity, maxima, Max{});
     const float shift = top > before + kLag ? top : before;
 #pragma unroll
