@@ -1,4 +1,4 @@
-"""Evaluation of a trainer: metrics of held-out rows, each evaluation by itself, also of rows that are given raw."""
+"""Evaluation of a trainer on held-out rows, which may be given untokenised. Each evaluation logs its rows alone."""
 
 from __future__ import annotations
 
