@@ -19,8 +19,8 @@ PACKAGE = ROOT / "fastalign"
 # From the bottom to the top: a module imports from lower rows, and from its own package. Packages of one row do not
 # know each other. `errors` may be imported by everything.
 LEVELS = [
-    {"errors", "options", "files", "_cpu", "_cuda"},
-    {"lazy", "reference", "losses", "kernels", "stats"},
+    {"errors", "lazy", "options", "files", "_cpu", "_cuda"},
+    {"reference", "losses", "kernels", "stats"},
     {"ops"},
     {"fused", "data", "config", "report"},
     {"compat", "models", "objectives"},
