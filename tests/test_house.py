@@ -19,8 +19,8 @@ PACKAGE = ROOT / "fastalign"
 # From the bottom to the top: a module imports from lower rows, and from its own package. Packages of one row do not
 # know each other. `errors` may be imported by everything.
 LEVELS = [
-    {"errors", "options", "files", "_cpu", "_cuda"},
-    {"lazy", "reference", "losses", "kernels"},
+    {"errors", "lazy", "options", "files", "_cpu", "_cuda"},
+    {"reference", "losses", "kernels", "stats"},
     {"ops"},
     {"fused", "data", "config", "report"},
     {"compat", "models", "objectives"},
@@ -36,6 +36,7 @@ ONLY = {name: {"torch"} for name in ("reference", "losses", "ops", "fused")}
 ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensors", "torch", "numpy"}}
 ONLY |= {
     "kernels": {"torch", "triton"},
+    "stats": {"numpy", "scipy"},
     "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
     "config": {"torch", "transformers"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "rich"},
