@@ -41,7 +41,7 @@ def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Da
         )
     if isinstance(source, list):
         _refuse_circles(source)
-        return _from_dicts(source, "The list of rows")
+        return from_dicts(source, "The list of rows")
     if not isinstance(source, (str, Path)):
         raise DataError(
             f"Rows come from a file path, a list of dicts or a datasets.Dataset, not from {type(source).__name__}: "
@@ -79,7 +79,7 @@ def _from_file(path: Path) -> datasets.Dataset:
         raise DataError(f"{path} is empty: it needs at least one row.")
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path)
-    return _from_dicts(list(readers[path.suffix.lower()](path)), str(path))
+    return from_dicts(list(readers[path.suffix.lower()](path)), str(path))
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -144,7 +144,7 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _from_dicts(rows: list, where: str) -> datasets.Dataset:
+def from_dicts(rows: list, where: str) -> datasets.Dataset:
     """A data set of some dicts; a field that a row lacks is null there."""
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -220,6 +220,6 @@ def _first_failing(name: str, values: list) -> tuple[int, Exception]:
 def _table_error(name: str, values: list) -> Exception | None:
     try:
         datasets.Dataset.from_dict({name: values}, on_mixed_types="use_json")
-    except Exception as error:  # as in `_from_dicts`
+    except Exception as error:  # as in `from_dicts`
         return error
     return None

@@ -59,6 +59,9 @@ class DataReport:
         unstopped_answers: answers before the last one behind which the chat template writes no special token.
         shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
         unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
+        layout: the layout that the rows had before they were converted, and what decided; empty if they were not.
+        rows_made: how many rows they were converted to; None if they were not.
+        unpaired: whether each pair became two rows with a label.
         plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
         unread_columns: columns that hold text, or lists, and are not read.
     """
@@ -87,6 +90,9 @@ class DataReport:
     unstopped_answers: int = 0
     shared_words: int = 0
     unmarked_prompts: int = 0
+    layout: str = ""
+    rows_made: int | None = None
+    unpaired: bool = False
     plain_on_chat: bool = False
     unread_columns: list[str] = field(default_factory=list)
 
@@ -116,8 +122,12 @@ class DataReport:
 
     def _lines(self) -> list[tuple[str, str]]:
         limit = "" if self.max_length is None else f" (max_length {self.max_length:,})"
+        made = self.rows_in if self.rows_made is None else self.rows_made
+        pairs = self.rows_kept // 2 if self.unpaired else self.rows_kept
         return [
-            ("rows", f"{self.rows_kept:,} of {self.rows_in:,} kept"),
+            *([("layout", self.layout)] if self.layout else []),
+            *([("converted", f"{self.rows_in:,} rows to {made:,}")] if self.layout else []),
+            ("rows", f"{pairs:,} of {made:,} kept" + (", two labelled rows of each pair" if self.unpaired else "")),
             *((f"  dropped: {reason}", self._dropped_line(reason)) for reason in self.dropped),
             ("prompt tokens", str(self.prompt_length)),
             ("completion tokens", str(self.completion_length) + limit),

@@ -24,11 +24,21 @@ from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
 from fastalign.data.files import load_rows
 from fastalign.data.formats import Format, detect_format, to_example
+from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.messages import RowProblem
 from fastalign.data.report import DataReport, Lengths
+from fastalign.data.unpairing import labelled_from_pairs
 from fastalign.errors import ConfigError, DataError, ModelError
 
 BATCH_ROWS = 1000
+# What the rows may be for, what they must hold, and what rows of which formats can serve.
+NEEDS = {
+    "pairs": "pairs, with chosen and rejected,",
+    "labelled": "rows with prompt, completion and label, or pairs,",
+    "completions": "text, messages, or prompt and completion (without a label)",
+}
+GIVES = {"pairs": "pairs", "labelled": "rows with a label", "completions": "conversations without a label"}
+GIVEN_FOR = {"pairs": ("pairs",), "labelled": ("labelled", "pairs"), "completions": ("completions",)}
 NAMED_ROWS = 5  # how many row numbers an error or the report lists
 
 
@@ -42,6 +52,7 @@ def tokenize(
     num_proc: int | None = None,
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
+    wanted: str | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -53,8 +64,8 @@ def tokenize(
       of a chat template is that EOS if it is the tokenizer's `eos_token`.
 
     Args:
-        rows: anything that `load_rows` takes. All rows have one format, which is detected from the columns (see
-            `fastalign.data.formats`).
+        rows: anything that `load_rows` takes. All rows have one layout, which is recognised by the columns (see
+            `fastalign.data.layouts` and `fastalign.data.formats`).
         tokenizer: a transformers tokenizer with an EOS token. Chat messages go through its chat template.
         max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
         on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
@@ -68,6 +79,9 @@ def tokenize(
             whose answers do not begin alike. Such rows count as invalid otherwise.
         apply_chat_template: whether plain strings become chat messages: the prompt a user's turn, and each completion
             an assistant's. Rows that hold chat messages always go through the chat template.
+        wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
+            are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
+            the label true, the rejected one with the label false. None takes rows of any format.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -86,25 +100,32 @@ def tokenize(
         >>> dataset, report = tokenize("pairs.jsonl", tokenizer, max_length=1024, on_truncate="drop")
         >>> print(report)
     """
-    _check_options(max_length, on_truncate, on_invalid)
+    _check_options(max_length, on_truncate, on_invalid, wanted)
     rows = load_rows(rows).with_format(None)
     if not len(rows):
         raise DataError("The data set has no rows: it needs at least one.")
-    fmt = detect_format(rows)
+    converted = convert_rows(rows, wanted)
+    fmt = _checked_format(converted, wanted)
     if apply_chat_template:
         fmt = _as_chat(fmt)
     _check_tokenizer(tokenizer, fmt)
-    unread = unread_columns(rows, fmt.sources)
-    rows = rows.select_columns(list(fmt.sources.values()))
     read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
     work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
-    batches = ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
     outcome = _Outcome()
-    tokens = _to_dataset(_run(work, batches, num_proc), outcome, fmt)
+    tokens = _to_dataset(_run(work, _batches(converted.rows, fmt), num_proc), outcome, fmt)
+    _number_as_given(outcome, converted)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
+    if wanted == "labelled" and fmt.name != "unpaired":
+        tokens = labelled_from_pairs(tokens)
     report = _report(tokens, outcome, fmt, len(rows), max_length)
-    plain_on_chat = bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None))
-    return tokens, replace(report, unread_columns=unread, plain_on_chat=plain_on_chat)
+    return tokens, replace(
+        report,
+        layout=converted.name,
+        rows_made=len(converted.rows) if converted.name else None,
+        unpaired="label" in tokens.column_names and fmt.name != "unpaired",
+        unread_columns=unread_columns(rows, converted.read if converted.name else fmt.sources),
+        plain_on_chat=bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None)),
+    )
 
 
 @dataclass
@@ -114,16 +135,50 @@ class _Outcome:
     rows: list[dict] = field(default_factory=list)
     problems: list[tuple[int, str, str]] = field(default_factory=list)  # (row number, kind, detail)
     too_long: list[tuple[int, int]] = field(default_factory=list)  # (row number, tokens)
+    left_out: list[tuple[str, int]] = field(default_factory=list)  # (reason, row number) of rows that teach nothing
     counts: Counter = field(default_factory=Counter)  # fields of the report, and "masked"
 
 
-def _check_options(max_length: int | None, on_truncate: str, on_invalid: str) -> None:
+def _checked_format(converted: Converted, wanted: str | None) -> Format:
+    """The format of the rows, which must be one that is wanted."""
+    needs = f"{NEEDS[wanted]} are needed." if wanted else ""
+    try:
+        fmt = detect_format(converted.rows)
+    except DataError as error:
+        if converted.other is None:
+            raise
+        raise DataError(
+            f"The rows have the layout '{converted.other.name}', which gives {GIVES[converted.other.gives]}; {needs}"
+        ) from error
+    if wanted and fmt.gives not in GIVEN_FOR[wanted]:
+        raise DataError(f"The data set is '{fmt}'; {needs}")
+    return fmt
+
+
+def _batches(rows: datasets.Dataset, fmt: Format) -> Iterator[tuple[int, dict[str, list]]]:
+    rows = rows.select_columns(list(fmt.sources.values()))
+    return ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
+
+
+def _number_as_given(outcome: _Outcome, converted: Converted) -> None:
+    """Numbers rows as they were before they were converted, and adds what converting them has found."""
+    if not converted.name:
+        return
+    outcome.problems = [(converted.numbers[n - 1], kind, detail) for n, kind, detail in outcome.problems]
+    outcome.problems = sorted(outcome.problems + converted.problems)
+    outcome.too_long = [(converted.numbers[n - 1], length) for n, length in outcome.too_long]
+    outcome.left_out = [("no better answer", number) for number in converted.empty]
+
+
+def _check_options(max_length: int | None, on_truncate: str, on_invalid: str, wanted: str | None) -> None:
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ConfigError(f"max_length must be an integer of at least 2 or None, found {max_length!r}.")
     if on_truncate not in ("error", "drop", "keep_end"):
         raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
     if on_invalid not in ("error", "drop"):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
+    if wanted is not None and wanted not in NEEDS:
+        raise ConfigError(f"wanted must be one of {', '.join(NEEDS)} or None, found {wanted!r}.")
 
 
 def _as_chat(fmt: Format) -> Format:
@@ -282,6 +337,7 @@ def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int,
         every_mask = _arrow("list_flatten", tokens.data["completion_mask"])
         scored = _arrow("sum", _arrow("list_flatten", every_mask)).as_py()
     left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
+    left_out += outcome.left_out
     counts: dict[str, Any] = {name: count for name, count in outcome.counts.items() if name != "masked"}
     return DataReport(
         format=str(fmt),

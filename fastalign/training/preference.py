@@ -9,7 +9,7 @@ from torch import Tensor
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
-from fastalign.errors import ConfigError, DataError
+from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.snapshot import ReferenceWeights, fingerprint
@@ -37,14 +37,11 @@ class PreferenceTrainer(AlignmentTrainer):
             objective=objective, **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: PreferenceConfig) -> None:
-        if args.unpaired and "label" not in dataset.column_names:
-            raise DataError(f"The data set is '{found}'; KTO and BCO need the columns prompt, completion and label.")
-        if not args.unpaired and len(dataset[0]["completion_ids"]) != 2:
-            raise DataError(f"The data set is '{found}'; a loss over pairs needs chosen and rejected columns.")
+    def _wanted(self, args: PreferenceConfig) -> str:
+        return "labelled" if args.unpaired else "pairs"
 
-    def _tokenize(self, rows, tokenizer, args: PreferenceConfig):
-        dataset, report = super()._tokenize(rows, tokenizer, args)
+    def _tokenize(self, rows, tokenizer, args: PreferenceConfig, name: str = "train"):
+        dataset, report = super()._tokenize(rows, tokenizer, args, name)
         return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 
     def _collator(self) -> Collator:

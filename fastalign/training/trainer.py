@@ -27,7 +27,7 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
@@ -118,7 +118,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
+        eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args, "eval")[0]
         if isinstance(model, (str, Path)):
             model = load_start(
                 model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
@@ -150,16 +150,18 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     # What a method may change
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
-        """DataError unless the method can train on rows of the format `found`."""
+    def _wanted(self, args: AlignmentConfig) -> str | None:
+        """What rows the method trains on; see `wanted` of `fastalign.data.tokenize`."""
         raise NotImplementedError
 
-    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig):
+    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
         names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
-        dataset, report = tokenization.tokenize(rows, tokenizer, **{name: getattr(args, name) for name in names})
-        self._check_rows(dataset, report.format, args)
-        return dataset, report
+        options = {name: getattr(args, name) for name in names}
+        try:
+            return tokenization.tokenize(rows, tokenizer, wanted=self._wanted(args), **options)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
     def _collator(self) -> Collator:
         return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
