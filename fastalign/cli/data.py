@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the report."""
-    from fastalign.data.files import load_rows
+    from fastalign.data.loading import load_rows
     from fastalign.data.tokenization import tokenize
     from fastalign.models.loading import load_tokenizer
 

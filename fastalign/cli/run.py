@@ -12,7 +12,7 @@ from rich.table import Table
 from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text

@@ -22,9 +22,9 @@ from datasets import Features, List, Value
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
-from fastalign.data.files import load_rows
 from fastalign.data.formats import Format, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.messages import RowProblem
 from fastalign.data.report import DataReport, Lengths
 from fastalign.data.unpairing import labelled_from_pairs
