@@ -6,7 +6,7 @@ Nothing here reaches the network, except for sources that are written `hub:owner
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ def load_rows(source: Any, columns: Mapping[str, str] | None = None) -> datasets
     """
     rows = _rows(source)
     return _renamed(rows, columns) if columns else rows
+
+
+def of_each(rows: Any, work: Callable[[Any, str], Any]) -> Any:
+    """What `work(rows, name)` returns for held-out rows; for several data sets by name a dict of what it returns.
+
+    A dict with "path" is one source of rows, as `load_rows` takes it.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, dict) and "path" not in rows:
+        return {name: work(value, f"eval {name}") for name, value in rows.items()}
+    return work(rows, "eval")
 
 
 def _rows(source: Any) -> datasets.Dataset:

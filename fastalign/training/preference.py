@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
+from fastalign.data.loading import of_each
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
@@ -65,7 +66,9 @@ class PreferenceTrainer(AlignmentTrainer):
             key = self._reference_key = fingerprint(self.model, str(autocast_dtype(args)))
             self.train_dataset = precompute(self.train_dataset, self._score_rows, key, args.ref_cache_dir)
             if self.eval_dataset is not None and weights is None:  # with a copy, evaluations score it anyway
-                self.eval_dataset = precompute(self.eval_dataset, self._score_rows, key, args.ref_cache_dir)
+                self.eval_dataset = of_each(
+                    self.eval_dataset, lambda rows, _: precompute(rows, self._score_rows, key, args.ref_cache_dir)
+                )
         if args.sync_ref_model and weights is not None:  # the config refuses stored log-probs with it
             self.add_callback(MoveReference(weights, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         return Reference(weights, product_dtype(args, self.model), args.ref_cache_dir, moves=args.sync_ref_model)

@@ -27,6 +27,7 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
+from fastalign.data.loading import of_each
 from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
@@ -58,7 +59,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
-        eval_dataset: Held-out rows, likewise; None: no evaluation.
+        eval_dataset: Held-out rows, likewise, or several data sets by name; None: no evaluation.
         processing_class: The tokenizer; None: the one beside the model, which must then be given by its name.
         peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
         callbacks: Further callbacks of the Trainer.
@@ -92,7 +93,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     data_collator: Collator
 
     def __init__(
@@ -118,15 +119,15 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args, "eval")[0]
+        eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         if isinstance(model, (str, Path)):
             model = load_start(
                 model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
             )
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-        for dataset in (train_dataset, eval_dataset or ()):
-            check_fit(dataset, causal_lm(model))
+        check_fit(train_dataset, causal_lm(model))
+        of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
