@@ -48,6 +48,7 @@ class DataReport:
         eos_present: completions whose text ended with EOS already.
         eos_added: completions to which EOS was added.
         eos_inside: completions, of one assistant turn, that hold another EOS before their end.
+        eos_missing: completions, given as token ids, that do not end with EOS. They are taken as they are.
         token_merges: completions whose first characters would merge with the last ones of the prompt into one token if
             both were tokenised as one text.
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
@@ -81,6 +82,7 @@ class DataReport:
     eos_present: int = 0
     eos_added: int = 0
     eos_inside: int = 0
+    eos_missing: int = 0
     token_merges: int = 0
     duplicate_bos: int = 0
     prompts_cut: int = 0
@@ -136,17 +138,21 @@ class DataReport:
                 f"{self.tokens_shared:,} with each prompt once, {self.tokens_unshared:,} with a prompt per completion",
             ),
             ("scored tokens", f"{self.scored_tokens:,} ({self.scored_fraction:.1%} of the tokens)"),
-            (
-                "end of sequence",
-                f"exactly one EOS ends each of {self.completions:,} completions: "
-                f"{self.eos_present:,} had it already, and it was added to {self.eos_added:,}",
-            ),
+            ("end of sequence", self._end_line()),
             ("duplicate BOS", f"removed in {self.duplicate_bos:,} rows" if self.duplicate_bos else "none"),
             (
                 "token merges",
                 f"{self.token_merges:,} of {self.completions:,} completions" if self.token_merges else "none",
             ),
         ]
+
+    def _end_line(self) -> str:
+        ended = self.completions - self.eos_missing
+        line = (
+            f"exactly one EOS ends each of {ended:,} completions: {self.eos_present:,} had it already, and it was "
+            f"added to {self.eos_added:,}"
+        )
+        return line + (f"; {self.eos_missing:,} lack it" if self.eos_missing else "")
 
     def _dropped_line(self, reason: str) -> str:
         count, first = self.dropped[reason], self.dropped_rows[reason]
@@ -166,6 +172,11 @@ class DataReport:
                 self.eos_inside,
                 f"of {completions} hold an EOS before their end. In generation the model stops there: look for special "
                 "tokens that are written out in the text.",
+            ),
+            (
+                self.eos_missing,
+                f"of {completions} do not end with EOS: the model does not learn from them to stop. Token ids are "
+                "taken as they are given.",
             ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (

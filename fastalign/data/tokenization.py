@@ -26,6 +26,7 @@ from fastalign.data.formats import Format, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import load_rows
 from fastalign.data.messages import RowProblem
+from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths
 from fastalign.data.unpairing import labelled_from_pairs
 from fastalign.errors import ConfigError, DataError, ModelError
@@ -65,7 +66,8 @@ def tokenize(
 
     Args:
         rows: anything that `load_rows` takes. All rows have one layout, which is recognised by the columns (see
-            `fastalign.data.layouts` and `fastalign.data.formats`).
+            `fastalign.data.layouts` and `fastalign.data.formats`). Rows of token ids are checked and taken as they are
+            (see `fastalign.data.pretokenized`).
         tokenizer: a transformers tokenizer with an EOS token. Chat messages go through its chat template.
         max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
         on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
@@ -104,27 +106,34 @@ def tokenize(
     rows = load_rows(rows).with_format(None)
     if not len(rows):
         raise DataError("The data set has no rows: it needs at least one.")
-    converted = convert_rows(rows, wanted)
-    fmt = _checked_format(converted, wanted)
-    if apply_chat_template:
-        fmt = _as_chat(fmt)
+    fmt = token_format(rows)
+    if fmt is not None:
+        converted = Converted(rows)
+        _check_wanted(fmt, wanted)
+        work = partial(_take_rows, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+    else:
+        converted = convert_rows(rows, wanted)
+        fmt = _checked_format(converted, wanted)
+        fmt = _as_chat(fmt) if apply_chat_template else fmt
+        read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
+        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     _check_tokenizer(tokenizer, fmt)
-    read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-    work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     outcome = _Outcome()
     tokens = _to_dataset(_run(work, _batches(converted.rows, fmt), num_proc), outcome, fmt)
     _number_as_given(outcome, converted)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
-    if wanted == "labelled" and fmt.name != "unpaired":
+    if wanted == "labelled" and fmt.gives == "pairs":
         tokens = labelled_from_pairs(tokens)
     report = _report(tokens, outcome, fmt, len(rows), max_length)
     return tokens, replace(
         report,
         layout=converted.name,
         rows_made=len(converted.rows) if converted.name else None,
-        unpaired="label" in tokens.column_names and fmt.name != "unpaired",
+        unpaired="label" in tokens.column_names and fmt.gives == "pairs",
         unread_columns=unread_columns(rows, converted.read if converted.name else fmt.sources),
-        plain_on_chat=bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None)),
+        plain_on_chat=bool(
+            not fmt.chat and fmt.name not in ("text", "tokens") and getattr(tokenizer, "chat_template", None)
+        ),
     )
 
 
@@ -141,21 +150,25 @@ class _Outcome:
 
 def _checked_format(converted: Converted, wanted: str | None) -> Format:
     """The format of the rows, which must be one that is wanted."""
-    needs = f"{NEEDS[wanted]} are needed." if wanted else ""
     try:
         fmt = detect_format(converted.rows)
     except DataError as error:
         if converted.other is None:
             raise
         raise DataError(
-            f"The rows have the layout '{converted.other.name}', which gives {GIVES[converted.other.gives]}; {needs}"
+            f"The rows have the layout '{converted.other.name}', which gives {GIVES[converted.other.gives]}; "
+            f"{NEEDS[str(wanted)]} are needed."
         ) from error
-    if wanted and fmt.gives not in GIVEN_FOR[wanted]:
-        raise DataError(f"The data set is '{fmt}'; {needs}")
+    _check_wanted(fmt, wanted)
     return fmt
 
 
-def _batches(rows: datasets.Dataset, fmt: Format) -> Iterator[tuple[int, dict[str, list]]]:
+def _check_wanted(fmt: Format | TokenFormat, wanted: str | None) -> None:
+    if wanted and fmt.gives not in GIVEN_FOR[wanted]:
+        raise DataError(f"The data set is '{fmt}'; {NEEDS[wanted]} are needed.")
+
+
+def _batches(rows: datasets.Dataset, fmt: Format | TokenFormat) -> Iterator[tuple[int, dict[str, list]]]:
     rows = rows.select_columns(list(fmt.sources.values()))
     return ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
 
@@ -188,7 +201,7 @@ def _as_chat(fmt: Format) -> Format:
     return replace(fmt, chat=True)
 
 
-def _check_tokenizer(tokenizer, fmt: Format) -> None:
+def _check_tokenizer(tokenizer, fmt: Format | TokenFormat) -> None:
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ModelError("The tokenizer has no EOS token, which must end each completion: set tokenizer.eos_token.")
     if fmt.chat and not tokenizer.chat_template:
@@ -225,30 +238,53 @@ def _tokenize_rows(
     encoded = encode_examples(list(examples.values()), tokenizer)
     for (number, example), tokens in zip(examples.items(), encoded, strict=True):
         add_bos_and_eos(tokens, example, prefix, tokenizer.eos_token_id)
-        length = tokens.length
         if problem := _token_problem(tokens):
             outcome.problems.append((number, *problem))
-        elif max_length and length > max_length and not (
-            on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
-        ):  # fmt: skip
-            outcome.too_long.append((number, length))
         else:
-            outcome.counts.update(tokens.counts)
-            outcome.rows.append(
-                {
-                    "prompt_ids": tokens.prompt,
-                    "completion_ids": tokens.completions,
-                    "completion_mask": tokens.masks,
-                    "label": example.label,
-                }
-            )
+            _take(outcome, number, tokens, example.label, prefix, max_length, on_truncate)
     outcome.problems.sort()
     return outcome
 
 
+def _take_rows(
+    batch: tuple[int, dict[str, list]], fmt: TokenFormat, tokenizer, max_length: int | None, on_truncate: str
+) -> _Outcome:
+    """Takes over some rows of token ids, given as (how many rows are before them, columns)."""
+    outcome, prefix = _Outcome(), special_prefix(tokenizer)
+    read = partial(read_tokens, fmt=fmt, vocabulary=len(tokenizer), eos=tokenizer.eos_token_id)
+    for number, (tokens, label) in _read_examples(batch, read, outcome).items():
+        if len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]:
+            outcome.problems.append((number, "identical pair", "chosen and rejected are the same tokens"))
+        else:
+            _take(outcome, number, tokens, label, prefix, max_length, on_truncate)
+    outcome.problems.sort()
+    return outcome
+
+
+def _take(
+    outcome: _Outcome, number: int, tokens: Tokens, label, prefix: list[int], max_length: int | None, on_truncate: str
+) -> None:
+    """Adds a row to the outcome: to its rows, or to those that are too long."""
+    length = tokens.length
+    if max_length and length > max_length and not (
+        on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
+    ):  # fmt: skip
+        outcome.too_long.append((number, length))
+        return
+    outcome.counts.update(tokens.counts)
+    outcome.rows.append(
+        {
+            "prompt_ids": tokens.prompt,
+            "completion_ids": tokens.completions,
+            "completion_mask": tokens.masks,
+            "label": label,
+        }
+    )
+
+
 def _read_examples(
-    batch: tuple[int, dict[str, list]], read: Callable[[dict], Example], outcome: _Outcome
-) -> dict[int, Example]:
+    batch: tuple[int, dict[str, list]], read: Callable[[dict], Any], outcome: _Outcome
+) -> dict[int, Any]:
     """The usable rows by their numbers. What is wrong with the others goes into `outcome`."""
     before, columns = batch
     examples = {}
@@ -273,7 +309,7 @@ def _token_problem(tokens: Tokens) -> tuple[str, str] | None:
 # The data set and its report
 
 
-def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format) -> datasets.Dataset:
+def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format | TokenFormat) -> datasets.Dataset:
     """One data set of all batches. Problems and counts are added up in `outcome`.
 
     Each batch is converted as it comes: Python's lists take ten times the memory of Arrow's.
@@ -291,7 +327,7 @@ def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format) -> 
         outcome.problems += batch.problems
         outcome.too_long += batch.too_long
         outcome.counts.update(batch.counts)
-    unused = [] if fmt.name == "unpaired" else ["label"]
+    unused = [] if fmt.gives == "labelled" else ["label"]
     unused += [] if outcome.counts["masked"] else ["completion_mask"]
     return datasets.concatenate_datasets(tables).remove_columns(unused)
 
@@ -328,7 +364,9 @@ def _describe(problems: list[tuple[int, str, str]]) -> str:
     return "; ".join(parts)
 
 
-def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int, max_length: int | None) -> DataReport:
+def _report(
+    tokens: datasets.Dataset, outcome: _Outcome, fmt: Format | TokenFormat, rows: int, max_length: int | None
+) -> DataReport:
     prompts = _arrow("list_value_length", tokens.data["prompt_ids"]).to_numpy()  # (N,)
     every_completion = _arrow("list_flatten", tokens.data["completion_ids"])
     completions = _arrow("list_value_length", every_completion).to_numpy().reshape(len(prompts), -1)  # (N, k)
