@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fastalign.data import tokenize
+from fastalign.data import load_rows, tokenize
 from fastalign.data.layouts import LAYOUTS
+from fastalign.data.show import understood_rows
 from fastalign.errors import ConfigError, DataError
 
 
@@ -303,3 +304,18 @@ def test_pairs_serve_as_labelled_rows(tokenizer):
     assert texts(tokenizer, tokens) == [("what?", " good", True), ("what?", " bad", False)] * 3
     assert report.unpaired and "two labelled rows of each pair" in str(report)
     assert (report.rows_in, report.rows_kept, report.completions) == (3, 6, 6)
+
+
+# Rows as they were understood, which `fastalign data check --out` writes
+
+ROWS = [[row] for _, row, _ in CASES] + [[row] for row, _ in RENAMED] + [EXPORT]
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda rows: "-".join(rows[0]))
+def test_rows_as_understood_give_the_same_tokens(byte_level, tmp_path, rows):
+    tokenizer = byte_level()
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in understood_rows(load_rows(rows))))
+    again, report = tokenize(str(path), tokenizer)
+    assert again.to_list() == tokenize(rows, tokenizer)[0].to_list()
+    assert report.layout == "" and "from" not in report.format and report.unread_columns == []
