@@ -22,7 +22,7 @@ from datasets import Features, List, Value
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
-from fastalign.data.formats import Format, detect_format, to_example
+from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import load_rows
 from fastalign.data.messages import RowProblem
@@ -118,6 +118,9 @@ def tokenize(
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
         work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     _check_tokenizer(tokenizer, fmt)
+    # Fewer rows are tokenised fast enough that one error can name everything that is wrong.
+    if on_invalid == "error" and isinstance(fmt, Format) and len(converted.rows) > BATCH_ROWS:
+        _check_rows(converted, fmt, len(rows))
     outcome = _Outcome()
     tokens = _to_dataset(_run(work, _batches(converted.rows, fmt), num_proc), outcome, fmt)
     _number_as_given(outcome, converted)
@@ -171,6 +174,15 @@ def _check_wanted(fmt: Format | TokenFormat, wanted: str | None) -> None:
 def _batches(rows: datasets.Dataset, fmt: Format | TokenFormat) -> Iterator[tuple[int, dict[str, list]]]:
     rows = rows.select_columns(list(fmt.sources.values()))
     return ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
+
+
+def _check_rows(converted: Converted, fmt: Format, rows: int) -> None:
+    """Refuses rows for what can be seen without the tokenizer: a bad value in the last row should show at once."""
+    outcome = _Outcome()
+    for batch in _batches(converted.rows, fmt):
+        _read_examples(batch, partial(check_row, fmt=fmt), outcome)
+    _number_as_given(outcome, converted)
+    _raise_if_refused(outcome, rows, rows, None, "error", "error")
 
 
 def _number_as_given(outcome: _Outcome, converted: Converted) -> None:

@@ -118,8 +118,9 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
-        train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
+        # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
+        train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         if isinstance(model, (str, Path)):
             model = load_start(
                 model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
