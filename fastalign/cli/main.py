@@ -43,7 +43,11 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one sentence, like all others of fastalign."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError, where argparse would print its usage and exit."""
+        """Reports a wrong argument.
+
+        Raises:
+            ConfigError: Always, where argparse would print its usage and exit.
+        """
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
@@ -79,6 +83,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str], args: argparse.Namespace) -> None:
     """Parses the words of a command into `args`, whose `main` then runs it.
+
+    Args:
+        argv: The words after `fastalign`.
+        args: What is filled in: the arguments of the command, and its function as `main`.
 
     Raises:
         ConfigError: A command or an argument is unknown or missing.

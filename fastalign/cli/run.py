@@ -35,7 +35,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         preflight.txt, summary.json, samples.jsonl and report.html.
 
     Raises:
-        FastAlignError: Something that was given cannot be used. This is found before the first training step.
+        FastAlignError: An option, the data or the model cannot be used. This is raised before the first training step.
     """
     console = Console(highlight=False)
     folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
@@ -73,7 +73,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
-    # A whole model goes into a folder of its own, so that its many files do not hide the report among them.
+    # A complete model goes into a separate folder, so that its many files do not hide the report.
     trainer.save_model(str(folder if has_adapter(trainer.model) else folder / "model"))
 
     answers = (old, new) if old and new else None
@@ -90,7 +90,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
 
 
 def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
-    """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
+    """The first `count` different prompts of the held-out rows: tokens, and the text of the last question."""
     if trainer.eval_dataset is None:
         return [], []
     tokens = [row["prompt_ids"] for row in trainer.eval_dataset]
@@ -110,7 +110,7 @@ def _last_question(prompt: str | list[dict]) -> str:
 def _evaluate_and_answer(
     trainer: Any, tokenizer: Any, prompts: list[list[int]], options: RunOptions, when: str
 ) -> tuple[dict[str, float], Answers | None]:
-    """Held-out metrics and answers of the model as it stands."""
+    """Held-out metrics and answers of the model with its present weights."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not prompts:
         return metrics, None

@@ -1,4 +1,4 @@
-"""What a run is made of, beside the options of its method."""
+"""The options of a run that do not depend on its method: model, data, adapter, samples."""
 
 from __future__ import annotations
 

@@ -159,7 +159,9 @@ def _options_help(row: str) -> str:
     lines = ["options of the run:"]
     lines += [_line(f.name, f.metadata["help"], f.default) for f in fields(RunOptions) if f.default is not MISSING]
     lines += ["", "options of the method:"]
-    lines += [_line(name, option["help"], option.get("default")) for name, option in own.items()]
+    # An option without a help text has only one valid value. It is in the table, so that another value is refused.
+    shown = {name: option for name, option in own.items() if "help" in option}
+    lines += [_line(name, option["help"], option.get("default")) for name, option in shown.items()]
     lines += ["", "options of transformers.TrainingArguments:"]
     lines += [
         _line(name, option.get("help", ""), option.get("default"))

@@ -110,7 +110,7 @@ def _parse_json(text: bytes, where: str, remedy: str, expected: type):
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    # The default limit refuses cells of more than 128 KiB. It is a setting of the whole process: it is put back below.
+    # The default limit refuses cells of more than 128 KiB. It is a setting of the process, so it is reset below.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:

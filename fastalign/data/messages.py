@@ -53,7 +53,15 @@ def read_messages(value, role: str, column: str) -> list[dict]:
     """A cell as messages, checked. A plain string becomes one message of the given role.
 
     Arrow gives every message all keys that occur in the data set, null where a message lacks one. Nulls are removed,
-    since a chat template may ask only whether a key is there. Nulls inside JSON text stay: somebody wrote them.
+    since a chat template may test only whether a key exists. Nulls inside JSON text stay: somebody wrote them.
+
+    Args:
+        value: the cell: a list of messages, one message, their JSON text, or a plain string.
+        role: the role of a plain string.
+        column: the column's name, for the error.
+
+    Returns:
+        The messages, each a dict of `role`, `content` and other keys that the row has.
 
     Raises:
         RowProblem: the cell holds no messages, or messages that cannot be rendered as text.
@@ -150,7 +158,11 @@ def _is_scored(message: dict) -> bool:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value in a cell of JSON text."""
+    """The value in a cell of JSON text; `name` is the column's, for the error.
+
+    Raises:
+        RowProblem: the text is not valid JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,7 +170,16 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def read_json(row: dict, name: str, kind: type) -> Any:
-    """A cell that holds a list or a dict, or its JSON text; None if it is empty."""
+    """A cell that holds a list or a dict, or its JSON text; None if it is empty.
+
+    Args:
+        row: the row.
+        name: the column's name.
+        kind: what the cell must hold, `list` or `dict`.
+
+    Raises:
+        RowProblem: the cell holds something else.
+    """
     value = row.get(name)
     # Nulls of a dict come from Arrow, which gives all rows the same keys. Nulls of JSON text were written.
     value = parse_json(value, name) if isinstance(value, str) and value.strip() else without_nulls(value)

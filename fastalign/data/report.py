@@ -10,7 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Lengths:
-    """Minimum, mean, 95th percentile and maximum of some lengths, in tokens."""
+    """A summary of some lengths, all in tokens.
+
+    Attributes:
+        min: the shortest length.
+        mean: the mean length.
+        p95: the 95th percentile, a length that occurs.
+        max: the longest length.
+    """
 
     min: int
     mean: float
@@ -41,7 +48,7 @@ class DataReport:
         completion_length: lengths of their completions, EOS included.
         completions: completions of the rows kept (two per row for preference data).
         tokens_shared: tokens in all if each prompt is computed once for all its completions.
-        tokens_unshared: tokens in all if each completion has its own copy of the prompt.
+        tokens_unshared: tokens in all if each completion has a copy of the prompt.
         scored_tokens: tokens whose log-probability is used. A token is not used if its mask is 0, or if no token is
             before it.
         max_length: the limit for a prompt together with its longest completion; None if there is none.

@@ -23,11 +23,17 @@ METRICS = (
 
 @dataclass
 class Answers:
-    """Answers to some prompts, one entry per prompt in each list."""
+    """Answers to some prompts, one entry per prompt in each list.
+
+    Attributes:
+        texts: The answers, without special tokens and without white space around them.
+        lengths: Their lengths in tokens, EOS included.
+        finished: Whether each answer ended with EOS before it reached max_new_tokens.
+    """
 
     texts: list[str]
-    lengths: list[int]  # in tokens, EOS included
-    finished: list[bool]  # whether the answer ended with EOS before it reached max_new_tokens
+    lengths: list[int]
+    finished: list[bool]
 
     @property
     def mean_length(self) -> float:
@@ -61,6 +67,9 @@ def answer(
         batch_size: how many prompts share a batch; it does not change the answers beyond rounding.
         label: the name of the progress bar.
         temperature: of answers that are drawn; None: greedy.
+
+    Returns:
+        The answers, in the order of the prompts.
     """
     tokens = generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label,

@@ -77,7 +77,7 @@ def measure_tax(
 
     Args:
         base: the model before tuning, a folder or a name that `load_model` knows.
-        tuned: the model after tuning: a folder with a whole model or an adapter, or the run folder of either.
+        tuned: the model after tuning: a folder with a complete model or an adapter, or the run folder of either.
         files: text (.txt, .md, .rst), or rows of text, messages, or prompt and completion (.jsonl, .json, .parquet,
             .csv).
         length: the most tokens of a window. A longer text is cut into windows.

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
+"""What happens around the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
 
 from __future__ import annotations
 

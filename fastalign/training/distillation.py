@@ -38,6 +38,11 @@ class DistillationTrainer(SFTTrainer):
         teacher: What `fastalign.Distillation` takes as its teacher; None: `args.teacher`.
         regularizers: Further regularisers.
         **trainer_options: Further arguments of `SFTTrainer`.
+
+    Raises:
+        ConfigError: There is no teacher, or an option or a combination of options would fail later.
+        DataError: The rows do not suit the method (on_policy needs prompts), or do not fit the model.
+        ModelError: The student or the teacher cannot be loaded, or they do not fit together.
     """
 
     args: DistillationConfig
@@ -66,6 +71,14 @@ class DistillationTrainer(SFTTrainer):
 
         The Trainer calls this once per optimiser step. The samples have other lengths than the data set's completions,
         so their totals are counted anew.
+
+        Args:
+            epoch_iterator: The data loader's iterator.
+            num_batches: Micro-batches per optimiser step.
+            device: Where the totals go.
+
+        Returns:
+            The micro-batches, and the `Totals` that their losses are divided by.
         """
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._on_policy(self.state.global_step):

@@ -1,4 +1,4 @@
-"""Evaluation of a trainer: metrics of held-out rows, each evaluation by itself, also of rows that are given raw."""
+"""Evaluation of a trainer on held-out rows, which may be given untokenised. Each evaluation logs its rows alone."""
 
 from __future__ import annotations
 
@@ -41,11 +41,34 @@ class HeldOutEvaluation(Trainer):
         return loss.detach(), None, None
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
+        """`transformers.Trainer.evaluate`.
+
+        Args:
+            eval_dataset: Rows as the constructor takes them, or a dict of several such data sets by name. None: those
+                of the constructor.
+            *args: Further arguments of `transformers.Trainer.evaluate`.
+            **kwargs: Likewise, by name.
+
+        Returns:
+            The metrics, each name with "eval_" in front.
+
+        Raises:
+            ConfigError: The rows need reference log-probs, and the weights that would give them have been trained.
+            DataError: The rows do not suit the method, or do not fit the model.
+        """
         return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
-        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
+        """`transformers.Trainer.predict`.
+
+        Args:
+            test_dataset: Rows as the constructor takes them.
+            *args: Further arguments of `transformers.Trainer.predict`.
+            **kwargs: Likewise, by name.
+
+        Returns:
+            What `transformers.Trainer.predict` returns, without predictions: its `metrics` are those of the rows.
+        """
         return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

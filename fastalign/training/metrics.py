@@ -23,7 +23,7 @@ Mode = Literal["train", "eval"]
 
 
 class MetricSums:
-    """Sums and counts of metrics over micro-batches, kept apart for training and for evaluation.
+    """Sums and counts of metrics over micro-batches, separately for training and for evaluation.
 
     They stay on the device until `take_means`. To read a number off a GPU waits for everything before it, so the
     training loop must not do that in every micro-batch. Sums are float64: many micro-batches may come before a line.

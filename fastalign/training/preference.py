@@ -23,8 +23,22 @@ from fastalign.training.trainer import AlignmentTrainer
 class PreferenceTrainer(AlignmentTrainer):
     """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
 
-    The reference is the model as it is given, with its adapter, never one that is loaded again. Arguments and errors
-    are those of `AlignmentTrainer`, without `objective`.
+    The reference is the model as training finds it: with its adapter, if it comes with one. No second model is loaded.
+
+    Args:
+        model: The policy; this and all further arguments are those of `AlignmentTrainer`.
+        args: The options, the loss among them.
+        train_dataset: Rows of prompt, chosen and rejected; for kto and bco rows of prompt, completion and label.
+        eval_dataset: Held-out rows; None: no evaluation.
+        processing_class: The tokenizer; None: the one beside the model.
+        peft_config: Trains an adapter.
+        callbacks: Further callbacks.
+        **trainer_options: Further arguments of `AlignmentTrainer`, `regularizers` for example.
+
+    Raises:
+        ConfigError: An option or a combination of options would fail later.
+        DataError: The rows do not suit the loss, or do not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
 
     args: PreferenceConfig
@@ -58,7 +72,7 @@ class PreferenceTrainer(AlignmentTrainer):
         """Keeps the weights in hand as the reference.
 
         - precompute_ref_log_probs=True stores the log-probs of every row before training.
-        - An adapter is small, so a copy of it is kept in any case: an evaluation then has the exact KL divergence.
+        - An adapter is small, so it is copied in any case. With the copy an evaluation has the exact KL divergence.
         - Otherwise a copy of the weights is scored at every step.
         """
         args = self.args

@@ -14,7 +14,20 @@ from fastalign.training.trainer import AlignmentTrainer
 class SFTTrainer(AlignmentTrainer):
     """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`.
 
-    Arguments and errors are those of `AlignmentTrainer`, without `objective`.
+    Args:
+        model: The model; this and all further arguments are those of `AlignmentTrainer`.
+        args: The options.
+        train_dataset: Rows of text, of messages, or of prompt and completion.
+        eval_dataset: Held-out rows; None: no evaluation.
+        processing_class: The tokenizer; None: the one beside the model.
+        peft_config: Trains an adapter.
+        callbacks: Further callbacks.
+        **trainer_options: Further arguments of `AlignmentTrainer`, `regularizers` for example.
+
+    Raises:
+        ConfigError: An option or a combination of options would fail later.
+        DataError: The rows do not suit the method, or do not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
 
     def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,

@@ -6,7 +6,7 @@
 - `fastalign.models`: `model(packed=batch)` -> log-probs
 - `fastalign.objectives`: log-probs -> loss and metrics
 - `fastalign.regularizers`: terms that are added to the loss
-- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` beside this file: what their names say
+- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` in this folder: what their names say
 """
 
 from __future__ import annotations
@@ -59,15 +59,16 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
         eval_dataset: Held-out rows, likewise; None: no evaluation.
-        processing_class: The tokenizer; None: the one beside the model, which must then be given by its name.
-        peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
+        processing_class: The tokenizer; None: the one in the model's folder, if `model` is a folder or a name.
+        peft_config: Trains an adapter, in float32; None: trains the model, or the adapter that it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
         adapter: "merge" merges an adapter that the model comes with into the weights, which training then starts
             from; "continue" trains it further. None: "merge" with a `peft_config`, else "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
-        quantization, double_quantization: Of a model that is loaded here, see `load_model`; they need a `peft_config`.
+        quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
+        double_quantization: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -194,7 +195,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     # Hooks of transformers.Trainer
 
     def train(self, *args, **kwargs):
-        """`transformers.Trainer.train`, after the preflight report."""
+        """`transformers.Trainer.train`, after the preflight report is printed."""
         if self.args.should_log and not self.args.disable_tqdm:
             print(self.preflight_report(), flush=True)
         self.throughput.restart()
@@ -219,10 +220,14 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         return _step_totals(self.objective, batches, device, self.accelerator)
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch: Any = None):
-        """The loss of one micro-batch, `inputs["batch"]`. Losses of a step's micro-batches add up to the step's loss.
+        """The loss of one micro-batch, a scalar. The losses of a step's micro-batches add up to the step's loss.
 
-        `num_items_in_batch` is, despite its name, the `Totals` of the step: the Trainer passes on what
-        `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
+        Args:
+            model: The model as the Trainer wraps it.
+            inputs: `{"batch": Batch}`, what the collator makes.
+            return_outputs: Whether to return a pair with an empty dict, as the Trainer expects in evaluations.
+            num_items_in_batch: Despite its name the step's `Totals`, which `_get_num_items_in_batch` returned. None:
+                the micro-batch counts as a step by itself.
         """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
