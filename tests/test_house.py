@@ -19,9 +19,9 @@ PACKAGE = ROOT / "fastalign"
 # From the bottom to the top: a module imports from lower rows, and from its own package. Packages of one row do not
 # know each other. `errors` may be imported by everything.
 LEVELS = [
-    {"errors", "lazy", "options", "files", "_cpu", "_cuda"},
-    {"reference", "losses", "kernels", "stats"},
-    {"ops"},
+    {"errors", "options", "files", "_cpu", "_cuda"},
+    {"lazy", "reference", "losses", "kernels"},
+    {"ops", "stats"},
     {"fused", "data", "config", "report"},
     {"compat", "models", "objectives"},
     {"rollout", "fisher", "memory"},
