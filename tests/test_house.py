@@ -52,6 +52,7 @@ ALONE = {
 OPTIONAL = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "triton", "trl"}
 # Modules without a test file of their own, and where they are tested.
 TESTED_ELSEWHERE: dict[str, str] = {
+    "fastalign.models.merging": "tests/cli/test_merge.py, which has runs to merge",
     "fastalign.ops.backends.cuda": "tests/cuda, which compiles the kernels for the CPU to run them",
 }
 MAX_LINES = 450
