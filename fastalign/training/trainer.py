@@ -159,12 +159,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
-        options = {name: getattr(args, name) for name in names}
-        try:
-            return tokenization.tokenize(rows, tokenizer, wanted=self._wanted(args), **options)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
         return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
@@ -265,6 +260,17 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
     return Totals(*totals.unbind())
+
+
+def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+    """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
+    names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+    try:
+        return tokenization.tokenize(
+            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
+        )
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
