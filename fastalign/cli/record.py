@@ -38,7 +38,12 @@ def run_record(options: RunOptions, config: AlignmentConfig) -> dict[str, Any]:
 
 
 def _absolute(value: Any) -> Any:
-    path = Path(value).expanduser() if isinstance(value, str) else None
+    """The same value with each path of a file or folder that exists as a whole path, also inside lists and mappings."""
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute(item) for key, item in value.items()}
+    path = Path(value).expanduser() if isinstance(value, str) and value else None
     return str(path.resolve()) if path is not None and path.exists() else value
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.cli import configuration, methods, table
-from fastalign.cli.run_options import RunOptions
+from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
 
@@ -112,8 +112,8 @@ def _is_newer(key: str, row: str) -> bool:
 def _check_files(run: RunOptions, of_method: Mapping[str, Any], paths: Iterable[str]) -> None:
     """Refuses files that are not there. The folders of caches are made when they are needed."""
     for name in ("train", "eval"):
-        if path := getattr(run, name):
-            _check_file(name, path)
+        for path in paths_of(getattr(run, name)):
+            _check_rows(name, path)
     _check_path("model", run.model)
     for name in paths:
         if not name.endswith("_dir"):
@@ -137,6 +137,11 @@ def _check_path(name: str, value: Any) -> None:
         # Anything else may be a packaged model, a model of a hub, or a word such as `start`.
         elif path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
             raise ConfigError(f"{name}: there is no model folder {path!r}; check the path")
+
+
+def _check_rows(name: str, path: str) -> None:
+    if not path.startswith("hub:") and not Path(path).expanduser().exists():
+        raise ConfigError(f"{name}: {path} is not a file or a folder; check the path (hub:owner/name reads the hub)")
 
 
 def _check_file(name: str, path: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastalign.data.columns import ALIASES
 from fastalign.data.encoding import special_prefix
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.messages import RowProblem, holds_messages, read_json, read_messages
 from fastalign.data.template import Template
 from fastalign.data.text import TEXT_SUFFIXES

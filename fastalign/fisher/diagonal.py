@@ -31,7 +31,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from fastalign.data.batching import batches_within, token_count
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.packing import PackedBatch, lay_out
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError

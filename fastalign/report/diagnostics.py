@@ -75,7 +75,14 @@ class Diagnostic(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A diagnostic that has fired."""
+    """A diagnostic that has fired.
+
+    Attributes:
+        name: Of the row in `DIAGNOSTICS`.
+        title: What is wrong, in a few words.
+        evidence: The numbers that show it.
+        remedy: What to try.
+    """
 
     name: str
     title: str

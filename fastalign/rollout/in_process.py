@@ -76,6 +76,10 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     """The tokens that end a completion: the tokenizer's EOS, then those that the model's generation config lists.
 
     Chat models often end a turn with another token than the tokenizer's EOS.
+
+    Args:
+        model: With a `generation_config`, or without one.
+        tokenizer: The model's.
     """
     config: Any = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)

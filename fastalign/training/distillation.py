@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from fastalign.config.distillation import DistillationConfig
@@ -61,10 +60,14 @@ class DistillationTrainer(SFTTrainer):
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: DistillationConfig) -> None:
-        super()._check_rows(dataset, found, args)
+    def _tokenize(self, rows, tokenizer, args: DistillationConfig, name: str = "train"):
+        dataset, report = super()._tokenize(rows, tokenizer, args, name)
         if args.on_policy > 0 and not all(dataset["prompt_ids"]):
-            raise DataError(f"The data set is '{found}'; on_policy samples from prompts: give prompt and completion.")
+            raise DataError(
+                f"{name}: The data set is '{report.format}'; on_policy samples from prompts: give prompt and "
+                "completion."
+            )
+        return dataset, report
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step. In an on-policy step the student writes their completions.

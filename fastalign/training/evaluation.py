@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
+from fastalign.data.loading import of_each
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
 from fastalign.training.metrics import MetricSums, held_out
@@ -80,11 +81,12 @@ class HeldOutEvaluation(Trainer):
 
     def _held_out_rows(self, rows):
         """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
-        if rows is None:
-            return None
-        if isinstance(rows, dict):  # several data sets by name
-            return {name: self._held_out_rows(value) for name, value in rows.items()}
+        if isinstance(rows, str) and isinstance(self.eval_dataset, dict) and rows in self.eval_dataset:
+            return rows  # the Trainer evaluates one of the constructor's data sets by its name
+        return of_each(rows, self._prepared_rows)
+
+    def _prepared_rows(self, rows: Any, name: str) -> Dataset:
         if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
-            rows = self._tokenize(rows, self.processing_class, self.args)[0]
+            rows = self._tokenize(rows, self.processing_class, self.args, name)[0]
             check_fit(rows, causal_lm(self.model))
         return self._with_reference(rows)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
-
 from fastalign.config.base import AlignmentConfig
 from fastalign.config.sft import SFTConfig
-from fastalign.errors import DataError
 from fastalign.objectives.sft import SFTObjective
 from fastalign.training.trainer import AlignmentTrainer
 
@@ -37,6 +34,5 @@ class SFTTrainer(AlignmentTrainer):
             objective=lambda _: SFTObjective(), **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
-        if len(dataset[0]["completion_ids"]) != 1:
-            raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")
+    def _wanted(self, args: AlignmentConfig) -> str:
+        return "completions"

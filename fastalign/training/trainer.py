@@ -27,7 +27,8 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
-from fastalign.errors import ConfigError
+from fastalign.data.loading import of_each
+from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
@@ -58,7 +59,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
-        eval_dataset: Held-out rows, likewise; None: no evaluation.
+        eval_dataset: Held-out rows, likewise, or several data sets by name; None: no evaluation.
         processing_class: The tokenizer; None: the one in the model's folder, if `model` is a folder or a name.
         peft_config: Trains an adapter, in float32; None: trains the model, or the adapter that it comes with.
         callbacks: Further callbacks of the Trainer.
@@ -93,7 +94,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     data_collator: Collator
 
     def __init__(
@@ -118,16 +119,17 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         tokenizer = _tokenizer(model, processing_class)
         check_options(args, has_eval_rows=eval_dataset is not None)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
+        # Held-out rows come first, because they are fewer.
+        eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
             model = load_start(
                 model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
             )
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-        for dataset in (train_dataset, eval_dataset or ()):
-            check_fit(dataset, causal_lm(model))
+        check_fit(train_dataset, causal_lm(model))
+        of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
@@ -151,16 +153,13 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     # What a method may change
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
-        """DataError unless the method can train on rows of the format `found`."""
+    def _wanted(self, args: AlignmentConfig) -> str | None:
+        """What rows the method trains on; see `wanted` of `fastalign.data.tokenize`."""
         raise NotImplementedError
 
-    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig):
+    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
-        dataset, report = tokenization.tokenize(rows, tokenizer, **{name: getattr(args, name) for name in names})
-        self._check_rows(dataset, report.format, args)
-        return dataset, report
+        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
         return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
@@ -261,6 +260,17 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
     return Totals(*totals.unbind())
+
+
+def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+    """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
+    names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+    try:
+        return tokenization.tokenize(
+            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
+        )
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:

@@ -54,3 +54,12 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
     path.write_text('{"method": "dpo", "train": null}')
     with pytest.raises(ConfigError, match="given in memory"):
         read_record(path)
+
+
+def test_every_file_is_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    run = RunOptions(model="a/b", train=[{"path": "a.jsonl", "weight": 2}, "gone.jsonl"], eval={"held": "a.jsonl"})
+    record, whole = run_record(run, SFTConfig(output_dir="run", use_cpu=True)), str(tmp_path / "a.jsonl")
+    assert record["train"] == [{"path": whole, "weight": 2}, "gone.jsonl"]
+    assert (record["eval"], record["model"]) == ({"held": whole}, "a/b")
