@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastalign.cli.methods import build_regularizers, load_class, method_of
+from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
+from fastalign.cli.terminal import printable
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
 from fastalign.errors import ConfigError, DataError
@@ -48,7 +51,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
-    console.print(f"Loading {model}")
+    console.print(f"Loading {model}", markup=False)
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
     if not options.lora_rank and adapter_base(model) is not None:
@@ -64,7 +67,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
-    write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
+    write_json(folder / "run.json", run_record(options, trainer.args))
     write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
@@ -85,7 +88,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     if answers:
         _show_answers(console, questions, *answers)
     console.print()
-    console.print(f"Run folder {folder}, report {report}")
+    console.print(f"Run folder {folder}, report {report}", markup=False)
     return folder
 
 
@@ -173,7 +176,7 @@ def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Ans
 
 
 def _show(console: Console, summary: dict) -> None:
-    table = Table(title=summary["title"], title_justify="left", title_style="bold")
+    table = Table(title=escape(summary["title"]), title_justify="left", title_style="bold")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -204,5 +207,5 @@ def quartiles(old: Answers, new: Answers) -> list[int]:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
