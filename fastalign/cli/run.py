@@ -21,14 +21,16 @@ from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import format_number
+from fastalign.training.stopping import model_folder
 
 
-def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
+def run_training(options: RunOptions, config: AlignmentConfig, command: str | None = None) -> Path:
     """Trains as the options say, and leaves everything in the run folder `config.output_dir`.
 
     Args:
         options: The model, the data, the adapter and what is shown at the end.
         config: The options of the method; its class decides which trainer runs.
+        command: The command that goes on with the run, which is printed if a signal stops it.
 
     Returns:
         The run folder. It holds the adapter, or a whole model in model/ (safetensors), and run.json, metrics.jsonl,
@@ -69,12 +71,19 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
+    trainer.how_to_go_on = command or trainer.how_to_go_on
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except BaseException:
+        if trainer.stopping.saved:
+            write_json(folder / "summary.json", _summary(trainer, options, time.monotonic() - start, []))
+            write_report(folder)
+        raise
     seconds = time.monotonic() - start
+    # Before the evaluation: whoever stops that one has the model.
+    trainer.save_model(str(model_folder(folder, trainer.model)))
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
-    # A whole model goes into a folder of its own, so that its many files do not hide the report among them.
-    trainer.save_model(str(folder if has_adapter(trainer.model) else folder / "model"))
 
     answers = (old, new) if old and new else None
     summary = _summary(trainer, options, seconds, comparison(before, after, answers))

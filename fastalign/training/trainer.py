@@ -46,12 +46,13 @@ from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
+from fastalign.training.stopping import StoppableRuns, StopOnSignal
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
@@ -141,6 +142,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         install_callbacks(self)
         self.guard = FiniteGuard(self)
         self.add_callback(self.guard)
+        self.stopping = StopOnSignal(self)
+        self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, 0
