@@ -13,7 +13,6 @@ from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.files import load_rows
-from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
@@ -21,6 +20,7 @@ from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import format_number
+from fastalign.training.run_folder import check_folder
 from fastalign.training.stopping import model_folder
 
 
@@ -42,14 +42,10 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     console = Console(highlight=False)
     folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
     regularizers = build_regularizers(options.regularizers)
-    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
-        raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
+    given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
+    check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     train_rows = load_rows(train)
     eval_rows = load_rows(options.eval) if options.eval else None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {model}")
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
@@ -74,7 +70,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     trainer.how_to_go_on = command or trainer.how_to_go_on
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train()
     except BaseException:
         if trainer.stopping.saved:
             write_json(folder / "summary.json", _summary(trainer, options, time.monotonic() - start, []))

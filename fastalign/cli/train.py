@@ -133,8 +133,8 @@ def _check_files(run: RunOptions, of_method: Mapping[str, Any], paths: Iterable[
             if not name.endswith("_dir"):
                 _check_path(f"{name} of {mapping['name']}", mapping.get(name))
     checkpoint = of_method.get("resume_from_checkpoint")
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise ConfigError(f"resume_from_checkpoint is {checkpoint!r}, which is no folder")
+    if isinstance(checkpoint, str) and checkpoint.lower() not in ("last", "true") and not Path(checkpoint).is_dir():
+        raise ConfigError(f"resume_from_checkpoint is {checkpoint!r}, which is no folder; write last for the newest")
 
 
 def _check_path(name: str, value: Any) -> None:

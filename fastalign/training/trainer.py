@@ -39,20 +39,20 @@ from fastalign.objectives.base import Objective, Totals
 from fastalign.regularizers.base import Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
-from fastalign.training.checkpoint import ExtraStateCheckpoints
+from fastalign.training.checkpoint import AtomicCheckpoints
 from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
-from fastalign.training.stopping import StoppableRuns, StopOnSignal
+from fastalign.training.stopping import StopOnSignal, StoppableRuns
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(StoppableRuns, ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:

@@ -37,7 +37,7 @@ def config(tmp_path):
         cache = {"ref_cache_dir": str(tmp_path / "cache")} if kind is PreferenceConfig else {}
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "max_steps": 1,
-            "save_strategy": "no", "logging_steps": 1,
+            "save_strategy": "no", "logging_steps": 1, "overwrite_output_dir": "resume_from_checkpoint" not in over,
         }  # fmt: skip
         return kind(**{**defaults, **cache, **over})
 
