@@ -104,7 +104,10 @@ class AtomicCheckpoints(Trainer):
     """The part of `AlignmentTrainer` that saves and loads checkpoints."""
 
     stopping: Any  # the callback `StopOnSignal`
-    _to_restore: Path | None = None  # the checkpoint whose random state is still to be set
+    sums: Any
+    throughput: Any
+    _random: Mapping[str, Any] | None = None  # the random state of a checkpoint, until it is set
+    _logging: Mapping[str, Any] | None = None  # sums of a checkpoint, likewise
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """`transformers.Trainer.train`, from a checkpoint that was found whole.
@@ -146,6 +149,9 @@ class AtomicCheckpoints(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._logging is not None:
+            self._restore_logging(self._logging)
+            self._logging = None
         super()._run_epoch(*args, **kwargs)
 
     # Saving
@@ -203,7 +209,21 @@ class AtomicCheckpoints(Trainer):
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
 
     def _process_state(self) -> dict[str, Any]:
-        return {"random": random_state()}
+        """What each process has for itself: random states, and what was summed up since the last logged line."""
+        logging = {
+            "loss": self._tr_loss, "logged_step": self._globalstep_last_logged, "tokens": self.throughput.total,
+            "sums": self.sums.sums["train"],
+        }  # fmt: skip
+        return {"random": random_state(), "logging": logging}
+
+    def _restore_logging(self, state: Mapping[str, Any]) -> None:
+        """Sets the sums, so that the next logged line is over the same steps as in a run that never stopped."""
+        self._tr_loss += state["loss"].to(self._tr_loss.device)
+        # The mean loss of this call of `train` is over its steps alone, so what came before is taken off here.
+        self._total_loss_scalar -= state["loss"].item()
+        self._globalstep_last_logged = state["logged_step"]
+        self.throughput.total = state["tokens"]
+        self.sums.sums["train"] = {name: pair.to(self.args.device) for name, pair in state["sums"].items()}
 
     def _export_callbacks(self) -> None:
         """Puts the state of callbacks that have one into the Trainer's, as the Trainer does."""
@@ -219,7 +239,6 @@ class AtomicCheckpoints(Trainer):
     # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._to_restore = Path(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_state(resume_from_checkpoint, extra_state(self))
 
@@ -240,6 +259,12 @@ class AtomicCheckpoints(Trainer):
                 f"{checkpoint} was saved with other options ({error}): go on with the options that it was saved with"
             ) from error
         self.lr_scheduler.load_state_dict(scheduler)
+        state = load_state(folder, f"process-{self.args.process_index}")
+        if state is None:
+            raise ConfigError(
+                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
+            )
+        self._random, self._logging = state["random"], state["logging"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         state = load_state(Path(checkpoint), "scaler") if checkpoint is not None else None
@@ -247,16 +272,16 @@ class AtomicCheckpoints(Trainer):
             self.accelerator.scaler.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Sets the random generators, once per resumed run: whoever needs them earlier has set them already."""
-        if self._to_restore is None:
-            return
-        folder, self._to_restore = self._to_restore, None
-        state = load_state(folder, f"process-{self.args.process_index}")
-        if state is None:
-            raise ConfigError(
-                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
-            )
-        set_random_state(state["random"])
+        self.restore_random_state()
+
+    def restore_random_state(self) -> None:
+        """Sets the random generators as the checkpoint has them, at the first call after it was loaded.
+
+        The Trainer calls this when it has fetched the first batches. What draws at random before must call it earlier.
+        """
+        state, self._random = self._random, None
+        if state is not None:
+            set_random_state(state)
 
 
 def _unsaved(run: Path, step: int, error: Exception) -> TrainingError:
