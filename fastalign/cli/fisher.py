@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, for_adapter=False)
     model.to(device)  # pyright: ignore[reportArgumentType]  # the type is lost in transformers' wrapper of `to`
-    fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed)
+    fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed, progress=True)
     fisher.save(args.out, bits=args.bits)
     squared = "batches" if args.estimator == "batch" else "tokens" if args.per == "token" else "windows"
     print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} {squared} written to {args.out}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastalign.cli.methods import build_regularizers, load_class, method_of
@@ -19,7 +19,7 @@ from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
-from fastalign.report.rendering import format_number
+from fastalign.report.rendering import duration, format_number
 from fastalign.training.run_folder import check_folder
 from fastalign.training.stopping import model_folder
 
@@ -39,7 +39,8 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     Raises:
         FastAlignError: Something that was given cannot be used. This is found before the first training step.
     """
-    console = Console(highlight=False)
+    first = config.process_index == 0  # the only process that prints, generates and writes the report
+    console = Console(highlight=False, quiet=not first)
     folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
     regularizers = build_regularizers(options.regularizers)
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
@@ -62,27 +63,28 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
-    write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
-    write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
+    if first:
+        write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
+        write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
-    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     trainer.how_to_go_on = command or trainer.how_to_go_on
-    start = time.monotonic()
     try:
         trainer.train()
     except BaseException:
-        if trainer.stopping.saved:
-            write_json(folder / "summary.json", _summary(trainer, options, time.monotonic() - start, []))
+        if trainer.stopping.saved and first:
+            write_json(folder / "summary.json", _summary(trainer, options, []))
             write_report(folder)
         raise
-    seconds = time.monotonic() - start
     # Before the evaluation: whoever stops that one has the model.
     trainer.save_model(str(model_folder(folder, trainer.model)))
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
 
     answers = (old, new) if old and new else None
-    summary = _summary(trainer, options, seconds, comparison(before, after, answers))
+    summary = _summary(trainer, options, comparison(before, after, answers))
+    if not first:
+        return folder
     write_json(folder / "summary.json", summary)
     _write_samples(folder / "samples.jsonl", questions, answers)
     report = write_report(folder)
@@ -123,8 +125,8 @@ def _evaluate_and_answer(
     return metrics, answer(trainer.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, label=label)
 
 
-def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
-    state, config = trainer.state, trainer.args
+def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
+    state, config, seconds = trainer.state, trainer.args, trainer.training_seconds
     method = method_of(config)
     losses = " + ".join(config.loss_type) if method.losses else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
@@ -140,7 +142,7 @@ def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]
         "facts": {
             "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
             "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:.2g} epochs, {state.global_step} steps",
-            "training time": f"{seconds / 60:.1f} min on {config.device}",
+            "training time": f"{duration(seconds)} on {config.device}",
             "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
             "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
             "peak memory": f"{measure.peak_bytes(config.device) / 1e9:.2f} GB, of the whole process",
@@ -156,7 +158,17 @@ def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Ans
 
 
 def _show(console: Console, summary: dict) -> None:
-    table = Table(title=summary["title"], title_justify="left", title_style="bold")
+    console.print()
+    if summary["rows"]:
+        console.print(_table(summary))
+    else:  # without held-out rows there is nothing to compare
+        console.print(summary["title"], markup=False, style="bold")
+    for label, value in summary["facts"].items():
+        console.print(f"  {label:<16}{value}", markup=False)
+
+
+def _table(summary: dict) -> Table:
+    table = Table(title=escape(summary["title"]), title_justify="left", title_style="bold")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -164,10 +176,7 @@ def _show(console: Console, summary: dict) -> None:
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
         table.add_row(row["metric"], *values, row["unit"])
-    console.print()
-    console.print(table)
-    for label, value in summary["facts"].items():
-        console.print(f"  {label:<16}{value}", markup=False)
+    return table
 
 
 def _show_answers(console: Console, questions: list[str], old: Answers, new: Answers) -> None:

@@ -89,7 +89,13 @@ class Teacher:
 
 
 def store_topk(
-    teacher: Teacher, dataset, k: int, temperature: float = 1.0, cache_dir: str | Path | None = None
+    teacher: Teacher,
+    dataset,
+    k: int,
+    temperature: float = 1.0,
+    cache_dir: str | Path | None = None,
+    *,
+    show: bool = True,
 ) -> Path:
     """Computes the teacher's k largest log-probs at every scored token of a data set, and stores them in a file.
 
@@ -101,6 +107,7 @@ def store_topk(
         k: entries stored per token.
         temperature: divides the logits before the softmax.
         cache_dir: folder of the file; None for ~/.cache/fastalign.
+        show: whether a bar shows the progress.
 
     Returns:
         The path of a safetensors file with the tensors
@@ -122,7 +129,8 @@ def store_topk(
     if path.exists():
         return path
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for batch in tqdm(list(batch_rows(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
+    batches = list(batch_rows(dataset, range(len(keys))))
+    for batch in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=not show):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
         head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix

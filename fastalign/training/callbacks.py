@@ -22,13 +22,19 @@ _SHOWN = {
 }
 
 
-def install_callbacks(trainer: Trainer) -> None:
-    """Gives a trainer `MetricsWriter` and `Progress` instead of the Trainer's own bar and printed lines."""
+def install_callbacks(trainer: Trainer) -> MetricsWriter:
+    """Gives a trainer `MetricsWriter` and `Progress` instead of the Trainer's own bar and printed lines.
+
+    Returns:
+        The writer, which also has the clock of the run.
+    """
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    trainer.add_callback(MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl"))
+    writer = MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl")
+    trainer.add_callback(writer)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
+    return writer
 
 
 class MetricsWriter(TrainerCallback):
@@ -45,11 +51,12 @@ class MetricsWriter(TrainerCallback):
         # Lines of an evaluation before training. They belong to the run, which writes them when it begins.
         self.before: list[dict[str, Any]] = []
         self.begun = False
+        self.ended: float | None = None  # seconds when training ended
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those of the runs that this one goes on from included."""
-        return time.monotonic() - self.start
+        """Seconds of training, those of the runs that this one goes on from included. They stop at its end."""
+        return time.monotonic() - self.start if self.ended is None else self.ended
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begins the file: the lines of an evaluation before, or what an earlier run had logged up to this step."""
@@ -57,10 +64,14 @@ class MetricsWriter(TrainerCallback):
         if state.global_step > 0:
             lines = [line for line in read_metrics(self.path) if _is_before(line, state.global_step)]
         self.start = time.monotonic() - (lines[-1].get("time", 0) if state.global_step > 0 and lines else 0)
-        self.begun = True
+        self.begun, self.ended = True, None
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_jsonl(self.path, lines)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stops the clock, so that the file, the report and the summary give one time."""
+        self.ended = self.seconds
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Appends the line."""

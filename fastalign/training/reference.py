@@ -173,6 +173,8 @@ def precompute(
     score: Callable[[list[dict]], tuple[PackedBatch, Tensor]],
     fingerprint: str,
     cache_dir: str | Path | None = None,
+    *,
+    show: bool = True,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
 
@@ -181,6 +183,7 @@ def precompute(
         score: Takes rows, returns their batch and its (S,) log-probs.
         fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        show: Whether a bar shows the progress.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
@@ -190,7 +193,8 @@ def precompute(
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
     missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]
     if missing:
-        for rows in tqdm(list(batch_rows(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
+        batches = list(batch_rows(dataset, missing))
+        for rows in tqdm(batches, desc="reference log-probs", unit="batch", leave=False, disable=not show):
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()

@@ -139,7 +139,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, HeldOutEvaluation, Logg
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
-        install_callbacks(self)
+        self.writer = install_callbacks(self)
         self.guard = FiniteGuard(self)
         self.add_callback(self.guard)
         self.stopping = StopOnSignal(self)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
+from fastalign.cli import run
 from fastalign.cli.main import main
 from fastalign.cli.run import quartiles, run_training
 from fastalign.cli.run_options import RunOptions
@@ -16,7 +17,7 @@ from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.evaluation.answers import Answers
-from fastalign.files import append_metrics
+from fastalign.files import append_metrics, read_metrics
 from fastalign.models.loading import load_model
 
 
@@ -150,3 +151,21 @@ def test_shown_answers_are_the_quartiles_of_the_change_in_length():
     new = Answers(["b"] * 5, [90, 10, 100, 50, 70], [True] * 5)
     assert quartiles(old, new) == [3, 4, 0]  # changes -50, -30, -10 of -90, -50, -30, -10, 0
     assert quartiles(Answers(["a"], [5], [True]), Answers(["b"], [5], [True])) == [0]
+
+
+def test_without_held_out_rows_there_is_no_empty_table_and_one_time(options, config, capsys):
+    folder = run_training(options(title="[bold]My run"), config())
+    said = capsys.readouterr().out
+    assert "held-out" not in said and "[bold]My run" in said
+    shown = json.loads((folder / "summary.json").read_text())["facts"]["training time"].split(" on ")[0]
+    assert shown in (folder / "report.html").read_text()
+    assert max(line["time"] for line in read_metrics(folder / "metrics.jsonl")) < 60 and shown.endswith(" s")
+
+
+def test_only_the_first_process_prints_generates_and_writes_the_report(options, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PreferenceConfig, "process_index", property(lambda self: 1))
+    monkeypatch.setattr(run, "answer", lambda *args, **kwargs: pytest.fail("it generated"))
+    made = options(eval=str(tmp_path / "rows.jsonl"), samples=2)
+    folder = run_training(made, config())
+    assert not (folder / "report.html").exists() and not (folder / "summary.json").exists()
+    assert capsys.readouterr().out == ""
