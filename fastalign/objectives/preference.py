@@ -25,6 +25,7 @@ class PreferenceObjective:
     def __init__(self, config: PreferenceConfig):
         self.config = config
         self.needs_reference = config.needs_reference
+        self.compares_rows = any(name in ("aot", "aot_unpaired") for name in config.pairwise)  # these sort the pairs
 
     def totals(self, batch: Batch) -> Totals:
         """Pairs, tokens of the NLL (chosen completions, and prompts where they are scored), and scored tokens."""

@@ -27,6 +27,7 @@ class UnpairedObjective:
     """
 
     needs_reference = True
+    compares_rows = True  # KTO's baseline and BCO's shift are of all rows of a micro-batch
 
     def __init__(self, config: PreferenceConfig):
         if config.unpaired is None:

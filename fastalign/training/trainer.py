@@ -43,6 +43,7 @@ from fastalign.training.checkpoint import AtomicCheckpoints
 from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
+from fastalign.training.out_of_memory import SplitsMicroBatches
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
