@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastalign.errors import ConfigError
+from fastalign.files import check_writable
 
 
 def add(commands: Any) -> None:
@@ -33,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
     from fastalign.fisher.diagonal import fisher_diagonal
     from fastalign.models.loading import load_model, load_tokenizer
 
+    check_writable("--out's folder", Path(args.out).absolute().parent)
     tokenizer = load_tokenizer(args.model)
     rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from fastalign.data.batching import batch_rows
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import lay_out
 from fastalign.errors import ConfigError, DataError, ModelError
-from fastalign.files import KeyedTensors, write_keyed
+from fastalign.files import KeyedTensors, check_writable, write_keyed
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
@@ -128,6 +128,7 @@ def store_topk(
     path = cache_folder(cache_dir) / "teachers" / name
     if path.exists():
         return path
+    check_writable("cache_dir", path.parent)
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
     batches = list(batch_rows(dataset, range(len(keys))))
     for batch in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=not show):

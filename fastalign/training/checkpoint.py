@@ -16,6 +16,7 @@ reference that moves, the position in a replayed text, and the sums of the metri
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 from collections.abc import Mapping
@@ -30,10 +31,13 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
 
 from fastalign.errors import ConfigError, TrainingError
+from fastalign.files import check_writable
 from fastalign.training.run_folder import (
     aside_of,
+    check_space,
     check_unused,
     checkpoints,
     clear,
@@ -50,6 +54,8 @@ from fastalign.training.run_folder import (
 from fastalign.training.state_files import load_state, save_state
 
 FILE_NAME = "fastalign.safetensors"
+# Errors of a disk that is full, read-only or broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def extra_state(trainer: Any) -> dict[str, Tensor]:
@@ -134,7 +140,15 @@ class AtomicCheckpoints(Trainer):
             set_aside_later(run, checkpoint)
         elif self.args.should_save and not again and self.args.overwrite_output_dir:
             clear(run)
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        if self.args.should_save and self.args.save_strategy != "no":
+            check_writable("output_dir", run)
+            check_space(run, self.model, OptimizerNames(self.args.optim).value)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
+            if error.errno not in _DISK:
+                raise
+            raise _unsaved("The run", run, error) from error
 
     def _check_engine(self) -> None:
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != "no":
@@ -181,7 +195,7 @@ class AtomicCheckpoints(Trainer):
             final = finish_checkpoint(aside) if writes else run / f"checkpoint-{step}"
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise _unsaved(run, step, error) from error
+            raise _unsaved(f"The checkpoint of step {step}", run, error) from error
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -284,12 +298,12 @@ class AtomicCheckpoints(Trainer):
             set_random_state(state)
 
 
-def _unsaved(run: Path, step: int, error: Exception) -> TrainingError:
-    """The error for a checkpoint that could not be written."""
+def _unsaved(what: str, run: Path, error: Exception) -> TrainingError:
+    """The error for something that could not be written into the run folder."""
     reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
     older = checkpoints(run)
-    remains = f"{older[-1]} is as it was" if older else "there is none yet"
+    remains = f"{older[-1]} is as it was" if older else "there is no checkpoint yet"
     return TrainingError(
-        f"The checkpoint of step {step} cannot be written into {run} ({reason}), and {remains}: make room or mend the "
-        "folder, then go on with resume_from_checkpoint=last."
+        f"{what} cannot be written into {run} ({reason}), and {remains}: make room or mend the folder, then "
+        " go on with resume_from_checkpoint=last."
     )

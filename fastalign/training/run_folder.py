@@ -14,10 +14,13 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
+from torch import nn
+
 from fastalign.errors import ConfigError, DataError
+from fastalign.files import check_writable
+from fastalign.models.adapters import has_adapter
 from fastalign.training.manifest import find_damage, flush_files, flush_folder, write_manifest
 
 logger = logging.getLogger("fastalign")
@@ -56,12 +59,7 @@ def check_folder(run: Path, given: str | bool | None, *, overwrite: bool, writes
         ConfigError: The folder cannot be made or written, or holds another run.
         DataError: No checkpoint can be gone on from.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ConfigError(f"output_dir {str(run)!r} cannot be written: {error.strerror}; name another one") from error
+    check_writable("output_dir", run)
     if writes:
         recover(run)
     if given is None or given is False:
@@ -114,6 +112,22 @@ def _newest_whole(run: Path, early: bool) -> Path | None:
 
 
 # Writing
+
+
+def check_space(run: Path, model: nn.Module, optimizer: str) -> None:
+    """ConfigError if one checkpoint will not fit on the disk of the run folder.
+
+    A checkpoint holds at least what is trained (all weights, where there is no adapter), and AdamW's two moments.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    saved = trained if has_adapter(model) else sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = saved + (2 * trained if optimizer.startswith("adamw_torch") else 0)
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise ConfigError(
+            f"output_dir {str(run)!r} is on a disk with {free / 1e9:.2f} GB free, and one checkpoint takes at least "
+            f"{needed / 1e9:.2f} GB: make room, name another folder, or set save_strategy=no"
+        )
 
 
 def start_checkpoint(run: Path, step: int) -> Path:

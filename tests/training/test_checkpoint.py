@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ from peft import LoraConfig, PeftModel
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError, TrainingError
 from fastalign.models.scoring import prepare
+from fastalign.training import run_folder
 from fastalign.training.checkpoint import extra_state, load_extra_state, save_extra_state
 from fastalign.training.manifest import find_damage
+from fastalign.training.preference import PreferenceTrainer
 from fastalign.training.run_folder import checkpoints
 from fastalign.training.sft import SFTTrainer
 
@@ -286,3 +289,63 @@ def test_a_checkpoint_of_another_optimiser_is_refused(sft, make_trainer, tiny_ll
     other = make_trainer(tiny_llama(), ROWS, SFTTrainer, peft_config=LoraConfig(**LORA), max_steps=2)
     with pytest.raises(ConfigError, match="was saved with other options"):
         other.train(resume_from_checkpoint=True)
+
+
+# A disk that is full, too small or read-only
+
+
+class LimitFiles(tf.TrainerCallback):
+    """From a step on no file may grow beyond some bytes: the system refuses to write more, as on a full disk."""
+
+    def __init__(self, step, limit):
+        self.step, self.limit = step, limit
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(20_000, "The checkpoint of step 2"), (100, "The (run|checkpoint of step 2)")]
+)
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(sft, tmp_path, limit, what):
+    trainer = sft()
+    trainer.add_callback(LimitFiles(1, limit))
+    try:
+        with pytest.raises(TrainingError, match=f"{what} cannot be written into .*large.*checkpoint-1 is as it was"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert find_damage(tmp_path / "run" / "checkpoint-1") is None
+    assert not list((tmp_path / "run").glob(".*"))
+    sft().train(resume_from_checkpoint="last")
+    assert find_damage(tmp_path / "run" / "checkpoint-3") is None
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_said_before_training(sft, monkeypatch):
+    trainer = sft()
+    weights = sum(p.numel() for p in trainer.model.parameters()) * 4
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * weights - 1))
+    with pytest.raises(ConfigError, match=r"one checkpoint takes at least 0\.00 GB"):
+        trainer.train()
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * weights))
+    trainer.train()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_reference_pass(
+    make_trainer, tiny_llama, pairs, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("")
+    score = PreferenceTrainer._score_rows
+    monkeypatch.setattr(PreferenceTrainer, "_score_rows", lambda *given: pytest.fail("it computed"))
+    with pytest.raises(ConfigError, match=r"ref_cache_dir .* cannot be written: Not a directory"):
+        make_trainer(tiny_llama(), pairs, ref_cache_dir=str(tmp_path / "file"))
+    monkeypatch.setattr(PreferenceTrainer, "_score_rows", score)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastalign.training.reference.write_keyed", full)
+    make_trainer(tiny_llama(), pairs).train()
+    assert "cannot be stored, so the next run computes them anew" in caplog.text
