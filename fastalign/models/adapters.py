@@ -96,7 +96,11 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
 
 
 def check_packable(model: nn.Module) -> None:
-    """ModelError if an adapter puts virtual tokens in front of every sequence (prompt tuning and its relatives)."""
+    """Refuses adapters that put virtual tokens in front of every sequence (prompt tuning and its relatives).
+
+    Raises:
+        ModelError: The model has such an adapter. Packed batches have no place for its tokens.
+    """
     inner = _without_module_wrappers(model)
     if hasattr(inner, "get_base_model") and inner.active_peft_config.is_prompt_learning:
         raise ModelError(
@@ -133,7 +137,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 def adapter_base(source: str | Path) -> str | None:
     """What an adapter folder names as its base model; None if the source is no adapter folder.
 
-    A base model that has moved with its run is looked for in `base`, inside the folder or beside it.
+    If the base model is not where the adapter says, `base` inside the folder and next to it is tried: a run that was
+    moved took its merged base model along.
 
     Raises:
         ModelError: the folder's adapter_config.json cannot be read, or names no base model.
@@ -156,7 +161,7 @@ def merge_adapter(model: Any) -> Any:
     """The model with its active adapters merged into its weights, in the dtype of the weights. All can be trained.
 
     Args:
-        model: a PeftModel. It is taken apart, so use what is returned.
+        model: a PeftModel. It is changed in place and no longer usable: use what is returned.
 
     Raises:
         ModelError: the adapter cannot be merged, or the weights are quantised, which would round the sum anew.
@@ -216,10 +221,10 @@ def adapter_settings(model: nn.Module) -> list[tuple]:
 # Layers
 
 
-def is_lora_linear(module: Any) -> bool:
-    """Whether the module is peft's LoRA around a plain `nn.Linear`. Its attributes decide, so peft stays unimported."""
-    base = getattr(module, "base_layer", None)
-    return type(base) is nn.Linear and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+def lora_base(module: Any) -> nn.Module | None:
+    """The layer inside peft's LoRA; None for other modules. Attributes decide, so peft stays unimported."""
+    is_lora = hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+    return getattr(module, "base_layer", None) if is_lora else None
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Lora]]:
@@ -258,7 +263,7 @@ def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
 
 
 def fusible_lora(layer: Any) -> Lora | None:
-    """The active adapter of a LoRA layer if it can be added inside the layer's own product, else None.
+    """The active adapter of a LoRA layer if it can be added inside the layer's product, else None.
 
     That needs exactly one active adapter that adds `scaling * b a` to a frozen weight and does nothing else: no
     dropout, bias or variant, and no hook on one of the parts, since a fused product would not call it. Adapters that

@@ -203,7 +203,7 @@ def selective_logprobs(
 
     Raises:
         InputError: A shape, dtype, target or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     if not logits.is_floating_point() or logits.dim() == 0:
         raise InputError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be (..., V) of a floating dtype")

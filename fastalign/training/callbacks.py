@@ -1,4 +1,4 @@
-"""What happens beside the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
+"""What happens around the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastalign.files import append_metrics, read_metrics, write_jsonl
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training.watch import Watch
 
 # Metric -> its label and format in the progress bar.
 _SHOWN = {
@@ -23,7 +24,7 @@ _SHOWN = {
 
 
 def install_callbacks(trainer: Trainer) -> MetricsWriter:
-    """Gives a trainer `MetricsWriter` and `Progress` instead of the Trainer's own bar and printed lines.
+    """Gives a trainer `MetricsWriter`, `Watch` and `Progress` instead of the Trainer's own bar and printed lines.
 
     Returns:
         The writer, which also has the clock of the run.
@@ -32,6 +33,7 @@ def install_callbacks(trainer: Trainer) -> MetricsWriter:
         trainer.remove_callback(default)
     writer = MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl")
     trainer.add_callback(writer)
+    trainer.add_callback(Watch())
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
     return writer

@@ -16,7 +16,15 @@ _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt pe
 
 
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
-    """ConfigError for options that the Trainer would refuse only after everything is loaded."""
+    """Refuses options that the Trainer would refuse only after everything is loaded.
+
+    Args:
+        args: The options of the run.
+        has_eval_rows: Whether there are held-out rows.
+
+    Raises:
+        ConfigError: An evaluation is set without rows for it, or the optimiser cannot run here.
+    """
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ConfigError(f"eval_strategy is {strategy!r}, but there is no eval_dataset: give one")
@@ -40,6 +48,12 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     """(label, text) lines on the batches, the trainable parameters and the predicted memory of a run.
 
     The memory is predicted for the longest micro-batch that can occur: the longest rows, as many as one holds.
+
+    Args:
+        model: The model, ready for training.
+        dataset: Tokenised rows.
+        args: The options.
+        layout: "shared", "packed" or "padded".
     """
     size = args.per_device_train_batch_size
     tokens = sum(sorted(row_tokens(dataset[i], layout) for i in range(len(dataset)))[-size:])
