@@ -16,14 +16,14 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint generated docs bench gpu-check build import-path sanitize aarch64 clean
+.PHONY: help demo tax test soak lint generated docs bench gpu-check build import-path sanitize aarch64 clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(VENV)/.demo  ## DPO of a real SmolLM2-135M-Instruct, with a table before and after
 	$(STEP) "fastalign train dpo-smollm2"
-	@$(BIN)/fastalign train dpo-smollm2
+	@$(BIN)/fastalign train dpo-smollm2 overwrite_output_dir=true
 
 tax: $(VENV)/.demo  ## what alignment costs SmolLM2, and what holds the cost down: half an hour on one core
 	@$(BIN)/python -m fastalign.recipes.tax.compare
@@ -31,6 +31,9 @@ tax: $(VENV)/.demo  ## what alignment costs SmolLM2, and what holds the cost dow
 test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev  ## runs of every trainer killed at random moments and resumed: the bits of a run never stopped?
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py $(SOAK)
 
 lint: $(VENV)/.dev  ## rules, format and docstrings by ruff, unused code by vulture, types by pyright
 	$(STEP) "ruff check, ruff format --check"

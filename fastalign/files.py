@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,13 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastalign.errors import DataError
+from fastalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # numpy takes a quarter of a second to import, and most of this file does without it
     import numpy as np
 
 __all__ = [
-    "KEY_BYTES", "KeyedTensors", "append_metrics", "atomic_write", "read_json", "read_jsonl", "read_metrics",
+    "KEY_BYTES", "KeyedTensors", "append_metrics", "atomic_write", "check_writable",
+    "read_json", "read_jsonl", "read_metrics",
     "write_json", "write_jsonl", "write_keyed", "write_text",
 ]  # fmt: skip
 
@@ -60,6 +62,27 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(option: str, folder: str | os.PathLike) -> None:
+    """Makes a folder and writes into it for a moment, so that a run finds out before it computes for hours.
+
+    Args:
+        option: the option that names the folder, for the error.
+        folder: the folder.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, for example on a full or a read-only disk.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {str(folder)!r} cannot be written: {error.strerror}; name another one, or make room"
+        ) from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -171,6 +171,7 @@ def make_trainer(tokenizer, tmp_path):
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",
             "learning_rate": 0.01, "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
+            "overwrite_output_dir": True,
         }  # fmt: skip
         if "ref_cache_dir" in config.__dataclass_fields__:
             defaults["ref_cache_dir"] = str(tmp_path / "cache")

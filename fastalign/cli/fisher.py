@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastalign.errors import ConfigError
+from fastalign.files import check_writable
 
 
 def add(commands: Any) -> None:
@@ -37,12 +39,13 @@ def main(args: argparse.Namespace) -> int:
     from fastalign.fisher.diagonal import fisher_diagonal
     from fastalign.models.loading import load_model, load_tokenizer
 
+    check_writable("--out's folder", Path(args.out).absolute().parent)
     tokenizer = load_tokenizer(args.model)
     rows = [row for name in args.text for row in text_windows(name, tokenizer, length=args.length)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, for_adapter=False)
     model.to(device)  # pyright: ignore[reportArgumentType]  # the type is lost in transformers' wrapper of `to`
-    fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed)
+    fisher = fisher_diagonal(model, rows, estimator=args.estimator, per=args.per, seed=args.seed, progress=True)
     fisher.save(args.out, bits=args.bits)
     squared = "batches" if args.estimator == "batch" else "tokens" if args.per == "token" else "windows"
     print(f"Fisher information of {len(fisher)} tensors from {fisher.samples} {squared} written to {args.out}")

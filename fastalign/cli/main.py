@@ -76,9 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     except Terminated:
         return _stopped("stopped", 143)
     except Exception as error:  # nothing foresaw it: the traceback is for whoever mends it, not for the terminal
-        path = _write_traceback(error, getattr(args, "run_folder", None))
         said = " ".join(str(error).split())[:300]
-        return _stopped(f"stopped by {type(error).__name__}: {said} (the traceback is in {path})", 2)
+        try:
+            where = f"is in {_write_traceback(error, getattr(args, 'run_folder', None))}"
+        except OSError as full:  # the disk may be why the command stopped
+            where = f"cannot be written: {full.strerror}"
+        return _stopped(f"stopped by {type(error).__name__}: {said} (the traceback {where})", 2)
 
 
 def parse(argv: list[str], args: argparse.Namespace) -> None:

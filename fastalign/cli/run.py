@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,25 @@ from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.cli.terminal import printable
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
-from fastalign.errors import ConfigError, DataError
+from fastalign.errors import DataError
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
-from fastalign.report.rendering import format_number
+from fastalign.report.rendering import duration, format_number
+from fastalign.training.run_folder import check_folder
+from fastalign.training.stopping import model_folder
 
 
-def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
+def run_training(options: RunOptions, config: AlignmentConfig, command: str | None = None) -> Path:
     """Trains as the options say, and leaves everything in the run folder `config.output_dir`.
 
     Args:
         options: The model, the data, the adapter and what is shown at the end.
         config: The options of the method; its class decides which trainer runs.
+        command: The command that goes on with the run, which is printed if a signal stops it.
 
     Returns:
         The run folder. It holds the adapter, or a whole model in model/ (safetensors), and run.json, metrics.jsonl,
@@ -40,17 +42,14 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     Raises:
         FastAlignError: An option, the data or the model cannot be used. This is raised before the first training step.
     """
-    console = Console(highlight=False)
+    first = config.process_index == 0  # the only process that prints, generates and writes the report
+    console = Console(highlight=False, quiet=not first)
     folder, model = Path(str(config.output_dir)), str(options.model)
     regularizers = build_regularizers(options.regularizers)
-    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
-        raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
+    given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
+    check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     train_rows = _load("train", options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
     console.print(f"Loading {model}", markup=False)
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
@@ -67,20 +66,28 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
-    write_json(folder / "run.json", run_record(options, trainer.args))
-    write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
+    if first:
+        write_json(folder / "run.json", run_record(options, trainer.args))
+        write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
-    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples)
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    seconds = time.monotonic() - start
+    trainer.how_to_go_on = command or trainer.how_to_go_on
+    try:
+        trainer.train()
+    except BaseException:
+        if trainer.stopping.saved and first:
+            write_json(folder / "summary.json", _summary(trainer, options, []))
+            write_report(folder)
+        raise
+    # Before the evaluation: whoever stops that one has the model.
+    trainer.save_model(str(model_folder(folder, trainer.model)))
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
-    # A complete model goes into a separate folder, so that its many files do not hide the report.
-    trainer.save_model(str(folder if has_adapter(trainer.model) else folder / "model"))
 
     answers = (old, new) if old and new else None
-    summary = _summary(trainer, options, seconds, _comparison(trainer, before, after, answers))
+    summary = _summary(trainer, options, _comparison(trainer, before, after, answers))
+    if not first:
+        return folder
     write_json(folder / "summary.json", summary)
     _write_samples(folder / "samples.jsonl", questions, answers)
     report = write_report(folder)
@@ -143,8 +150,8 @@ def _evaluate_and_answer(
     return metrics, answer(trainer.model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, label=label)
 
 
-def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]) -> dict:
-    state, config = trainer.state, trainer.args
+def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
+    state, config, seconds = trainer.state, trainer.args, trainer.training_seconds
     method = method_of(config)
     losses = " + ".join(config.loss_type) if method.losses else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
@@ -160,7 +167,7 @@ def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]
         "facts": {
             "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
             "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:.2g} epochs, {state.global_step} steps",
-            "training time": f"{seconds / 60:.1f} min on {config.device}",
+            "training time": f"{duration(seconds)} on {config.device}",
             "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
             "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
             "peak memory": f"{measure.peak_bytes(config.device) / 1e9:.2f} GB, of the whole process",
@@ -176,6 +183,16 @@ def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Ans
 
 
 def _show(console: Console, summary: dict) -> None:
+    console.print()
+    if summary["rows"]:
+        console.print(_table(summary))
+    else:  # without held-out rows there is nothing to compare
+        console.print(summary["title"], markup=False, style="bold")
+    for label, value in summary["facts"].items():
+        console.print(f"  {label:<16}{value}", markup=False)
+
+
+def _table(summary: dict) -> Table:
     table = Table(title=escape(summary["title"]), title_justify="left", title_style="bold")
     table.add_column("held-out")
     table.add_column("before", justify="right")
@@ -184,10 +201,7 @@ def _show(console: Console, summary: dict) -> None:
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
         table.add_row(row["metric"], *values, row["unit"])
-    console.print()
-    console.print(table)
-    for label, value in summary["facts"].items():
-        console.print(f"  {label:<16}{value}", markup=False)
+    return table
 
 
 def _show_answers(console: Console, questions: list[str], old: Answers, new: Answers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -49,8 +50,17 @@ def main(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()  # one bar at a time: ours
     config = from_mapping(methods.load_class(methods.METHODS[row].config), of_method)
     args.run_folder = Path(config.output_dir)
-    run_training(of_run, config)
+    run_training(of_run, config, _resuming_command(args))
     return 0
+
+
+def _resuming_command(args: argparse.Namespace) -> str:
+    """The command that goes on with this one's run."""
+    words = ["fastalign", "train", args.recipe] if args.method is None else ["fastalign", args.method]
+    if args.method is not None and args.config:
+        words += ["--config", args.config]
+    options = [option for option in args.options if not option.startswith("resume_from_checkpoint=")]
+    return shlex.join([*words, *options, "resume_from_checkpoint=last"])
 
 
 def _read(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,8 +133,8 @@ def _check_files(run: RunOptions, of_method: Mapping[str, Any], paths: Iterable[
             if not name.endswith("_dir"):
                 _check_path(f"{name} of {mapping['name']}", mapping.get(name))
     checkpoint = of_method.get("resume_from_checkpoint")
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise ConfigError(f"resume_from_checkpoint is {checkpoint!r}, which is no folder")
+    if isinstance(checkpoint, str) and checkpoint.lower() not in ("last", "true") and not Path(checkpoint).is_dir():
+        raise ConfigError(f"resume_from_checkpoint is {checkpoint!r}, which is no folder; write last for the newest")
 
 
 def _check_path(name: str, value: Any) -> None:

@@ -42,6 +42,10 @@ class AlignmentConfig(TrainingArguments):
             is available.
         logging_nan_inf_filter: Always False: True would log a loss of NaN as if it were the mean of the losses before.
         run_name: A name that the report shows.
+        resume_from_checkpoint: A checkpoint folder to go on from; True or "last" for the newest whole checkpoint in
+            `output_dir`, or the beginning if there is none.
+        overwrite_output_dir: Delete what an older run left in `output_dir`. A new run in such a folder is refused
+            otherwise.
 
     Raises:
         ConfigError: An option has a value out of its range. The message names the option, the value and a remedy.
@@ -82,6 +86,10 @@ class AlignmentConfig(TrainingArguments):
     # Only False is accepted (see below), so it has no help text, and `fastalign METHOD --help` does not show it.
     logging_nan_inf_filter: bool = False
     run_name: str | None = help_field(None, "A name for the run, which the report shows.")
+    resume_from_checkpoint: str | bool | None = help_field(
+        None, "A checkpoint folder to go on from; last or true: the newest whole one in output_dir."
+    )
+    overwrite_output_dir: bool = help_field(False, "Delete what an older run left in output_dir.")
 
     def __post_init__(self):
         # The Trainer drops columns that are no argument of the model's forward. The collator needs them all.

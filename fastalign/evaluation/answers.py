@@ -20,6 +20,8 @@ METRICS = (
     ("KL to the start, per token", "eval_kl", "nats", None),
 )
 
+_ROUNDING = 1e-4  # of a mean margin of rewards, in nats
+
 
 @dataclass
 class Answers:
@@ -96,8 +98,10 @@ def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | Non
     for metric, key, unit, better in METRICS:
         if key in after:
             start = before.get(key)
-            if key == "eval_rewards/accuracies" and before.get("eval_rewards/margins") == 0:
-                start = None  # all margins are 0 before the first step: there is no preference to count
+            if key == "eval_rewards/accuracies" and abs(before.get("eval_rewards/margins", 1.0)) < _ROUNDING:
+                start = (
+                    None  # before the first step all margins are 0 but for rounding: there is no preference to count
+                )
             values = [100 * v if unit == "%" and v is not None else v for v in (start, after[key])]
             rows.append({"metric": metric, "before": values[0], "after": values[1], "unit": unit, "better": better})
     if answers is not None:

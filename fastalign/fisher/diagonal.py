@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from fastalign.data.batching import batches_within, token_count
@@ -62,6 +63,7 @@ def fisher_diagonal(
     max_length: int | None = None,
     bits: int = 32,
     seed: int = 0,
+    progress: bool = False,
 ) -> Fisher:
     """The mean squared gradient of the negative log-likelihood, for every parameter that requires a gradient.
 
@@ -91,6 +93,7 @@ def fisher_diagonal(
             it after the first batch and 18 % after many, whatever their number. Fewer, larger batches err less and
             take less time to round.
         seed: of the sampled tokens and of the rounding.
+        progress: whether a bar shows the progress.
 
     Returns:
         float32 tensors (float64 for a float64 model) of the parameters' shapes, by name as in `named_parameters`.
@@ -121,7 +124,8 @@ def fisher_diagonal(
     device = next(model.parameters()).device
     with _recording(model, backward):
         # With a budget of one token every batch holds one sequence.
-        for examples in batches_within(_sequences(rows), token_count, 1 if layout == "padded" else tokens_per_batch):
+        batches = list(batches_within(_sequences(rows), token_count, 1 if layout == "padded" else tokens_per_batch))
+        for examples in tqdm(batches, desc="fisher", unit="batch", leave=False, disable=not progress):
             pad_token_id = causal_lm(model).config.pad_token_id or 0
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
     if not fisher.samples:

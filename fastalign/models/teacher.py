@@ -20,7 +20,7 @@ from fastalign.data.batching import batch_rows
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import lay_out
 from fastalign.errors import ConfigError, DataError, ModelError
-from fastalign.files import KeyedTensors, write_keyed
+from fastalign.files import KeyedTensors, check_writable, write_keyed
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
@@ -89,7 +89,13 @@ class Teacher:
 
 
 def store_topk(
-    teacher: Teacher, dataset, k: int, temperature: float = 1.0, cache_dir: str | Path | None = None
+    teacher: Teacher,
+    dataset,
+    k: int,
+    temperature: float = 1.0,
+    cache_dir: str | Path | None = None,
+    *,
+    show: bool = True,
 ) -> Path:
     """Computes the teacher's k largest log-probs at every scored token of a data set, and stores them in a file.
 
@@ -101,6 +107,7 @@ def store_topk(
         k: entries stored per token.
         temperature: divides the logits before the softmax.
         cache_dir: folder of the file; None for ~/.cache/fastalign.
+        show: whether a bar shows the progress.
 
     Returns:
         The path of a safetensors file with the tensors
@@ -121,8 +128,10 @@ def store_topk(
     path = cache_folder(cache_dir) / "teachers" / name
     if path.exists():
         return path
+    check_writable("cache_dir", path.parent)
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for batch in tqdm(list(batch_rows(dataset, range(len(keys)))), desc="teacher", unit="batch", leave=False):
+    batches = list(batch_rows(dataset, range(len(keys))))
+    for batch in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=not show):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
         head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix

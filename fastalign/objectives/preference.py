@@ -8,7 +8,7 @@ from torch import Tensor
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.batch import Batch
 from fastalign.losses import implicit_rewards, pairwise_loss
-from fastalign.objectives.base import Metrics, Totals, mean_of
+from fastalign.objectives.base import Metrics, Totals, mean_of, share_above
 from fastalign.ops import segment_sum
 
 
@@ -25,6 +25,7 @@ class PreferenceObjective:
     def __init__(self, config: PreferenceConfig):
         self.config = config
         self.needs_reference = config.needs_reference
+        self.compares_rows = any(name in ("aot", "aot_unpaired") for name in config.pairwise)  # these sort the pairs
 
     def totals(self, batch: Batch) -> Totals:
         """Pairs, tokens of the NLL (chosen completions, and prompts where they are scored), and scored tokens."""
@@ -81,7 +82,7 @@ class PreferenceObjective:
             "rewards/chosen": mean_of(rewards[0]),
             "rewards/rejected": mean_of(rewards[1]),
             "rewards/margins": mean_of(margins),
-            "rewards/accuracies": mean_of((margins > 0).float()),
+            "rewards/accuracies": share_above(margins),
             "logps/chosen": mean_of(chosen),
             "logps/rejected": mean_of(rejected),
             "logps/accuracies": mean_of((per_token > 0).float()),

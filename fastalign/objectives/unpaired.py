@@ -9,7 +9,7 @@ from fastalign.config.preference import PreferenceConfig
 from fastalign.data.batch import Batch
 from fastalign.errors import ConfigError
 from fastalign.losses import UNPAIRED, implicit_rewards, kto_baseline
-from fastalign.objectives.base import Metrics, Totals, mean_of
+from fastalign.objectives.base import Metrics, Totals, mean_of, share_above
 from fastalign.ops import segment_sum
 
 
@@ -27,6 +27,7 @@ class UnpairedObjective:
     """
 
     needs_reference = True
+    compares_rows = True  # KTO's baseline and BCO's shift are of all rows of a micro-batch
 
     def __init__(self, config: PreferenceConfig):
         if config.unpaired is None:
@@ -69,7 +70,7 @@ class UnpairedObjective:
         for name, mask in (("chosen", labels), ("rejected", ~labels)):
             metrics[f"rewards/{name}"] = ((rewards * mask).sum(), mask.sum())
             metrics[f"logps/{name}"] = ((matched.detach() * mask).sum(), mask.sum())
-        metrics["rewards/accuracies"] = mean_of(((rewards > 0) == labels).float())
+        metrics["rewards/accuracies"] = share_above(torch.where(labels, rewards, -rewards))
         return losses.sum() / totals.items, metrics
 
     def _reward_shift(self, rewards: Tensor, labels: Tensor, training: bool) -> Tensor:

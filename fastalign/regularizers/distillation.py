@@ -115,7 +115,8 @@ class Distillation:
         teacher = Teacher.load(self.teacher, trainer)
         if self.top_k is None:
             return _from_teacher(teacher)
-        path = store_topk(teacher, trainer.train_dataset, self.top_k, self.temperature, self.cache_dir)
+        show = trainer.args.should_log and not trainer.args.disable_tqdm
+        path = store_topk(teacher, trainer.train_dataset, self.top_k, self.temperature, self.cache_dir, show=show)
         return _from_store(path, self.temperature, trainer)
 
 

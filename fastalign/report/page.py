@@ -29,7 +29,7 @@ from fastalign.errors import InputError
 from fastalign.files import read_json, read_jsonl, read_metrics, write_text
 from fastalign.report.charts import CHARTS, Chart, Drawing, draw
 from fastalign.report.diagnostics import DIAGNOSTICS, diagnose
-from fastalign.report.rendering import format_number, is_number, render
+from fastalign.report.rendering import duration, format_number, is_number, render
 from fastalign.report.state import state_of
 
 __all__ = ["write_report"]
@@ -117,18 +117,12 @@ def _extent(records: list[dict[str, Any]]) -> str:
     if epochs:
         parts.append(f"{format_number(epochs)} epoch{'s' if epochs != 1 else ''}")
     if seconds:
-        parts.append(_duration(seconds))
+        parts.append(duration(seconds))
     return ", ".join(parts)
 
 
 def _largest(records: list[dict[str, Any]], key: str) -> float:
     return max((r[key] for r in records if is_number(r.get(key)) and math.isfinite(r[key])), default=0)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

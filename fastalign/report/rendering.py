@@ -61,6 +61,13 @@ def format_number(value: Any, sign: bool = False) -> str:
     return f"{plus}{MINUS if value < 0 else ''}{text}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, such as "5 min 12 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def format_text(value: Any) -> str:
     """Any value of a run's files as text. A list of chat messages becomes "role: content" paragraphs."""
     if isinstance(value, list) and value and all(isinstance(item, Mapping) and "content" in item for item in value):

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from fastalign.files import append_metrics
+from fastalign.files import append_metrics, read_metrics, write_jsonl
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.training.watch import Watch
 
@@ -23,44 +23,72 @@ _SHOWN = {
 }
 
 
-def install_callbacks(trainer: Trainer) -> None:
-    """Gives a trainer `MetricsWriter`, `Watch` and `Progress` instead of the Trainer's own bar and printed lines."""
+def install_callbacks(trainer: Trainer) -> MetricsWriter:
+    """Gives a trainer `MetricsWriter`, `Watch` and `Progress` instead of the Trainer's own bar and printed lines.
+
+    Returns:
+        The writer, which also has the clock of the run.
+    """
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
-    trainer.add_callback(MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl"))
+    writer = MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl")
+    trainer.add_callback(writer)
     trainer.add_callback(Watch())
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
+    return writer
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every logged line to a JSONL file, with the step, the epoch and the seconds since the start.
+    """Appends every logged line to a JSONL file, with the step, the epoch and the seconds of training so far.
+
+    Nothing is written before training begins, so that an evaluation alone leaves the file of an older run as it is.
 
     Args:
-        path: The file. A new run replaces it, and a resumed run appends to it.
+        path: The file. A new run replaces it. A resumed run cuts it after the step that it goes on from, and appends.
     """
 
     def __init__(self, path: Path):
         self.path, self.start = path, time.monotonic()
-        # Lines of an evaluation before training. They belong to the run, whose start clears the file.
+        # Lines of an evaluation before training. They belong to the run, which writes them when it begins.
         self.before: list[dict[str, Any]] = []
+        self.begun = False
+        self.ended: float | None = None  # seconds when training ended
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of the runs that this one goes on from included. They stop at its end."""
+        return time.monotonic() - self.start if self.ended is None else self.ended
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Clears the file for a new run, except for what was logged just before."""
-        self.start = time.monotonic()
-        if state.is_world_process_zero and state.global_step == 0:
-            self.path.unlink(missing_ok=True)
-            for record in self.before:
-                append_metrics(self.path, record)
+        """Begins the file: the lines of an evaluation before, or what an earlier run had logged up to this step."""
+        lines = self.before
+        if state.global_step > 0:
+            lines = [line for line in read_metrics(self.path) if _is_before(line, state.global_step)]
+        self.start = time.monotonic() - (lines[-1].get("time", 0) if state.global_step > 0 and lines else 0)
+        self.begun, self.ended = True, None
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(self.path, lines)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stops the clock, so that the file, the report and the summary give one time."""
+        self.ended = self.seconds
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Appends the line."""
-        if logs and state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            record = {"step": state.global_step, "epoch": state.epoch, "time": round(time.monotonic() - self.start, 3)}
-            append_metrics(self.path, {**record, **logs})
-            if state.global_step == 0:
-                self.before.append({**record, **logs})
+        if not logs or not state.is_world_process_zero:
+            return
+        record = {"step": state.global_step, "epoch": state.epoch, "time": round(self.seconds, 3), **logs}
+        if state.global_step == 0:
+            self.before.append(record)
+        if self.begun:
+            append_metrics(self.path, record)
+
+
+def _is_before(line: dict[str, Any], step: int) -> bool:
+    """Whether a resumed run keeps a line: it is of an earlier step or this one, and not the summary of a run's end."""
+    return line.get("step", 0) <= step and "train_runtime" not in line
 
 
 class Progress(ProgressCallback):

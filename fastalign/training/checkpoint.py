@@ -1,23 +1,61 @@
-"""Extra state of a checkpoint: tensors that the Trainer's own checkpoint does not save.
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-`transformers.Trainer` saves the model, the optimiser, the schedule and the random states. A run may change more than
-that while it trains: BCO's running rewards, a reference that moves, the position in a replayed text. Without these a
-resumed run would differ from one that was never stopped.
+`transformers.Trainer` saves the model, the optimiser, the schedule and the random states, the last three as pickles.
+Here they are written as safetensors and JSON, into a folder that gets its name only when all of it is on the disk (see
+`run_folder` and `manifest`). A checkpoint also holds what else changes while a run trains: BCO's running rewards, a
+reference that moves, the position in a replayed text, and the sums of the metrics since the last logged line.
+
+    checkpoint-<step>/
+        adapter_model.safetensors or model.safetensors, and the files beside them
+        trainer_state.json           transformers' state: step, epoch, the logged lines
+        optimizer.{json,safetensors}, scheduler.json, scaler.json (fp16 only)
+        process-<i>.{json,safetensors}   random states and sums of metrics of each process
+        fastalign.safetensors        tensors of the objective, the reference and the regularisers
+        manifest.json                every file with its size and checksum
 """
 
 from __future__ import annotations
 
+import errno
+import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
+
+from fastalign.errors import ConfigError, TrainingError
+from fastalign.files import check_writable
+from fastalign.training.run_folder import (
+    aside_of,
+    check_space,
+    check_unused,
+    checkpoints,
+    clear,
+    find_checkpoint,
+    finish_checkpoint,
+    is_aside,
+    move_into,
+    recover,
+    rotate,
+    save_aside,
+    set_aside_later,
+    start_checkpoint,
+)
+from fastalign.training.state_files import load_state, save_state
 
 FILE_NAME = "fastalign.safetensors"
+# Errors of a disk that is full, read-only or broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def extra_state(trainer: Any) -> dict[str, Tensor]:
@@ -26,39 +64,246 @@ def extra_state(trainer: Any) -> dict[str, Tensor]:
     return {name: value for part in parts for name, value in getattr(part, "state", {}).items()}
 
 
-def save_extra_state(run_folder: str | Path, step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors into the checkpoint folder of a step; without tensors it writes nothing."""
+def save_extra_state(checkpoint: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the tensors into a checkpoint; without tensors it writes nothing."""
     if tensors:
-        path = Path(run_folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / FILE_NAME
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, Path(checkpoint) / FILE_NAME)
 
 
 def load_extra_state(checkpoint: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the saved values into the tensors, in place. Tensors that the folder does not have stay as they are."""
+    """Copies the saved values into the tensors, in place.
+
+    Raises:
+        ConfigError: The checkpoint holds other tensors, so it is of a run with other options.
+    """
     path = Path(checkpoint) / FILE_NAME
     saved = load_file(path) if path.exists() else {}
+    shapes = [{name: tuple(value.shape) for name, value in some.items()} for some in (saved, tensors)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name in {**saved, **tensors} if shapes[0].get(name) != shapes[1].get(name))
+        raise ConfigError(
+            f"{checkpoint} is of a run with another loss or other regularisers ({', '.join(differing[:3])} of "
+            f"{FILE_NAME} differ): go on with the options that it was saved with"
+        )
     for name, value in tensors.items():
-        if name in saved:
-            value.copy_(saved[name])
+        value.copy_(saved[name])
 
 
-def remove_pickled_arguments(folder: str | Path) -> None:
-    """Deletes the training arguments that the Trainer saves beside a model: a pickle, which runs code when read."""
-    (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+def random_state() -> dict[str, Any]:
+    """The states of all random generators of this process."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}  # noqa: NPY002  # the global one
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-class ExtraStateCheckpoints(Trainer):
-    """The part of `AlignmentTrainer` that saves and loads checkpoints with the extra state in them."""
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Sets the random generators to a state that `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002  # likewise
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class AtomicCheckpoints(Trainer):
+    """The part of `AlignmentTrainer` that saves and loads checkpoints."""
+
+    stopping: Any  # the callback `StopOnSignal`
+    sums: Any
+    throughput: Any
+    _random: Mapping[str, Any] | None = None  # the random state of a checkpoint, until it is set
+    _logging: Mapping[str, Any] | None = None  # sums of a checkpoint, likewise
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """`transformers.Trainer.train`, from a checkpoint that was found whole.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder; True or "last" for the newest whole one in `output_dir`. None:
+                what the options say.
+            *args: Further arguments of `transformers.Trainer.train`.
+            **kwargs: Likewise.
+        """
+        run = Path(str(self.args.output_dir))
+        self._check_engine()
+        if self.args.should_save:
+            recover(run)
+        self.accelerator.wait_for_everyone()
+        again = getattr(self, "_trained", False)  # a second call goes on with the weights in hand
+        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None and not again else None
+        checkpoint = find_checkpoint(run, given if resume_from_checkpoint is None else resume_from_checkpoint)
+        resumes = given is not None or resume_from_checkpoint not in (None, False)
+        if not (resumes or again):
+            check_unused(run, self.args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and checkpoint is not None:
+            set_aside_later(run, checkpoint)
+        elif self.args.should_save and not again and self.args.overwrite_output_dir:
+            clear(run)
+        if self.args.should_save and self.args.save_strategy != "no":
+            check_writable("output_dir", run)
+            check_space(run, self.model, OptimizerNames(self.args.optim).value)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
+            if error.errno not in _DISK:
+                raise
+            raise _unsaved("The run", run, error) from error
+
+    def _check_engine(self) -> None:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != "no":
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ConfigError(
+                f"{engine} shards the optimiser's state, and its checkpoints are pickles, which are not written: set "
+                "save_strategy=no"
+            )
+
+    def _run_epoch(self, *args, **kwargs):
+        # A checkpoint of the last step leaves nothing to do. transformers would make one step more before it notices.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._logging is not None:
+            self._restore_logging(self._logging)
+            self._logging = None
+        super()._run_epoch(*args, **kwargs)
+
+    # Saving
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        remove_pickled_arguments(output_dir or str(self.args.output_dir))
+        """Saves the model aside, then moves each file to its place, without the pickled training arguments."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        aside = folder if is_aside(folder) or not self.args.should_save else save_aside(folder)
+        super()._save(str(aside), state_dict)
+        (aside / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if aside != folder:
+            move_into(aside)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        """Writes a checkpoint aside, gives it its name, and deletes the oldest ones. Errors leave the older ones."""
+        run, step, writes = Path(self._get_output_dir(trial)), self.state.global_step, self.args.should_save
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        aside = aside_of(run, step)
+        try:
+            if writes:
+                start_checkpoint(run, step)
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(aside), _internal_call=True)
+            self._write_state(run, aside)
+            self.accelerator.wait_for_everyone()
+            final = finish_checkpoint(aside) if writes else run / f"checkpoint-{step}"
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise _unsaved(f"The checkpoint of step {step}", run, error) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if writes:
+            best = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, Path(best) if best else None)
+
+    def _write_state(self, run: Path, aside: Path) -> None:
+        """Writes everything but the model."""
+        if best := self.state.best_global_step:
+            folder = run / f"checkpoint-{best}"
+            if best == self.state.global_step or folder.exists():
+                self.state.best_model_checkpoint = str(folder)
+        # Whoever stops a run wants to go on with it, so that checkpoint holds everything.
+        if not self.args.save_only_model or self.stopping.received is not None:
+            save_state(aside, f"process-{self.args.process_index}", self._process_state())
+            if self.args.should_save:
+                save_state(aside, "optimizer", self.optimizer.state_dict())
+                save_state(aside, "scheduler", self.lr_scheduler.state_dict())
+                if self.accelerator.scaler is not None:
+                    save_state(aside, "scaler", self.accelerator.scaler.state_dict())
         if self.args.should_save:
-            save_extra_state(self._get_output_dir(trial), self.state.global_step, extra_state(self))
+            save_extra_state(aside, extra_state(self))
+            self._export_callbacks()
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+
+    def _process_state(self) -> dict[str, Any]:
+        """What each process has for itself: random states, and what was summed up since the last logged line."""
+        logging = {
+            "loss": self._tr_loss, "logged_step": self._globalstep_last_logged, "tokens": self.throughput.total,
+            "sums": self.sums.sums["train"],
+        }  # fmt: skip
+        return {"random": random_state(), "logging": logging}
+
+    def _restore_logging(self, state: Mapping[str, Any]) -> None:
+        """Sets the sums, so that the next logged line is over the same steps as in a run that never stopped."""
+        self._tr_loss += state["loss"].to(self._tr_loss.device)
+        # The mean loss of this call of `train` is over its steps alone, so what came before is taken off here.
+        self._total_loss_scalar -= state["loss"].item()
+        self._globalstep_last_logged = state["logged_step"]
+        self.throughput.total = state["tokens"]
+        self.sums.sums["train"] = {name: pair.to(self.args.device) for name, pair in state["sums"].items()}
+
+    def _export_callbacks(self) -> None:
+        """Puts the state of callbacks that have one into the Trainer's, as the Trainer does."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states = self.state.stateful_callbacks
+                name = type(callback).__name__
+                if isinstance(states[name], list):
+                    states[name].append(callback.state())
+                else:
+                    states[name] = callback.state()
+
+    # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_state(resume_from_checkpoint, extra_state(self))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        optimizer, scheduler = load_state(folder, "optimizer"), load_state(folder, "scheduler")
+        if optimizer is None or scheduler is None:
+            raise ConfigError(
+                f"{checkpoint} holds the model alone (save_only_model=True), so the optimiser cannot go on: start a "
+                "new run with it as the model"
+            )
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint} was saved with other options ({error}): go on with the options that it was saved with"
+            ) from error
+        self.lr_scheduler.load_state_dict(scheduler)
+        state = load_state(folder, f"process-{self.args.process_index}")
+        if state is None:
+            raise ConfigError(
+                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
+            )
+        self._random, self._logging = state["random"], state["logging"]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        state = load_state(Path(checkpoint), "scaler") if checkpoint is not None else None
+        if state is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.restore_random_state()
+
+    def restore_random_state(self) -> None:
+        """Sets the random generators as the checkpoint has them, at the first call after it was loaded.
+
+        The Trainer calls this when it has fetched the first batches. What draws at random before must call it earlier.
+        """
+        state, self._random = self._random, None
+        if state is not None:
+            set_random_state(state)
+
+
+def _unsaved(what: str, run: Path, error: Exception) -> TrainingError:
+    """The error for something that could not be written into the run folder."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    older = checkpoints(run)
+    remains = f"{older[-1]} is as it was" if older else "there is no checkpoint yet"
+    return TrainingError(
+        f"{what} cannot be written into {run} ({reason}), and {remains}: make room or mend the folder, then "
+        " go on with resume_from_checkpoint=last."
+    )

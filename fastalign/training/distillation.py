@@ -85,6 +85,7 @@ class DistillationTrainer(SFTTrainer):
         """
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._on_policy(self.state.global_step):
+            self.restore_random_state()  # a resumed run draws its first samples here
             samples = [{"batch": self._sampled(sample["batch"])} for sample in samples]
             totals = self._get_num_items_in_batch(samples, device)
         return samples, totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,12 @@ class LoggedMetrics(Trainer):
 
     sums: MetricSums
     throughput: Throughput
+    writer: Any  # the callback that writes metrics.jsonl
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that training took so far, those before it was resumed included."""
+        return self.writer.seconds
 
     @property
     def tokens_seen(self) -> int:

@@ -77,12 +77,10 @@ class PreferenceTrainer(AlignmentTrainer):
         adapter = has_adapter(self.model)
         weights = ReferenceWeights(self.model) if adapter or not args.precompute_ref_log_probs else None
         if args.precompute_ref_log_probs:
-            key = self._reference_key = fingerprint(self.model, str(autocast_dtype(args)))
-            self.train_dataset = precompute(self.train_dataset, self._score_rows, key, args.ref_cache_dir)
+            self._reference_key = fingerprint(self.model, str(autocast_dtype(args)))
+            self.train_dataset = self._precompute(self.train_dataset, self._score_rows)
             if self.eval_dataset is not None and weights is None:  # with a copy, evaluations score it anyway
-                self.eval_dataset = of_each(
-                    self.eval_dataset, lambda rows, _: precompute(rows, self._score_rows, key, args.ref_cache_dir)
-                )
+                self.eval_dataset = of_each(self.eval_dataset, lambda rows, _: self._precompute(rows, self._score_rows))
         if args.sync_ref_model and weights is not None:  # the config refuses stored log-probs with it
             self.add_callback(MoveReference(weights, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         return Reference(weights, product_dtype(args, self.model), args.ref_cache_dir, moves=args.sync_ref_model)
@@ -92,7 +90,13 @@ class PreferenceTrainer(AlignmentTrainer):
         if self.reference is None or self.reference.weights is not None or "ref_logprobs" in dataset.column_names:
             return dataset
         score = self._score_rows if self.at_start else _reference_is_gone
-        return precompute(dataset, score, self._reference_key, self.args.ref_cache_dir)
+        return self._precompute(dataset, score)
+
+    def _precompute(self, dataset: Dataset, score) -> Dataset:
+        """The rows with their log-probs under the reference, which `score` computes where they are not stored."""
+        args = self.args
+        show = args.should_log and not args.disable_tqdm
+        return precompute(dataset, score, self._reference_key, args.ref_cache_dir, show=show)
 
     @torch.no_grad()
     def _score_rows(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:

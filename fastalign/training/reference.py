@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
@@ -29,7 +30,7 @@ from fastalign.data.batching import batch_rows
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import PackedBatch
 from fastalign.errors import DataError, ModelError
-from fastalign.files import KeyedTensors, write_keyed
+from fastalign.files import KeyedTensors, check_writable, write_keyed
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
@@ -185,6 +186,8 @@ def precompute(
     score: Callable[[list[dict]], tuple[PackedBatch, Tensor]],
     fingerprint: str,
     cache_dir: str | Path | None = None,
+    *,
+    show: bool = True,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
 
@@ -193,6 +196,7 @@ def precompute(
         score: Takes rows, returns their batch and its (S,) log-probs.
         fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        show: Whether a bar shows the progress.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
@@ -203,7 +207,9 @@ def precompute(
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
     missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]
     if missing:
-        for rows in tqdm(list(batch_rows(dataset, missing)), desc="reference log-probs", unit="batch", leave=False):
+        check_writable("ref_cache_dir", path.parent)
+        batches = list(batch_rows(dataset, missing))
+        for rows in tqdm(batches, desc="reference log-probs", unit="batch", leave=False, disable=not show):
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()
@@ -211,7 +217,10 @@ def precompute(
             flat = [key for i in rows for key in keys[i]]
             for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
                 known[key] = values[start:end]
-        write_keyed(path, list(known), {"logprobs": list(known.values())})
+        try:
+            write_keyed(path, list(known), {"logprobs": list(known.values())})
+        except (OSError, SafetensorError) as error:  # this run has them in memory
+            logger.warning("The reference log-probs cannot be stored, so the next run computes them anew: %s.", error)
     column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
     return dataset.add_column("ref_logprobs", column)
 

@@ -40,19 +40,21 @@ from fastalign.objectives.base import Objective, Totals
 from fastalign.regularizers.base import Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
-from fastalign.training.checkpoint import ExtraStateCheckpoints
+from fastalign.training.checkpoint import AtomicCheckpoints
 from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
+from fastalign.training.out_of_memory import SplitsMicroBatches
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
+from fastalign.training.stopping import StopOnSignal, StoppableRuns
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
@@ -141,9 +143,11 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
-        install_callbacks(self)
+        self.writer = install_callbacks(self)
         self.guard = FiniteGuard(self)
         self.add_callback(self.guard)
+        self.stopping = StopOnSignal(self)
+        self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
         self._micro_batches, self._step_rows = 0, 0

@@ -28,7 +28,9 @@ def test_fisher_is_told_what_fisher_diagonal_takes(capsys, tmp_path, model_dir, 
     made = fisher_diagonal(load_model(model_dir, for_adapter=False), text_windows(str(rows), tokenizer), **expected)
     found = Fisher.load(out)
     assert found.per == made.per and all(torch.equal(found[name], values) for name, values in made.items())
-    assert f"from {made.samples} {squared} written" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"from {made.samples} {squared} written" in shown.out
+    assert "fisher: 100%" in shown.err or "fisher:   0%" in shown.err
 
 
 @pytest.mark.parametrize("options", [["--length", "1"], ["--bits", "16"]])

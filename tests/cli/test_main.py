@@ -161,6 +161,18 @@ def test_traceback_of_a_run_lies_in_its_folder(monkeypatch, refused, rows, model
     assert "in broken" in (tmp_path / "run" / "traceback.txt").read_text()
 
 
+def test_a_traceback_that_cannot_be_written_is_no_second_error(monkeypatch, refused, rows, model_dir, tmp_path):
+    from fastalign.cli import run
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "load_tokenizer", broken)
+    monkeypatch.setattr(main, "_write_traceback", full)
+    sentence = refused("dpo", f"model={model_dir}", f"train={rows}", f"output_dir={tmp_path / 'run'}", "use_cpu=true")
+    assert "the traceback cannot be written: No space left on device" in sentence
+
+
 # Other Pythons: what shows help must import nothing that is not in the standard library
 
 

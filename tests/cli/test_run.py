@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
+from fastalign.cli import run
 from fastalign.cli.main import main
 from fastalign.cli.run import quartiles, run_training
 from fastalign.cli.run_options import RunOptions
@@ -16,7 +17,7 @@ from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError, DataError
 from fastalign.evaluation.answers import Answers
-from fastalign.files import append_metrics
+from fastalign.files import append_metrics, read_metrics
 from fastalign.models.loading import load_model
 
 
@@ -37,7 +38,7 @@ def config(tmp_path):
         cache = {"ref_cache_dir": str(tmp_path / "cache")} if kind is PreferenceConfig else {}
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "max_steps": 1,
-            "save_strategy": "no", "logging_steps": 1,
+            "save_strategy": "no", "logging_steps": 1, "overwrite_output_dir": "resume_from_checkpoint" not in over,
         }  # fmt: skip
         return kind(**{**defaults, **cache, **over})
 
@@ -161,6 +162,24 @@ def test_text_of_models_and_data_is_no_markup_on_the_terminal(options, config, t
     assert run_training(run, config(output_dir=str(folder))) == folder
     said = capsys.readouterr().out
     assert title in said and "[/bold]" in said and "[run]" in said and "\x1b" not in said
+
+
+def test_without_held_out_rows_there_is_no_empty_table_and_one_time(options, config, capsys):
+    folder = run_training(options(title="[bold]My run"), config())
+    said = capsys.readouterr().out
+    assert "held-out" not in said and "[bold]My run" in said
+    shown = json.loads((folder / "summary.json").read_text())["facts"]["training time"].split(" on ")[0]
+    assert shown in (folder / "report.html").read_text()
+    assert max(line["time"] for line in read_metrics(folder / "metrics.jsonl")) < 60 and shown.endswith(" s")
+
+
+def test_only_the_first_process_prints_generates_and_writes_the_report(options, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PreferenceConfig, "process_index", property(lambda self: 1))
+    monkeypatch.setattr(run, "answer", lambda *args, **kwargs: pytest.fail("it generated"))
+    made = options(eval=str(tmp_path / "rows.jsonl"), samples=2)
+    folder = run_training(made, config())
+    assert not (folder / "report.html").exists() and not (folder / "summary.json").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_rows_come_from_several_files_and_evaluations_have_names(options, config, tmp_path, pairs):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from fastalign.cli.main import main
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.preference import PreferenceConfig
 from fastalign.errors import ConfigError
+from fastalign.training.callbacks import MetricsWriter
 
 # Help
 
@@ -239,3 +242,30 @@ def test_run_writes_its_report_and_preflight(run_folder):
 def test_adapter_of_a_run_loads(run_folder, tiny_llama):
     model = PeftModel.from_pretrained(tiny_llama(), run_folder)
     assert any(value.any() for name, value in model.state_dict().items() if "lora_B" in name)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_everything_and_the_command_that_goes_on(
+    rows, model_dir, tmp_path, capsys, monkeypatch, number, status
+):
+    """Ctrl-C before the first checkpoint once lost the whole run."""
+    log = MetricsWriter.on_log
+
+    def logged(self, args, state, control, logs=None, **kwargs):
+        log(self, args, state, control, logs, **kwargs)
+        if state.global_step == 2 and logs and "loss" in logs:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsWriter, "on_log", logged)
+    options = [f"model={model_dir}", f"train={rows}", f"output_dir={tmp_path / 'run'}", "use_cpu=true", "lora_rank=2"]
+    options += [f"ref_cache_dir={tmp_path / 'cache'}", "max_steps=9", "logging_steps=1", "title=a b"]
+    assert main(["dpo", *options]) == status
+    step = 3 if (tmp_path / "run" / "checkpoint-3").is_dir() else 2
+    for name in (f"checkpoint-{step}/adapter_model.safetensors", "adapter_model.safetensors", "report.html"):
+        assert (tmp_path / "run" / name).is_file(), name
+    assert f"{step} steps" in json.loads((tmp_path / "run" / "summary.json").read_text())["facts"]["training"]
+    said = capsys.readouterr().out
+    assert f"  fastalign dpo model={model_dir}" in said and "'title=a b' resume_from_checkpoint=last\n" in said

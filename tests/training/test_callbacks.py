@@ -26,14 +26,29 @@ def test_metrics_file_holds_the_evaluation_before_and_every_step(make_trainer, g
     assert all("rewards/margins" in line and line["time"] >= 0 for line in lines[1:4])
 
 
-def test_a_resumed_run_appends_to_its_file(tmp_path):
+def test_a_resumed_run_cuts_its_file_at_its_step_and_appends(tmp_path):
+    """A run that was killed had logged steps beyond its checkpoint, which then stood there twice."""
     writer, state, control = MetricsWriter(tmp_path / "metrics.jsonl"), TrainerState(), TrainerControl()
-    state.is_world_process_zero, state.global_step = True, 7
-    writer.path.write_text('{"step": 7}\n')
+    state.is_world_process_zero = True
+    old = [{"step": 7, "time": 100.0}, {"step": 7, "train_runtime": 3.0, "time": 101.0}, {"step": 8, "time": 102.0}]
+    writer.path.write_text("".join(json.dumps(line) + "\n" for line in old) + '{"step": 9, "ti')
+    writer.on_log(None, state, control, logs={"eval_loss": 2.0})  # an evaluation before it goes on
+    state.global_step = 7
     writer.on_train_begin(None, state, control)
     state.global_step = 8
     writer.on_log(None, state, control, logs={"loss": 1.0})
-    assert [line["step"] for line in read_metrics(writer.path)] == [7, 8]
+    lines = read_metrics(writer.path)
+    assert [line["step"] for line in lines] == [7, 8]
+    assert not any("train_runtime" in line or "eval_loss" in line for line in lines)
+    assert 100 <= lines[1]["time"] < 160  # the clock goes on too
+
+
+def test_an_evaluation_alone_leaves_the_file_of_an_older_run(make_trainer, gpt2, pairs, tmp_path):
+    trainer = make_trainer(gpt2(), pairs, eval_rows=pairs[:2], **LIVE)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 99, "loss": 1.0}\n')
+    trainer.evaluate()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 99, "loss": 1.0}\n'
 
 
 def test_the_bar_shows_what_it_knows_of_a_line(make_trainer, tiny_llama, pairs, capsys):

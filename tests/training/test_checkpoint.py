@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +14,14 @@ import transformers as tf
 from peft import LoraConfig, PeftModel
 
 from fastalign.data.tokenization import tokenize
+from fastalign.errors import ConfigError, DataError, TrainingError
 from fastalign.models.scoring import prepare
+from fastalign.training import run_folder
 from fastalign.training.checkpoint import extra_state, load_extra_state, save_extra_state
+from fastalign.training.manifest import find_damage
+from fastalign.training.preference import PreferenceTrainer
+from fastalign.training.run_folder import checkpoints
+from fastalign.training.sft import SFTTrainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 LIVE = {"precompute_ref_log_probs": False}
@@ -122,17 +131,20 @@ def test_extra_state_is_of_the_parts_that_have_one(tmp_path):
                                terms=[object(), _Part(**{"reference.0": tensors["reference.0"]})])  # fmt: skip
 
     saved, loaded = run(1.5), run(0.0)
-    (tmp_path / "checkpoint-4").mkdir()
-    save_extra_state(tmp_path, 4, extra_state(saved))
+    save_extra_state(tmp_path, extra_state(saved))
     before = loaded.objective.state["rewards"]
-    load_extra_state(tmp_path / "checkpoint-4", {**extra_state(loaded), "new": (other := torch.ones(1))})
+    load_extra_state(tmp_path, extra_state(loaded))
     assert before is loaded.objective.state["rewards"]  # in place: the run holds on to it
     assert all(
         torch.equal(a, b) for a, b in zip(extra_state(saved).values(), extra_state(loaded).values(), strict=True)
     )
-    assert other == 1
-    load_extra_state(tmp_path, extra_state(loaded))  # a checkpoint of a run without any
-    save_extra_state(tmp_path / "nowhere", 4, {})
+    with pytest.raises(ConfigError, match=r"another loss or other regularisers \(new of"):
+        load_extra_state(tmp_path, {**extra_state(loaded), "new": torch.ones(1)})
+    with pytest.raises(ConfigError, match="rewards of"):
+        load_extra_state(tmp_path, {"reference.0": torch.ones(3, 2)})
+    (tmp_path / "other").mkdir()
+    save_extra_state(tmp_path / "other", {})  # a checkpoint of a run without any
+    load_extra_state(tmp_path / "other", {})
 
 
 def test_what_changes_in_a_run_is_its_extra_state(make_trainer, tiny_llama, pairs, labelled):
@@ -142,3 +154,198 @@ def test_what_changes_in_a_run_is_its_extra_state(make_trainer, tiny_llama, pair
     assert names(pairs) == names(pairs, **LIVE) == names(labelled, loss_type="kto") == set()
     assert names(labelled, loss_type="bco") == {"rewards"}
     assert names(pairs, sync_ref_model=True, **LIVE) > {"reference.0", "reference.1"}
+
+
+# Checkpoints on the disk
+
+ROWS = [{"prompt": f"row {i}", "completion": "abc" * (1 + i % 3)} for i in range(16)]
+
+
+@pytest.fixture
+def sft(make_trainer, tiny_llama):
+    """A trainer of AdamW that saves every step."""
+
+    def make(**options):
+        options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "max_steps": 3, **options}
+        return make_trainer(tiny_llama(), ROWS, SFTTrainer, **options)
+
+    return make
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_holds_no_pickle_and_every_file_is_in_the_manifest(sft, tmp_path):
+    sft(max_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert find_damage(checkpoint) is None
+    listed = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    assert sorted([*listed, "manifest.json"]) == names(checkpoint)
+    assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors", ".jinja"}
+    assert {"optimizer.safetensors", "process-0.safetensors", "scheduler.json", "trainer_state.json"} <= listed.keys()
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used_with_a_sentence(sft, tmp_path, caplog):
+    whole = sft()
+    whole.train()
+    expected = weights(whole)
+    file = tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # one bit
+    file.write_bytes(content)
+    (tmp_path / "run" / "checkpoint-2" / "manifest.json").unlink()
+    resumed = sft()
+    resumed.train(resume_from_checkpoint="last")
+    said = [record.getMessage() for record in caplog.records]
+    assert any("checkpoint-3 has a damaged file: the checksum of optimizer.safetensors" in line for line in said)
+    assert any("checkpoint-2 has no manifest.json" in line and "goes on from checkpoint-1" in line for line in said)
+    assert all(torch.equal(a, b) for a, b in zip(expected, weights(resumed), strict=True))
+    assert resumed.state.log_history[0]["step"] == 1
+    assert find_damage(tmp_path / "run" / "checkpoint-3") is None  # written anew
+    assert "set-aside-checkpoint-3" in names(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(sft, tmp_path):
+    sft(max_steps=1).train()
+    (tmp_path / "run" / "checkpoint-1" / "scheduler.json").unlink()
+    with pytest.raises(DataError, match=r"lacks the file scheduler.json: give resume_from_checkpoint=last"):
+        sft().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    with pytest.raises(DataError, match=r"No checkpoint in .* is whole"):
+        sft().train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_plain_transformers_is_refused_and_nothing_of_it_is_unpickled(sft, tmp_path, monkeypatch):
+    sft(max_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "optimizer.pt").write_bytes(b"pickle")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
+    with pytest.raises(DataError, match=r"has no manifest.json: it was not finished, or something else wrote it"):
+        sft().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_rotation_keeps_the_newest_whole_ones(sft, tmp_path):
+    sft(max_steps=5, save_total_limit=2).train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize(
+    "fails", ["fastalign.training.checkpoint.save_state", "fastalign.training.manifest.write_json"]
+)
+def test_a_save_that_fails_leaves_the_checkpoint_before_and_nothing_else(sft, tmp_path, monkeypatch, fails):
+    module, _, name = fails.rpartition(".")
+    trainer, works = sft(), getattr(sys.modules[module], name)
+
+    def full(*args):
+        if trainer.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return works(*args)
+
+    monkeypatch.setattr(fails, full)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be written .*No space left on device.*checkpoint-1 is as"):
+        trainer.train()
+    assert names(tmp_path / "run") == ["checkpoint-1", "metrics.jsonl"]
+    assert find_damage(tmp_path / "run" / "checkpoint-1") is None
+
+
+def test_last_without_a_checkpoint_starts_from_the_beginning(sft, caplog):
+    trainer = sft(max_steps=1)
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.state.global_step == 1
+    assert "training starts from the beginning" in caplog.text
+
+
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(sft):
+    first, again = sft(max_steps=3, per_device_train_batch_size=8), sft(max_steps=3, per_device_train_batch_size=8)
+    first.train()  # in the middle of an epoch
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_cleared(sft, tmp_path):
+    sft(max_steps=3).train()
+    with pytest.raises(ConfigError, match=r"holds a run already \(checkpoint-3\).*overwrite_output_dir=true"):
+        sft(max_steps=1, overwrite_output_dir=False).train()
+    sft(max_steps=1, overwrite_output_dir=True).train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {1}
+
+
+def test_the_model_alone_cannot_be_resumed(sft):
+    sft(max_steps=1, save_only_model=True).train()
+    with pytest.raises(ConfigError, match="holds the model alone"):
+        sft(max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(sft, make_trainer, tiny_llama):
+    sft(max_steps=1).train()
+    other = make_trainer(tiny_llama(), ROWS, SFTTrainer, peft_config=LoraConfig(**LORA), max_steps=2)
+    with pytest.raises(ConfigError, match="was saved with other options"):
+        other.train(resume_from_checkpoint=True)
+
+
+# A disk that is full, too small or read-only
+
+
+class LimitFiles(tf.TrainerCallback):
+    """From a step on no file may grow beyond some bytes: the system refuses to write more, as on a full disk."""
+
+    def __init__(self, step, limit):
+        self.step, self.limit = step, limit
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(20_000, "The checkpoint of step 2"), (100, "The (run|checkpoint of step 2)")]
+)
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(sft, tmp_path, limit, what):
+    trainer = sft()
+    trainer.add_callback(LimitFiles(1, limit))
+    try:
+        with pytest.raises(TrainingError, match=f"{what} cannot be written into .*large.*checkpoint-1 is as it was"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert find_damage(tmp_path / "run" / "checkpoint-1") is None
+    assert not list((tmp_path / "run").glob(".*"))
+    sft().train(resume_from_checkpoint="last")
+    assert find_damage(tmp_path / "run" / "checkpoint-3") is None
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_said_before_training(sft, monkeypatch):
+    trainer = sft()
+    weights = sum(p.numel() for p in trainer.model.parameters()) * 4
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * weights - 1))
+    with pytest.raises(ConfigError, match=r"one checkpoint takes at least 0\.00 GB"):
+        trainer.train()
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * weights))
+    trainer.train()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_reference_pass(
+    make_trainer, tiny_llama, pairs, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("")
+    score = PreferenceTrainer._score_rows
+    monkeypatch.setattr(PreferenceTrainer, "_score_rows", lambda *given: pytest.fail("it computed"))
+    with pytest.raises(ConfigError, match=r"ref_cache_dir .* cannot be written: Not a directory"):
+        make_trainer(tiny_llama(), pairs, ref_cache_dir=str(tmp_path / "file"))
+    monkeypatch.setattr(PreferenceTrainer, "_score_rows", score)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastalign.training.reference.write_keyed", full)
+    make_trainer(tiny_llama(), pairs).train()
+    assert "cannot be stored, so the next run computes them anew" in caplog.text

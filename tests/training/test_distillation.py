@@ -131,7 +131,7 @@ def test_regularizers_of_a_file_and_of_the_command_line(files):
         f"{{name: replay, text: {files / 'prose.jsonl'}, share: 0.5}}, "
         "{name: distillation, teacher: start, weight: 0.5}]"
     )
-    assert main.main(["train", str(files / "recipe.yaml"), f"regularizers={every}"]) == 0
+    assert main.main(["train", str(files / "recipe.yaml"), f"regularizers={every}", "overwrite_output_dir=true"]) == 0
     last = next(line for line in reversed(logged(files)) if "loss" in line)
     assert {"kl_to_start", "l2_sp", "layers_trained", "replay/nll", "distillation"} <= last.keys()
     assert json.loads((files / "run" / "run.json").read_text())["regularizers"][1]["name"] == "l2_sp"
@@ -142,7 +142,7 @@ def test_fisher_of_a_text_holds_an_adapter_in_place(files, model_dir):
     command = ["fisher", str(model_dir), "--text", str(files / "prose.jsonl"), "--out", str(fisher), "--bits", "8"]
     assert main.main(command) == 0
     regularizers = f"regularizers=[{{name: ewc, fisher: {fisher}, strength: 1e3}}]"
-    assert main.main(["sft", "--config", str(files / "run.yaml"), regularizers]) == 0
+    assert main.main(["sft", "--config", str(files / "run.yaml"), regularizers, "overwrite_output_dir=true"]) == 0
     penalties = [line["ewc"] for line in logged(files) if "ewc" in line]
     assert penalties[0] == 0 < penalties[1]
     # of several files beside the configuration, 1.25 F in all

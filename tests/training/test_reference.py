@@ -30,6 +30,7 @@ def make(tokenizer, tmp_path):
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2, "ref_cache_dir": str(tmp_path / "cache"),
+            "overwrite_output_dir": True,
         }  # fmt: skip
         args = PreferenceConfig(**{**defaults, **options})
         return PreferenceTrainer(model, args, rows, eval_rows, tokenizer, peft_config)
@@ -306,3 +307,10 @@ def test_precompute_cuts_long_data_into_batches(tmp_path):
     values = precompute(dataset, score, "weights", tmp_path)["ref_logprobs"][:]
     assert values == [[[-i - 0.5, -i - 0.5]] for i in range(7)]  # in the order of the rows
     assert len(seen) == 4 and max(seen) <= 2048
+
+
+def test_the_bar_of_the_reference_pass_obeys_disable_tqdm(make, tiny_llama, pairs, capsys):
+    make(tiny_llama(), pairs)
+    assert "reference log-probs" not in capsys.readouterr().err
+    make(tiny_llama(seed=1), pairs, disable_tqdm=False)
+    assert "reference log-probs" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     config = PreferenceConfig(
         output_dir=str(setting.folder / "scratch"), learning_rate=LEARNING_RATE * run.rate, max_steps=STEPS,
         per_device_train_batch_size=ROWS_A_STEP, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
-        seed=1, use_cpu=True, disable_tqdm=True, ref_cache_dir=str(setting.folder / "cache"),
+        seed=1, use_cpu=True, disable_tqdm=True, ref_cache_dir=str(setting.folder / "cache"), overwrite_output_dir=True,
     )  # fmt: skip
     train_rows = load_rows(spread(list(load_rows(DATA / "train.jsonl")), STEPS * ROWS_A_STEP))
     eval_rows = load_rows(spread(list(load_rows(DATA / "test.jsonl")), HELD_OUT_PAIRS))
