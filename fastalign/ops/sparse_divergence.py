@@ -366,7 +366,7 @@ def sparse_divergence(
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_tail(tail)
-    check_linear(hidden, weight, bias, softcap)
+    check_linear(hidden, weight, bias, softcap, logit_scale)
     shape, vocab = hidden.shape[:-1], weight.shape[0]
     check_teacher_entries(shape, vocab, teacher_indices, teacher_logprobs)
     k = teacher_indices.shape[-1]
