@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from fastalign import __version__
 from fastalign.cli import data, fisher, info, table, tax, train
-from fastalign.errors import ConfigError, FastAlignError
+from fastalign.errors import ConfigError, FastAlignError, printable
 from fastalign.options import closest
 
 COMMANDS = (train, data, tax, fisher, info)
@@ -105,7 +105,7 @@ def _wrap(names: list[str]) -> str:
 
 
 def _stopped(sentence: str, status: int) -> int:
-    print(f"fastalign: {sentence}", file=sys.stderr)
+    print(printable(f"fastalign: {sentence}"), file=sys.stderr)
     return status
 
 

@@ -13,7 +13,7 @@ from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.files import load_rows
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
@@ -37,7 +37,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     Raises:
         FastAlignError: Something that was given cannot be used. This is found before the first training step.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names and texts may hold brackets
     folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
     regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
@@ -48,7 +48,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
-    console.print(f"Loading {model}")
+    console.print(printable(f"Loading {model}"))
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
     if not options.lora_rank and adapter_base(model) is not None:
@@ -85,7 +85,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     if answers:
         _show_answers(console, questions, *answers)
     console.print()
-    console.print(f"Run folder {folder}, report {report}")
+    console.print(printable(f"Run folder {folder}, report {report}"))
     return folder
 
 
@@ -151,27 +151,27 @@ def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Ans
 
 
 def _show(console: Console, summary: dict) -> None:
-    table = Table(title=summary["title"], title_justify="left", title_style="bold")
+    table = Table(title=printable(summary["title"]), title_justify="left", title_style="bold")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_column("")
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
-        table.add_row(row["metric"], *values, row["unit"])
+        table.add_row(printable(row["metric"]), *values, row["unit"])
     console.print()
     console.print(table)
     for label, value in summary["facts"].items():
-        console.print(f"  {label:<16}{value}", markup=False)
+        console.print(printable(f"  {label:<16}{value}"))
 
 
 def _show_answers(console: Console, questions: list[str], old: Answers, new: Answers) -> None:
     shown = quartiles(old, new)
     console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
     for i in shown:
-        console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
-        console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
-        console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
+        console.print(f"\n{_short(questions[i])}", style="bold")
+        console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}")
+        console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}")
 
 
 def quartiles(old: Answers, new: Answers) -> list[int]:
@@ -182,5 +182,5 @@ def quartiles(old: Answers, new: Answers) -> list[int]:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -27,7 +27,7 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, printable
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
@@ -196,7 +196,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     def train(self, *args, **kwargs):
         """`transformers.Trainer.train`, after the preflight report."""
         if self.args.should_log and not self.args.disable_tqdm:
-            print(self.preflight_report(), flush=True)
+            print(printable(self.preflight_report()), flush=True)
         self.throughput.restart()
         try:
             return super().train(*args, **kwargs)
