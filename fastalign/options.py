@@ -108,7 +108,14 @@ def from_mapping(cls: type, options: Mapping[str, Any]) -> Any:
         return cls(**values)
     except FastAlignError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        OSError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # of TrainingArguments
         raise ConfigError(" ".join(str(error).split())) from error
 
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from datasets import Dataset
+from huggingface_hub import get_token, is_offline_mode
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
+from fastalign.options import one_of
 
 _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt per completion", "padded": "padded rows"}
 
 
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
     """ConfigError for options that the Trainer would refuse only after everything is loaded."""
+    if not isinstance(args, AlignmentConfig):
+        raise ConfigError(
+            f"args is of type {type(args).__name__}; pass a PreferenceConfig, SFTConfig or DistillationConfig"
+        )
+    _check_trackers(args)
+    _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ConfigError(f"eval_strategy is {strategy!r}, but there is no eval_dataset: give one")
@@ -28,6 +40,27 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         raise ConfigError(f"optim is {name!r}, and cannot run here: {' '.join(str(error).split())}") from error
     except ValueError:  # some optimisers want the model here, which is not loaded yet
         return
+
+
+def _check_trackers(args: AlignmentConfig) -> None:
+    """ConfigError for a tracker that is unknown or not installed. The Trainer would say so after loading everything."""
+    available = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        one_of("report_to", name, (*INTEGRATION_TO_CALLBACK, "none"))
+        if name not in (*available, "flyte"):  # flyte has no such test
+            raise ConfigError(f"report_to is {name!r}, which is not installed: `pip install {name}`, or leave it out")
+
+
+def _check_hub(args: AlignmentConfig) -> None:
+    """ConfigError for a push to the hub that cannot succeed."""
+    if not args.push_to_hub:
+        return
+    if is_offline_mode():
+        raise ConfigError("push_to_hub is True, but HF_HUB_OFFLINE is set, so no hub is reached: leave one of them out")
+    if args.hub_token is None and get_token() is None:
+        raise ConfigError(
+            "push_to_hub is True, but there is no token of a hub: run `hf auth login`, set HF_TOKEN, or leave it out"
+        )
 
 
 def row_tokens(row: dict, layout: str) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
@@ -114,8 +115,9 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         **trainer_options,
     ):
         limit_onednn_cache()
-        tokenizer = _tokenizer(model, processing_class)
+        check_arguments(trainer_options)
         check_options(args, has_eval_rows=eval_dataset is not None)
+        tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import typing
 
 import pytest
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
+from fastalign.training import PreferenceTrainer, SFTTrainer
 from fastalign.training.preflight import check_options, row_tokens
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -48,3 +51,34 @@ def test_options_that_would_fail_late_are_refused(tmp_path, monkeypatch):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["mlp"])
     with pytest.raises(ConfigError, match="optim is 'galore_adamw', and cannot run here"):
         check_options(args, has_eval_rows=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report_to": "wandb"}, "report_to is 'wandb', which is not installed: `pip install wandb`"),
+        ({"report_to": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"push_to_hub": True}, "push_to_hub is True, but there is no token"),
+        ({"push_to_hub": True, "hub_token": "hf_x"}, "push_to_hub is True, but HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_what_needs_something_that_is_not_there_is_refused(tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("fastalign.training.preflight.is_offline_mode", lambda: "hub_token" in options)
+    monkeypatch.setattr("fastalign.training.preflight.get_token", lambda: None)
+    monkeypatch.setattr("fastalign.training.preflight.get_available_reporting_integrations", list)
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    with pytest.raises(ConfigError, match=said):
+        check_options(args, has_eval_rows=False)
+
+
+def test_options_of_another_library_are_refused(tmp_path):
+    for args in (None, TrainingArguments(str(tmp_path), use_cpu=True)):
+        with pytest.raises(ConfigError, match=r"pass a PreferenceConfig, SFTConfig or DistillationConfig"):
+            check_options(args, has_eval_rows=False)
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, PreferenceTrainer])
+def test_arguments_that_would_do_nothing_are_refused(trainer, tmp_path):
+    args = typing.get_type_hints(trainer.__init__)["args"](output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match="compute_metrics is not supported: evaluation forms no logits"):
+        trainer("nowhere", args, [], compute_metrics=lambda predictions: {})
