@@ -21,6 +21,7 @@ from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import format_number
+from fastalign.training.preflight import check_options
 
 
 def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
@@ -42,6 +43,7 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
+    check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
     train_rows = load_rows(train)
     eval_rows = load_rows(options.eval) if options.eval else None
     try:

@@ -33,7 +33,7 @@ from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
 from fastalign.models.loading import load_tokenizer
-from fastalign.models.ready import make_ready
+from fastalign.models.ready import check_router, make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.objectives.base import Objective, Totals
@@ -137,6 +137,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         self.sums, self.throughput = MetricSums(), Throughput()
         of_transformers = {"callbacks": callbacks, **trainer_options}
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
+        self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
@@ -190,6 +191,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
         reference = self.origin.reference if self.reference else "none: the loss compares with nothing"
         lines = [("base", self.origin.base), ("reference", reference), ("trained", self.origin.trained)]
+        if check_router(causal_lm(self.model)):
+            lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
         lines += report_lines(self.model, self.train_dataset, self.args, self.layout)
         return self.preflight.render(lines)
 
@@ -229,7 +232,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
+        options = {"memory_budget": self.args.memory_budget, "noise": self.args.neftune_noise_alpha}
+        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **options)
         reference = None
         if self.reference is not None:
             # The check of the first step compares without what training draws at random.
