@@ -216,10 +216,10 @@ def adapter_settings(model: nn.Module) -> list[tuple]:
 # Layers
 
 
-def is_lora_linear(module: Any) -> bool:
-    """Whether the module is peft's LoRA around a plain `nn.Linear`. Its attributes decide, so peft stays unimported."""
-    base = getattr(module, "base_layer", None)
-    return type(base) is nn.Linear and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+def lora_base(module: Any) -> nn.Module | None:
+    """The layer inside peft's LoRA; None for other modules. Attributes decide, so peft stays unimported."""
+    is_lora = hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+    return getattr(module, "base_layer", None) if is_lora else None
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Lora]]:

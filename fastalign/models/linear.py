@@ -16,6 +16,10 @@ as autocast does.
   AMD processors, where oneDNN is twice as fast.
 - GPU, 16 bits: `x W'` is added onto `(x A') (s B)'`. This copies no weight and takes half as many kernel launches, on
   which small models wait.
+
+**Quantised weights** (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) are dequantised for each product, in forward and
+again in backward, and take the same product after that. So a quantised layer computes bit for bit what a layer with the
+dequantised weight does, and its adapter is summed before rounding too. bitsandbytes rounds first, and peft adds.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastalign.models.adapters import fusible_lora, is_disabled, is_lora_linear
+from fastalign.models.adapters import fusible_lora, is_disabled, lora_base
+from fastalign.models.quantization import QuantizedWeight, is_quantized_layer, quantized_weight, training_product
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Subclasses of Tensor may be sharded or quantised: only torch's own functions know how to multiply those.
@@ -37,18 +42,20 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def speed_up_linear(model: nn.Module) -> None:
-    """Lets the model's `nn.Linear` layers and plain LoRA layers use the products above; the model is changed in place.
+    """Lets linear layers, quantised or not, and LoRA on them use the products above; the model is changed in place.
 
     Each call of a layer decides anew whether such a product applies, and otherwise runs the layer's original forward.
-    A LoRA layer qualifies with one active adapter on a frozen, unquantised layer, without dropout, bias, variant or
-    hooks; on a GPU in 16 bits only. Results are the same up to rounding, and are rounded less often.
+    A LoRA layer qualifies with one active adapter on a frozen layer, without dropout, bias, variant or hooks; on a GPU
+    in 16 bits only. Results are the same up to rounding, and are rounded less often.
     """
     for module in model.modules():
-        if "forward" in vars(module):
+        if is_quantized_layer(module):  # `use_training_product` may have patched it, for calls without a fused product
+            module.forward = types.MethodType(_quantized_linear, module)
+        elif "forward" in vars(module):
             continue  # already patched
-        if type(module) is nn.Linear:
+        elif type(module) is nn.Linear:
             module.forward = types.MethodType(_linear, module)
-        elif is_lora_linear(module):
+        elif (base := lora_base(module)) is not None and (type(base) is nn.Linear or is_quantized_layer(base)):
             module.forward = types.MethodType(_lora_linear, module)
 
 
@@ -86,16 +93,26 @@ def _linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return linear(x, weight, bias)
 
 
-def _result_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that torch's product would have: that of autocast, which leaves float64 alone, or the tensors'."""
+def _product_dtype(x: Tensor, weight: Tensor | QuantizedWeight) -> torch.dtype | None:
+    """The dtype of the layer's product.
+
+    - A quantised layer multiplies in a dtype of its own, whatever autocast says. None where that would round the input.
+    - torch's product has the dtype of autocast, which leaves float64 alone, or that of the tensors.
+    """
+    if isinstance(weight, QuantizedWeight):
+        dtype = weight.dtype or x.dtype
+        return dtype if torch.promote_types(x.dtype, dtype) == dtype != torch.float64 else None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype if weight.dtype in HALF_DTYPES else x.dtype
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain tensors on one CPU or GPU, and no transform of torch.func (vmap, grad, ...) is active."""
-    plain = type(x) in PLAIN_TENSORS and type(weight) in PLAIN_TENSORS
+def _is_plain(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    """Whether both are plain tensors on one CPU or GPU, and no transform of torch.func (vmap, grad, ...) is active.
+
+    Packed weights count as plain.
+    """
+    plain = type(x) in PLAIN_TENSORS and type(weight) in (*PLAIN_TENSORS, QuantizedWeight)
     on_one_device = x.device.type == weight.device.type in ("cpu", "cuda")
     return plain and on_one_device and not torch._C._are_functorch_transforms_active()
 
@@ -104,10 +121,22 @@ def _linear(self: nn.Linear, x: Tensor) -> Tensor:
     """The forward of `nn.Linear` where torch's product is not the fastest one."""
     if not _is_plain(x, self.weight) or x.is_cuda:
         return type(self).forward(self, x)
-    dtype = _result_dtype(x, self.weight)
-    if not _has_faster_product(dtype, x.dtype, self.weight.dtype):
+    dtype = _product_dtype(x, self.weight)
+    if dtype is None or not _has_faster_product(dtype, x.dtype, self.weight.dtype):
         return type(self).forward(self, x)
     return LoraLinearCpu.apply(x, self.weight, self.bias, None, None, 0.0, dtype)
+
+
+def _quantized_linear(self: Any, x: Tensor) -> Tensor:
+    """The forward of a layer of bitsandbytes on a CPU: the product of the dequantised weight, as `_lora_linear` has it.
+
+    So a model whose adapters are switched off has the bits of one whose adapters are zero.
+    """
+    weight = quantized_weight(self)
+    dtype = None if weight is None or x.is_cuda or not _is_plain(x, weight) else _product_dtype(x, weight)
+    if dtype is None:
+        return training_product(self, x)
+    return LoraLinearCpu.apply(x, weight, self.bias, None, None, 0.0, dtype).to(x.dtype)
 
 
 def _has_faster_product(result: torch.dtype, *inputs: torch.dtype) -> bool:
@@ -119,10 +148,13 @@ def _has_faster_product(result: torch.dtype, *inputs: torch.dtype) -> bool:
 def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of peft's LoRA layer, as one fused product where that computes the same."""
     lora = None if args or kwargs else fusible_lora(self)
-    if lora is None or lora.a.dtype in HALF_DTYPES or not _is_plain(x, lora.base.weight):
+    if lora is None or lora.a.dtype in HALF_DTYPES:
         return type(self).forward(self, x, *args, **kwargs)
-    weight, bias, b = lora.base.weight, lora.base.bias, lora.b
-    dtype = _result_dtype(x, weight)
+    weight = quantized_weight(lora.base) if is_quantized_layer(lora.base) else lora.base.weight
+    dtype = None if weight is None or not _is_plain(x, weight) else _product_dtype(x, weight)
+    if dtype is None:
+        return type(self).forward(self, x)
+    bias, b = lora.base.bias, lora.b
     if x.is_cuda and not _is_fast_on_gpu(weight, dtype, rank=lora.a.shape[0]):
         return type(self).forward(self, x)
     if is_disabled(self):
@@ -137,12 +169,14 @@ def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
         b = torch.zeros_like(b)
     if x.is_cuda:
         return LoraLinearGpu.apply(x, weight, bias, lora.a, b, lora.scaling)
-    return LoraLinearCpu.apply(x, weight, bias, lora.a, b, lora.scaling, dtype)
+    out = LoraLinearCpu.apply(x, weight, bias, lora.a, b, lora.scaling, dtype)
+    return out.to(x.dtype) if isinstance(weight, QuantizedWeight) else out
 
 
-def _is_fast_on_gpu(weight: Tensor, dtype: torch.dtype, rank: int) -> bool:
+def _is_fast_on_gpu(weight: Tensor | QuantizedWeight, dtype: torch.dtype, rank: int) -> bool:
     """Whether a GPU's fast products apply: 16-bit weights, and rows that begin at multiples of 16 bytes."""
-    return weight.dtype == dtype in HALF_DTYPES and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+    same = weight.dtype in (dtype, None)  # None: that of the input
+    return same and dtype in HALF_DTYPES and rank % 8 == weight.shape[0] % 8 == weight.shape[1] % 8 == 0
 
 
 def _fuses_adapter(dtype: torch.dtype) -> bool:
@@ -166,19 +200,29 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.float() if t.dtype in HALF_DTYPES else t
 
 
+def _weight_operand(weight: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) as `_operand`, dequantised where it is packed."""
+    return _operand(_in_dtype(weight, dtype), dtype)
+
+
+def _split(weight: Any) -> tuple[QuantizedWeight | None, Tensor | None]:
+    """The weight as a backward pass keeps it: autograd takes tensors only."""
+    return (weight, None) if isinstance(weight, QuantizedWeight) else (None, weight)
+
+
 class LoraLinearCpu(torch.autograd.Function):
     """`x W' + bias + s (x A') B'` on a CPU, accumulated once and rounded once; without an adapter `x W' + bias`.
 
     Plain `nn.Linear` layers use it too, with a = b = None.
 
-    Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in) and b (out, r) or both None (no adapter),
-    the scaling s, and the dtype of the result (..., out).
+    Arguments: x (..., in), weight (out, in), which may be a QuantizedWeight, bias (out,) or None, a (r, in) and b
+    (out, r) or both None (no adapter), the scaling s, and the dtype of the result (..., out).
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling, dtype):
         """The result, (..., out)."""
-        rows, w = _operand(_as_rows(x), dtype), _operand(weight, dtype)  # (T, in), (out, in)
+        rows, w = _operand(_as_rows(x), dtype), _weight_operand(weight, dtype)  # (T, in), (out, in)
         bias_ = None if bias is None else _operand(bias, dtype)
         xa: Any = None
         with torch.autocast(x.device.type, enabled=False):
@@ -192,7 +236,8 @@ class LoraLinearCpu(torch.autograd.Function):
                 out = _linear_product(rows, w, bias_).addmm_(xa, _operand(b, dtype).t(), alpha=scaling)
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
         # The input is saved once, in its original dtype, and only if a gradient needs it.
-        ctx.save_for_backward(x if of_weight or of_a or of_b else None, weight, a, b, xa if of_b else None)
+        ctx.quantized, weight_ = _split(weight)
+        ctx.save_for_backward(x if of_weight or of_a or of_b else None, weight_, a, b, xa if of_b else None)
         ctx.scaling, ctx.dtype, ctx.x, ctx.has_adapter = scaling, dtype, (x.shape, x.dtype), a is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
@@ -208,7 +253,8 @@ class LoraLinearCpu(torch.autograd.Function):
         d_weight = d_bias = d_a = d_b = None
         d_x: Any = None
         with torch.autocast(grad.device.type, enabled=False):
-            g, w = _operand(_as_rows(grad), ctx.dtype), _operand(weight, ctx.dtype)  # (T, out), (out, in)
+            g = _operand(_as_rows(grad), ctx.dtype)  # (T, out)
+            w: Any = _weight_operand(ctx.quantized or weight, ctx.dtype) if of_x else None  # (out, in)
             rows: Any = None if x is None else _operand(_as_rows(x), ctx.dtype)  # (T, in)
             # The gradient of x A', (T, r).
             ga: Any = (
@@ -237,8 +283,8 @@ class LoraLinearCpu(torch.autograd.Function):
 class LoraLinearGpu(torch.autograd.Function):
     """`(x A') (s B)' + x W' + bias` on a GPU in the 16-bit dtype of W. The sum is rounded once, with a bias twice.
 
-    Arguments: x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r), and the scaling s; the result
-    is (..., out). The weight gets no gradient.
+    Arguments: x (..., in), weight (out, in), which may be a QuantizedWeight, bias (out,) or None, a (r, in), b (out,
+    r), and the scaling s; the result is (..., out). The weight gets no gradient.
 
     We compute 2 * (adapter), then ask cuBLAS for 0.5 * that + x W'. The number is the same, since doubling and halving
     are exact, but cuBLAS then adds in float32. With a factor of 1 instead of 0.5, cuBLAS on an H200 rounds x W' to 16
@@ -249,14 +295,16 @@ class LoraLinearGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         """The result, (..., out)."""
-        rows, a16 = _as_rows(x).to(weight.dtype), a.to(weight.dtype)
-        b16 = torch.mul(b, 2 * scaling, out=torch.empty_like(b, dtype=weight.dtype))
+        dtype = weight.dtype or x.dtype
+        rows, a16 = _as_rows(x).to(dtype), a.to(dtype)
+        b16 = torch.mul(b, 2 * scaling, out=torch.empty_like(b, dtype=dtype))
         xa = torch.mm(rows, a16.t())  # (T, r)
-        out = torch.mm(xa, b16.t()).addmm_(rows, weight.t(), beta=0.5)  # (T, out)
+        out = torch.mm(xa, b16.t()).addmm_(rows, _in_dtype(weight, dtype).t(), beta=0.5)  # (T, out)
         if bias is not None:
             out += bias
         of_a, of_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(x if of_a or of_b else None, weight, a, b, a16, b16, xa if of_b else None)
+        ctx.quantized, weight_ = _split(weight)
+        ctx.save_for_backward(x if of_a or of_b else None, weight_, a, b, a16, b16, xa if of_b else None)
         ctx.scaling, ctx.x = scaling, (x.shape, x.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], weight.shape[0])
@@ -267,13 +315,15 @@ class LoraLinearGpu(torch.autograd.Function):
         x, weight, a, b, a16, b16, xa = ctx.saved_tensors
         of_x, _, of_bias, of_a, of_b, _ = ctx.needs_input_grad
         g, d_x, d_bias, d_a, d_b = _as_rows(grad), None, None, None, None  # (T, out)
-        rows: Any = None if x is None else _as_rows(x).to(weight.dtype)  # (T, in)
+        dtype = a16.dtype
+        rows: Any = None if x is None else _as_rows(x).to(dtype)  # (T, in)
         if torch.is_grad_enabled():  # a second derivative is wanted: compute from the factors, not from kept copies
-            a16, b16 = a.to(weight.dtype), (b * (2 * ctx.scaling)).to(weight.dtype)
+            a16, b16 = a.to(dtype), (b * (2 * ctx.scaling)).to(dtype)
             xa = None if rows is None else torch.mm(rows, a16.t())
         ga: Any = torch.mm(g, b16) if of_x or of_a else None  # (T, r), twice the gradient of x A'
         if of_x:
-            d_x = torch.mm(ga, a16).addmm_(g, weight, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
+            w = _in_dtype(ctx.quantized or weight, dtype)
+            d_x = torch.mm(ga, a16).addmm_(g, w, beta=0.5).view(ctx.x[0]).to(ctx.x[1])
         if of_bias:
             d_bias = g.sum(0).to(ctx.bias_dtype)
         if of_a:
@@ -281,6 +331,10 @@ class LoraLinearGpu(torch.autograd.Function):
         if of_b:
             d_b = _factor_gradient(b, g.t(), xa, ctx.scaling)
         return d_x, None, d_bias, d_a, d_b, None
+
+
+def _in_dtype(weight: Any, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight
 
 
 def _factor_gradient(factor: Tensor, left: Tensor, right: Any, scaling: float) -> Tensor:

@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from fastalign.config.quantization import check_quantization
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import adapter_base, load_adapter, merge_adapter
-from fastalign.models.quantization import import_bitsandbytes, quantization_config, use_training_product
+from fastalign.models.freed import release_freed_memory
+from fastalign.models.quantization import (
+    import_bitsandbytes,
+    quantization_config,
+    quantized_layers,
+    use_training_product,
+)
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftModel
@@ -91,6 +97,8 @@ def load_model(
     if gguf is not None:
         _forget_quantization(model)
     use_training_product(model)
+    if quantized_layers(model):
+        release_freed_memory()
     return model
 
 

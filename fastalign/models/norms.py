@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import reference
+from fastalign.models.adapters import lora_base
 from fastalign.models.linear import PLAIN_TENSORS
+from fastalign.models.quantization import is_quantized_layer, quantized_weight
 from fastalign.ops import rms_norm, swiglu
 from fastalign.ops.backends import cpu
 
@@ -53,14 +55,21 @@ def _is_swiglu(module: nn.Module) -> bool:
     if not all(isinstance(part, nn.Module) for part in parts):
         return False
     gate, up, down, _ = parts
-    weight = getattr(gate, "weight", None)
-    if len(inspect.signature(module.forward).parameters) != 1 or not isinstance(weight, Tensor):
+    if len(inspect.signature(module.forward).parameters) != 1 or (row := _input_row(gate)) is None:
         return False
-    if weight.dim() != 2 or not _takes(weight):
-        return False
-    if getattr(gate, "in_features", None) != weight.shape[1]:  # a quantised weight is packed
-        return False
-    return _agrees(module, lambda x: down(reference.swiglu(gate(x), up(x)).to(x.dtype)), weight)
+    return _agrees(module, lambda x: down(reference.swiglu(gate(x), up(x)).to(x.dtype)), row)
+
+
+def _input_row(layer: Any) -> Tensor | None:
+    """A tensor (in,) of the dtype and on the device that a linear layer's input has; None if the op cannot take it."""
+    base = lora_base(layer) or layer
+    weight = getattr(base, "weight", None)
+    if is_quantized_layer(base):
+        packed = quantized_weight(base)
+        row = None if packed is None else torch.empty(base.in_features, dtype=packed.dtype, device=packed.device)
+    else:
+        row = weight[0] if isinstance(weight, Tensor) and weight.dim() == 2 and _takes(weight) else None
+    return row if row is not None and row.shape == (getattr(base, "in_features", None),) and _takes(row) else None
 
 
 @torch.no_grad()

@@ -11,10 +11,13 @@ inference:
   because policy and reference take the same product.
 - A `Linear8bitLt` rounds its inputs to 8 bits in evaluation mode, and not in training mode. A reference that is scored
   in evaluation mode differs from its policy before the first step.
+
+`QuantizedWeight` is what the products of `fastalign.models.linear` multiply by.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 from collections.abc import Iterator
@@ -88,21 +91,84 @@ def use_training_product(model: nn.Module) -> None:
     if isinstance(base, PreTrainedModel) and has_quantized_embeddings(base):
         base.resize_token_embeddings = _refuse_to_resize
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
+        if _is_four_bit(module):
             module.support_avx512bf16_for_cpu = False
-        elif hasattr(module, "init_8bit_state") and "forward" not in vars(module):  # a Linear8bitLt
-            module.forward = types.MethodType(_eight_bit_linear, module)
+        elif _is_eight_bit(module) and "forward" not in vars(module):
+            module.forward = types.MethodType(training_product, module)
 
 
-def _eight_bit_linear(self: nn.Module, x: Tensor) -> Tensor:
-    """The forward of a `Linear8bitLt`, which on a CPU always believes to be in training mode."""
-    if x.device.type != "cpu" or self.training:
+def training_product(self: nn.Module, x: Tensor) -> Tensor:
+    """The product that bitsandbytes has for a layer in training mode, in whatever mode the layer is.
+
+    A `Linear8bitLt` on a CPU has to believe for the call that it is in training mode.
+    """
+    if _is_four_bit(self) or x.device.type != "cpu" or self.training:
         return type(self).forward(self, x)
     self.training = True
     try:
         return type(self).forward(self, x)
     finally:
         self.training = False
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether the module is a linear layer of bitsandbytes. Its attributes decide, so the package stays unimported."""
+    return _is_four_bit(module) or _is_eight_bit(module)
+
+
+def _is_four_bit(module: nn.Module) -> bool:
+    return hasattr(module, "support_avx512bf16_for_cpu")
+
+
+def _is_eight_bit(module: nn.Module) -> bool:
+    return hasattr(module, "init_8bit_state")
+
+
+class QuantizedWeight:
+    """The weight (out, in) of a layer of bitsandbytes. Each product dequantises it anew, so no copy of it is kept.
+
+    Attributes:
+        shape: (out, in).
+        device: where the packed weight lies.
+        dtype: what the layer multiplies in; None for an 8-bit layer, which multiplies in its input's dtype.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.shape = (layer.out_features, layer.in_features)
+        self.device = layer.weight.device
+        self.dtype: torch.dtype | None = getattr(layer, "compute_dtype", None)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight in floating point, (out, in). Each number is rounded once, to `dtype`."""
+        weight: Any = self._layer.weight
+        if _is_four_bit(self._layer):
+            state = copy.copy(_state(self._layer))
+            state.dtype = dtype
+            return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
+        packed, scales = _eight_bit_parts(self._layer)
+        return packed.to(dtype).mul_(scales.unsqueeze(1) / 127)  # the scales are those of -127 to 127
+
+
+def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
+    """The weight of a layer of bitsandbytes; None where it is not quantised yet, or lies in an order of its own."""
+    if _is_four_bit(layer):
+        known = _state(layer) is not None and not _is_rearranged(layer.weight)
+    else:
+        known = all(part is not None for part in _eight_bit_parts(layer))
+    return QuantizedWeight(layer) if known else None
+
+
+def _state(layer: Any) -> Any:
+    """The scales and the shape of a 4-bit weight. FSDP loses those that the weight carries, and the layer has them."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
+
+
+def _eight_bit_parts(layer: Any) -> tuple[Any, Any]:
+    """An 8-bit layer's packed weight (out, in) and scales (out,). Its first call moves both to the layer's `state`."""
+    holder = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
+    return holder.CB, holder.SCB
 
 
 def check_order(model: nn.Module) -> None:
@@ -118,15 +184,15 @@ def check_order(model: nn.Module) -> None:
 
 
 def quantized_layers(model: nn.Module) -> list[str]:
-    """The names of the layers whose weight is no floating-point number."""
-    return [name for name, weight in _weights(model) if not weight.is_floating_point()]
+    """The names of the layers whose weight is quantised."""
+    return [name for name, weight in _weights(model) if _is_packed(weight)]
 
 
 def has_quantized_embeddings(model: PreTrainedModel) -> bool:
     """Whether the embedding or the output layer of a model is quantised."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = (getattr(layer, "weight", None) for layer in layers)
-    return any(isinstance(weight, Tensor) and not weight.is_floating_point() for weight in weights)
+    return any(isinstance(weight, Tensor) and _is_packed(weight) for weight in weights)
 
 
 def check_unquantized(model: nn.Module, remedy: str) -> None:
@@ -152,7 +218,7 @@ def float_weight(weight: Tensor) -> Tensor:
     Raises:
         ModelError: the weight is quantised in another way, or bitsandbytes has rearranged it.
     """
-    if weight.is_floating_point():
+    if not _is_packed(weight):
         return weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -168,8 +234,7 @@ def float_weight(weight: Tensor) -> Tensor:
 def _check_tied(model: nn.Module) -> None:
     """ModelError if transformers made a layer of bitsandbytes around the embedding's weight, which stays in floats."""
     for name, module in model.named_modules():
-        from_bitsandbytes = hasattr(module, "support_avx512bf16_for_cpu") or hasattr(module, "init_8bit_state")
-        if from_bitsandbytes and type(module.weight) is nn.Parameter:
+        if is_quantized_layer(module) and type(module.weight) is nn.Parameter:
             raise ModelError(
                 f"The layer {plain_name(name)} is quantised, but its weight is that of the embedding, which is not: "
                 "quantise with llm_int8_skip_modules=['lm_head'], or untie the two first (tie_word_embeddings=False)."
@@ -191,6 +256,11 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if (weight := module._parameters.get("weight")) is not None:
             yield plain_name(f"{name}.weight").removesuffix(".weight"), weight
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a weight is quantised. `bnb_4bit_quant_storage` may call the bytes of a 4-bit weight bfloat16."""
+    return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
 
 def _is_rearranged(weight: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from fastalign.data.packing import lay_out
 from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.diagonal import fisher_diagonal
+from fastalign.models import linear
 from fastalign.models.fit import check_fit
 from fastalign.models.loading import load_model
 from fastalign.models.quantization import (
@@ -24,6 +25,7 @@ from fastalign.models.quantization import (
     float_weight,
     import_bitsandbytes,
     quantized_layers,
+    quantized_weight,
     use_training_product,
 )
 from fastalign.models.ready import check_trainable
@@ -70,17 +72,17 @@ def repacking(model):
     return model
 
 
-def dequantized(folder, model):
+def dequantized(folder, model, dtype=torch.float32):
     """The unquantised model with the numbers that the quantised model computes with."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-            four_bits = hasattr(weight, "quant_state")
+        four_bits = hasattr(weight, "quant_state")
+        if four_bits or (isinstance(weight, torch.Tensor) and not weight.is_floating_point()):
             values = (
                 dequantize_4bit(weight.data, weight.quant_state)
                 if four_bits
-                else weight.data.float() * weight.SCB.view(-1, 1) / 127
+                else weight.data.float() * (weight.SCB.view(-1, 1) / 127)
             )
             plain.get_submodule(name).weight.data.copy_(values)
     return plain
@@ -217,6 +219,84 @@ def test_a_folder_that_was_saved_after_repacking_is_refused(plain_dir, tmp_path)
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="rearranged the weights of 2 layers"):
         load_model(tmp_path)
+
+
+def young(model, dtype):
+    """The model in a dtype, with an adapter so small that one rounding of the layer's result loses most of it."""
+    model = adapted(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.02)
+        if "lora_" in name:  # peft draws the factors in the dtype of the weight that they lie on
+            parameter.data = parameter.data.bfloat16().float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    return model
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_the_sum_of_layer_and_adapter_is_rounded_once(plain_dir, monkeypatch, kind, native):
+    """Bit for bit the step of an unquantised layer that holds the dequantised weight."""
+    native &= linear.has_native_matmul(torch.bfloat16)  # else the products below would be emulated at length
+    monkeypatch.setattr(linear, "has_native_matmul", lambda dtype: native or dtype == torch.float32)
+    config = BitsAndBytesConfig(**KINDS[kind], bnb_4bit_compute_dtype=torch.bfloat16)
+    base = repacking(AutoModelForCausalLM.from_pretrained(plain_dir, quantization_config=config, dtype=torch.bfloat16))
+    copied = young(dequantized(plain_dir, base, torch.bfloat16), torch.bfloat16)
+    model = young(base, torch.bfloat16)
+    layouts = [prepare(m) for m in (model, copied)]
+    assert all("forward" in vars(m) for m in model.modules() if type(m).__name__ == "LlamaMLP")
+    (loss, gradients), (expected, expected_gradients) = step(model, layouts[0]), step(copied, layouts[1])
+    assert torch.equal(loss, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
+    with model.disable_adapter(), torch.no_grad():
+        reference = model(packed=lay_out(EXAMPLES, layouts[0], pad_token_id=0)).logprobs
+    assert not torch.equal(reference.mean(), -loss), "the adapter has an effect"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_that_are_off_give_the_bits_of_adapters_that_are_zero(plain_dir, kind):
+    model = adapted(quantized(plain_dir, kind))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    batch = lay_out(EXAMPLES, prepare(model), pad_token_id=0)
+    policy = model.train()(packed=batch).logprobs
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model.eval()(packed=batch).logprobs, policy)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_layer_multiplies_in_its_own_dtype(plain_dir, compute):
+    """Wider than its input: rounded once, at the end. Narrower: bitsandbytes' own product."""
+    config = BitsAndBytesConfig(**KINDS["nf4"], bnb_4bit_compute_dtype=compute)
+    model = adapted(AutoModelForCausalLM.from_pretrained(plain_dir, quantization_config=config, dtype=torch.float32))
+    prepare(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    weight = quantized_weight(layer.base_layer).dequantize(torch.float32)
+    x = torch.randn(5, 64)
+    full = weight + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    if compute == torch.float32:
+        found = layer(x.bfloat16())
+        exact = x.bfloat16().double() @ full.double().t()
+        assert found.dtype == torch.bfloat16
+        assert ((found - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-5).all()
+    else:
+        assert layer(x).dtype == torch.float32
+        assert torch.equal(layer(x), type(layer).forward(layer, x))
+
+
+def test_bytes_that_are_called_bfloat16_are_quantised_too(plain_dir, pairs, make_trainer):
+    model = quantized(plain_dir, "nf4", bnb_4bit_quant_storage=torch.bfloat16)
+    assert len(quantized_layers(model)) == 14
+    with pytest.raises(ModelError, match="14 layers of the model are quantised"):
+        make_trainer(model, pairs)
+    copied = adapted(dequantized(plain_dir, model))
+    model = adapted(model)
+    layouts = [prepare(m) for m in (model, copied)]
+    assert_same_step(step(model, layouts[0]), step(copied, layouts[1]))
 
 
 def test_floating_point_is_not_copied():
