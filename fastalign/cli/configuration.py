@@ -64,7 +64,7 @@ def read_arguments(arguments: Iterable[str]) -> dict[str, Any]:
     for item in arguments:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"{item!r} is not of the form key=value")
+            raise ConfigError(f"{item!r} is not of the form key=value: write for example model=./model")
         options[key] = _read_value(item, value)
     return options
 

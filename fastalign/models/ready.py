@@ -44,7 +44,7 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     The configurations of the model and of its generation are changed in place. Chat models may list further tokens at
     which generation stops; they stay in the list.
     """
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)
     stops = generation.eos_token_id if generation is not None else None
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, generation):

@@ -21,12 +21,16 @@ from fastalign.options import one_of
 _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt per completion", "padded": "padded rows"}
 
 
+def check_config(args: object, expected: type[AlignmentConfig]) -> None:
+    """ConfigError for options of another class, such as None or transformers.TrainingArguments."""
+    if not isinstance(args, expected):
+        name = "PreferenceConfig, SFTConfig or DistillationConfig" if expected is AlignmentConfig else expected.__name__
+        raise ConfigError(f"args is of type {type(args).__name__}; pass a {name}")
+
+
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
     """ConfigError for options that the Trainer would refuse only after everything is loaded."""
-    if not isinstance(args, AlignmentConfig):
-        raise ConfigError(
-            f"args is of type {type(args).__name__}; pass a PreferenceConfig, SFTConfig or DistillationConfig"
-        )
+    check_config(args, AlignmentConfig)
     _check_trackers(args)
     _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":

@@ -304,6 +304,8 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one beside a model that is given by its name."""
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise ConfigError(f"model is of type {type(model).__name__}; pass a model, or the name or folder of one")
     if tokenizer is None and isinstance(model, (str, Path)):
         tokenizer = load_tokenizer(model)
     if tokenizer is None:

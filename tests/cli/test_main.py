@@ -161,6 +161,16 @@ def test_traceback_of_a_run_lies_in_its_folder(monkeypatch, refused, rows, model
     assert "in broken" in (tmp_path / "run" / "traceback.txt").read_text()
 
 
+def test_a_traceback_that_cannot_be_written_changes_nothing_else(monkeypatch, refused):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(info, "main", broken)
+    monkeypatch.setattr(Path, "write_text", full)
+    sentence = refused("info")
+    assert "stopped by RuntimeError: a tensor of another shape (no folder can be written" in sentence
+
+
 # Other Pythons: what shows help must import nothing that is not in the standard library
 
 
