@@ -68,7 +68,7 @@ def without_entries(top: Tensor, logits: Tensor, rows: Tensor, temperature: floa
     top: (R,) the largest of each row's logits over temperature, with START in the place of -inf. So the logits
     themselves are read only where a row may be one of those.
     """
-    low = top <= START / temperature
+    low = top <= 0.5 * START / temperature  # half of it: the quotient is rounded
     return low & logits[rows].amax(1).isneginf() if low.any() else low
 
 

@@ -55,7 +55,8 @@ def _topk_logprobs(logits, indices, mask, temperature):
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
     for rows, z in _chunks(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
-        top = z.scatter_(1, indices[rows], START).amax(1)  # of the tail, which the k entries are not in
+        # The k entries are not in the tail: they go below all others, which are at least START / temperature.
+        top = z.scatter_(1, indices[rows], 2 * START / temperature).amax(1)
         tail = z.sub_(top.unsqueeze(1)).exp_().sum(1)
         nothing = without_entries(torch.maximum(picked.amax(1), top), logits, rows, temperature)
         found = topk_and_tail_logprobs(picked, top, tail)

@@ -141,11 +141,12 @@ def test_unknown_backend_lists_the_known():
         sparse_logits_divergence(**problem(), backend="tpu")
 
 
-def test_a_row_without_any_entry_has_no_divergence():
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 0.7])
+def test_a_row_without_any_entry_has_no_divergence(temperature):
     logits = torch.randn(3, 5)
     logits[0], logits[1] = -torch.inf, torch.finfo(torch.float32).min
     leaf = logits.requires_grad_()
     entries, logprobs = torch.tensor([[0], [0], [1]]), torch.full((3, 1), -0.5)
-    values = sparse_logits_divergence(leaf, entries, logprobs)
+    values = sparse_logits_divergence(leaf, entries, logprobs, temperature=temperature)
     (grad,) = torch.autograd.grad(values.sum(), leaf)
     assert values[0].isnan() and grad[0].isnan().all() and values[1:].isfinite().all() and grad[1:].isfinite().all()
