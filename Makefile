@@ -16,7 +16,7 @@ STEP    = @printf '\n== %s\n'
 QUIET   = @run() { log=$$(mktemp); if "$$@" >"$$log" 2>&1; then rm -f "$$log"; \
 	else cat "$$log"; echo "!! failed: $$*" >&2; rm -f "$$log"; exit 1; fi; }; run
 
-.PHONY: help demo tax test lint generated docs bench gpu-check build import-path sanitize aarch64 clean
+.PHONY: help demo tax test lint generated docs bench gpu-check build import-path soak sanitize aarch64 clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
@@ -56,6 +56,9 @@ gpu-check: $(VENV)/.dev  ## every GPU kernel built for every architecture, its m
 	@$(BIN)/python -m bench.suites.gpu_check
 
 build: $(VENV)/.build  ## the package and its native module, editable in .venv
+
+soak: $(VENV)/.dev  ## 20,000 generated inputs to ops, losses, readers and options: some minutes; prints what was found
+	@$(BIN)/python tests/fuzz/soak.py --inputs 20000
 
 sanitize:  ## the C++ kernels under the address, undefined-behaviour and thread sanitizers
 	@csrc/check/sanitize.sh

@@ -1,8 +1,9 @@
-"""What the reference pages say of the sources: tables of options, losses, regularisers and commands.
+"""What pages say of the sources: tables of options, losses, regularisers and commands, and the text of the recipes.
 
 A page of `docs/` holds a line such as `<!-- generated: options PreferenceConfig -->`. mkdocs calls `on_page_markdown`
-(see `hooks` in mkdocs.yml), which puts the table in its place, so no generated text is committed. The sources are read
-with `ast`: nothing of fastalign is imported, and the site builds without torch.
+(see `hooks` in mkdocs.yml), which puts the table in its place, so no generated text is committed. A link in front of
+the mark is for readers of the repository, and is replaced too. The sources are read with `ast`: nothing of fastalign is
+imported, and the site builds without torch.
 
 Definitions are looked for by name in the whole package, so that a file that moves needs no change here. What cannot be
 found, or has no formula, ends the build with `ReferenceProblem`.
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastalign"
-MARK = re.compile(r"^<!-- generated: (\w+)((?: [\w.-]+)*) -->$", re.MULTILINE)
+MARK = re.compile(r"^(?:\[.*\]\(.*\) )?<!-- generated: (\w+)((?: [\w.-]+)*) -->$", re.MULTILINE)
 # A picture outside of docs/, by its path from the page, as the repository's own viewer wants it.
 PICTURE = re.compile(r"\]\((\.\./[^)\s]*(?:bench|fastalign)/[^)\s]+\.png)\)")
 # A paragraph of a loss's docstring that holds one of these is its formula.
@@ -42,7 +43,7 @@ def on_files(files, config):
     from mkdocs.structure.files import File
 
     for page in files.documentation_pages():
-        for link in PICTURE.findall(Path(page.abs_src_path).read_text(encoding="utf-8")):
+        for link in PICTURE.findall(expand(Path(page.abs_src_path).read_text(encoding="utf-8"))):
             path = (Path(page.abs_src_path).parent / link).resolve()
             uri = f"pictures/{path.relative_to(ROOT).as_posix()}"
             if files.get_file_from_path(uri) is None:
@@ -59,7 +60,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         path = (folder / link[1]).resolve()
         return f"]({top}pictures/{path.relative_to(ROOT).as_posix()})"
 
-    return expand(PICTURE.sub(picture, markdown))
+    return PICTURE.sub(picture, expand(markdown))
 
 
 def expand(markdown: str) -> str:
@@ -148,6 +149,8 @@ def options(name: str) -> str:
         default, help_text = field.value, None
         if isinstance(default, ast.Call) and getattr(default.func, "id", "") == "help_field":
             default, help_text = default.args[:2]
+        elif field.value is not None:  # not shown, as in `--help`
+            continue
         shown = "required" if default is None else f"`{ast.unparse(default)}`"
         kind = ast.unparse(field.annotation).replace(" | ", " or ")  # a bar would end the cell
         lines.append((f"`{field.target.id}`", f"`{kind}`", shown, text(help_text)))
@@ -326,9 +329,37 @@ def command(*words: str) -> str:
     return rows(*lines)
 
 
+# Recipes
+
+
+def recipe(name: str) -> str:
+    """The README of a recipe that ships with fastalign, and its options, for a page in docs/recipes."""
+    folder = PACKAGE / "recipes" / name
+    if not (folder / "README.md").exists():
+        raise ReferenceProblem(f"There is no fastalign/recipes/{name}/README.md.")
+
+    def link(found: re.Match) -> str:
+        mark, label, target = found.groups()
+        if target.startswith(("http", "#")):
+            return found[0]
+        if mark:
+            return f"![{label}](../../fastalign/recipes/{name}/{target})"
+        if target.endswith("/README.md"):  # of another recipe, which has a page too
+            return f"[{label}]({Path(target).parent.name}.md)"
+        return f"`fastalign/recipes/{name}/{target}`"  # other files are not part of the site
+
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    page = re.sub(r"(!?)\[([^\]]*)\]\(([^)]+)\)", link, readme)
+    options = folder / "recipe.yaml"
+    if options.exists():
+        page += f"\n## Options\n\n```yaml\n{options.read_text(encoding='utf-8')}```\n"
+    return page
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "options": options, "losses": loss_table, "aliases": aliases, "loss_functions": loss_functions,
     "fused": fused_calls, "regularizers": regularizers, "command": command,
+    "recipe": recipe,
 }  # fmt: skip
 
 

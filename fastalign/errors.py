@@ -45,5 +45,6 @@ def printable(text: object) -> str:
 
     Paths, rows and models may hold control characters, which could move the cursor, change colours or turn the
     direction of writing. They are written as Python writes them, for example \x1b. Line breaks and tabs stay.
+    A carriage return before a line break is dropped.
     """
-    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(text))
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(text).replace("\r\n", "\n"))

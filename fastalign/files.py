@@ -1,4 +1,4 @@
-"""How fastalign writes and reads its own files: atomic writes, JSON, JSON lines, and tensors by key.
+"""How fastalign writes and reads files: atomic writes, JSON, JSON lines, and tensors by key.
 
 Every line of JSON is strict JSON. JSON has no word for NaN and the infinities, so they are written as the strings
 "NaN", "Infinity" and "-Infinity" (the mapping that protobuf uses), and `read_metrics` turns them back into floats.

@@ -46,22 +46,37 @@ _PREFIX = "fused_linear_"
 
 
 class PreferenceOutput(NamedTuple):
-    """The loss over B pairs, and what it was made of. Only `loss` carries gradients."""
+    """The loss over B pairs, and what it was made of. Only `loss` carries gradients.
 
-    loss: Tensor  # () mean over pairs, plus nll_weight * nll
-    chosen_logps: Tensor  # (B,) sums over the completion's tokens
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) beta * (logps - reference's logps), or beta * logps without a reference
-    rejected_rewards: Tensor  # (B,)
-    nll: Tensor  # () mean over the chosen tokens, or over those of nll_targets
+    Attributes:
+        loss: () the mean over pairs, plus nll_weight * nll.
+        chosen_logps: (B,) log-probabilities of the chosen completions in nats, summed over their tokens.
+        rejected_logps: (B,) those of the rejected completions.
+        chosen_rewards: (B,) beta * (logps - the reference's logps), or beta * logps without a reference.
+        rejected_rewards: (B,) those of the rejected completions.
+        nll: () the mean over the chosen tokens, or over those of nll_targets, in nats per token.
+    """
+
+    loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    nll: Tensor
 
 
 class UnpairedOutput(NamedTuple):
-    """The loss over B single completions, and what it was made of. Only `loss` carries gradients."""
+    """The loss over B single completions, and what it was made of. Only `loss` carries gradients.
 
-    loss: Tensor  # () mean over completions
-    logps: Tensor  # (B,) sums over the completion's tokens
-    rewards: Tensor  # (B,) beta * (logps - reference's logps)
+    Attributes:
+        loss: () the mean over completions.
+        logps: (B,) log-probabilities in nats, summed over each completion's tokens.
+        rewards: (B,) beta * (logps - the reference's logps).
+    """
+
+    loss: Tensor
+    logps: Tensor
+    rewards: Tensor
 
 
 def fused_linear_preference(
@@ -146,6 +161,7 @@ def fused_linear_preference(
         linear_logprobs, logit_scale=logit_scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
         memory_budget=memory_budget, backend=backend,
     )  # fmt: skip
+    # One pass over the vocabulary for the tokens of both terms: each masks out the tokens that only the other counts.
     logprobs = score(hidden, weight, wanted, bias=bias)
     sums = segment_sum(logprobs.masked_fill(~scored, 0.0).flatten(), bounds)
     nll = -logprobs.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
@@ -258,7 +274,7 @@ def fused_linear_sft(
 
 
 def have_target(targets: Tensor, ignore_index: int | None) -> Tensor:
-    """Which positions have a target, a bool tensor like `targets`: all of them where ignore_index is None."""
+    """Which positions are scored: a bool tensor shaped like `targets`, True everywhere if `ignore_index` is None."""
     # `targets != None` would be the bool True, not a tensor.
     return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
 

@@ -36,7 +36,16 @@ __all__ = [
 ]
 
 class PreferenceOutput(NamedTuple):
-    """The loss over B pairs, and what it was made of. Only `loss` carries gradients."""
+    """The loss over B pairs, and what it was made of. Only `loss` carries gradients.
+
+    Attributes:
+        loss: () the mean over pairs, plus nll_weight * nll.
+        chosen_logps: (B,) log-probabilities of the chosen completions in nats, summed over their tokens.
+        rejected_logps: (B,) those of the rejected completions.
+        chosen_rewards: (B,) beta * (logps - the reference's logps), or beta * logps without a reference.
+        rejected_rewards: (B,) those of the rejected completions.
+        nll: () the mean over the chosen tokens, or over those of nll_targets, in nats per token.
+    """
 
     loss: Tensor
     chosen_logps: Tensor
@@ -46,7 +55,13 @@ class PreferenceOutput(NamedTuple):
     nll: Tensor
 
 class UnpairedOutput(NamedTuple):
-    """The loss over B single completions, and what it was made of. Only `loss` carries gradients."""
+    """The loss over B single completions, and what it was made of. Only `loss` carries gradients.
+
+    Attributes:
+        loss: () the mean over completions.
+        logps: (B,) log-probabilities in nats, summed over each completion's tokens.
+        rewards: (B,) beta * (logps - the reference's logps).
+    """
 
     loss: Tensor
     logps: Tensor
@@ -607,7 +622,7 @@ def fused_linear_ipo_tau(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> PreferenceOutput:
-    """IPO with the target margin of the scaled rewards as its own option.
+    """IPO with a separate option for the target margin of the scaled rewards.
 
         L = (beta m - tau)^2
 
@@ -925,4 +940,4 @@ def fused_linear_sppo(
     """
 
 def have_target(targets: Tensor, ignore_index: int | None) -> Tensor:
-    """Which positions have a target, a bool tensor like `targets`: all of them where ignore_index is None."""
+    """Which positions are scored: a bool tensor shaped like `targets`, True everywhere if `ignore_index` is None."""

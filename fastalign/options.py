@@ -35,7 +35,7 @@ def help_field(default: Any, text: str, *, path: bool = False) -> Any:
         ...     train: str | None = help_field(None, "Training rows: a .jsonl file.", path=True)
     """
     metadata = {"help": text, "path": path}
-    if isinstance(default, list):  # each instance gets a list of its own
+    if isinstance(default, list):  # each instance gets a new list
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -1,5 +1,7 @@
 """Plain PyTorch definitions of every op: the truth that the fast versions are tested against.
 
+This is not the reference model of preference optimisation: `fastalign/training/reference.py` is about that.
+
 Read this file to know what an op means. Each function holds in memory what the fast one avoids, above all the
 `[tokens, vocabulary]` logits. float64 inputs are computed and returned in float64, all others in float32.
 
@@ -26,14 +28,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def linear_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+    softcap: float | None = None, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The logits of an output layer.
 
         u = logit_scale * (hidden weight' + bias)
@@ -87,61 +84,30 @@ def _ignored(targets: Tensor, ignore_index: int | None) -> Tensor:
 
 @overload
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int | None = ...,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., logit_scale: float = ...,
+    softcap: float | None = ..., temperature: float = ..., ignore_index: int | None = ...,
     entropy: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int | None = ...,
-    entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., logit_scale: float = ...,
+    softcap: float | None = ..., temperature: float = ..., ignore_index: int | None = ..., entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @overload
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int | None = ...,
-    entropy: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., logit_scale: float = ...,
+    softcap: float | None = ..., temperature: float = ..., ignore_index: int | None = ..., entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int | None = -100,
-    entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
+    softcap: float | None = None, temperature: float = 1.0, ignore_index: int | None = -100, entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Token log-probabilities from hidden states, and the entropy of their distributions.
 
         log p(y) = z_y - logsumexp(z)  with  z = linear_logits(hidden, weight, ...)
@@ -176,7 +142,12 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
         out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])
 
-    values (T,), cu_seqlens (S + 1,) rising from 0 to T -> (S,) in the dtype of `values`; 0 for an empty sequence.
+    Args:
+        values: (T,) floating.
+        cu_seqlens: (S + 1,) int64 offsets of the sequences, rising from 0 to T.
+
+    Returns:
+        (S,) in the dtype of `values`; 0 for an empty sequence.
     """
     bounds = cu_seqlens.tolist()
     sums = [values[start:end].sum() for start, end in pairwise(bounds)]
@@ -184,13 +155,9 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def logits_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, *, divergence: str = "forward_kl", temperature: float = 1.0,
     jsd_beta: float = 0.5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Divergence of the student's next-token distribution s from the teacher's t, per token.
 
         forward_kl: KL(t || s)
@@ -222,7 +189,20 @@ def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
 
 
 def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
-    """`logits_divergence` from the log-probabilities (..., V) of student and teacher."""
+    """`logits_divergence` from log-probabilities instead of logits.
+
+    Args:
+        s: (..., V) log-probabilities of the student, in nats.
+        t: (..., V) log-probabilities of the teacher, in nats.
+        divergence: One of DIVERGENCES.
+        jsd_beta: The teacher's share in `jsd`.
+
+    Returns:
+        (...) in nats, in the dtype of `s`.
+
+    Raises:
+        ValueError: `divergence` is none of DIVERGENCES.
+    """
     if divergence == "forward_kl":
         return _expect(t, t - s)
     if divergence == "reverse_kl":
@@ -235,22 +215,11 @@ def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: floa
 
 
 def linear_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *, bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None, mask: Tensor | None = None, divergence: str = "forward_kl",
+    temperature: float = 1.0, jsd_beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
+    teacher_logit_scale: float = 1.0, teacher_softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """`logits_divergence` of the logits of two models, from their hidden states. The teacher gets no gradient.
 
     Where the vocabularies differ in length, both are cut to the shorter one.
@@ -294,7 +263,14 @@ def accumulate_fisher(fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_se
     G_s and X_s are the rows of `grad_output` and `inputs` that belong to sequence s, and G_s' X_s is the gradient of
     that sequence in the weight.
 
-    fisher (out, in), grad_output (T, out), inputs (T, in), cu_seqlens (S + 1,) -> (out, in).
+    Args:
+        fisher: (out, in) floating, the sum so far.
+        grad_output: (T, out) floating, the gradient of the loss in the layer's output.
+        inputs: (T, in) floating, the layer's input.
+        cu_seqlens: (S + 1,) int64 offsets of the sequences, rising from 0 to T.
+
+    Returns:
+        (out, in) float32, or float64 for float64 inputs.
     """
     dtype = compute_dtype(fisher, grad_output, inputs)
     out = fisher.to(dtype, copy=True)
@@ -310,8 +286,14 @@ def ewc_penalty(
 
         strength / 2 * sum_i F_i (theta_i - theta0_i)^2
 
-    parameters theta, anchors theta0 and fishers F are lists of tensors of the same shapes; fishers None: F = 1. -> a
-    scalar.
+    Args:
+        parameters: theta, tensors of any shapes.
+        anchors: theta0, tensors of the same shapes: the parameters that the penalty pulls back to.
+        fishers: F, tensors of the same shapes; None: F = 1, which is the L2 distance.
+        strength: Factor of the penalty.
+
+    Returns:
+        A scalar, float32, or float64 for float64 inputs.
     """
     dtype = compute_dtype(*parameters, *anchors)
     weights = [1.0] * len(parameters) if fishers is None else [f.to(dtype) for f in fishers]
@@ -323,14 +305,22 @@ def ewc_penalty(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square normalisation: `x * weight / sqrt(mean(x^2) + eps)`, the mean over the last dimension.
 
-    x (..., H), weight (H,) -> (..., H).
+    Args:
+        x: (..., H) floating.
+        weight: (H,) floating.
+        eps: What is added to the mean square, so that a row of zeros does not divide by 0.
     """
     x = x.to(compute_dtype(x, weight))
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SwiGLU between its matrix products: `silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`, both of one shape."""
+    """SwiGLU between its matrix products: `silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`.
+
+    Args:
+        gate: (..., I) floating, the output of the gate's projection.
+        up: Shaped like `gate`, the output of the other projection.
+    """
     gate = gate.to(compute_dtype(gate, up))
     return gate * torch.sigmoid(gate) * up
 
@@ -341,8 +331,13 @@ def seen_keys(segments: Tensor, window: int | None = None) -> Tensor:
     A token sees the prefix of its segment, and its segment up to itself. With a window it sees the last `window` of
     these.
 
-    segments (S, 4) int64: first token, length, first token of the prefix, length of the prefix -> (T, T) bool, rows are
-    queries and columns keys.
+    Args:
+        segments: (S, 4) int64, for each segment its first token, its length, the first token of its prefix, and the
+            prefix's length (0: no prefix).
+        window: How many of the keys before it, itself included, a token sees; None: all.
+
+    Returns:
+        (T, T) bool, rows are queries and columns keys.
     """
     tokens = int(segments[:, 1].sum())
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -363,8 +358,18 @@ def segment_attention(
 
         out = softmax(scaling * query key') value
 
-    query (1, heads, T, D), key (1, key_heads, T, D), value (1, key_heads, T, Dv) -> (1, T, heads, Dv). Each key head
-    serves heads / key_heads neighbouring query heads. segments and window: as for `seen_keys`.
+    Each key head serves heads / key_heads neighbouring query heads.
+
+    Args:
+        query: (1, heads, T, D) floating.
+        key: (1, key_heads, T, D) floating.
+        value: (1, key_heads, T, Dv) floating.
+        segments: As for `seen_keys`.
+        window: As for `seen_keys`.
+        scaling: Factor of the products of queries and keys, as a rule 1 / sqrt(D).
+
+    Returns:
+        (1, T, heads, Dv) float32, or float64 for float64 inputs.
     """
     dtype, shared = compute_dtype(query, key, value), query.shape[1] // key.shape[1]
     k, v = (t.to(dtype).repeat_interleave(shared, 1) for t in (key, value))
@@ -387,20 +392,10 @@ def with_tail(logprobs: Tensor) -> Tensor:
 
 
 def sparse_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_indices: Tensor,
-    teacher_logprobs: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    tail: str = "lump",
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, teacher_indices: Tensor, teacher_logprobs: Tensor, *, bias: Tensor | None = None,
+    mask: Tensor | None = None, divergence: str = "forward_kl", temperature: float = 1.0, jsd_beta: float = 0.5,
+    logit_scale: float = 1.0, softcap: float | None = None, tail: str = "lump",
+) -> Tensor:  # fmt: skip
     """Divergence from a teacher of whom only the top k log-probabilities are known, from hidden states.
 
     Args:
@@ -428,16 +423,23 @@ def sparse_divergence(
 
 
 def sparse_logits_divergence(
-    student_logits: Tensor,
-    teacher_indices: Tensor,
-    teacher_logprobs: Tensor,
-    *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
-    tail: str = "lump",
-) -> Tensor:
-    """`sparse_divergence` from the student's logits (..., V)."""
+    student_logits: Tensor, teacher_indices: Tensor, teacher_logprobs: Tensor, *, divergence: str = "forward_kl",
+    temperature: float = 1.0, jsd_beta: float = 0.5, tail: str = "lump",
+) -> Tensor:  # fmt: skip
+    """`sparse_divergence` from the student's logits instead of its hidden states.
+
+    Args:
+        student_logits: (..., V) floating.
+        teacher_indices: As for `sparse_divergence`.
+        teacher_logprobs: As for `sparse_divergence`.
+        divergence: As for `sparse_divergence`.
+        temperature: As for `sparse_divergence`.
+        jsd_beta: As for `sparse_divergence`.
+        tail: As for `sparse_divergence`.
+
+    Returns:
+        (...) float32 in nats, or float64 for float64 inputs.
+    """
     z = student_logits.to(compute_dtype(student_logits)) / temperature
     log_p = torch.log_softmax(z, dim=-1)
     s, t = log_p.gather(-1, teacher_indices), teacher_logprobs.to(z.dtype)

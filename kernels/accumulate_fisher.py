@@ -36,7 +36,7 @@ def _fisher(
             g = tl.load(g_ptr + t * g_stride + i[None, :], mask=(t < end) & (i[None, :] < out), other=0.0)
             x = tl.load(x_ptr + t * x_stride + j[None, :], mask=(t < end) & (j[None, :] < width), other=0.0)
             product = tl.dot(tl.trans(g), x, product, input_precision=PRECISION)
-        total += product * product
+        total += product * product  # squared per sequence: F is a sum of squares, not the square of a sum
     at = fisher_ptr + i.to(tl.int64)[:, None] * fisher_stride + j[None, :]
     inside = (i[:, None] < out) & (j[None, :] < width)
     tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)

@@ -82,6 +82,8 @@ def _terms(
     d = (log_t - log_s) * 0.5  # then t - s = (s + t) tanh d, without a difference of rounded exponentials
     tanh, rest = _tanh(d)
     near = tl.abs(d) < 0.25
+    # An entry adds t log(t / s) - (t - s) to the forward KL and s log(s / t) - (s - t) to the reverse one. The second
+    # terms add up to 0 over the vocabulary, and make every part 0 or more, so that no digits cancel in the sum.
     if KIND == FORWARD_KL:
         part = (s + t) * tl.where(near, d * tanh + rest, d * (1 + tanh) - tanh)
         left, right = -(s + t) * tanh, s
@@ -89,6 +91,7 @@ def _terms(
         part = (s + t) * tl.where(near, d * tanh - rest, tanh - d * (1 - tanh))
         left, right = s, s * (-2 * d)
     else:
+        # m = s + beta (t - s) and x = (t - s) / m give log(s / m) = log1p(-beta x), log(t / m) = log1p((1 - beta) x).
         difference = (s + t) * tanh
         x = difference / tl.maximum(s + beta * difference, TINY)
         right = s * _log1p(tl.maximum(-beta * x, EPS - 1))
@@ -118,6 +121,7 @@ def _gradient(
     inside = column < columns
     c = tl.load(a_ptr + row * a_stride + column, mask=inside, other=0.0)
     if b_ptr is not None:
+        # The derivative of sum_i s_i r_i in z_j is s_j (r_j - K) with K = sum_i s_i r_i: b holds s r, and a holds s.
         b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0)
         c = b - tl.load(moments_ptr + row) * c
     c *= scale

@@ -95,6 +95,7 @@ def _absorb(  # noqa: C901 - a kernel is one pass over its row, and its branches
     tl.store(others_ptr + row, shrink * others + tl.sum(e, 0))
     tl.store(shift_ptr + row, shift)
     if ENTROPY:
+        # e (z - old) becomes shrink e (z - old + shift_change), so the second sum also takes a part of the first one.
         zothers = tl.load(zothers_ptr + row)
         here = tl.sum(tl.maximum(z - shift, START) * e, 0)
         tl.store(zothers_ptr + row, shrink * (zothers + shift_change * others) + here)
@@ -148,6 +149,12 @@ def _finish(
     tl.store(stats_ptr + rows + row, slope)
     tl.store(stats_ptr + 2 * rows + row, mean)
     if a_ptr is not None:
+        # With d_j = z_j - shift and m_j = dz_j / du_j:
+        #     d log p(y) / d hidden = (1 - p_y) m_y W[y] - sum_{j != y} p_j m_j W[j]
+        #     d entropy / d hidden = -sum_j p_j (d_j - mean) m_j W[j]
+        # `a` and `b` hold sum e_j m_j W[j] and sum e_j d_j m_j W[j] without the target (without a cap also without the
+        # constant m_j). So they are scaled by 1 / total, and the target's part is added. 1 - p_y is others / total: as
+        # a difference it would lose its digits near p_y = 1.
         target = tl.load(targets_ptr + row)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)

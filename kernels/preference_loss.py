@@ -63,6 +63,7 @@ def _ratio(
     AVERAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The log-ratio that the loss is a function of, and the length it was divided by."""
+    # One partial sum per lane, and one reduction at the end: the order of additions depends on the length alone.
     parts = tl.zeros((BLOCK,), tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -83,6 +84,7 @@ def _ratio(
 def _pair_loss(u, v, scale, offset, slope, FORM: tl.constexpr):
     """The loss, and its derivatives in u and v."""
     if FORM == ODDS:
+        # The log odds of a completion are u - log(1 - e^u), with the derivative -1 / expm1(u).
         a, b = tl.minimum(u, HIGHEST), tl.minimum(v, HIGHEST)
         odds_a, odds_b = _expm1(a), _expm1(b)
         x = (a - tl.log(-odds_a)) - (b - tl.log(-odds_b))
@@ -97,6 +99,7 @@ def _pair_loss(u, v, scale, offset, slope, FORM: tl.constexpr):
         elif FORM == HINGE:
             loss, d_x = tl.where((x < 0) | (x != x), -x, 0), tl.where(x < 0, -1.0, 0.0)
         else:
+            # Label smoothing: (1 - eps) softplus(-x) + eps softplus(x) = softplus(-x) + eps x, with eps as the slope.
             loss, d_x = _softplus(-x) + slope * x, slope - _sigmoid(-x)
         d_u = d_x * scale
         d_v = -d_u

@@ -1,7 +1,7 @@
 """`selective_logprobs` in Triton: the target's log-probability from logits that exist, and its gradient.
 
-Forward reads the logits once. Backward reads them once more and writes the gradient once, into their memory where that
-is asked for. With m and `others` the maximum and the sum of exponentials of all entries except the target y, nothing
+Forward reads the logits once. Backward reads them once more and writes the gradient once, into their memory if
+`in_place`. With m and `others` the maximum and the sum of exponentials of all entries except the target y, nothing
 cancels near p_y = 1:
 
     x = z_y - m - log others      log p_y = -log(1 + exp(-x))      1 - p_y = 1 / (1 + exp(x))
@@ -77,6 +77,8 @@ def _backward(
     # Ignored rows are not even read: whatever is in them, their gradient is 0.
     readable = tl.where(scored, vocab, 0)
     z = tl.load(logits_ptr + row * stride + column, mask=column < readable, other=0.0).to(tl.float32) * factor
+    # d log p_y / d z_j = [j = y] - p_j, and p_j = (1 - p_y) exp(z_j - logsumexp of the others) for j other than y. So
+    # every entry is a multiple of 1 - p_y, which `odds` gives with all its digits even where p_y is near 1.
     miss = tl.load(grad_ptr + row) * factor / (1 + tl.exp(tl.load(stats_ptr + 2 * row + 1)))
     d = tl.where(column == target, miss, -miss * tl.exp(z - tl.load(stats_ptr + 2 * row)))
     d = tl.where(scored, d, 0.0)

@@ -32,6 +32,7 @@ def test_every_error_is_listed_above():
     [
         ("\x1b[31mred\x07\x9b", r"\x1b[31mred\x07\x9b"),
         ("a\tb\nc \u00a0\u200d[/x] \u00e9\U0001f600", "a\tb\nc \u00a0\u200d[/x] \u00e9\U0001f600"),
+        ("a\r\nb\x1b[2J", "a\nb\\x1b[2J"),
         ("over\rwritten \u202egnp.exe \ud800", r"over\rwritten \u202egnp.exe \ud800"),
     ],
 )

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "fastalign"
 LEVELS = [
     {"errors", "options", "files", "_cpu", "_cuda"},
     {"lazy", "reference", "losses", "kernels"},
-    {"ops"},
+    {"ops", "stats"},
     {"fused", "data", "config", "report"},
     {"compat", "models", "objectives"},
     {"rollout", "fisher", "memory"},
@@ -36,6 +36,7 @@ ONLY = {name: {"torch"} for name in ("reference", "losses", "ops", "fused")}
 ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensors", "torch", "numpy"}}
 ONLY |= {
     "kernels": {"torch", "triton"},
+    "stats": {"numpy", "scipy"},
     "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
     "config": {"torch", "transformers"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "rich"},
@@ -51,6 +52,7 @@ ALONE = {
 OPTIONAL = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "triton", "trl"}
 # Modules without a test file of their own, and where they are tested.
 TESTED_ELSEWHERE: dict[str, str] = {
+    "fastalign.models.merging": "tests/cli/test_merge.py, which has runs to merge",
     "fastalign.ops.backends.cuda": "tests/cuda, which compiles the kernels for the CPU to run them",
 }
 MAX_LINES = 450
@@ -94,6 +96,13 @@ def test_every_module_has_a_level():
     unlisted = {package_name(module) for module in MODULES} - LEVEL.keys() - {"", "__main__"}
     assert not unlisted, f"{sorted(unlisted)} must stand in LEVELS at the top of this file"
     assert {"fastalign.ops.segment_sum", "fastalign.losses.preference", "fastalign.training.trainer"} <= MODULES.keys()
+
+
+def test_the_table_of_levels_in_the_documentation_is_this_one():
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| ([^:|]*)", page, re.MULTILINE)
+    documented = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    assert documented == [{name for name in names if not name.startswith("_")} for names in LEVELS]
 
 
 def test_few_modules_lie_directly_in_the_package():
@@ -205,6 +214,82 @@ def test_the_trainer_only_wires():
 def test_public_names_are_documented():
     for name in set(fastalign.__all__) - {"__version__"}:
         assert (getattr(fastalign, name).__doc__ or "").strip(), f"fastalign.{name} has no docstring"
+
+
+# The packages and modules whose public names users import.
+PUBLIC = ["fastalign", *(f"fastalign.{name}" for name in ("ops", "losses", "reference", "compat.liger", "compat.trl"))]
+PUBLIC += [f"fastalign.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py") if "lazy" in path.read_text()]
+
+
+def public_definitions() -> Iterator[tuple[str, ast.AST]]:
+    """(dotted name, definition) of each exported function and class, and of the public methods of these classes."""
+    seen = {}
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        listed = getattr(module, "__all__", None)
+        for name in listed or [name for name in vars(module) if not name.startswith("_")]:
+            value = getattr(module, name)
+            home = getattr(value, "__module__", None) or ""
+            if home in MODULES and (listed or home.startswith(package)):
+                seen[home, value.__name__] = None
+    for home, name in seen:
+        body = ast.parse(MODULES[home].read_text(encoding="utf-8")).body
+        for node in body:
+            if getattr(node, "name", "") == name and not is_overload(node):
+                yield f"{home}.{name}", node
+                for method in node.body if isinstance(node, ast.ClassDef) else ():
+                    if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                        yield f"{home}.{name}.{method.name}", method
+
+
+def is_overload(node: ast.AST) -> bool:
+    """Whether it is one of the signatures of a function, not the function."""
+    return any("overload" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
+
+
+def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What lies inside a function, without the functions that it defines."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            yield child
+            yield from own_nodes(child)
+
+
+def undocumented(node: ast.AST) -> list[str]:
+    """What the docstring of a function or class must say and does not: its arguments or fields, its errors."""
+    doc, functions, arguments = ast.get_docstring(node) or "", [node], []
+    if isinstance(node, ast.ClassDef):
+        methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
+        functions = [methods[name] for name in ("__init__", "__post_init__") if name in methods]
+        doc += "\n".join(ast.get_docstring(function) or "" for function in functions)
+        if "__init__" not in methods:
+            fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+            arguments = [field.target.id for field in fields if isinstance(field.target, ast.Name)]
+    for function in functions:
+        if isinstance(function, ast.FunctionDef) and function.name != "__post_init__":
+            given = function.args
+            named = [
+                arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs) if arg.arg not in ("self", "cls")
+            ]
+            passed_on = [
+                arg for arg in (given.vararg, given.kwarg) if arg and named
+            ]  # (*args, **kwargs) of another call
+            arguments = [arg.arg for arg in named + passed_on]
+    described = re.findall(r"^ *((?:\*{0,2}\w+(?:, )?)+)(?: \(.*\))?: ", doc, re.MULTILINE)
+    names = {name.strip("* ") for line in described for name in line.split(",")}
+    missing = [name for name in arguments if name not in names] if len(arguments) > 1 else []
+    raises = any(
+        isinstance(inside, ast.Raise) and inside.exc for function in functions for inside in own_nodes(function)
+    )
+    return missing + ["Raises"] * (raises and "Raises:" not in doc)
+
+
+def test_public_names_say_what_they_take_and_what_they_raise():
+    """A docstring has a line for each of two or more arguments, and `Raises:` where the function itself raises."""
+    definitions = dict(public_definitions())
+    assert {"fastalign.losses.preference.dpo", "fastalign.training.preference.PreferenceTrainer"} <= definitions.keys()
+    silent = {name: lacks for name, node in definitions.items() if (lacks := undocumented(node))}
+    assert not silent, "\n".join(f"{name}: {', '.join(lacks)}" for name, lacks in silent.items())
 
 
 def test_version_is_the_same_everywhere():

@@ -147,7 +147,7 @@ def tax_table(runs: list[dict]) -> str:
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method and run is not hard]
         shown += sorted(of_method, key=lambda run: abs(run["margin"] - hard["margin"] / 2))[:1]
-    rows = [("method (strength)", "held-out margin", "perplexity of other text", "KL from the start, nats a token")]
+    rows = [("method (strength)", "held-out margin", "perplexity of other text", "KL from the start, nats per token")]
     for run in shown:
         tax = run["tax"]
         perplexity = f"{tax['base_perplexity']:.1f} to {tax['tuned_perplexity']:.1f}"
@@ -228,14 +228,15 @@ def _about(used: list[Measurement], train_rows: list[tuple[str, ...]]) -> str:
     )
     if len(train_rows) > 1:
         text += (
-            "\nOf TRL's two settings (activations kept, or recomputed), where both were run, each figure is the better "
-            "one:\nthe pairs/s of the faster, the memory of the leaner, with the model in it."
+            "\nWhere both of TRL's settings were run (activations stored, or recomputed), each figure is the better "
+            "one:\nthe pairs/s of the faster setting, and the memory of the one that needs less, the model included."
         )
     if any(row[0].startswith("LoRA bfloat16") for row in train_rows):
-        text += "\nLoRA bfloat16: the weights of both are bfloat16; TRL besides multiplies under autocast, its default."
+        text += "\nLoRA bfloat16: the weights of both are bfloat16. TRL also multiplies under autocast, its default."
     if any("bfloat16" in m.case for m in used) and newest.device.endswith("AVX2"):
         text += (
-            "\nThis CPU has no bfloat16 instructions: torch's own products are slow there, fastalign widens to float32."
+            "\nThis CPU has no bfloat16 instructions. torch's products in bfloat16 are slow here, so fastalign "
+            "converts to float32."
         )
     return text
 
@@ -246,8 +247,9 @@ def _two_products(rows: list[Measurement]) -> str:
     if rates.get("oneDNN", 0) < 1.2 * rates.get("torch", math.inf):
         return ""
     return (
-        f"\nThe bare products in float32, torch.mm's, run at {rates['torch']:.0f} GFLOP/s: MKL leaves AVX-512 alone "
-        f"on this CPU.\nfastalign's layers take oneDNN's, at {rates['oneDNN']:.0f}, its head kernels of its own."
+        f"\nThe bare products in float32 are torch.mm's. They run at {rates['torch']:.0f} GFLOP/s, because MKL does "
+        f"not use AVX-512 on this CPU.\nfastalign's layers use oneDNN's products ({rates['oneDNN']:.0f} GFLOP/s), and "
+        "the output layer uses fastalign's kernels."
     )
 
 

@@ -26,6 +26,10 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Finish p) {
         p.at_target[row] = at_target, p.slope[row] = slope, p.mean[row] = mean;
     }
     if (!p.a) return;
+    // Here a and b hold sum e_j m_j W[j] and sum e_j (z_j - shift) m_j W[j] without the target, m_j = dz_j / du_j, except
+    // that a constant m_j is still missing. They become
+    //   d log p(y) / d hidden = (1 - p_y) m_y W[y] - sum_{j != y} p_j m_j W[j]   with 1 - p_y = others / total
+    //   d entropy / d hidden = -sum_j p_j (z_j - shift - mean) m_j W[j]
     const float scale = (p.head.outer != 0.0f ? 1.0f : p.head.factor) / total;
     const float of_a = others / total * slope, of_b = at_target * slope * (held - mean) / total;
     const W* w_y = static_cast<const W*>(p.weight) + p.targets[row] * p.weight_stride;

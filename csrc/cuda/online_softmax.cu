@@ -11,7 +11,9 @@ namespace {
 // dtype can represent.
 constexpr float kLag = 8.0f;
 
-// b = down (b + moved a), a = down a.
+// Rescales the accumulated products of a row to a new shift: a = sum e W and b = sum e (z - shift) W, where
+// e = exp(z - shift). With moved = old shift - new shift and down = exp(moved), every e becomes down e, and z - shift
+// grows by moved: b = down (b + moved a), a = down a.
 __device__ __forceinline__ void rescale(const Absorb& p, std::int64_t row, float moved, float down) {
     float* a = p.a + row * p.a_stride;
     float* b = p.b ? p.b + row * p.b_stride : nullptr;
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) absorb_kernel(Absorb p) {
     float top = kNegativeInfinity;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
-    // Its barrier parts every read of this row from every write.
+    // The barrier in it separates every read of this row from every write.
     top = block_reduced(top, kNegativeInfinity, maxima, Max{});
     const float shift = top > before + kLag ? top : before;
 
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) plain_absorb_kernel(Absorb p)
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) top = fmaxf(top, z[i]);
-    // Its barrier parts every read of this row from every write.
+    // The barrier in it separates every read of this row from every write.
     top = block_reduced(top, kNegativeInfinity, maxima, Max{});
     const float shift = top > before + kLag ? top : before;
 #pragma unroll

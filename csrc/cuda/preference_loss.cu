@@ -54,6 +54,7 @@ struct LossAndSlopes {
 
 __device__ LossAndSlopes pair_loss(const Preference& p, double u, double v) {
     if (p.form == LossForm::odds_ratio) {
+        // The log odds of a completion are u - log(1 - e^u), with the derivative -1 / expm1(u).
         // An average log-prob that was rounded to 0 counts as the largest number below 0, and has no gradient.
         const double highest = -FLT_MIN, a = u < highest ? u : highest, b = v < highest ? v : highest;
         const double log_odds_ratio = (a - log(-expm1(a))) - (b - log(-expm1(b)));
@@ -68,6 +69,7 @@ __device__ LossAndSlopes pair_loss(const Preference& p, double u, double v) {
     } else if (p.form == LossForm::hinge) {
         loss = x < 0 || x != x ? -x : 0, slope = x < 0 ? -1 : 0;
     } else {
+        // Label smoothing: (1 - eps) softplus(-x) + eps softplus(x) = softplus(-x) + eps x, with eps as the slope.
         loss = softplus(-x) + p.slope * x, slope = p.slope - sigmoid(-x);
     }
     return {loss, slope * p.scale, -slope * p.scale};

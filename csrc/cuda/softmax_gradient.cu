@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) gradient_kernel(Gradient p) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         const float slope = p.head.outer != 0.0f ? capped_slope(p.head, z[i]) : p.head.factor, d = z[i] - shift;
+        // logprobs and entropy are the incoming gradients over -total, so this is -g p_j, and the entropy's part.
         const float g = (logprobs + entropy * (fmaxf(d, kStart) - mean)) * __expf(d) * slope;
         z[i] = column_of(i) == target ? at_target : g;
     }

@@ -104,6 +104,8 @@ def _with_paths(options: Mapping[str, Any], declared: set[str], folder: Path) ->
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
             return [resolve(item) for item in value]
+        if isinstance(value, dict):
+            return {key: resolve(item) for key, item in value.items()}
         relative = isinstance(value, str) and value.startswith(("./", "../"))
         return str((folder / value).resolve()) if relative else value
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from fastalign.errors import ConfigError
+
+SHOWN_CHARACTERS = 1200  # of a part of a row; the middle of a longer one is left out
 
 
 def add(commands: Any) -> None:
     """Adds `data check` to the parser's commands."""
     data = commands.add_parser("data", help="look at a data set without training")
     check = data.add_subparsers(title="actions", metavar="ACTION", required=True).add_parser(
-        "check", help="print the report that training prints first"
+        "check", help="print the report that training prints first, and rows as they are trained"
     )
-    check.add_argument("file", help="a .jsonl, .json, .parquet or .csv file")
+    check.add_argument(
+        "file", nargs="+", help="files or folders (.jsonl, .json, .csv, .tsv, .parquet), or hub:owner/name"
+    )
     check.add_argument(
         "--model", default="smollm2-135m-instruct", help="the model whose tokenizer is used (default: %(default)s)"
     )
@@ -22,19 +29,84 @@ def add(commands: Any) -> None:
         default=1024,
         help="most tokens of a prompt with a completion (default: %(default)s)",
     )
+    check.add_argument(
+        "--for", dest="wanted", choices=("pairs", "labelled", "completions"),
+        help="what the rows are for: pairs (dpo), labelled (kto, bco) or completions (sft, distill)",
+    )  # fmt: skip
+    check.add_argument(
+        "--columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="which columns hold what, as prompt=question"
+    )
+    check.add_argument("--rows", type=int, default=2, help="how many rows are shown (default: %(default)s)")
+    check.add_argument("--out", metavar="FILE", help="a .jsonl file for the rows as they were understood")
     check.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report."""
-    from fastalign.data.files import load_rows
+    """Prints the report and some rows."""
+    columns = dict(_column(word) for word in args.columns)
+    if args.out and Path(args.out).suffix != ".jsonl":
+        raise ConfigError(f"--out is {args.out!r}: name a .jsonl file")
+
+    from rich.console import Console
+
+    from fastalign.data.loading import load_rows
     from fastalign.data.tokenization import tokenize
     from fastalign.models.loading import load_tokenizer
 
-    rows = load_rows(args.file)
+    rows = load_rows(args.file if len(args.file) > 1 else args.file[0], columns)
+    tokenizer = load_tokenizer(args.model)
     # Rows that training would refuse are dropped here, so that the report can count all of them.
-    _, report = tokenize(
-        rows, load_tokenizer(args.model), max_length=args.max_length, on_truncate="drop", on_invalid="drop"
+    tokens, report = tokenize(
+        rows, tokenizer, max_length=args.max_length, on_truncate="drop", on_invalid="drop", wanted=args.wanted
     )
     print(report)
+    console = Console(highlight=False, soft_wrap=True)
+    for number, row in enumerate(tokens.select(range(min(args.rows, len(tokens)))), start=1):
+        _show(console, number, row, tokenizer)
+    if args.out:
+        _write(rows, args.wanted, Path(args.out))
     return 0
+
+
+def _column(word: str) -> tuple[str, str]:
+    field, equals, column = word.partition("=")
+    if not equals or not field or not column:
+        raise ConfigError(f"--columns has {word!r}: write FIELD=COLUMN, as prompt=question")
+    return field, column
+
+
+def _show(console: Any, number: int, row: dict, tokenizer: Any) -> None:
+    """One row as it is trained: scored parts in colour on a terminal, in double brackets elsewhere."""
+    from rich.text import Text
+
+    from fastalign.data.show import trained_parts
+
+    label = f", label {str(row['label']).lower()}" if "label" in row else ""
+    how = "what is scored is in colour" if console.is_terminal else "what is scored is in [[ ]]"
+    console.print(Text(f"\nRow {number}{label}: {how}", style="bold"))
+    for name, parts in trained_parts(row, tokenizer).items():
+        text = Text(f"  {name}: ")
+        for whole, scored in parts:
+            part = _short(whole)
+            if console.is_terminal:
+                text.append(part, style="bold green" if scored else "dim")
+            else:
+                text.append(f"[[{part}]]" if scored else part)
+        console.print(text)
+
+
+def _short(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    return text if left_out <= 0 else f"{text[:half]} ... ({left_out:,} characters) ... {text[-half:]}"
+
+
+def _write(rows: Any, wanted: str | None, path: Path) -> None:
+    import json
+
+    from fastalign.data.show import understood_rows
+    from fastalign.files import write_text
+
+    lines = [json.dumps(row, ensure_ascii=False) for row in understood_rows(rows, wanted)]
+    write_text(path, "".join(line + "\n" for line in lines))
+    print(f"\n{len(lines):,} rows written to {path}")

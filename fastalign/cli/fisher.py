@@ -23,7 +23,11 @@ def add(commands: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Computes the Fisher information and writes it."""
+    """Computes the Fisher information and writes it.
+
+    Raises:
+        ConfigError: The length or the number of bits is out of range.
+    """
     if args.length < 2 or args.bits not in (8, 32):
         raise ConfigError(f"length is {args.length} and bits {args.bits}; they must be 2 or more, and 8 or 32")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastalign import __version__
-from fastalign.cli import data, fisher, info, table, tax, train
+from fastalign.cli import chat, data, diagnose, fisher, generate, info, merge, report, table, tax, train
 from fastalign.errors import ConfigError, FastAlignError, printable
 from fastalign.options import closest
 
-COMMANDS = (train, data, tax, fisher, info)
+COMMANDS = (train, report, diagnose, generate, chat, merge, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}
@@ -44,7 +44,11 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one sentence, like all others of fastalign."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError, where argparse would print its usage and exit."""
+        """Reports a wrong argument.
+
+        Raises:
+            ConfigError: Always, where argparse would print its usage and exit.
+        """
         if unknown := re.match(r"unrecognized arguments: --([\w-]+)", message):
             name = unknown[1].replace("-", "_")
             raise ConfigError(f"There is no --{unknown[1]}; options are written {name}=VALUE, see `{self.prog} --help`")
@@ -83,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str], args: argparse.Namespace) -> None:
     """Parses the words of a command into `args`, whose `main` then runs it.
+
+    Args:
+        argv: The words after `fastalign`.
+        args: What is filled in: the arguments of the command, and its function as `main`.
 
     Raises:
         ConfigError: A command or an argument is unknown or missing.

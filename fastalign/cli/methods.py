@@ -16,13 +16,21 @@ from fastalign.options import check_keys, from_mapping, one_of
 
 
 class Method(NamedTuple):
-    """One row of METHODS."""
+    """One row of METHODS.
 
-    title: str  # in reports
+    Attributes:
+        title: The method's name in reports.
+        help: The sentence that `fastalign --help` shows.
+        config: `module:class` of its options.
+        trainer: `module:class` of its trainer.
+        losses: Whether each preference loss is a command, which sets loss_type.
+    """
+
+    title: str
     help: str
     config: str
     trainer: str
-    losses: bool = False  # whether each preference loss is a command, which sets loss_type
+    losses: bool = False
 
 
 METHODS = {

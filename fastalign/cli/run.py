@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastalign.cli.methods import build_regularizers, load_class, method_of
-from fastalign.cli.run_options import RunOptions
+from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.config.base import AlignmentConfig
-from fastalign.data.files import load_rows
-from fastalign.errors import ConfigError, printable
+from fastalign.data.loading import load_rows, of_each
+from fastalign.errors import ConfigError, DataError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
@@ -36,16 +36,16 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         preflight.txt, summary.json, samples.jsonl and report.html.
 
     Raises:
-        FastAlignError: Something that was given cannot be used. This is found before the first training step.
+        FastAlignError: An option, the data or the model cannot be used. This is raised before the first training step.
     """
     console = Console(highlight=False, markup=False)  # names and texts may hold brackets
-    folder, model, train = Path(str(config.output_dir)), str(options.model), str(options.train)
+    folder, model = Path(str(config.output_dir)), str(options.model)
     regularizers = build_regularizers(options.regularizers)
     if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
         raise ConfigError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, which is no folder")
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = load_rows(train)
-    eval_rows = load_rows(options.eval) if options.eval else None
+    train_rows = _load("train", options.train, options.columns)
+    eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,11 +75,11 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     seconds = time.monotonic() - start
     after, new = _evaluate_and_answer(trainer, tokenizer, prompts, options, "after")
-    # A whole model goes into a folder of its own, so that its many files do not hide the report among them.
+    # A complete model goes into a separate folder, so that its many files do not hide the report.
     trainer.save_model(str(folder if has_adapter(trainer.model) else folder / "model"))
 
     answers = (old, new) if old and new else None
-    summary = _summary(trainer, options, seconds, comparison(before, after, answers))
+    summary = _summary(trainer, options, seconds, _comparison(trainer, before, after, answers))
     write_json(folder / "summary.json", summary)
     _write_samples(folder / "samples.jsonl", questions, answers)
     report = write_report(folder)
@@ -92,27 +92,49 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
 
 
 def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
-    """The first `count` different prompts of the held-out rows: tokens, and what a person asked."""
+    """The first `count` different prompts of the held-out rows: tokens, and the text of the last question."""
     if trainer.eval_dataset is None:
         return [], []
-    tokens = [row["prompt_ids"] for row in trainer.eval_dataset]
-    if len(rows) == len(tokens) and "prompt" in rows.column_names:
-        texts = [_last_question(prompt) for prompt in rows["prompt"]]
-    else:  # rows were dropped, or the prompt is implicit
+    tokenized, rows = (next(iter(x.values())) if isinstance(x, dict) else x for x in (trainer.eval_dataset, rows))
+    tokens = tokenized["prompt_ids"][:]
+    texts = [_last_question(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else [None]
+    if len(texts) != len(tokens) or None in texts:  # rows were dropped or converted, or the prompt is implicit
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     different = {tuple(ids): text.strip() for ids, text in zip(tokens, texts, strict=True) if ids}
     chosen = list(different.items())[:count]
     return [list(ids) for ids, _ in chosen], [text for _, text in chosen]
 
 
-def _last_question(prompt: str | list[dict]) -> str:
-    return prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m.get("content")), "")
+def _last_question(prompt: Any) -> str | None:
+    """What a person asked, in a column of prompts; None if it is in another form than text or messages of text."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = next((turn["content"] for turn in reversed(prompt) if turn.get("content")), None)
+    return prompt if isinstance(prompt, str) else None
+
+
+def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers, Answers] | None) -> list[dict]:
+    """The table of metrics before and after training; of several data sets by name, each with its name."""
+    if not isinstance(trainer.eval_dataset, dict):
+        return comparison(before, after, answers)
+    rows = []
+    for name in trainer.eval_dataset:
+        old, new = ({f"eval_{key.removeprefix(f'eval_{name}_')}": value for key, value in metrics.items()
+                     if key.startswith(f"eval_{name}_")} for metrics in (before, after))  # fmt: skip
+        rows += [{**row, "metric": f"{row['metric']} ({name})"} for row in comparison(old, new, None)]
+    return rows + comparison({}, {}, answers)
+
+
+def _load(name: str, source: Any, columns: Any) -> Any:
+    try:
+        return load_rows(source, columns)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _evaluate_and_answer(
     trainer: Any, tokenizer: Any, prompts: list[list[int]], options: RunOptions, when: str
 ) -> tuple[dict[str, float], Answers | None]:
-    """Held-out metrics and answers of the model as it stands."""
+    """Held-out metrics and answers of the model with its present weights."""
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if not prompts:
         return metrics, None
@@ -131,7 +153,7 @@ def _summary(trainer: Any, options: RunOptions, seconds: float, rows: list[dict]
     return {
         "title": options.title or f"{losses} of {options.model}",
         "model": options.model,
-        "dataset": Path(str(options.train)).name,
+        "dataset": " + ".join(Path(path).name for path in paths_of(options.train)),
         "method": losses,
         "rows": rows,
         "facts": {

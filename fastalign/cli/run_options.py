@@ -1,4 +1,4 @@
-"""What a run is made of, beside the options of its method."""
+"""The options of a run that do not depend on its method: model, data, adapter, samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.config.quantization import check_quantization
 from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from fastalign.errors import ConfigError
-from fastalign.options import help_field, one_of
+from fastalign.options import check_keys, help_field, one_of
 
 _RANGES = {
     "lora_rank": NOT_NEGATIVE,
@@ -31,9 +31,20 @@ class RunOptions:
     model: str | None = help_field(
         None, "A model folder, a .gguf file, a packaged model, or organisation/name.", path=True
     )
-    train: str | None = help_field(None, "Training rows: a .jsonl, .json, .parquet or .csv file.", path=True)
-    eval: str | None = help_field(
-        None, "Held-out rows, for evaluation and for the answers before and after training.", path=True
+    train: str | list | dict | None = help_field(
+        None,
+        "Training rows: a file or a folder (.jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst), hub:owner/name, "
+        "or a list of these, each alone or as {path: ..., weight: 2}.",
+        path=True,
+    )
+    eval: str | list | dict | None = help_field(
+        None,
+        "Held-out rows, for evaluation and for the answers before and after training: likewise, or several by name, as "
+        "{easy: a.jsonl, hard: b.jsonl}.",
+        path=True,
+    )
+    columns: dict[str, str] | None = help_field(
+        None, "Which columns hold what, where their names do not say it, as {prompt: question}."
     )
     title: str | None = help_field(None, "The report's title.")
     dtype: str = help_field("auto", "Type of the weights: float32, bfloat16, float16, or auto (the machine decides).")
@@ -70,3 +81,21 @@ class RunOptions:
         if self.adapter is not None:
             one_of("adapter", self.adapter, ("merge", "continue"))
         check_regularizers(self.regularizers)
+
+
+def paths_of(source: Any) -> list[str]:
+    """The paths in the value of `train` or `eval`: one, a list, {path, weight}, or a dict of these by name.
+
+    Raises:
+        ConfigError: The value holds something else.
+    """
+    if source is None or isinstance(source, str):
+        return [source] if source else []
+    if isinstance(source, list):
+        return [path for item in source for path in paths_of(item)]
+    if isinstance(source, dict) and "path" in source:
+        check_keys("a source of rows", source, ("path", "weight"))
+        return paths_of(source["path"])
+    if isinstance(source, dict):
+        return [path for item in source.values() for path in paths_of(item)]
+    raise ConfigError(f"{source!r} names no rows; give a path, or {{path: ..., weight: 2}}")

@@ -29,7 +29,7 @@ _TYPES: dict[str, Any] = {
 
 @functools.cache
 def read() -> dict[str, Any]:
-    """The whole table."""
+    """The contents of options.json."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 

@@ -24,7 +24,11 @@ def add(commands: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints a table and writes the pages if `--out` is given."""
+    """Measures, prints a table and writes the pages if `--out` is given.
+
+    Raises:
+        ConfigError: A number of tokens is below 2.
+    """
     for name in ("length", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 2:
             raise ConfigError(f"{name} is {value}; it must be 2 or more")

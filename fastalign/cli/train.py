@@ -11,7 +11,7 @@ from typing import Any
 
 from fastalign.cli import configuration, methods, table
 from fastalign.cli.foreign import remedy
-from fastalign.cli.run_options import RunOptions
+from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
 
@@ -113,8 +113,8 @@ def _is_newer(key: str, row: str) -> bool:
 def _check_files(run: RunOptions, of_method: Mapping[str, Any], paths: Iterable[str]) -> None:
     """Refuses files that are not there. The folders of caches are made when they are needed."""
     for name in ("train", "eval"):
-        if path := getattr(run, name):
-            _check_file(name, path)
+        for path in paths_of(getattr(run, name)):
+            _check_rows(name, path)
     _check_path("model", run.model)
     for name in paths:
         if not name.endswith("_dir"):
@@ -140,6 +140,11 @@ def _check_path(name: str, value: Any) -> None:
             raise ConfigError(f"{name}: there is no model folder {path!r}; check the path")
 
 
+def _check_rows(name: str, path: str) -> None:
+    if not path.startswith("hub:") and not Path(path).expanduser().exists():
+        raise ConfigError(f"{name}: {path} is not a file or a folder; check the path (hub:owner/name reads the hub)")
+
+
 def _check_file(name: str, path: str) -> None:
     if not Path(path).expanduser().is_file():
         raise ConfigError(f"{name}: {path} is not a file; check the path (only local files are read)")
@@ -160,7 +165,9 @@ def _options_help(row: str) -> str:
     lines = ["options of the run:"]
     lines += [_line(f.name, f.metadata["help"], f.default) for f in fields(RunOptions) if f.default is not MISSING]
     lines += ["", "options of the method:"]
-    lines += [_line(name, option["help"], option.get("default")) for name, option in own.items()]
+    # An option without a help text has only one valid value. It is in the table, so that another value is refused.
+    shown = {name: option for name, option in own.items() if "help" in option}
+    lines += [_line(name, option["help"], option.get("default")) for name, option in shown.items()]
     lines += ["", "options of transformers.TrainingArguments:"]
     lines += [
         _line(name, option.get("help", ""), option.get("default"))

@@ -75,7 +75,21 @@ def _pairs(
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
-    """DPO and its kin: `loss_type` takes Liger's names. The tuple ends with chosen and rejected rewards."""
+    """DPO and the losses that Liger computes with it. The tuple ends with chosen and rejected rewards.
+
+    Args:
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        beta: Strength of the pull to the reference.
+        alpha: Weight of the NLL of the chosen rows, if `compute_nll_loss`.
+        compute_nll_loss: Whether the NLL is added to the loss.
+        compiled: No effect.
+        use_ref_model: Whether there is a reference. False: its log-probabilities count as 0.
+        average_log_prob: Whether the loss is given averages per token instead of sums.
+        chunk_size: No effect.
+        loss_type: Liger's name of the loss: "sigmoid", "robust", "exo_pair", ...
+        label_smoothing: Probability that a label is wrong. As in Liger, only "robust" and "exo_pair" read it.
+        discopop_tau: Temperature of "discopop".
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
@@ -97,13 +111,31 @@ class LigerFusedLinearDPOLoss(nn.Module):
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
         ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The loss and the tuple that the head of this file describes; `ref_*` are the reference's."""
+        """The loss and the tuple that the head of this file describes.
+
+        Args:
+            lin_weight: (V, H) weight of the output layer.
+            _input: (2B, T, H) hidden states, the chosen rows first.
+            target: (2B, T) int64; `target[:, t]` is the token that `_input[:, t]` predicts.
+            bias: (V,) bias of the output layer.
+            ref_input: (2B, T, H) hidden states of the reference.
+            ref_weight: (V, H) the reference's output layer; None: `lin_weight`.
+            ref_bias: (V,) the bias of `ref_weight`.
+        """
         reference = _reference(self.use_ref_model, target, ref_input, ref_weight, ref_bias)
         return _pairs(lin_weight, _input, target, bias, **reference, **self.options)
 
 
 class LigerFusedLinearORPOLoss(nn.Module):
-    """ORPO. The tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio."""
+    """ORPO. The tuple ends with rewards, the mean log-sigmoid of the log odds ratio, and the mean log odds ratio.
+
+    Args:
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        beta: Weight of the odds ratio term.
+        compute_nll_loss: Whether the NLL of the chosen rows is added to the loss.
+        compiled: No effect.
+        chunk_size: No effect.
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, compute_nll_loss: bool = True, compiled: bool = True,
@@ -119,7 +151,15 @@ class LigerFusedLinearORPOLoss(nn.Module):
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The loss and the tuple; `nll_target` (2B, T) holds the tokens that the NLL counts, if not `target`'s."""
+        """The loss and the tuple that the head of this file describes, with the three entries of the class.
+
+        Args:
+            lin_weight: (V, H) weight of the output layer.
+            _input: (2B, T, H) hidden states, the chosen rows first.
+            target: (2B, T) int64; `target[:, t]` is the token that `_input[:, t]` predicts.
+            bias: (V,) bias of the output layer.
+            nll_target: (2B, T) int64, the tokens that the NLL counts; None: those of `target`.
+        """
         loss, aux = _pairs(lin_weight, _input, target, bias, nll_targets=nll_target, **self.options)
         chosen, rejected = aux[:2]
         log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
@@ -127,7 +167,18 @@ class LigerFusedLinearORPOLoss(nn.Module):
 
 
 class LigerFusedLinearSimPOLoss(nn.Module):
-    """SimPO, with `gamma` on the scale of beta times the averages. The tuple ends with chosen and rejected rewards."""
+    """SimPO. The tuple ends with chosen and rejected rewards.
+
+    Args:
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        beta: Factor of the averages per token.
+        alpha: Weight of the NLL of the chosen rows, if `compute_nll_loss`.
+        label_smoothing: Probability that a label is wrong.
+        compute_nll_loss: Whether the NLL is added to the loss.
+        compiled: No effect.
+        gamma: Target margin, on the scale of beta times the averages: `gamma_beta_ratio` is `gamma / beta`.
+        chunk_size: No effect.
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
@@ -143,12 +194,30 @@ class LigerFusedLinearSimPOLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and the tuple that the head of this file describes."""
+        """The loss and the tuple that the head of this file describes.
+
+        Args:
+            lin_weight: (V, H) weight of the output layer.
+            _input: (2B, T, H) hidden states, the chosen rows first.
+            target: (2B, T) int64; `target[:, t]` is the token that `_input[:, t]` predicts.
+            bias: (V,) bias of the output layer.
+        """
         return _pairs(lin_weight, _input, target, bias, **self.options)
 
 
 class LigerFusedLinearCPOLoss(nn.Module):
-    """CPO. The tuple ends with chosen and rejected rewards."""
+    """CPO. The tuple ends with chosen and rejected rewards.
+
+    Args:
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        beta: Factor of the margin.
+        alpha: Weight of the NLL of the chosen rows, if `compute_nll_loss`.
+        label_smoothing: Probability that a label is wrong.
+        compute_nll_loss: Whether the NLL is added to the loss.
+        compiled: No effect.
+        average_log_prob: Whether the loss is given averages per token instead of sums.
+        chunk_size: No effect.
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0,
@@ -163,12 +232,31 @@ class LigerFusedLinearCPOLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and the tuple that the head of this file describes."""
+        """The loss and the tuple that the head of this file describes.
+
+        Args:
+            lin_weight: (V, H) weight of the output layer.
+            _input: (2B, T, H) hidden states, the chosen rows first.
+            target: (2B, T) int64; `target[:, t]` is the token that `_input[:, t]` predicts.
+            bias: (V,) bias of the output layer.
+        """
         return _pairs(lin_weight, _input, target, bias, **self.options)
 
 
 class LigerFusedLinearKTOLoss(nn.Module):
-    """KTO over single rows: `_input` (B, T, H), `target` (B, T), `preference_labels` (B,) bool."""
+    """KTO over single rows with a label each.
+
+    Args:
+        ignore_index: The target of positions that are not scored; None: every position is scored.
+        beta: Strength of the pull to the reference.
+        compiled: No effect.
+        use_ref_model: Whether there is a reference. False: its log-probabilities count as 0.
+        average_log_prob: Must be False: KTO is defined on sums.
+        chunk_size: No effect.
+
+    Raises:
+        ConfigError: `average_log_prob` is True.
+    """
 
     def __init__(
         self, ignore_index: int | None = -100, beta: float = 0.1, compiled: bool = True, use_ref_model: bool = False,
@@ -186,7 +274,19 @@ class LigerFusedLinearKTOLoss(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """The loss, and six sums: logps, logits and rewards, each of the chosen and then of the rejected rows.
 
-        `kl` is KTO's reference point; None: 0.
+        Args:
+            _input: (B, T, H) hidden states.
+            lin_weight: (V, H) weight of the output layer.
+            target: (B, T) int64; `target[:, t]` is the token that `_input[:, t]` predicts.
+            bias: (V,) bias of the output layer.
+            preference_labels: (B,) bool, True where the row is desirable.
+            ref_input: (B, T, H) hidden states of the reference.
+            ref_weight: (V, H) the reference's output layer; None: `lin_weight`.
+            ref_bias: (V,) the bias of `ref_weight`.
+            kl: KTO's reference point; None: 0.
+
+        Raises:
+            InputError: There are no labels, or shapes and dtypes do not fit.
         """
         if preference_labels is None:
             raise InputError("preference_labels is None; pass a (B,) bool tensor, True where the row is desirable")

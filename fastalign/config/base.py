@@ -75,13 +75,14 @@ class AlignmentConfig(TrainingArguments):
     )
     disable_dropout: bool = help_field(True, "Turn off the model's dropout. LoRA's dropout is not changed.")
     memory_budget: int | None = help_field(
-        None, "Bytes of probability tiles that are kept for a trained output layer. None: 1 GiB."
+        None, "Bytes of probability tiles that are stored for a trained output layer. None: 1 GiB."
     )
     share_prompts: bool = help_field(True, "Compute each prompt once for all of its completions.")
     dataloader_pin_memory: bool | None = help_field(
         None, "Put batches into page-locked memory, for faster copies to a GPU. None: if CUDA is available."
     )
-    logging_nan_inf_filter: bool = help_field(False, "Always False: True would hide a loss of NaN.")
+    # Only False is accepted (see below), so it has no help text, and `fastalign METHOD --help` does not show it.
+    logging_nan_inf_filter: bool = False
     run_name: str | None = help_field(None, "A name for the run, which the report shows.")
 
     def __post_init__(self):

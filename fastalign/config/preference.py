@@ -29,7 +29,36 @@ _ONLY_WITH = {
 
 @dataclass
 class PreferenceConfig(AlignmentConfig):
-    """Options of `PreferenceTrainer`: one preference loss, or a weighted mixture, on pairs or on labelled rows."""
+    """Options of `PreferenceTrainer`: one preference loss, or a weighted mixture, on pairs or on labelled rows.
+
+    The options are these and those of `AlignmentConfig`. The page of each loss says what its options mean in its
+    formula. An option that none of the chosen losses has is refused.
+
+    Attributes:
+        loss_type: One loss or several (a mixture, as in MPO): names of `fastalign.losses.PAIRWISE` or TRL's names for
+            them, "sft" for an NLL term, or one name of `fastalign.losses.UNPAIRED` by itself.
+        loss_weights: One weight per loss of a mixture. None: 1 each.
+        beta: Strength of the pull to the reference. None: the default of each loss, mostly 0.1.
+        label_smoothing: Probability that a preference label is wrong (dpo, robust and others).
+        alpha: Coefficient of the alpha divergence (dpo_alpha).
+        tau: Target of the scaled margin (ipo_tau).
+        discopop_tau: Temperature of the log-ratio modulation (discopop).
+        gamma_beta_ratio: Target margin over beta (simpo).
+        desirable_weight: Weight of desirable rows (kto).
+        undesirable_weight: Weight of undesirable rows (kto).
+        nll_weight: Weight of the chosen completions' NLL in nats per token (RPO's alpha). None: the default of the
+            losses, mostly 0.
+        nll_over: Which tokens the NLL counts: "completion" or "prompt_and_completion".
+        precompute_ref_log_probs: Compute the reference's log-probs once, before training, and store them on disk.
+            False: score a copy of the reference at every step.
+        ref_cache_dir: Folder of the stored log-probs. None: ~/.cache/fastalign.
+        sync_ref_model: Move the reference towards the model while training (TR-DPO, arXiv:2404.09656).
+        ref_model_mixup_alpha: Share of the model in each such move, 0 to 1.
+        ref_model_sync_steps: Optimiser steps between two such moves.
+
+    Raises:
+        ConfigError: A loss is unknown, losses cannot be mixed, or an option is out of range or not one of the losses'.
+    """
 
     loss_type: str | list[str] = help_field(
         ["dpo"], "One loss or several (a mixture, as in MPO): " + ", ".join([*PAIRWISE, *UNPAIRED]) + ", sft."

@@ -7,7 +7,7 @@ from fastalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from fastalign.data.batch import Batch as Batch
     from fastalign.data.collate import Collator as Collator
-    from fastalign.data.files import load_rows as load_rows
+    from fastalign.data.loading import load_rows as load_rows
     from fastalign.data.packing import Group as Group
     from fastalign.data.packing import PackedBatch as PackedBatch
     from fastalign.data.packing import lay_out as lay_out
@@ -29,7 +29,7 @@ lazy_exports(
         "Lengths": "fastalign.data.report",
         "PackedBatch": "fastalign.data.packing",
         "lay_out": "fastalign.data.packing",
-        "load_rows": "fastalign.data.files",
+        "load_rows": "fastalign.data.loading",
         "pack": "fastalign.data.packing",
         "pad": "fastalign.data.packing",
         "pad_to_multiple": "fastalign.data.packing",

@@ -34,10 +34,14 @@ class Batch:
     sampled: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with every tensor on `device`.
+        """The same batch with every tensor on `device`. accelerate's data loaders call this method to place a batch.
 
-        accelerate's data loaders call this method to place a batch, and they pass `non_blocking`. The argument has no
-        effect: `PackedBatch.to` never blocks.
+        Args:
+            device: Where the tensors go.
+            non_blocking: Accepted because accelerate passes it. It has no effect: `PackedBatch.to` never blocks.
+
+        Returns:
+            A new batch.
         """
         del non_blocking
         columns = {name: value.to(device) for name, value in self.columns.items()}

@@ -59,6 +59,7 @@ def chat_example(row: dict, columns: tuple[str, ...], tokenizer, allow_empty_pro
         raise RowProblem("identical pair", "chosen and rejected are the same")
     if _repeats_prompt(prompt, _is_one_turn(row.get("prompt"), prompt), completions):
         prompt = []
+    # Turns of the completions that belong to the prompt: the question, or what two conversations have in common.
     if not prompt or any(completion[0]["role"] != "assistant" for completion in completions):
         shared = _shared_turns(completions)
         prompt = prompt + completions[0][:shared]
@@ -86,7 +87,7 @@ def _is_one_turn(cell, prompt: list[dict]) -> bool:
 
 
 def _with_system(prompt: list[dict], system) -> list[dict]:
-    """The prompt behind a system turn that a column of its own holds."""
+    """The prompt with the system turn in front of it that another column holds."""
     if not isinstance(system, (str, type(None))):
         raise RowProblem("wrong type", f"'system' must be a string, found {type(system).__name__}")
     if not system or not system.strip():
@@ -249,7 +250,7 @@ def _answer_end(whole: str, start: int, turns: list[dict], template: Template) -
     if whole.startswith(so_far):
         return len(so_far)
     # The template writes an answer differently while it is the last one: with its thoughts, or with an EOS that ends
-    # the whole conversation. Then the answer ends with the text that ends every answer.
+    # the conversation. Then the answer ends with the text that ends every answer.
     content = turns[-1]["content"]
     words = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
     at = whole.find(words, start)

@@ -91,7 +91,7 @@ def with_mismatched(dataset: Dataset) -> Dataset:
             "The data set has one row or one prompt; KTO's baseline needs other prompts' completions: add some."
         )
     # From the last row to the first, `other` is the nearest row behind the current one that has another prompt. For the
-    # last row the search starts at the first row again.
+    # last row the search starts over at the first row.
     other = next(row for row in rows if row["prompt_ids"] != rows[-1]["prompt_ids"])
     pairs = []
     for row, following in zip(reversed(rows), [other, *reversed(rows[1:])], strict=True):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import datasets
 
-from fastalign.data.messages import WEIGHTS
+from fastalign.data.messages import WEIGHTS, RowProblem
 from fastalign.errors import DataError
 
-# Names that people give to a field, the best one first.
+# Names that people give to a field, the best one first. Upper and lower case do not matter.
 ALIASES = {
-    "prompt": ("prompt", "instruction", "question", "query", "input", "conversations"),
-    "completion": ("completion", "response", "output", "answer"),
+    "prompt": ("prompt", "instruction", "question", "query", "input", "problem", "user", "human", "conversations"),
+    "completion": ("completion", "response", "output", "solution", "answer", "assistant"),
+    "chosen": ("chosen", "chosen_response", "preferred"),
+    "rejected": ("rejected", "rejected_response", "dispreferred"),
+    "label": ("label", "kto_tag"),
     "messages": ("messages", "conversations", "conversation"),
+    "completions": ("completions", "responses", "answers", "candidates", "outputs", "generations"),
+    "scores": ("scores", "ratings", "rewards"),
+    "ranks": ("ranks", "ranking", "rankings", "rank"),
+    "ranked": ("ranked_completions", "ranked_responses", "ranked_answers"),
+    "turns": ("turns", "dialog", "dialogue", "data", "conversation"),
     "system": ("system", "system_prompt"),
     "context": ("input", "context"),
     "tools": ("tools",),
@@ -24,6 +32,13 @@ ALIASES = {
 # Fields that a format reads where the column is there.
 OPTIONAL = ("system", "context", "tools", "chat_template_kwargs")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def column_of(field: str, names: Collection[str]) -> str | None:
+    """The column that holds a field: the first of the field's names that is there, in upper or lower case."""
+    lowered = {name.lower(): name for name in reversed([*names])}
+    aliases = ALIASES.get(field, (field,))
+    return next((name if name in names else lowered[name.lower()] for name in aliases if name.lower() in lowered), None)
 
 
 def sources(columns: tuple[str, ...], filled: Mapping[str, object]) -> dict[str, str] | None:
@@ -38,18 +53,26 @@ def sources(columns: tuple[str, ...], filled: Mapping[str, object]) -> dict[str,
     """
     found: dict[str, str] = {}
     for field in columns:
-        name = next((name for name in ALIASES.get(field, (field,)) if name in filled), None)
+        name = column_of(field, filled)
         if name is None or name in found.values():
             return None
         found[field] = name
     if columns == ("text",):
         return found
+    return found | optional_columns(found, filled)
+
+
+def optional_columns(found: Mapping[str, str], filled: Collection[str]) -> dict[str, str]:
+    """From the optional fields that are not among `found` to the columns that hold them."""
+    more: dict[str, str] = {}
     for field in OPTIONAL:
-        name = next((name for name in ALIASES[field] if name in filled and name not in found.values()), None)
+        used = {*found.values(), *more.values()}
+        name = column_of(field, [name for name in filled if name not in used])
         # Text beside an instruction belongs to it. Beside a column that is called prompt it may be anything.
-        if name and (field != "context" or found.get("prompt") in ("instruction", "question", "query")):
-            found[field] = name
-    return found
+        beside_instruction = found.get("prompt", "").lower() in ("instruction", "question", "query")
+        if name and field not in found and (field != "context" or beside_instruction):
+            more[field] = name
+    return more
 
 
 def unread_columns(rows: datasets.Dataset, read: Mapping[str, str]) -> list[str]:
@@ -58,7 +81,7 @@ def unread_columns(rows: datasets.Dataset, read: Mapping[str, str]) -> list[str]
     return [
         name
         for name in rows.column_names
-        if name not in read.values() and _holds_text(kinds[name]) and _first_filled(rows, name) is not None
+        if name not in read.values() and _holds_text(kinds[name]) and first_filled(rows, name) is not None
     ]
 
 
@@ -79,19 +102,19 @@ def refuse_changed_meaning(rows: datasets.Dataset, fields: Mapping[str, str]) ->
     for name in rows.column_names:
         if name in fields.values():
             continue
-        if name in MEDIA and _first_filled(rows, name) is not None:
+        if name in MEDIA and first_filled(rows, name) is not None:
             raise DataError(
                 f"The column {name!r} holds values: only text is trained on. Remove the column to train on the text."
             )
-        if name == "history" and "prompt" in fields and _first_filled(rows, name) is not None:
+        # Beside other fields a label may be the class of a text, which is not read.
+        if (
+            name.lower() in ALIASES["label"]
+            and {"messages", "history"} & {*fields}
+            and first_filled(rows, name) is not None
+        ):
             raise DataError(
-                "The column 'history' holds values: earlier turns are read from messages alone. Write each row as "
-                "'messages', or remove the column."
-            )
-        if name == "label" and "messages" in fields and _first_filled(rows, name) is not None:
-            raise DataError(
-                "The column 'label' beside 'messages' would not be used: split the messages into 'prompt' and "
-                "'completion' for labelled rows, or remove the column."
+                f"The column {name!r} would not be used here: give 'prompt', 'completion' and 'label' for labelled "
+                "rows, or remove the column."
             )
         if name in WEIGHTS:
             other = next((value for value in _cells(rows, name) if value is not None and value not in (1, "")), None)
@@ -107,8 +130,21 @@ def refuse_changed_meaning(rows: datasets.Dataset, fields: Mapping[str, str]) ->
         )
 
 
-def _first_filled(rows: datasets.Dataset, name: str):
+def first_filled(rows: datasets.Dataset, name: str):
+    """The first value of a column that is not empty; None if there is none."""
     return next((value for value in _cells(rows, name) if value not in (None, "", [], {})), None)
+
+
+def with_context(row: dict) -> dict:
+    """The row with the text that belongs to its instruction behind it, after a blank line."""
+    context = row.get("context")
+    if not context or (isinstance(context, str) and not context.strip()):
+        return row
+    if not isinstance(context, str) or not isinstance(row["prompt"], str):
+        raise RowProblem(
+            "wrong type", f"an instruction with a text beside it must be two strings, found {context!r:.60}"
+        )
+    return row | {"prompt": f"{row['prompt']}\n\n{context}"}
 
 
 def _cells(rows: datasets.Dataset, name: str) -> Iterator:

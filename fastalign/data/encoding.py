@@ -47,6 +47,13 @@ def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
 
         tokens of the one text start with the prompt's tokens:  the rest of them are the completion's
         they do not, because of a merge:                        the completion is tokenised by itself, and counted
+
+    Args:
+        examples: texts of prompts and completions.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        One `Tokens` per example.
     """
     prompts = [example.prompt for example in examples]
     prompt_ids = [encoded.ids for encoded in _tokenize_texts(tokenizer, prompts)]
@@ -156,6 +163,12 @@ def add_bos_and_eos(tokens: Tokens, example: Example, prefix: list[int], eos: in
 
     Both may be written in the text already, by a chat template or by whoever made the data. Two BOS or two EOS are
     sequences that the model never sees in generation.
+
+    Args:
+        tokens: what is changed, in place.
+        example: the text that the tokens come from.
+        prefix: the tokens that the tokenizer puts first, BOS as a rule; may be empty.
+        eos: the token that ends a completion.
     """
     counts = tokens.counts
     # Without a prompt, a BOS that the text holds is at the start of the completions.
@@ -185,9 +198,17 @@ def _length_of_repeats(ids: list[int], prefix: list[int]) -> int:
 
 
 def truncate_prompt(tokens: Tokens, prefix: list[int], max_length: int) -> bool:
-    """Cuts the beginning of the prompt, behind BOS, until the example fits. Returns whether that was possible.
+    """Cuts the beginning of the prompt, behind BOS, until the example fits.
 
     At least one token of the prompt besides BOS must stay, since it predicts the first token of the completions.
+
+    Args:
+        tokens: what is changed, in place.
+        prefix: the tokens at the start of the prompt that stay, BOS as a rule; may be empty.
+        max_length: the most tokens of the prompt together with its longest completion.
+
+    Returns:
+        Whether that was possible.
     """
     excess = tokens.length - max_length
     if len(tokens.prompt) - excess <= len(prefix):

@@ -1,4 +1,4 @@
-"""Rows of a data set, from a local file or from Python.
+"""Rows of one local file, or of dicts, as a table.
 
 Nothing here reaches the network or writes a cache. That is why the files are not read by `datasets.load_dataset`, which
 copies every file into a cache. Its errors also do not say which line of a file is damaged.
@@ -7,10 +7,12 @@ copies every file into a cache. Its errors also do not say which line of a file 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -19,83 +21,70 @@ from pyarrow import parquet
 
 from fastalign.errors import DataError
 
-MAX_DEPTH = 100  # levels of nesting that are searched for a value that holds itself
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
-def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Dataset:
-    """The rows of a local file, of a list, or of a data set.
+def extension(path: Path) -> str:
+    """What the name of a file says that it holds: ".jsonl", or ".jsonl.gz" if it is compressed. In lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes) if suffixes[-1:] and suffixes[-1] in COMPRESSED else "".join(suffixes[-1:])
 
-    Args:
-        source: the path of a file (.jsonl, .json, .csv, .parquet), a list of dicts, or a `datasets.Dataset`, which is
-            returned as it is.
+
+def read_file(path: Path) -> datasets.Dataset:
+    """The rows of one file.
 
     Raises:
-        DataError: the file is missing, empty, damaged or of an unknown type (the error names the damaged line, counted
-            from 1); the list holds something other than dicts; or a value fits into no table.
+        DataError: the file is empty, damaged or of an unknown type. The error names the damaged line, counted from 1.
     """
-    if isinstance(source, datasets.Dataset):
-        return source
-    if isinstance(source, datasets.DatasetDict):
-        raise DataError(
-            f"A DatasetDict holds several data sets: choose one of its splits {list(source)}, as in data['...']."
-        )
-    if isinstance(source, list):
-        _refuse_circles(source)
-        return _from_dicts(source, "The list of rows")
-    if not isinstance(source, (str, Path)):
-        raise DataError(
-            f"Rows come from a file path, a list of dicts or a datasets.Dataset, not from {type(source).__name__}: "
-            "build one with datasets.Dataset.from_list(list(rows))."
-        )
-    return _from_file(Path(source))
-
-
-def _refuse_circles(rows: list) -> None:
-    """Refuses a row that holds itself: no table can hold it, and Arrow's converters would never return."""
-    for number, row in enumerate(rows, start=1):
-        if _holds_itself(row, []):
-            raise DataError(f"The list of rows, row {number}: a value holds itself. Remove that reference.")
-
-
-def _holds_itself(value, outer: list) -> bool:
-    if not isinstance(value, (dict, list, tuple)) or len(outer) > MAX_DEPTH:
-        return False  # values nested as deeply as that are refused where they are read
-    if any(value is other for other in outer):
-        return True
-    outer = [*outer, value]
-    return any(_holds_itself(item, outer) for item in (value.values() if isinstance(value, dict) else value))
-
-
-def _from_file(path: Path) -> datasets.Dataset:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": None}
-    if not path.is_file():
-        raise DataError(
-            f"{path} is not a file: check the path. Only local files are read here; to use a data set of the Hugging "
-            "Face hub, load it with datasets.load_dataset(...) and pass the result."
-        )
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: unknown extension {path.suffix!r}, expected one of {', '.join(readers)}.")
+    kind = extension(path)
+    if kind not in EXTENSIONS:
+        raise DataError(f"{path}: unknown extension {kind!r}, expected one of {', '.join(EXTENSIONS)}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: it needs at least one row.")
-    if path.suffix.lower() == ".parquet":
+    if kind == ".parquet":
         return _read_parquet(path)
-    return _from_dicts(list(readers[path.suffix.lower()](path)), str(path))
+    try:
+        return from_dicts(list(_READERS[kind.removesuffix(".gz").removesuffix(".zst")](path)), str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error!s:.200}).") from error
+
+
+def _open(path: Path) -> io.BufferedReader:
+    """The bytes of a file, without its compression. Arrow reads .zst without another package."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    return io.BufferedReader(cast(Any, pa.input_stream(path, compression=compression)))
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
     # Read as bytes: a str would also be split at the line separators that JSON strings may hold.
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _parse_json(line, f"{path}, line {number}", "mend or delete this line", dict)
 
 
 def _read_json(path: Path) -> list[dict]:
-    remedy = "the file must hold one list of objects (if it has one object per line, name it .jsonl)"
-    return _parse_json(path.read_bytes(), str(path), remedy, list)
+    remedy = (
+        "the file must hold one list of objects, or one object with such a list in it (if it has one object per line, "
+        "name it .jsonl)"
+    )
+    with _open(path) as file:
+        value = _parse_json(file.read(), str(path), remedy, (list, dict))
+    if isinstance(value, list):
+        return value
+    lists = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if len(lists) != 1:
+        found = f"lists of objects under {', '.join(lists)}" if lists else f"no such list under {', '.join(value)}"
+        raise DataError(f"{path}: expected one list of objects, found {found:.200}: {remedy}.")
+    rows = value[lists[0]]
+    if all(isinstance(row, dict) and isinstance(row.get("row"), dict) for row in rows):
+        rows = [row["row"] for row in rows]  # as the hub's server writes them, each with its number
+    return rows
 
 
-def _parse_json(text: bytes, where: str, remedy: str, expected: type):
+def _parse_json(text: bytes, where: str, remedy: str, expected: type | tuple[type, ...]):
     """The JSON value in a text, which must be of the type expected; DataError with the place and a remedy otherwise."""
     try:  # utf-8-sig: some editors put a byte order mark at the head of a file
         value = json.loads(text.decode("utf-8-sig"))
@@ -104,17 +93,18 @@ def _parse_json(text: bytes, where: str, remedy: str, expected: type):
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or an integer too long to read
         raise DataError(f"{where}: not valid JSON ({error}): {remedy}.") from error
     if not isinstance(value, expected):
-        kind = {dict: "an object", list: "a list"}[expected]
+        kind = "an object" if expected is dict else "a list or an object"
         raise DataError(f"{where}: expected {kind}, found {type(value).__name__}: {remedy}.")
     return value
 
 
-def _read_csv(path: Path) -> Iterator[dict]:
-    # The default limit refuses cells of more than 128 KiB. It is a setting of the whole process: it is put back below.
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict]:
+    # The default limit refuses cells of more than 128 KiB. It is a setting of the process, so it is reset below.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    names = {",": "commas", "\t": "tabs"}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header = next(reader, [])
             if twice := [name for name in header if header.count(name) > 1]:
                 raise DataError(f"{path} names the column {twice[0]!r} twice: rename one of them.")
@@ -122,7 +112,7 @@ def _read_csv(path: Path) -> Iterator[dict]:
                 if cells and len(cells) != len(header):
                     raise DataError(
                         f"{path}, line {reader.line_num}: {len(cells)} cells where the header names {len(header)} "
-                        "columns: put quotes around cells that hold commas or line breaks."
+                        f"columns: put quotes around cells that hold {names[delimiter]} or line breaks."
                     )
                 if cells:
                     yield dict(zip(header, cells, strict=True))
@@ -132,6 +122,14 @@ def _read_csv(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
     finally:
         csv.field_size_limit(limit)
+
+
+# The names of files that can be read, without a compression behind them.
+_READERS = {
+    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv,
+    ".tsv": lambda path: _read_csv(path, "\t"),
+}  # fmt: skip
+EXTENSIONS = (*_READERS, ".parquet", *(kind + end for kind in _READERS for end in COMPRESSED))
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:
@@ -144,8 +142,16 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _from_dicts(rows: list, where: str) -> datasets.Dataset:
-    """A data set of some dicts; a field that a row lacks is null there."""
+def from_dicts(rows: list, where: str) -> datasets.Dataset:
+    """A data set of some dicts; a field that a row lacks is null there.
+
+    Args:
+        rows: the dicts.
+        where: what errors call the rows.
+
+    Raises:
+        DataError: a row is no dict, there are no rows, or a value fits into no table. The error names the row.
+    """
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{where}, row {number}: expected a dict, found {type(row).__name__}.")
@@ -220,6 +226,6 @@ def _first_failing(name: str, values: list) -> tuple[int, Exception]:
 def _table_error(name: str, values: list) -> Exception | None:
     try:
         datasets.Dataset.from_dict({name: values}, on_mixed_types="use_json")
-    except Exception as error:  # as in `_from_dicts`
+    except Exception as error:  # as in `from_dicts`
         return error
     return None

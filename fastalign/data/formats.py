@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import datasets
 
 from fastalign.data.chat import Example, chat_example
-from fastalign.data.columns import ALIASES, refuse_changed_meaning, sources
-from fastalign.data.messages import RowProblem, holds_messages, read_json
+from fastalign.data.columns import ALIASES, refuse_changed_meaning, sources, with_context
+from fastalign.data.messages import RowProblem, holds_messages, read_json, read_messages
 from fastalign.errors import DataError
 
 # Name of each format and its columns. A data set has the first format whose columns it has.
@@ -61,6 +61,11 @@ class Format:
         """The fields that rows of this format have."""
         return FORMATS[self.name]
 
+    @property
+    def gives(self) -> str:
+        """What rows of this format are: "pairs", "labelled" or "completions"."""
+        return "pairs" if "chosen" in self.columns else "labelled" if "label" in self.columns else "completions"
+
     def __str__(self) -> str:
         renamed = [f"{field} from {name!r}" for field, name in self.sources.items() if field != name]
         kind = "chat messages" if self.chat else "plain strings"
@@ -77,7 +82,8 @@ def detect_format(rows: datasets.Dataset) -> Format:
         DataError: the data set has the columns of no format, or a column that would change the meaning of its rows.
     """
     known = {*sum(FORMATS.values(), ()), *sum(ALIASES.values(), ())}
-    first = {name: next((v for v in rows[name] if v is not None), None) for name in rows.column_names if name in known}
+    names = [name for name in rows.column_names if name.lower() in known]
+    first = {name: next((v for v in rows[name] if v is not None), None) for name in names}
     filled = {name: value for name, value in first.items() if value is not None}
     for name, columns in FORMATS.items():
         fields = sources(columns, filled)
@@ -91,6 +97,28 @@ def detect_format(rows: datasets.Dataset) -> Format:
         f"No known format: the data set has the columns {', '.join(rows.column_names) or '(none)'}, and one of these "
         f"sets must be there and filled: {sets}. Rename the columns to fit."
     )
+
+
+def check_row(row: dict, fmt: Format) -> None:
+    """Refuses what is wrong with a row by itself, which takes far less time than to render and tokenise it.
+
+    Raises:
+        RowProblem: as for `to_example`, for strings; for chat messages only what `read_messages` says of them.
+    """
+    if not fmt.chat:
+        to_example(row, fmt, None, allow_empty_prompt=True)
+        return
+    for field in fmt.columns:
+        value = row[fmt.sources[field]]
+        if value is None:
+            raise RowProblem("missing field", f"{fmt.sources[field]!r} is missing or null")
+        if field == "label":
+            _as_label(value)
+            continue
+        try:
+            read_messages(value, "user" if field == "prompt" else "assistant", field)
+        except RecursionError as error:
+            raise _too_deep() from error
 
 
 def to_example(row: dict, fmt: Format, tokenizer, allow_empty_prompt: bool = False) -> Example:
@@ -110,7 +138,7 @@ def to_example(row: dict, fmt: Format, tokenizer, allow_empty_prompt: bool = Fal
     for column in fmt.columns:
         if row[column] is None:
             raise RowProblem("missing field", f"{fmt.sources[column]!r} is missing or null")
-    row = _with_context(row)
+    row = with_context(row)
     try:
         example = (
             chat_example(row, fmt.columns, tokenizer, allow_empty_prompt)
@@ -118,22 +146,14 @@ def to_example(row: dict, fmt: Format, tokenizer, allow_empty_prompt: bool = Fal
             else _string_example(row, fmt, allow_empty_prompt)
         )
     except RecursionError as error:
-        raise RowProblem("wrong type", "its messages are nested too deeply") from error
+        raise _too_deep() from error
     if fmt.name == "unpaired":
         example.label = _as_label(row["label"])
     return example
 
 
-def _with_context(row: dict) -> dict:
-    """The row with the text that belongs to its instruction behind it, after a blank line."""
-    context = row.get("context")
-    if not context or (isinstance(context, str) and not context.strip()):
-        return row
-    if not isinstance(context, str) or not isinstance(row["prompt"], str):
-        raise RowProblem(
-            "wrong type", f"an instruction with a text beside it must be two strings, found {context!r:.60}"
-        )
-    return row | {"prompt": f"{row['prompt']}\n\n{context}"}
+def _too_deep() -> RowProblem:
+    return RowProblem("wrong type", "its messages are nested too deeply")
 
 
 def _as_label(value) -> bool:

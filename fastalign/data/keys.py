@@ -15,7 +15,7 @@ def row_keys(row: dict) -> list[bytes]:
     """The key of each completion of a tokenised row, under which a value computed from it is stored.
 
     A key is a digest of the tokens of the prompt, the tokens of the completion, and its mask. It does not depend on
-    options such as the loss or beta, so a cached log-prob can be used again when they change.
+    options such as the loss or beta, so a cached log-prob stays valid when they change.
 
     Args:
         row: `prompt_ids`, `completion_ids` (one list for each completion) and perhaps `completion_mask`.

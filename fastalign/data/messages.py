@@ -3,6 +3,7 @@
 JSON text of messages                          is parsed
 {"from": "human", "value": "..."}              becomes {"role": "user", "content": "..."}
 content as a list of text parts                becomes one string
+a turn of "function_call", whose text is JSON  becomes {"role": "assistant", "tool_calls": [...]}
 tool calls whose arguments are JSON text       get parsed arguments
 "train", "weight", "loss_weight" of a turn     become "train": False where the turn is not scored
 """
@@ -15,8 +16,10 @@ from typing import Any
 
 ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "observation": "tool",
+    "model": "assistant", "observation": "tool", "function": "tool",
 }  # fmt: skip
+KNOWN_ROLES = ("user", "assistant", "system", "tool")
+CALLS = ("function_call", "tool_call")  # speakers of turns whose text is one call of a tool, or a list of calls
 WEIGHTS = ("train", "weight", "loss_weight")  # keys of a turn, or columns, that say how much it counts
 
 _MESSAGES_HEAD = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
@@ -39,7 +42,9 @@ class RowProblem(Exception):
 def holds_messages(value) -> bool:
     """Whether a cell holds chat messages: as a list, as one message, or as the text of a list of messages."""
     if not isinstance(value, str):
-        return isinstance(value, list) or (isinstance(value, dict) and "role" in value)
+        return isinstance(value, list) or (
+            isinstance(value, dict) and ("role" in value or {"from", "value"} <= {*value})
+        )
     if not _MESSAGES_HEAD.match(value):
         return False
     try:
@@ -53,7 +58,15 @@ def read_messages(value, role: str, column: str) -> list[dict]:
     """A cell as messages, checked. A plain string becomes one message of the given role.
 
     Arrow gives every message all keys that occur in the data set, null where a message lacks one. Nulls are removed,
-    since a chat template may ask only whether a key is there. Nulls inside JSON text stay: somebody wrote them.
+    since a chat template may test only whether a key exists. Nulls inside JSON text stay: somebody wrote them.
+
+    Args:
+        value: the cell: a list of messages, one message, their JSON text, or a plain string.
+        role: the role of a plain string.
+        column: the column's name, for the error.
+
+    Returns:
+        The messages, each a dict of `role`, `content` and other keys that the row has.
 
     Raises:
         RowProblem: the cell holds no messages, or messages that cannot be rendered as text.
@@ -89,8 +102,10 @@ def _message(value, column: str) -> dict:
     if not isinstance(value.get("content"), (str, list, type(None))):
         raise RowProblem("wrong type", f"{column!r} has a message whose content is {value['content']!r:.60}")
     message = {"content": "", **without_nulls(value)}
-    message["role"] = ROLES.get(message["role"], message["role"])
+    message["role"] = _role(message["role"])
     message["content"] = _joined(message["content"])
+    if message["role"] in CALLS:
+        message |= {"role": "assistant", "content": "", "tool_calls": _written_calls(message["content"])}
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"])
     if not _is_scored(message):
@@ -98,13 +113,28 @@ def _message(value, column: str) -> dict:
     return {key: item for key, item in message.items() if key not in WEIGHTS or (key == "train" and item is False)}
 
 
+def _role(name: str) -> str:
+    """The name that chat templates have for a role. A role that is not known here is left to the template."""
+    lower = name.strip().lower()
+    return ROLES.get(lower, lower if lower in (*KNOWN_ROLES, *CALLS) else name)
+
+
+def _written_calls(text) -> list[dict]:
+    """The calls of tools that the text of a turn holds as JSON: {"name": ..., "arguments": ...}, or a list of these."""
+    calls = parse_json(text, "function_call") if isinstance(text, str) else text
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RowProblem("wrong type", f"a function_call must be JSON with 'name' and 'arguments', found {text!r:.60}")
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def _from_sharegpt(value: dict, column: str) -> dict:
-    speaker = ROLES.get(value["from"], value["from"])
-    if speaker not in ("user", "assistant", "system", "tool"):
+    speaker = _role(value["from"])
+    if speaker not in (*KNOWN_ROLES, *CALLS):
         raise RowProblem(
             "wrong type",
-            f"{column!r} has the unknown speaker {value['from']!r}: write the turn as a message with 'role' and "
-            "'content' (a tool call belongs under 'tool_calls' of an assistant turn)",
+            f"{column!r} has the unknown speaker {value['from']!r}: the speakers are human, gpt, system, tool, "
+            "observation and function_call",
         )
     rest = {key: item for key, item in value.items() if key not in ("from", "value", "role")}
     return {"role": speaker, "content": value.get("value"), **rest}
@@ -150,7 +180,11 @@ def _is_scored(message: dict) -> bool:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value in a cell of JSON text."""
+    """The value in a cell of JSON text; `name` is the column's, for the error.
+
+    Raises:
+        RowProblem: the text is not valid JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,7 +192,16 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def read_json(row: dict, name: str, kind: type) -> Any:
-    """A cell that holds a list or a dict, or its JSON text; None if it is empty."""
+    """A cell that holds a list or a dict, or its JSON text; None if it is empty.
+
+    Args:
+        row: the row.
+        name: the column's name.
+        kind: what the cell must hold, `list` or `dict`.
+
+    Raises:
+        RowProblem: the cell holds something else.
+    """
     value = row.get(name)
     # Nulls of a dict come from Arrow, which gives all rows the same keys. Nulls of JSON text were written.
     value = parse_json(value, name) if isinstance(value, str) and value.strip() else without_nulls(value)

@@ -1,6 +1,6 @@
 """Packing: tokenised prompts and completions as one row without padding, or as padded rows for models that need them.
 
-A group is one prompt and its completions. In a packed row the prompt lies once, followed by all its completions. The
+A group is one prompt and its completions. A packed row holds the prompt once, followed by all its completions. The
 positions of each completion continue where the prompt's end, as if the others were not there. For a prompt of three
 tokens, a pair of completions, and the next prompt:
 
@@ -45,6 +45,10 @@ class Group(NamedTuple):
 
     A token of the prompt sees the prompt up to itself. A token of a completion sees the whole prompt, and that
     completion up to itself.
+
+    Attributes:
+        prompt: the prompt's range.
+        completions: one range per completion.
     """
 
     prompt: tuple[int, int]
@@ -100,8 +104,8 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
         examples: mappings with `prompt_ids` (list of ints, may be empty), `completion_ids` (list of k >= 1 non-empty
             lists of ints) and perhaps `completion_mask` (the same shape, 1 for scored tokens). Without a mask all
             tokens are scored.
-        share_prompts: whether a prompt lies in the row once for all its completions. If False, each completion gets its
-            own copy of the prompt. `targets`, `cu_seqlens` and the results are the same either way.
+        share_prompts: whether the row holds a prompt once for all its completions. If False, each completion gets a
+            copy of the prompt. `targets`, `cu_seqlens` and the results are the same either way.
 
     Returns:
         The batch, with input_ids and position_ids (1, T), a layout, and no attention_mask.
@@ -109,6 +113,15 @@ def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBa
     Raises:
         InputError: there are no examples, a field is missing, a completion is missing or empty, a mask has another
             shape than the completions, or a token id is negative.
+
+    Examples:
+        The prompt 5 6 with the completions 7 8 and 9:
+
+            input_ids      5 6   7 8   9
+            position_ids   0 1   2 3   2      each completion continues the prompt
+            score_index      1   2     1      token 7 is predicted at position 1 of the row, 8 at 2, and 9 at 1
+            targets        7 8   9
+            cu_seqlens     0 2 3              of the 3 scored tokens, 2 belong to the first completion
     """
     ids, positions, groups, scored = [], [], [], _ScoredTokens()
     for prompt, completions, masks in _checked(examples):
@@ -264,7 +277,7 @@ def lay_out(examples: list[dict], layout: str, pad_token_id: int) -> PackedBatch
     Args:
         examples: as for `pack`.
         layout: what `fastalign.models.prepare` returned for the model: "shared" (packed, each prompt once), "packed"
-            (each completion with its own prompt) or "padded".
+            (each completion with a copy of its prompt) or "padded".
         pad_token_id: fills the rows if the layout is "padded".
 
     Returns:

@@ -10,7 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Lengths:
-    """Minimum, mean, 95th percentile and maximum of some lengths, in tokens."""
+    """A summary of some lengths, all in tokens.
+
+    Attributes:
+        min: the shortest length.
+        mean: the mean length.
+        p95: the 95th percentile, a length that occurs.
+        max: the longest length.
+    """
 
     min: int
     mean: float
@@ -41,13 +48,14 @@ class DataReport:
         completion_length: lengths of their completions, EOS included.
         completions: completions of the rows kept (two per row for preference data).
         tokens_shared: tokens in all if each prompt is computed once for all its completions.
-        tokens_unshared: tokens in all if each completion has its own copy of the prompt.
+        tokens_unshared: tokens in all if each completion has a copy of the prompt.
         scored_tokens: tokens whose log-probability is used. A token is not used if its mask is 0, or if no token is
             before it.
         max_length: the limit for a prompt together with its longest completion; None if there is none.
         eos_present: completions whose text ended with EOS already.
         eos_added: completions to which EOS was added.
         eos_inside: completions, of one assistant turn, that hold another EOS before their end.
+        eos_missing: completions, given as token ids, that do not end with EOS. They are taken as they are.
         token_merges: completions whose first characters would merge with the last ones of the prompt into one token if
             both were tokenised as one text.
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
@@ -59,6 +67,9 @@ class DataReport:
         unstopped_answers: answers before the last one behind which the chat template writes no special token.
         shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
         unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
+        layout: the layout that the rows had before they were converted, and what decided; empty if they were not.
+        rows_made: how many rows they were converted to; None if they were not.
+        unpaired: whether each pair became two rows with a label.
         plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
         unread_columns: columns that hold text, or lists, and are not read.
     """
@@ -78,6 +89,7 @@ class DataReport:
     eos_present: int = 0
     eos_added: int = 0
     eos_inside: int = 0
+    eos_missing: int = 0
     token_merges: int = 0
     duplicate_bos: int = 0
     prompts_cut: int = 0
@@ -87,6 +99,9 @@ class DataReport:
     unstopped_answers: int = 0
     shared_words: int = 0
     unmarked_prompts: int = 0
+    layout: str = ""
+    rows_made: int | None = None
+    unpaired: bool = False
     plain_on_chat: bool = False
     unread_columns: list[str] = field(default_factory=list)
 
@@ -116,8 +131,12 @@ class DataReport:
 
     def _lines(self) -> list[tuple[str, str]]:
         limit = "" if self.max_length is None else f" (max_length {self.max_length:,})"
+        made = self.rows_in if self.rows_made is None else self.rows_made
+        pairs = self.rows_kept // 2 if self.unpaired else self.rows_kept
         return [
-            ("rows", f"{self.rows_kept:,} of {self.rows_in:,} kept"),
+            *([("layout", self.layout)] if self.layout else []),
+            *([("converted", f"{self.rows_in:,} rows to {made:,}")] if self.layout else []),
+            ("rows", f"{pairs:,} of {made:,} kept" + (", two labelled rows of each pair" if self.unpaired else "")),
             *((f"  dropped: {reason}", self._dropped_line(reason)) for reason in self.dropped),
             ("prompt tokens", str(self.prompt_length)),
             ("completion tokens", str(self.completion_length) + limit),
@@ -126,17 +145,21 @@ class DataReport:
                 f"{self.tokens_shared:,} with each prompt once, {self.tokens_unshared:,} with a prompt per completion",
             ),
             ("scored tokens", f"{self.scored_tokens:,} ({self.scored_fraction:.1%} of the tokens)"),
-            (
-                "end of sequence",
-                f"exactly one EOS ends each of {self.completions:,} completions: "
-                f"{self.eos_present:,} had it already, and it was added to {self.eos_added:,}",
-            ),
+            ("end of sequence", self._end_line()),
             ("duplicate BOS", f"removed in {self.duplicate_bos:,} rows" if self.duplicate_bos else "none"),
             (
                 "token merges",
                 f"{self.token_merges:,} of {self.completions:,} completions" if self.token_merges else "none",
             ),
         ]
+
+    def _end_line(self) -> str:
+        ended = self.completions - self.eos_missing
+        line = (
+            f"exactly one EOS ends each of {ended:,} completions: {self.eos_present:,} had it already, and it was "
+            f"added to {self.eos_added:,}"
+        )
+        return line + (f"; {self.eos_missing:,} lack it" if self.eos_missing else "")
 
     def _dropped_line(self, reason: str) -> str:
         count, first = self.dropped[reason], self.dropped_rows[reason]
@@ -156,6 +179,11 @@ class DataReport:
                 self.eos_inside,
                 f"of {completions} hold an EOS before their end. In generation the model stops there: look for special "
                 "tokens that are written out in the text.",
+            ),
+            (
+                self.eos_missing,
+                f"of {completions} do not end with EOS: the model does not learn from them to stop. Token ids are "
+                "taken as they are given.",
             ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (

@@ -57,9 +57,11 @@ def stop_text(template: Template) -> str:
 
 @lru_cache(maxsize=8)
 def _stop_text(tokenizer, chat_template: str) -> str:
-    """Found with a conversation of its own: what follows an answer, whether a question or another answer comes next.
+    """What ends an answer: the text that follows it whether a question or another answer comes next.
 
-    ... <|assistant|> ANSWER <|end|> <|user|> ...       both go on with <|end|>, and then they part
+    It is found by rendering two made-up conversations. Here both continue with <|end|>, and differ after that:
+
+    ... <|assistant|> ANSWER <|end|> <|user|> ...
     ... <|assistant|> ANSWER <|end|> <|assistant|>
     """
     template, answer = Template(tokenizer), "placeholder"

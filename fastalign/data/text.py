@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastalign.data.encoding import special_prefix
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import DataError
 

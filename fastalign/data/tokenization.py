@@ -22,13 +22,24 @@ from datasets import Features, List, Value
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
-from fastalign.data.files import load_rows
-from fastalign.data.formats import Format, detect_format, to_example
+from fastalign.data.formats import Format, check_row, detect_format, to_example
+from fastalign.data.layouts import Converted, convert_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.messages import RowProblem
+from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths
+from fastalign.data.unpairing import labelled_from_pairs
 from fastalign.errors import ConfigError, DataError, ModelError
 
 BATCH_ROWS = 1000
+# What the rows may be for, what they must hold, and what rows of which formats can serve.
+NEEDS = {
+    "pairs": "pairs, with chosen and rejected,",
+    "labelled": "rows with prompt, completion and label, or pairs,",
+    "completions": "text, messages, or prompt and completion (without a label)",
+}
+GIVES = {"pairs": "pairs", "labelled": "rows with a label", "completions": "conversations without a label"}
+GIVEN_FOR = {"pairs": ("pairs",), "labelled": ("labelled", "pairs"), "completions": ("completions",)}
 NAMED_ROWS = 5  # how many row numbers an error or the report lists
 
 
@@ -42,6 +53,7 @@ def tokenize(
     num_proc: int | None = None,
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
+    wanted: str | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -53,8 +65,9 @@ def tokenize(
       of a chat template is that EOS if it is the tokenizer's `eos_token`.
 
     Args:
-        rows: anything that `load_rows` takes. All rows have one format, which is detected from the columns (see
-            `fastalign.data.formats`).
+        rows: anything that `load_rows` takes. All rows have one layout, which is recognised by the columns (see
+            `fastalign.data.layouts` and `fastalign.data.formats`). Rows of token ids are checked and taken as they are
+            (see `fastalign.data.pretokenized`).
         tokenizer: a transformers tokenizer with an EOS token. Chat messages go through its chat template.
         max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
         on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
@@ -68,6 +81,9 @@ def tokenize(
             whose answers do not begin alike. Such rows count as invalid otherwise.
         apply_chat_template: whether plain strings become chat messages: the prompt a user's turn, and each completion
             an assistant's. Rows that hold chat messages always go through the chat template.
+        wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
+            are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
+            the label true, the rejected one with the label false. None takes rows of any format.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -86,25 +102,42 @@ def tokenize(
         >>> dataset, report = tokenize("pairs.jsonl", tokenizer, max_length=1024, on_truncate="drop")
         >>> print(report)
     """
-    _check_options(max_length, on_truncate, on_invalid)
+    _check_options(max_length, on_truncate, on_invalid, wanted)
     rows = load_rows(rows).with_format(None)
     if not len(rows):
         raise DataError("The data set has no rows: it needs at least one.")
-    fmt = detect_format(rows)
-    if apply_chat_template:
-        fmt = _as_chat(fmt)
+    fmt = token_format(rows)
+    if fmt is not None:
+        converted = Converted(rows)
+        _check_wanted(fmt, wanted)
+        work = partial(_take_rows, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+    else:
+        converted = convert_rows(rows, wanted)
+        fmt = _checked_format(converted, wanted)
+        fmt = _as_chat(fmt) if apply_chat_template else fmt
+        read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
+        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     _check_tokenizer(tokenizer, fmt)
-    unread = unread_columns(rows, fmt.sources)
-    rows = rows.select_columns(list(fmt.sources.values()))
-    read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-    work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
-    batches = ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
+    # Fewer rows are tokenised fast enough that one error can name everything that is wrong.
+    if on_invalid == "error" and isinstance(fmt, Format) and len(converted.rows) > BATCH_ROWS:
+        _check_rows(converted, fmt, len(rows))
     outcome = _Outcome()
-    tokens = _to_dataset(_run(work, batches, num_proc), outcome, fmt)
+    tokens = _to_dataset(_run(work, _batches(converted.rows, fmt), num_proc), outcome, fmt)
+    _number_as_given(outcome, converted)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
+    if wanted == "labelled" and fmt.gives == "pairs":
+        tokens = labelled_from_pairs(tokens)
     report = _report(tokens, outcome, fmt, len(rows), max_length)
-    plain_on_chat = bool(not fmt.chat and fmt.name != "text" and getattr(tokenizer, "chat_template", None))
-    return tokens, replace(report, unread_columns=unread, plain_on_chat=plain_on_chat)
+    return tokens, replace(
+        report,
+        layout=converted.name,
+        rows_made=len(converted.rows) if converted.name else None,
+        unpaired="label" in tokens.column_names and fmt.gives == "pairs",
+        unread_columns=unread_columns(rows, converted.read if converted.name else fmt.sources),
+        plain_on_chat=bool(
+            not fmt.chat and fmt.name not in ("text", "tokens") and getattr(tokenizer, "chat_template", None)
+        ),
+    )
 
 
 @dataclass
@@ -114,16 +147,63 @@ class _Outcome:
     rows: list[dict] = field(default_factory=list)
     problems: list[tuple[int, str, str]] = field(default_factory=list)  # (row number, kind, detail)
     too_long: list[tuple[int, int]] = field(default_factory=list)  # (row number, tokens)
+    left_out: list[tuple[str, int]] = field(default_factory=list)  # (reason, row number) of rows that teach nothing
     counts: Counter = field(default_factory=Counter)  # fields of the report, and "masked"
 
 
-def _check_options(max_length: int | None, on_truncate: str, on_invalid: str) -> None:
+def _checked_format(converted: Converted, wanted: str | None) -> Format:
+    """The format of the rows, which must be one that is wanted."""
+    try:
+        fmt = detect_format(converted.rows)
+    except DataError as error:
+        if converted.other is None:
+            raise
+        raise DataError(
+            f"The rows have the layout '{converted.other.name}', which gives {GIVES[converted.other.gives]}; "
+            f"{NEEDS[str(wanted)]} are needed."
+        ) from error
+    _check_wanted(fmt, wanted)
+    return fmt
+
+
+def _check_wanted(fmt: Format | TokenFormat, wanted: str | None) -> None:
+    if wanted and fmt.gives not in GIVEN_FOR[wanted]:
+        raise DataError(f"The data set is '{fmt}'; {NEEDS[wanted]} are needed.")
+
+
+def _batches(rows: datasets.Dataset, fmt: Format | TokenFormat) -> Iterator[tuple[int, dict[str, list]]]:
+    rows = rows.select_columns(list(fmt.sources.values()))
+    return ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
+
+
+def _check_rows(converted: Converted, fmt: Format, rows: int) -> None:
+    """Refuses rows for what can be seen without the tokenizer: a bad value in the last row should show at once."""
+    outcome = _Outcome()
+    for batch in _batches(converted.rows, fmt):
+        _read_examples(batch, partial(check_row, fmt=fmt), outcome)
+    _number_as_given(outcome, converted)
+    _raise_if_refused(outcome, rows, rows, None, "error", "error")
+
+
+def _number_as_given(outcome: _Outcome, converted: Converted) -> None:
+    """Numbers rows as they were before they were converted, and adds what converting them has found."""
+    if not converted.name:
+        return
+    outcome.problems = [(converted.numbers[n - 1], kind, detail) for n, kind, detail in outcome.problems]
+    outcome.problems = sorted(outcome.problems + converted.problems)
+    outcome.too_long = [(converted.numbers[n - 1], length) for n, length in outcome.too_long]
+    outcome.left_out = [("no better answer", number) for number in converted.empty]
+
+
+def _check_options(max_length: int | None, on_truncate: str, on_invalid: str, wanted: str | None) -> None:
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ConfigError(f"max_length must be an integer of at least 2 or None, found {max_length!r}.")
     if on_truncate not in ("error", "drop", "keep_end"):
         raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
     if on_invalid not in ("error", "drop"):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
+    if wanted is not None and wanted not in NEEDS:
+        raise ConfigError(f"wanted must be one of {', '.join(NEEDS)} or None, found {wanted!r}.")
 
 
 def _as_chat(fmt: Format) -> Format:
@@ -133,7 +213,7 @@ def _as_chat(fmt: Format) -> Format:
     return replace(fmt, chat=True)
 
 
-def _check_tokenizer(tokenizer, fmt: Format) -> None:
+def _check_tokenizer(tokenizer, fmt: Format | TokenFormat) -> None:
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise ModelError("The tokenizer has no EOS token, which must end each completion: set tokenizer.eos_token.")
     if fmt.chat and not tokenizer.chat_template:
@@ -170,30 +250,53 @@ def _tokenize_rows(
     encoded = encode_examples(list(examples.values()), tokenizer)
     for (number, example), tokens in zip(examples.items(), encoded, strict=True):
         add_bos_and_eos(tokens, example, prefix, tokenizer.eos_token_id)
-        length = tokens.length
         if problem := _token_problem(tokens):
             outcome.problems.append((number, *problem))
-        elif max_length and length > max_length and not (
-            on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
-        ):  # fmt: skip
-            outcome.too_long.append((number, length))
         else:
-            outcome.counts.update(tokens.counts)
-            outcome.rows.append(
-                {
-                    "prompt_ids": tokens.prompt,
-                    "completion_ids": tokens.completions,
-                    "completion_mask": tokens.masks,
-                    "label": example.label,
-                }
-            )
+            _take(outcome, number, tokens, example.label, prefix, max_length, on_truncate)
     outcome.problems.sort()
     return outcome
 
 
+def _take_rows(
+    batch: tuple[int, dict[str, list]], fmt: TokenFormat, tokenizer, max_length: int | None, on_truncate: str
+) -> _Outcome:
+    """Takes over some rows of token ids, given as (how many rows are before them, columns)."""
+    outcome, prefix = _Outcome(), special_prefix(tokenizer)
+    read = partial(read_tokens, fmt=fmt, vocabulary=len(tokenizer), eos=tokenizer.eos_token_id)
+    for number, (tokens, label) in _read_examples(batch, read, outcome).items():
+        if len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]:
+            outcome.problems.append((number, "identical pair", "chosen and rejected are the same tokens"))
+        else:
+            _take(outcome, number, tokens, label, prefix, max_length, on_truncate)
+    outcome.problems.sort()
+    return outcome
+
+
+def _take(
+    outcome: _Outcome, number: int, tokens: Tokens, label, prefix: list[int], max_length: int | None, on_truncate: str
+) -> None:
+    """Adds a row to the outcome: to its rows, or to those that are too long."""
+    length = tokens.length
+    if max_length and length > max_length and not (
+        on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
+    ):  # fmt: skip
+        outcome.too_long.append((number, length))
+        return
+    outcome.counts.update(tokens.counts)
+    outcome.rows.append(
+        {
+            "prompt_ids": tokens.prompt,
+            "completion_ids": tokens.completions,
+            "completion_mask": tokens.masks,
+            "label": label,
+        }
+    )
+
+
 def _read_examples(
-    batch: tuple[int, dict[str, list]], read: Callable[[dict], Example], outcome: _Outcome
-) -> dict[int, Example]:
+    batch: tuple[int, dict[str, list]], read: Callable[[dict], Any], outcome: _Outcome
+) -> dict[int, Any]:
     """The usable rows by their numbers. What is wrong with the others goes into `outcome`."""
     before, columns = batch
     examples = {}
@@ -218,7 +321,7 @@ def _token_problem(tokens: Tokens) -> tuple[str, str] | None:
 # The data set and its report
 
 
-def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format) -> datasets.Dataset:
+def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format | TokenFormat) -> datasets.Dataset:
     """One data set of all batches. Problems and counts are added up in `outcome`.
 
     Each batch is converted as it comes: Python's lists take ten times the memory of Arrow's.
@@ -236,7 +339,7 @@ def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format) -> 
         outcome.problems += batch.problems
         outcome.too_long += batch.too_long
         outcome.counts.update(batch.counts)
-    unused = [] if fmt.name == "unpaired" else ["label"]
+    unused = [] if fmt.gives == "labelled" else ["label"]
     unused += [] if outcome.counts["masked"] else ["completion_mask"]
     return datasets.concatenate_datasets(tables).remove_columns(unused)
 
@@ -273,7 +376,9 @@ def _describe(problems: list[tuple[int, str, str]]) -> str:
     return "; ".join(parts)
 
 
-def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int, max_length: int | None) -> DataReport:
+def _report(
+    tokens: datasets.Dataset, outcome: _Outcome, fmt: Format | TokenFormat, rows: int, max_length: int | None
+) -> DataReport:
     prompts = _arrow("list_value_length", tokens.data["prompt_ids"]).to_numpy()  # (N,)
     every_completion = _arrow("list_flatten", tokens.data["completion_ids"])
     completions = _arrow("list_value_length", every_completion).to_numpy().reshape(len(prompts), -1)  # (N, k)
@@ -282,6 +387,7 @@ def _report(tokens: datasets.Dataset, outcome: _Outcome, fmt: Format, rows: int,
         every_mask = _arrow("list_flatten", tokens.data["completion_mask"])
         scored = _arrow("sum", _arrow("list_flatten", every_mask)).as_py()
     left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
+    left_out += outcome.left_out
     counts: dict[str, Any] = {name: count for name, count in outcome.counts.items() if name != "masked"}
     return DataReport(
         format=str(fmt),

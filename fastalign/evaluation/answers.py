@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.rollout.in_process import generate
+from fastalign.rollout.in_process import generate, stop_tokens
 
 # Heading of a row of the table, its key in the trainer's metrics, unit, and which direction is better.
 METRICS = (
@@ -23,11 +23,17 @@ METRICS = (
 
 @dataclass
 class Answers:
-    """Greedy answers to some prompts, one entry per prompt in each list."""
+    """Answers to some prompts, one entry per prompt in each list.
+
+    Attributes:
+        texts: The answers, without special tokens and without white space around them.
+        lengths: Their lengths in tokens, EOS included.
+        finished: Whether each answer ended with EOS before it reached max_new_tokens.
+    """
 
     texts: list[str]
-    lengths: list[int]  # in tokens, EOS included
-    finished: list[bool]  # whether the answer ended with EOS before it reached max_new_tokens
+    lengths: list[int]
+    finished: list[bool]
 
     @property
     def mean_length(self) -> float:
@@ -49,8 +55,9 @@ def answer(
     max_new_tokens: int = 160,
     batch_size: int = 32,
     label: str = "answers",
+    temperature: float | None = None,
 ) -> Answers:
-    """Greedy answers to tokenised prompts: at every step the most likely token, until EOS.
+    """Answers to tokenised prompts, until EOS: greedy ones, with the most likely token at every step, unless drawn.
 
     Args:
         model: as `fastalign.rollout.generate` takes it.
@@ -59,10 +66,18 @@ def answer(
         max_new_tokens: the most tokens of an answer, EOS included.
         batch_size: how many prompts share a batch; it does not change the answers beyond rounding.
         label: the name of the progress bar.
+        temperature: of answers that are drawn; None: greedy.
+
+    Returns:
+        The answers, in the order of the prompts.
     """
-    tokens = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
+    tokens = generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label,
+        temperature=temperature,
+    )  # fmt: skip
     texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return Answers(texts, list(map(len, tokens)), [ids[-1] == tokenizer.eos_token_id for ids in tokens])
+    stops = stop_tokens(model, tokenizer)
+    return Answers(texts, list(map(len, tokens)), [bool(ids) and ids[-1] in stops for ids in tokens])
 
 
 def comparison(before: dict, after: dict, answers: tuple[Answers, Answers] | None) -> list[dict]:

@@ -30,6 +30,7 @@ from fastalign.models.adapters import causal_lm, load_adapter
 from fastalign.models.head import Head, output_head, token_divergence
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.runs import model_folder
 from fastalign.models.scoring import prepare
 from fastalign.models.vocabulary import check_vocabulary
 
@@ -76,7 +77,7 @@ def measure_tax(
 
     Args:
         base: the model before tuning, a folder or a name that `load_model` knows.
-        tuned: the model after tuning: a folder with a whole model or an adapter, or the run folder of either.
+        tuned: the model after tuning: a folder with a complete model or an adapter, or the run folder of either.
         files: text (.txt, .md, .rst), or rows of text, messages, or prompt and completion (.jsonl, .json, .parquet,
             .csv).
         length: the most tokens of a window. A longer text is cut into windows.
@@ -304,9 +305,7 @@ def _concatenate(parts: list[TokenChanges], windows: list[int]) -> TokenChanges:
 
 def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Scorer, Scorer, str, nn.Module]:
     """The scorers of both models, the layout that both can take, and a model that knows the device and positions."""
-    folder = Path(tuned).expanduser()
-    if (folder / "model").is_dir() and not any(folder.glob("*.safetensors")):
-        folder = folder / "model"  # `tuned` is the folder of a run that trained all weights
+    folder = Path(model_folder(tuned)).expanduser()
     is_adapter = (folder / "adapter_config.json").is_file()
     if is_adapter and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"The adapter folder {tuned} holds no adapter_model.safetensors (nothing pickled is read).")

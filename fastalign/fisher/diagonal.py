@@ -31,7 +31,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from fastalign.data.batching import batches_within, token_count
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.packing import PackedBatch, lay_out
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
@@ -110,7 +110,7 @@ def fisher_diagonal(
             f"estimator is {estimator!r} and per is {per!r}; they must be one of {ESTIMATORS} and of {PER}"
         )
     if estimator == "batch" and per == "token":
-        raise ConfigError("per is 'token', but estimator='batch' squares whole batches; leave per out")
+        raise ConfigError("per is 'token', but estimator='batch' squares the gradient of a batch; leave per out")
     if bits not in (8, 32):
         raise ConfigError(f"bits is {bits}; Fisher information is added up in 32 or 8")
     check_unquantized(model, "load it unquantised")
@@ -120,7 +120,7 @@ def fisher_diagonal(
     backward = _Pass(model, fisher, bits, seed)
     device = next(model.parameters()).device
     with _recording(model, backward):
-        # A budget of one token puts each sequence into a batch of its own.
+        # With a budget of one token every batch holds one sequence.
         for examples in batches_within(_sequences(rows), token_count, 1 if layout == "padded" else tokens_per_batch):
             pad_token_id = causal_lm(model).config.pad_token_id or 0
             backward.run(lay_out(examples, "padded" if layout == "padded" else "packed", pad_token_id).to(device))
@@ -155,7 +155,7 @@ def _sequences(rows) -> Iterator[dict]:
 class _Pass:
     """Backward passes over packed batches, and what their hooks need to know about the current batch.
 
-    A *sample* is what is squared on its own: a sequence, a token, or (estimator "batch") the whole batch.
+    A *sample* is what is squared separately: a sequence, a token, or (estimator "batch") the whole batch.
     """
 
     def __init__(self, model: nn.Module, fisher: Fisher, bits: int, seed: int):
@@ -197,7 +197,7 @@ class _Pass:
         logprobs: Any = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
         scored = int(batch.cu_seqlens.diff().gt(0).sum())
         share = 1.0
-        if self.estimator == "batch":
+        if self.estimator == "batch":  # squares the gradient of the mean over the batch's sequences
             share, count = 1 / max(scored, 1), 1 if scored else 0
         else:
             count = scored if self.per == "sequence" else targets.numel()
@@ -207,6 +207,7 @@ class _Pass:
         if hidden.requires_grad:
             hidden.backward(grad.mul_(-share))
         with torch.no_grad():
+            # The samples' offsets count tokens of the row. The output layer sees the scored positions alone.
             cu_seqlens = torch.searchsorted(batch.score_index, self.bounds)
             self.head.add(leaf.detach(), targets, logprobs.detach(), head, cu_seqlens, share, self.roles)
 
@@ -231,6 +232,7 @@ class _Pass:
         with torch.no_grad():
             for start in range(0, head.weight.shape[0], VOCAB_TILE):
                 z, _ = logits_tile(hidden, head, slice(start, start + VOCAB_TILE))
+                # -log of an exponential variable has the Gumbel distribution.
                 noise = torch.empty_like(z).exponential_(generator=self.generator).log_().neg_()
                 value, index = (z + noise).max(1)
                 targets = torch.where(value > best, index + start, targets)
@@ -245,7 +247,7 @@ class _Pass:
         if self.calls[module] > 1:
             raise ModelError(
                 f"The layer of {next(iter(self.layers[module].values()))} runs more than once a pass, and the "
-                "gradients of its uses would be squared apart: freeze its parameters."
+                "gradients of its uses would be squared separately: freeze its parameters."
             )
         if not output.requires_grad:  # nothing before the layer is trained, so the backward pass ends here
             output = output.detach().requires_grad_()
@@ -352,8 +354,8 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
     shared = [name for name, n in Counter(name for own in layers.values() for name in own.values()).items() if n > 1]
     if shared:
         raise ModelError(
-            f"{shared[0]} is shared by several layers, whose gradients would be squared apart; only an output layer "
-            "may share the embedding's: freeze it with requires_grad_(False)."
+            f"{shared[0]} is shared by several layers, whose gradients would be squared separately; only an output "
+            "layer may share the embedding's: freeze it with requires_grad_(False)."
         )
     return layers
 
@@ -362,7 +364,7 @@ def _layers(model: nn.Module, head: nn.Module, names: Mapping[int, str]) -> dict
 def _recording(model: nn.Module, backward: _Pass) -> Iterator[None]:
     """A context with the hooks on the model, which is in evaluation mode and whose weights require no gradient.
 
-    The products of the hooks stand for the gradients of the weights; autograd need not compute those as well.
+    The products in the hooks replace the gradients of the weights, so autograd need not compute those.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     hooks = [module.register_forward_hook(backward.watch) for module in backward.layers]

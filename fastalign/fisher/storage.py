@@ -100,7 +100,7 @@ class Fisher(MutableMapping):
             ConfigError: `bits` is another number.
         """
         if bits not in (8, 32):
-            raise ConfigError(f"bits is {bits}; Fisher information is kept in 32 or 8")
+            raise ConfigError(f"bits is {bits}; Fisher information is stored in 32 or 8")
         tensors: dict[str, Tensor] = {}
         for name, stored in self.stored.items():
             if bits == 32 or (isinstance(stored, Tensor) and stored.dim() != 2):

@@ -11,10 +11,17 @@ from fastalign.errors import InputError
 
 
 def check_logprobs(beta: float, label_smoothing: float = 0.0, /, **logprobs: Tensor) -> None:
-    """Raise InputError unless the named tensors are alike, beta is above 0 and label smoothing is in [0, 0.5).
+    """Checks what a loss is given. Only shapes, dtypes and devices of the tensors are read.
 
-    Only shapes, dtypes and devices of the tensors are read. Their values are not: on a GPU that would wait until all
-    earlier work is done.
+    Their values are not read: on a GPU the host would wait until all earlier work is done.
+
+    Args:
+        beta: Must be a finite number above 0.
+        label_smoothing: Must lie in [0, 0.5).
+        **logprobs: The tensors by their names: (B,) float32 or float64, all alike in shape, dtype and device.
+
+    Raises:
+        InputError: One of them is not so.
     """
     first_name, first = next(iter(logprobs.items()))
     for name, tensor in logprobs.items():

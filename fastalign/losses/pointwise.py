@@ -1,4 +1,4 @@
-"""Losses that judge each completion of a pair by its own log-ratio, not only by the margin between the two.
+"""Losses that judge each completion of a pair by its log-ratio, not only by the margin between the two.
 
 The formulas use these symbols:
 
@@ -44,6 +44,7 @@ def nca(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     """
     check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     chosen_reward, rejected_reward = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    # NCA tells the chosen completion from noise, and both completions count as samples of that noise.
     noise = F.logsigmoid(-chosen_reward) + F.logsigmoid(-rejected_reward)
     return -F.logsigmoid(chosen_reward) - 0.5 * noise
 

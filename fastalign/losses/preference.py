@@ -124,7 +124,7 @@ def ipo_tau(
     beta: float = 0.1,
     tau: float = 0.5,
 ) -> Tensor:
-    """IPO with the target margin of the scaled rewards as its own option.
+    """IPO with a separate option for the target margin of the scaled rewards.
 
         L = (beta m - tau)^2
 

@@ -106,6 +106,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
         Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7.
     """
     check_logprobs(beta, chosen=chosen, rejected=rejected)
+    # An average log-prob may round to 0, a probability of 1, whose log odds are infinite.
     below_zero = -torch.finfo(chosen.dtype).tiny
     chosen, rejected = chosen.clamp(max=below_zero), rejected.clamp(max=below_zero)
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))

@@ -51,6 +51,7 @@ def aot(
     check_logprobs(
         beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
+    # In one dimension the cheapest transport between two sets pairs them in sorted order.
     margins, ref_margins = (chosen - rejected).sort().values, (ref_chosen - ref_rejected).sort().values
     return logistic_loss(beta * (margins - ref_margins), label_smoothing)
 

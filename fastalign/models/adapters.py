@@ -139,7 +139,11 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
 
 
 def check_packable(model: nn.Module) -> None:
-    """ModelError if the model's adapter is of a kind that `check_adapter_kind` refuses."""
+    """Refuses a model whose adapter is of a kind that `check_adapter_kind` refuses.
+
+    Raises:
+        ModelError: The model has such an adapter.
+    """
     inner = _without_module_wrappers(model)
     if hasattr(inner, "get_base_model"):
         check_adapter_kind(inner.active_peft_config)
@@ -173,7 +177,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 def adapter_base(source: str | Path) -> str | None:
     """What an adapter folder names as its base model; None if the source is no adapter folder.
 
-    A base model that has moved with its run is looked for in `base`, inside the folder or beside it.
+    If the base model is not where the adapter says, `base` inside the folder and next to it is tried: a run that was
+    moved took its merged base model along.
 
     Raises:
         ModelError: the folder's adapter_config.json cannot be read, or names no base model.
@@ -196,7 +201,7 @@ def merge_adapter(model: Any) -> Any:
     """The model with its active adapters merged into its weights, in the dtype of the weights. All can be trained.
 
     Args:
-        model: a PeftModel. It is taken apart, so use what is returned.
+        model: a PeftModel. It is changed in place and no longer usable: use what is returned.
 
     Raises:
         ModelError: the adapter cannot be merged, or the weights are quantised, which would round the sum anew.
@@ -298,7 +303,7 @@ def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
 
 
 def fusible_lora(layer: Any) -> Lora | None:
-    """The active adapter of a LoRA layer if it can be added inside the layer's own product, else None.
+    """The active adapter of a LoRA layer if it can be added inside the layer's product, else None.
 
     That needs exactly one active adapter that adds `scaling * b a` to a frozen weight and does nothing else: no
     dropout, bias or variant, and no hook on one of the parts, since a fused product would not call it. Adapters that

@@ -122,9 +122,7 @@ def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool
     if "allow_is_bidirectional_skip" in kwargs:
         raise ModelError("A layer needs non-causal attention, which cannot be packed: use padded batches.")
     if use_vmap:
-        raise ModelError(
-            "The model adds its own rule to the attention mask, which cannot be packed: use padded batches."
-        )
+        raise ModelError("The model adds a rule to the attention mask, which cannot be packed: use padded batches.")
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise ModelError("The model attends in chunks, which cannot be packed: use padded batches.")
     mask = PackedMask(layout, local_size)

@@ -76,8 +76,9 @@ def lay_out(segments: Sequence[Segment], device: torch.device) -> Varlen:
 class _Keys(torch.autograd.Function):
     """key and value (T, heads, D) -> key[key_index] and value[key_index], (K, heads, D).
 
-    The gradient of a token is the sum over its places, added in a fixed order: first its own, then one pair of
-    `repeats` after another. So it is the same from run to run, for which autograd's gradient of indexing has to sort.
+    The gradient of a token is the sum over its places, added in a fixed order: the place in its segment first, and the
+    pairs of `repeats` one after another. So the sum is the same from run to run. Autograd's gradient of indexing would
+    have to sort for that.
     """
 
     @staticmethod

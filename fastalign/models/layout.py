@@ -28,7 +28,7 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
 
     Args:
         model: a transformers model with its weights loaded, or a PeftModel around one. It is changed in place (its
-            attention implementation), except where it must keep its own.
+            attention implementation), except where the model needs the implementation it has.
 
     Returns:
         The best layout that gives the results of separate sequences:
@@ -164,7 +164,7 @@ class _Baseline:
         except Exception as error:  # whatever error the model's code raises, it cannot take packed input
             return f"{type(error).__name__}: {error}"
         if not (_distance(alone, self.hidden) <= self.close).all():
-            return "its hidden states by fastalign's attention differ from those by its own"
+            return "its hidden states with fastalign's attention differ from those with the model's"
         if not (_distance(packed, alone) <= self.same).all():
             return "its hidden states in a packed row differ from those of separate rows"
         return None

@@ -140,7 +140,7 @@ def _quantized_linear(self: Any, x: Tensor) -> Tensor:
 
 
 def _has_faster_product(result: torch.dtype, *inputs: torch.dtype) -> bool:
-    """Whether the CPU has a faster product of these dtypes than torch's own."""
+    """Whether the CPU has a faster product of these dtypes than torch's."""
     float32 = all(dtype == result == torch.float32 for dtype in inputs)
     return not has_native_matmul(result) or (float32 and _onednn_for_float32())
 

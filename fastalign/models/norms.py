@@ -1,6 +1,6 @@
 """Finds the RMSNorms and SwiGLU blocks of a model's body, and lets them run the ops of `fastalign.ops`.
 
-Those take fewer passes than the modules' own code, and save less for the backward pass: `ops/rms_norm.py` and
+Those take fewer passes than the modules' code, and save less for the backward pass: `ops/rms_norm.py` and
 `ops/swiglu.py` say how.
 """
 

@@ -2,8 +2,8 @@
 
 On a CPU with bfloat16 instructions, importing bitsandbytes 0.50 calls `kernels.get_kernel`, which downloads a native
 library from the hub and runs it. Where the package `kernels` is missing, it logs a warning instead, at every start.
-fastalign needs none of this: bitsandbytes has kernels of its own. `transformers` and peft import bitsandbytes in many
-places, so a guard in fastalign's own import of it would come too late. Python's import system is the one place that
+fastalign needs none of this: bitsandbytes brings its kernels along. `transformers` and peft import bitsandbytes in many
+places, so a guard in fastalign's import of it would come too late. Python's import system is the one place that
 all of them go through.
 """
 

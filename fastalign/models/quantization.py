@@ -172,7 +172,11 @@ def _eight_bit_parts(layer: Any) -> tuple[Any, Any]:
 
 
 def check_order(model: nn.Module) -> None:
-    """ModelError if bitsandbytes has rearranged weights of the model, or had when it was saved."""
+    """Refuses a model whose weights bitsandbytes has rearranged, now or before it was saved.
+
+    Raises:
+        ModelError: The model has such weights.
+    """
     layers = [name for name, weight in _weights(model) if _is_rearranged(weight)]
     if layers:
         raise ModelError(
@@ -196,7 +200,15 @@ def has_quantized_embeddings(model: PreTrainedModel) -> bool:
 
 
 def check_unquantized(model: nn.Module, remedy: str) -> None:
-    """ModelError, with a remedy, if layers of a model are quantised. Adapters on them can be trained."""
+    """Refuses quantised layers where weights must have gradients. Adapters on such layers can be trained.
+
+    Args:
+        model: The model to look at.
+        remedy: What the caller can do, for the error.
+
+    Raises:
+        ModelError: The model has quantised layers and no adapter.
+    """
     layers = [] if has_adapter(model) else quantized_layers(model)
     if layers:
         raise ModelError(

@@ -43,6 +43,10 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
     The configurations of the model and of its generation are changed in place. Chat models may list further tokens at
     which generation stops; they stay in the list.
+
+    Args:
+        model: A transformers model, changed in place.
+        tokenizer: The tokenizer whose special tokens the model takes over.
     """
     generation = getattr(model, "generation_config", None)
     stops = generation.eos_token_id if generation is not None else None
@@ -86,7 +90,7 @@ def make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, disable:
     Args:
         model: a transformers model, or a PeftModel around one.
         tokenizer: gives the tokens that end and pad.
-        disable: whether the model's own dropout is turned off; an adapter's is kept.
+        disable: whether the model's dropout is turned off. An adapter's dropout stays.
 
     Raises:
         ModelError: see `check_trainable` and `check_router`.

@@ -95,7 +95,7 @@ def _forward(
     if packed.targets is None:
         return Scores(None, None, hidden)
     head = output_head(self)
-    # `score_index` left out every hidden state without a target, so no target has to be looked at again.
+    # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
     options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
     out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
     logprobs, entropies = out if entropy else (out, None)

@@ -128,7 +128,7 @@ def store_topk(
         head = head.first(len(teacher.tokenizer))  # entries beyond the tokenizer's are padding of the matrix
         logprobs, indices = _topk(hidden, head, k, temperature)
         bounds = lay_out(rows, teacher.layout, teacher.pad_token_id).cu_seqlens.tolist()
-        flat = [key for i in batch for key in keys[i]]
+        flat = [key for i in batch for key in keys[i]]  # one key per completion, in the order of the batch
         for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
             found[key] = indices[start:end], logprobs[start:end]
     values = {

@@ -17,7 +17,7 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 class Totals(NamedTuple):
     """What a loss is divided by: counts over all micro-batches of one optimiser step.
 
-    An objective divides by the totals of the whole accumulated batch instead of its own micro-batch. Micro-batches
+    An objective divides by the totals of the whole accumulated batch instead of the micro-batch. Micro-batches
     differ in their numbers of tokens, so a mean of their means would weight tokens by where they happen to lie. With
     totals, 8 micro-batches of 1 row and 1 of 8 rows give the same update.
 

@@ -53,6 +53,7 @@ class PreferenceObjective:
             list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,
             lengths_chosen=lengths[0::2], lengths_rejected=lengths[1::2], options=config.loss_options,
         )  # fmt: skip
+        # Divided by the pairs of the whole step, so that the losses of its micro-batches add up to the mean.
         loss = losses.sum() / totals.items
         metrics = self._metrics(chosen, rejected, references, batch)
         # Tokens of prompts, where they are scored, lie behind the completions: nll_over="prompt_and_completion".

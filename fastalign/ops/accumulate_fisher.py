@@ -54,7 +54,7 @@ def accumulate_fisher_(
     Raises:
         InputError: A shape, dtype, device or offset does not fit. Where a GPU is not waited for, wrong offsets end in a
             device-side assertion instead.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     _check(fisher, grad_output, inputs)
     cu_seqlens, auto, tokens = as_offsets(cu_seqlens), backend == "auto", inputs.shape[0]

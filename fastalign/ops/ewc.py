@@ -57,7 +57,7 @@ def ewc_penalty(
 
     Raises:
         InputError: The lists or shapes do not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     backend = _checked(parameters, anchors, fishers, strength, backend)
     wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -90,7 +90,7 @@ def ewc_penalty_(
 
     Raises:
         InputError: The lists or shapes do not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     backend = _checked(parameters, anchors, fishers, strength, backend, grads)
@@ -107,6 +107,8 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx, wanted, strength, backend, anchors, fishers, *parameters):
         ctx.save_for_backward(*parameters)  # anchors and fishers are constants of the training run
         ctx.options = strength, backend, anchors, fishers
+        # The gradient strength F (theta - theta0) is formed together with the penalty, from one read of all tensors.
+        # backward only scales it.
         ctx.grads = _like(parameters) if wanted else None
         return _run(backend, parameters, anchors, fishers, strength, ctx.grads, [True] * len(parameters))
 
@@ -223,6 +225,7 @@ class _LoraPenalty(torch.autograd.Function):
         a, b = lora_a.to(dtype), lora_b.to(dtype)
         grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
         total = torch.zeros((), dtype=torch.float64, device=a.device)
+        # The (out, in) weight s B A would be as large as the layer, so it exists only a tile of rows at a time.
         rows = max(1, _TILE_BYTES // (a.shape[1] * a.element_size()))
         for at in range(0, b.shape[0], rows):
             tile = slice(at, at + rows)

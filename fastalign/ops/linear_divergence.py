@@ -43,7 +43,7 @@ _SIDES = (
     "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float[] teacher_transform"
 )
 # Returns values (N,), d value / d hidden (N, H), stats (N, 5), and the gradients of sum(coefficients * values) in
-# weight (V, H) and bias (V,). What was not asked for is an empty tensor.
+# weight (V, H) and bias (V,). A result that is not needed is an empty tensor.
 _library.define(
     f"linear_divergence({_SIDES}, Tensor? mask, Tensor? coefficients, str divergence, float jsd_beta, bool grads, "
     "bool[2] needs, int memory_budget, *, str backend='torch') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -142,10 +142,11 @@ def _linear_divergence_backward(
     """The gradients in weight and bias.
 
     `forward` formed them with the coefficients, under the assumption that the values are then summed. That is right up
-    to a factor where `grad` is the same for all rows. For any other `grad` they are formed again.
+    to a factor where `grad` is the same for all rows. For any other `grad` they are recomputed.
     """
     empty, scored = hidden.new_empty(0), find_unmasked_rows(counting_mask(mask, coefficients))
     kept = grad if scored.rows is None else grad[scored.rows]
+    # The usual loss is the sum of the values, or their sum times a number: then all entries of `grad` are equal.
     may_look = not is_capturing(grad.device)  # at values, which waits for a GPU
     if coefficients is not None and may_look and (kept.numel() == 0 or bool((kept == kept[0]).all())):
         factor = kept[0] if kept.numel() else 0.0
@@ -322,7 +323,7 @@ def linear_divergence(
             of 16 rows at least.
         backend: One of
             "torch": the tiled driver, on any device and dtype;
-            "triton", "cuda": the same with kernels of our own between its products, on a GPU;
+            "triton", "cuda": the same on a GPU, with fastalign's kernels between the products;
             "cpu": C++, where all weights and hidden states have one dtype;
             "reference": materialises the logits;
             "auto": on a GPU "cuda" or "triton", where either runs; on the CPU "cpu" where it is faster; else "torch".
@@ -333,7 +334,7 @@ def linear_divergence(
 
     Raises:
         InputError: A shape, dtype, device or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
 
     While a CUDA graph is captured nothing can be dropped: ignored rows are computed, as zeros, and a trainable output
     layer's gradient is formed in the backward pass.

@@ -77,7 +77,7 @@ def _linear_logprobs(
         cache_rows=cache_rows,
         epilogue=_epilogue(backend),
     )
-    empty = out.logprobs.new_empty(0)
+    empty = out.logprobs.new_empty(0)  # cloned below, because an op must not return one tensor twice
     cache, shifts = out.cache or (hidden.new_empty(0), empty.clone())
     return (
         scatter_rows(out.logprobs, scored, n),
@@ -207,6 +207,8 @@ class _LinearLogprobs(torch.autograd.Function):
             hidden, weight, targets, bias, *call[:4], call.frozen, call.entropy, call.cache_rows, backend=call.backend
         )
         ctx.call, ctx.hidden_dtype = call, hidden.dtype
+        # d logp / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer it was
+        # computed together with the log-probs, in one pass over the vocabulary, and nothing else is needed later.
         if call.frozen:
             ctx.save_for_backward(grad_logprobs, grad_entropy)
         else:
@@ -300,19 +302,24 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token from hidden states, and optionally the entropy of its distribution.
 
-    With `z = softcap * tanh(logit_scale * (h W' + b) / softcap) / temperature`, or without a soft cap
-    `z = logit_scale * (h W' + b) / temperature`, it computes `z_y - logsumexp(z)` and `-sum_j p_j log p_j`, in nats. It
-    does so one (rows, vocabulary) tile at a time. With a frozen output layer the extra memory is O(rows x H) plus a few
-    tiles, whatever V is: tens of MB on a CPU, about a thousandth of the memory on a GPU. A trainable output layer adds
-    the cached tiles (see `memory_budget`) and the gradient of weight, (V, H). Products of bfloat16 and float16 inputs
-    are accumulated and kept in float32. The result is differentiable (once) in hidden, weight and bias.
+        u = logit_scale * (h W' + b)
+        z = softcap * tanh(u / softcap) / temperature, or u / temperature without a soft cap
+        logprob = z_y - logsumexp(z)        entropy = -sum_j p_j log p_j  with  p = softmax(z)
+
+    The (rows, vocabulary) logits are computed one tile at a time. With a frozen output layer the extra memory is
+    O(rows x H) plus a few tiles, whatever V is: tens of MB on a CPU, about a thousandth of the memory on a GPU. A
+    trainable output layer adds the cached tiles (see `memory_budget`) and the gradient of weight, (V, H). Products of
+    bfloat16 and float16 inputs are summed in float32 and stay float32. The result is differentiable (once) in hidden,
+    weight and bias.
 
     **The shift is the caller's.** `targets[i]` is the token that `hidden[i]` predicts: the *next* token. A model's
     unshifted `input_ids` are wrong: from hidden states (B, T, H) and input_ids (B, T) pass `hidden[:, :-1]` and
     `input_ids[:, 1:]`.
 
-    The gradient in hidden is `W[y] - E_p[W]`: softmax attention with query h and key = value = W. It does not depend on
-    the loss. So with a frozen output layer loss and gradient need one pass over the vocabulary.
+    d logprob / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer, loss and
+    gradient therefore need one pass over the vocabulary instead of two.
+
+    While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Args:
         hidden: (..., H) floating.
@@ -332,7 +339,7 @@ def linear_logprobs(
             2U. The entropy's gradient through a trainable output layer always recomputes.
         backend: One of
             "torch": the tiled driver, on any device and dtype;
-            "triton", "cuda": the same with kernels of our own between its products, on a GPU;
+            "triton", "cuda": the same on a GPU, with fastalign's kernels between the products;
             "cpu": C++;
             "reference": materialises the logits;
             "auto": on a GPU "triton" or "cuda", where either runs; on the CPU "cpu" where it is faster; else "torch".
@@ -342,9 +349,7 @@ def linear_logprobs(
 
     Raises:
         InputError: A shape, dtype, device, target or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
-
-    While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
+        BackendError: There is no such backend, or the backend that was named cannot run.
 
     Examples:
         >>> hidden, weight = torch.randn(6, 16), torch.randn(100, 16)

@@ -1,8 +1,8 @@
 """Divergence of two next-token distributions from logits that already exist, some rows at a time.
 
-The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward forms
-the gradient from the logits again, in their memory where that is asked for. Top to bottom: schema, kernels, fakes,
-autograd, and the public function.
+The arithmetic is that of `head/divergence_terms.py`, on whole rows. Forward saves five numbers per row. Backward
+reads the logits a second time to form the gradient, in their memory if `in_place`. Top to bottom: schema, kernels,
+fakes, autograd, and the public function.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
+        # Columns of stats: maximum and log-sum of the student, then of the teacher, then the moment K.
         for i, (z, logits) in enumerate(((a, student), (b, teacher))):
             sums = LogSumExp(len(z), z)
             sums.absorb(z, scratch[0])

@@ -9,7 +9,11 @@ from fastalign.errors import InputError
 
 
 def as_offsets(cu_seqlens: Tensor) -> Tensor:
-    """Offsets (S + 1,) as the kernels take them: int64. int32, which flash-attn uses, is converted."""
+    """Offsets (S + 1,) as the kernels take them: int64. int32, which flash-attn uses, is converted.
+
+    Raises:
+        InputError: The tensor has another dtype, more than one dimension, or no entry.
+    """
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32) or cu_seqlens.numel() == 0:
         raise InputError(
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (S + 1,) offsets of int64 or int32"
@@ -18,22 +22,30 @@ def as_offsets(cu_seqlens: Tensor) -> Tensor:
 
 
 def check_offsets(cu_seqlens: Tensor, tokens: int, *, all_tokens: bool = True) -> None:
-    """Offsets that rise from 0 to `tokens`, or without `all_tokens` somewhere between the two.
+    """Checks the values of offsets.
 
-    This looks at values. So it must run inside an op, where torch.compile does not look, and it waits for a GPU.
+    This reads values, so it must run inside an op (torch.compile does not trace into ops), and it waits for a GPU.
+
+    Args:
+        cu_seqlens: (S + 1,) offsets, which must not fall.
+        tokens: The number of tokens that they divide.
+        all_tokens: Whether they must begin with 0 and end with `tokens`, or may cover a part of these.
+
+    Raises:
+        InputError: They are not so.
     """
     if not _fit(cu_seqlens, tokens, all_tokens):
         raise offsets_error(cu_seqlens, tokens, all_tokens=all_tokens)
 
 
 def assert_offsets(cu_seqlens: Tensor, tokens: int, *, op: str, all_tokens: bool = True) -> None:
-    """The same check as the device's own assertion, which nothing waits for."""
+    """The check of `check_offsets` as an assertion that runs on the GPU. The host does not wait for it."""
     message = f"{op}: cu_seqlens does not rise {_range(tokens, all_tokens)}"
     torch._assert_async(_fit(cu_seqlens, tokens, all_tokens), message)  # pyright: ignore[reportPrivateImportUsage] - has no public name
 
 
 def offsets_error(cu_seqlens: Tensor, tokens: int, *, all_tokens: bool = True) -> InputError:
-    """What is wrong with offsets that do not fit."""
+    """The error that says what is wrong with offsets that do not fit; for arguments see `check_offsets`."""
     return InputError(f"cu_seqlens is {cu_seqlens.tolist()[:8]}...; it must rise {_range(tokens, all_tokens)}")
 
 

@@ -1,8 +1,8 @@
 """Preference losses from token log-probabilities in one launch: segment sum, loss and derivative fused.
 
-What each loss is, `fastalign.losses` defines. Here the losses that a kernel can compute are brought into five forms
-with three numbers each, so that a kernel knows the five forms alone. Top to bottom: the forms, schema, kernels, fakes,
-autograd, and the public function.
+The losses are defined in `fastalign.losses`. This file maps those that a kernel can compute to five forms with three
+numbers each, so a kernel needs to know only the five forms. Top to bottom: the forms, schema, kernels, fakes, autograd,
+and the public function.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _pair_loss(u: Tensor, v: Tensor, formula: Formula) -> tuple[Tensor, tuple[Te
         d_u = (-scale * (falling - log_miss_a).exp()).masked_fill(u > below_zero, 0.0)
         d_v = (scale * (falling - log_miss_b).exp()).masked_fill(v > below_zero, 0.0)
         return -scale * F.logsigmoid(log_odds_ratio), (d_u, d_v)
-    x = scale * (u - v) - offset
+    x = scale * (u - v) - offset  # every other form is a function of the margin alone
     if form == Form.SQUARE:
         losses, d_x = x.square(), 2 * x
     elif form == Form.HINGE:
@@ -215,12 +215,19 @@ class _PreferenceLoss(torch.autograd.Function):
 
 
 class PreferenceLosses(NamedTuple):
-    """What `preference_loss` returns. Only `losses` and `sums` carry gradients."""
+    """What `preference_loss` returns. Only `losses` and `sums` carry gradients.
 
-    losses: Tensor  # (B,)
-    rewards: Tensor  # (2B,), (B,) for kto: beta * (sums - ref_sums), or beta * sums without a reference
-    sums: Tensor  # (2B,), (B,) for kto: the log-probability of each sequence
-    coefficients: Tensor  # (S,) d losses[b] / d logprobs[t], b the pair (or completion) that token t belongs to
+    Attributes:
+        losses: (B,) one per pair, or per completion for kto.
+        rewards: (2B,), or (B,) for kto: beta * (sums - ref_sums), or beta * sums without a reference.
+        sums: (2B,), or (B,) for kto: the log-probability of each sequence in nats.
+        coefficients: (S,) d losses[b] / d logprobs[t], where b is the pair (or completion) that token t belongs to.
+    """
+
+    losses: Tensor
+    rewards: Tensor
+    sums: Tensor
+    coefficients: Tensor
 
 
 def preference_loss(
@@ -265,7 +272,7 @@ def preference_loss(
 
     Raises:
         InputError: A shape, dtype, device, offset or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     name = loss_type if loss_type == "kto" else canonical(loss_type)
     if name not in FORMULAS:

@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 
     Raises:
         InputError: A shape or dtype does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
 
     References:
         Zhang and Sennrich 2019, arXiv:1910.07467.

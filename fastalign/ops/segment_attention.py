@@ -131,7 +131,7 @@ def segment_attention(
 
     Raises:
         InputError: A shape or dtype does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     _check(query, key, value, segments)
     backend = pick.resolve(

@@ -216,7 +216,7 @@ def selective_logprobs(
 
     Raises:
         InputError: A shape, dtype, target or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     check_floating("logits", logits, "call logits.float()")
     check_vocabulary("logits", logits.shape, logits.shape[-1] if logits.dim() else 0)

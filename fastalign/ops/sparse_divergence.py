@@ -8,7 +8,7 @@ folded once. The k entries are left out of the running sums, so that no tail com
 
 With G_i = d loss / d log s_i, g = d loss / d log s_tail and their sum S, the gradient in hidden is
 `sum_i (G_i - s_i S) slope_i W_i + (g - s_tail S) E`: two products with a frozen output layer, forward and backward
-together. A trainable one forms the logits again, and takes two more.
+together. A trainable one recomputes the logits, and takes two more.
 """
 
 from __future__ import annotations
@@ -120,7 +120,13 @@ def topk_and_tail_logprobs(picked: Tensor, m: Tensor, tail: Tensor) -> Tensor:
 
 
 def check_entries(indices: Tensor, vocab: int) -> None:
-    """Entries (N, k) that lie in the vocabulary, and (on the CPU, where looking costs no wait) differ in each row."""
+    """Checks that entries (N, k) lie in the vocabulary and, on the CPU, that those of a row differ.
+
+    On a GPU the second check would make the host wait.
+
+    Raises:
+        InputError: They do not.
+    """
     check_token_ids("teacher_indices", indices, vocab, op="sparse_divergence")
     if indices.device.type == "cpu" and bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
         raise InputError("teacher_indices holds an entry twice in one row; give distinct token ids")
@@ -146,7 +152,7 @@ def _linear_topk_logprobs(hidden, weight, bias, indices, mask, transform, grads,
     picked, m, tail, expected = (torch.cat(part) for part in zip(*parts, strict=True))
     found = (topk_and_tail_logprobs(picked, m, tail), expected, picked, torch.stack([m, tail], 1))
     count = n if rows is None else rows.numel()
-    if rows is None:  # cut off the padding; an op must not return a view of its own
+    if rows is None:  # without the padding; a copy, because an op must not return a view
         return tuple(t[:count].clone() if t.shape[0] != count and t.dim() == 2 else t for t in found)
     return tuple(
         t.new_zeros(n, t.shape[1]).index_copy_(0, rows, t[:count]) if t.dim() == 2 else t for t in found
@@ -363,7 +369,7 @@ def sparse_divergence(
 
     Raises:
         InputError: A shape, dtype, device, index or option does not fit.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_tail(tail)

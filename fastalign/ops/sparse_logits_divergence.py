@@ -1,8 +1,8 @@
 """Divergence from a teacher's top k, from student logits that already exist, some rows at a time.
 
 The log-probabilities of the k entries and of the tail are those of `sparse_divergence.py`, from whole rows of logits.
-Backward forms the gradient from the logits again. Top to bottom: schema, kernels, fakes, autograd, and the public
-function.
+Backward reads the logits a second time to form the gradient. Top to bottom: schema, kernels, fakes, autograd, and the
+public function.
 """
 
 from __future__ import annotations

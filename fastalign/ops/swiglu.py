@@ -82,7 +82,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         InputError: Shapes, dtypes or devices differ.
-        BackendError: The backend is unknown, or was asked for by name and cannot run.
+        BackendError: There is no such backend, or the backend that was named cannot run.
 
     References:
         Shazeer 2020, GLU variants improve transformer, arXiv:2002.05202.

@@ -107,7 +107,7 @@ class Distillation:
         if isinstance(self.teacher, str) and self.teacher == "start":
             if self.top_k is not None:
                 raise ConfigError(
-                    "top_k of Distillation is for a teacher of its own; leave it out with teacher='start'"
+                    "top_k of Distillation is for a teacher that is another model; leave it out with teacher='start'"
                 )
             trainer.keep_start()
             return _from_start

@@ -27,10 +27,10 @@ class EWC:
     Adapters count by the weight that they merge to.
 
     Args:
-        fisher: F, how much each weight matters to what must be kept: a mapping from parameter names to tensors of their
-            shapes (`fastalign.fisher_diagonal` of the model without adapters), or its safetensors file. Or a list of
-            several, oldest first. They are added up with factors 1, decay, decay^2, ... from the newest to the oldest
-            (online EWC, Schwarz et al. 2018, arXiv:1805.06370).
+        fisher: F, how much each weight matters to the ability that must not be lost: a mapping from parameter names to
+            tensors of their shapes (`fastalign.fisher_diagonal` of the model without adapters), or its safetensors
+            file. Or a list of several, oldest first. They are added up with factors 1, decay, decay^2, ... from the
+            newest to the oldest (online EWC, Schwarz et al. 2018, arXiv:1805.06370).
         strength: factor of the penalty, above 0.
         decay: above 0 and at most 1; see `fisher`.
 

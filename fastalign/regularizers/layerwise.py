@@ -185,5 +185,6 @@ def split_groups(optimizer: torch.optim.Optimizer, rates: dict[int, float]) -> N
         parts = defaultdict(list)
         for parameter in group["params"]:
             parts[rates.get(id(parameter), 1.0)].append(parameter)
+        # A scheduler multiplies each group's rate by one factor, so the ratios between layers stay as they are here.
         groups += [{**group, "params": part, "lr": group["lr"] * rate} for rate, part in parts.items()]
     optimizer.param_groups[:] = groups

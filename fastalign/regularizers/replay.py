@@ -147,6 +147,7 @@ class _Replayed:
         packed = lay_out(self.draw(count), trainer.layout, trainer.data_collator.pad_token_id).to(device)
         logprobs = step.model(packed=packed, memory_budget=trainer.args.memory_budget).logprobs
         lengths = packed.cu_seqlens.diff().clamp(min=1)  # (count,), scored tokens
+        # Like a row of the objective: a mean over the row's tokens, divided by the rows of the complete step.
         loss = -self.weight * (segment_sum(logprobs, packed.cu_seqlens) / lengths).sum() / step.totals.items
         return loss, {**share, "replay/nll": (-logprobs.sum(), lengths.sum())}
 
@@ -175,7 +176,7 @@ class _Replayed:
         """The next rows of the text. With several processes, each takes every n-th row."""
         world, rank = self.trainer.args.world_size, self.trainer.args.process_index
         first = int(self.state["replay"][0])
-        self.state["replay"][0] += count
+        self.state["replay"][0] += count  # in the checkpoint, so a resumed run continues with the next row
         return [self.row(n * world + rank) for n in range(first, first + count)]
 
     def row(self, number: int) -> dict:

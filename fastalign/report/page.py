@@ -12,6 +12,7 @@ The page is made from the files of the run folder. Every file may be missing; it
     samples.jsonl   {"prompt", "before", "after", "reference"}. Every field may be missing. A prompt may be a list of
                     chat messages
     preflight.txt   plain text
+    nonfinite_rows.jsonl    the rows on which a guard stopped the run
 
 Everything in these files is data, never markup, because a model may have written it.
 """
@@ -27,7 +28,9 @@ from typing import Any
 from fastalign.errors import InputError
 from fastalign.files import read_json, read_jsonl, read_metrics, write_text
 from fastalign.report.charts import CHARTS, Chart, Drawing, draw
+from fastalign.report.diagnostics import DIAGNOSTICS, diagnose
 from fastalign.report.rendering import format_number, is_number, render
+from fastalign.report.state import state_of
 
 __all__ = ["write_report"]
 
@@ -39,13 +42,14 @@ NOT_CHARTED |= {"eval_runtime", "eval_model_preparation_time"}
 SIGN = {"up": 1, "down": -1}
 
 
-def write_report(run_dir: str | os.PathLike) -> Path:
+def write_report(run_dir: str | os.PathLike, *, refresh: int | None = None) -> Path:
     """Write report.html into a run folder, atomically, from the files in that folder.
 
-    The page loads nothing and runs no script. The same files give the same bytes.
+    The page loads nothing and runs no script. The same files give the same bytes. The run may still go on.
 
     Args:
         run_dir: the folder of a run. The files that it may hold are listed at the top of this module.
+        refresh: seconds after which a browser loads the page again; None: never.
 
     Returns:
         The path of the page.
@@ -57,7 +61,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a folder: give the folder of a run, the one that holds metrics.jsonl.")
-    write_text(run_dir / "report.html", render("report.html.j2", **_variables(run_dir)))
+    write_text(run_dir / "report.html", render("report.html.j2", refresh=refresh, **_variables(run_dir)))
     return run_dir / "report.html"
 
 
@@ -76,6 +80,9 @@ def _variables(run_dir: Path) -> dict[str, Any]:
         "extent": _extent(records),
         "facts": _mapping(summary.get("facts")),
         "rows": [_row(row) for row in _objects(summary.get("rows"))],
+        "state": state_of(run_dir) if records or config else "",
+        "findings": diagnose(run_dir),
+        "diagnostics": len(DIAGNOSTICS),
         "drawings": _drawings(records),
         "samples": samples[:SAMPLES_SHOWN],
         "sample_count": len(samples),

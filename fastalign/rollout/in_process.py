@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,28 +23,31 @@ def generate(
     batch_size: int = 32,
     label: str | None = None,
     temperature: float | None = None,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """One completion of each tokenised prompt.
 
     Args:
         model: a transformers causal language model, or a PeftModel around one. It is in evaluation mode during the
             call, and in its former mode afterwards.
-        tokenizer: its EOS token ends a completion; its padding token (or EOS if it has none) fills the batches.
+        tokenizer: its EOS token ends a completion, and so does every other token of `stop_tokens`; its padding token
+            (or EOS if it has none) fills the batches.
         prompts: token ids of each prompt.
         max_new_tokens: the most tokens of a completion, EOS included.
         batch_size: how many prompts share a batch. Prompts of similar length share one.
         label: the name of a progress bar; None shows no bar.
         temperature: samples are drawn from the whole distribution at this temperature; None takes the most likely
             token at every step.
+        streamer: gets the tokens as they come, see `transformers.generation.streamers`; for a single prompt.
 
     Returns:
-        Token ids of each completion, in the order of the prompts. The last one is EOS if the completion ended within
-        `max_new_tokens`.
+        Token ids of each completion, in the order of the prompts. The last one is a stop token if the completion ended
+        within `max_new_tokens`.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[]] * len(prompts)
-    stop, device = tokenizer.eos_token_id, next(model.parameters()).device
-    fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stops, device = stop_tokens(model, tokenizer), next(model.parameters()).device
+    fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluation_mode(model):
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):
@@ -58,10 +62,26 @@ def generate(
             # top_p and top_k are given, because a model's own generation config may restrict sampling otherwise.
             tokens = model.generate(  # pyright: ignore[reportCallIssue]  # torch types every attribute as a tensor
                 input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=temperature is not None,
-                max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stop, temperature=temperature,
-                top_p=None, top_k=None if temperature is None else 0,
+                max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=stops, temperature=temperature,
+                top_p=None, top_k=None if temperature is None else 0, streamer=streamer,
             )[:, width:].tolist()  # fmt: skip
             for i, completion in zip(rows, tokens, strict=True):
-                # A row that ended before the others of its batch is padded behind its EOS.
-                completions[i] = completion[: completion.index(stop) + 1] if stop in completion else completion
+                # A row that ended before the others of its batch is padded behind its stop token.
+                end = next((n for n, token in enumerate(completion, start=1) if token in stops), len(completion))
+                completions[i] = completion[:end]
     return completions
+
+
+def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS, then those that the model's generation config lists.
+
+    Chat models often end a turn with another token than the tokenizer's EOS.
+
+    Args:
+        model: With a `generation_config`, or without one.
+        tokenizer: The model's.
+    """
+    config: Any = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)))

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
+"""What happens around the training loop: metrics.jsonl, the progress bar, and a reference that follows the model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from fastalign.files import append_metrics
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training.watch import Watch
 
 # Metric -> its label and format in the progress bar.
 _SHOWN = {
@@ -23,10 +24,11 @@ _SHOWN = {
 
 
 def install_callbacks(trainer: Trainer) -> None:
-    """Gives a trainer `MetricsWriter` and `Progress` instead of the Trainer's own bar and printed lines."""
+    """Gives a trainer `MetricsWriter`, `Watch` and `Progress` instead of the Trainer's own bar and printed lines."""
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     trainer.add_callback(MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl"))
+    trainer.add_callback(Watch())
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
 

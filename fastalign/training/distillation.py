@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from fastalign.config.distillation import DistillationConfig
@@ -39,6 +38,11 @@ class DistillationTrainer(SFTTrainer):
         teacher: What `fastalign.Distillation` takes as its teacher; None: `args.teacher`.
         regularizers: Further regularisers.
         **trainer_options: Further arguments of `SFTTrainer`.
+
+    Raises:
+        ConfigError: There is no teacher, or an option or a combination of options would fail later.
+        DataError: The rows do not suit the method (on_policy needs prompts), or do not fit the model.
+        ModelError: The student or the teacher cannot be loaded, or they do not fit together.
     """
 
     args: DistillationConfig
@@ -58,16 +62,28 @@ class DistillationTrainer(SFTTrainer):
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: DistillationConfig) -> None:
-        super()._check_rows(dataset, found, args)
+    def _tokenize(self, rows, tokenizer, args: DistillationConfig, name: str = "train"):
+        dataset, report = super()._tokenize(rows, tokenizer, args, name)
         if args.on_policy > 0 and not all(dataset["prompt_ids"]):
-            raise DataError(f"The data set is '{found}'; on_policy samples from prompts: give prompt and completion.")
+            raise DataError(
+                f"{name}: The data set is '{report.format}'; on_policy samples from prompts: give prompt and "
+                "completion."
+            )
+        return dataset, report
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step. In an on-policy step the student writes their completions.
 
         The Trainer calls this once per optimiser step. The samples have other lengths than the data set's completions,
         so their totals are counted anew.
+
+        Args:
+            epoch_iterator: The data loader's iterator.
+            num_batches: Micro-batches per optimiser step.
+            device: Where the totals go.
+
+        Returns:
+            The micro-batches, and the `Totals` that their losses are divided by.
         """
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._on_policy(self.state.global_step):

@@ -1,4 +1,4 @@
-"""Evaluation of a trainer: metrics of held-out rows, each evaluation by itself, also of rows that are given raw."""
+"""Evaluation of a trainer on held-out rows, which may be given untokenised. Each evaluation logs its rows alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
+from fastalign.data.loading import of_each
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
 from fastalign.training.metrics import MetricSums, held_out
@@ -41,11 +42,34 @@ class HeldOutEvaluation(Trainer):
         return loss.detach(), None, None
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
+        """`transformers.Trainer.evaluate`.
+
+        Args:
+            eval_dataset: Rows as the constructor takes them, or a dict of several such data sets by name. None: those
+                of the constructor.
+            *args: Further arguments of `transformers.Trainer.evaluate`.
+            **kwargs: Likewise, by name.
+
+        Returns:
+            The metrics, each name with "eval_" in front.
+
+        Raises:
+            ConfigError: The rows need reference log-probs, and the weights that would give them have been trained.
+            DataError: The rows do not suit the method, or do not fit the model.
+        """
         return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
-        """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
+        """`transformers.Trainer.predict`.
+
+        Args:
+            test_dataset: Rows as the constructor takes them.
+            *args: Further arguments of `transformers.Trainer.predict`.
+            **kwargs: Likewise, by name.
+
+        Returns:
+            What `transformers.Trainer.predict` returns, without predictions: its `metrics` are those of the rows.
+        """
         return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -57,11 +81,12 @@ class HeldOutEvaluation(Trainer):
 
     def _held_out_rows(self, rows):
         """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
-        if rows is None:
-            return None
-        if isinstance(rows, dict):  # several data sets by name
-            return {name: self._held_out_rows(value) for name, value in rows.items()}
+        if isinstance(rows, str) and isinstance(self.eval_dataset, dict) and rows in self.eval_dataset:
+            return rows  # the Trainer evaluates one of the constructor's data sets by its name
+        return of_each(rows, self._prepared_rows)
+
+    def _prepared_rows(self, rows: Any, name: str) -> Dataset:
         if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
-            rows = self._tokenize(rows, self.processing_class, self.args)[0]
+            rows = self._tokenize(rows, self.processing_class, self.args, name)[0]
             check_fit(rows, causal_lm(self.model))
         return self._with_reference(rows)

@@ -69,7 +69,11 @@ class FiniteGuard(TrainerCallback):
             self.read()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Counts the steps that the gradient scaler of fp16 skipped in a row."""
+        """Counts the steps that the gradient scaler of fp16 skipped in a row.
+
+        Raises:
+            TrainingError: There were too many.
+        """
         self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
         if self.skipped >= _MOST_SKIPPED:
             raise TrainingError(
@@ -92,7 +96,11 @@ class FiniteGuard(TrainerCallback):
         self.read()
 
     def read(self) -> None:
-        """TrainingError for the first check that failed since the last call."""
+        """Reads the checks that ran since the last call. On a GPU the host waits for them here.
+
+        Raises:
+            TrainingError: A check failed. The error is about the first one.
+        """
         checks, self.checks = self.checks, []
         if not checks or not torch.stack([failed for *_, failed in checks]).any():
             return

@@ -17,12 +17,13 @@ from fastalign.models.snapshot import ReferenceWeights
 from fastalign.objectives.base import Metrics, Objective
 from fastalign.regularizers.base import count_of
 from fastalign.training.reference import score_with_weights
+from fastalign.training.watch import adapter_norm
 
 Mode = Literal["train", "eval"]
 
 
 class MetricSums:
-    """Sums and counts of metrics over micro-batches, kept apart for training and for evaluation.
+    """Sums and counts of metrics over micro-batches, separately for training and for evaluation.
 
     They stay on the device until `take_means`. To read a number off a GPU waits for everything before it, so the
     training loop must not do that in every micro-batch. Sums are float64: many micro-batches may come before a line.
@@ -137,4 +138,6 @@ class LoggedMetrics(Trainer):
         if "loss" in logs:
             logs["tokens_per_second"] = self.throughput.per_second()
             logs["memory_gb"] = measure.peak_bytes(self.args.device) / 1e9
+            if (norm := adapter_norm(self.model)) is not None:
+                logs["adapter_norm"] = norm
         super().log(logs, start_time)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
+from fastalign.data.loading import of_each
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
-from fastalign.errors import ConfigError, DataError
+from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.snapshot import ReferenceWeights, fingerprint
@@ -24,8 +25,22 @@ from fastalign.training.trainer import AlignmentTrainer
 class PreferenceTrainer(AlignmentTrainer):
     """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
 
-    The reference is the model as it is given, with its adapter, never one that is loaded again. Arguments and errors
-    are those of `AlignmentTrainer`, without `objective`.
+    The reference is the model as training finds it: with its adapter, if it comes with one. No second model is loaded.
+
+    Args:
+        model: The policy; this and all further arguments are those of `AlignmentTrainer`.
+        args: The options, the loss among them.
+        train_dataset: Rows of prompt, chosen and rejected; for kto and bco rows of prompt, completion and label.
+        eval_dataset: Held-out rows; None: no evaluation.
+        processing_class: The tokenizer; None: the one beside the model.
+        peft_config: Trains an adapter.
+        callbacks: Further callbacks.
+        **trainer_options: Further arguments of `AlignmentTrainer`, `regularizers` for example.
+
+    Raises:
+        ConfigError: An option or a combination of options would fail later.
+        DataError: The rows do not suit the loss, or do not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
 
     args: PreferenceConfig
@@ -39,14 +54,11 @@ class PreferenceTrainer(AlignmentTrainer):
             objective=objective, **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: PreferenceConfig) -> None:
-        if args.unpaired and "label" not in dataset.column_names:
-            raise DataError(f"The data set is '{found}'; KTO and BCO need the columns prompt, completion and label.")
-        if not args.unpaired and len(dataset[0]["completion_ids"]) != 2:
-            raise DataError(f"The data set is '{found}'; a loss over pairs needs chosen and rejected columns.")
+    def _wanted(self, args: PreferenceConfig) -> str:
+        return "labelled" if args.unpaired else "pairs"
 
-    def _tokenize(self, rows, tokenizer, args: PreferenceConfig):
-        dataset, report = super()._tokenize(rows, tokenizer, args)
+    def _tokenize(self, rows, tokenizer, args: PreferenceConfig, name: str = "train"):
+        dataset, report = super()._tokenize(rows, tokenizer, args, name)
         return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 
     def _collator(self) -> Collator:
@@ -60,7 +72,7 @@ class PreferenceTrainer(AlignmentTrainer):
         """Keeps the weights in hand as the reference.
 
         - precompute_ref_log_probs=True stores the log-probs of every row before training.
-        - An adapter is small, so a copy of it is kept in any case: an evaluation then has the exact KL divergence.
+        - An adapter is small, so it is copied in any case. With the copy an evaluation has the exact KL divergence.
         - Otherwise a copy of the weights is scored at every step.
         """
         args = self.args
@@ -70,7 +82,9 @@ class PreferenceTrainer(AlignmentTrainer):
             key = self._reference_key = fingerprint(self.model, str(autocast_dtype(args)))
             self.train_dataset = precompute(self.train_dataset, self._score_rows, key, args.ref_cache_dir)
             if self.eval_dataset is not None and weights is None:  # with a copy, evaluations score it anyway
-                self.eval_dataset = precompute(self.eval_dataset, self._score_rows, key, args.ref_cache_dir)
+                self.eval_dataset = of_each(
+                    self.eval_dataset, lambda rows, _: precompute(rows, self._score_rows, key, args.ref_cache_dir)
+                )
         if args.sync_ref_model and weights is not None:  # the config refuses stored log-probs with it
             self.add_callback(MoveReference(weights, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         return Reference(weights, product_dtype(args, self.model), args.ref_cache_dir, moves=args.sync_ref_model)

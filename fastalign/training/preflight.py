@@ -29,7 +29,16 @@ def check_config(args: object, expected: type[AlignmentConfig]) -> None:
 
 
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
-    """ConfigError for options that the Trainer would refuse only after everything is loaded."""
+    """Refuses options that the Trainer would refuse only after everything is loaded.
+
+    Args:
+        args: The options of the run.
+        has_eval_rows: Whether there are held-out rows.
+
+    Raises:
+        ConfigError: The options are of another class, a tracker or a hub is not there, an evaluation is set without
+            rows for it, or the optimiser cannot run here.
+    """
     check_config(args, AlignmentConfig)
     _check_trackers(args)
     _check_hub(args)
@@ -77,6 +86,12 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     """(label, text) lines on the batches, the trainable parameters and the predicted memory of a run.
 
     The memory is predicted for the longest micro-batch that can occur: the longest rows, as many as one holds.
+
+    Args:
+        model: The model, ready for training.
+        dataset: Tokenised rows.
+        args: The options.
+        layout: "shared", "packed" or "padded".
     """
     size = args.per_device_train_batch_size
     tokens = sum(sorted(row_tokens(dataset[i], layout) for i in range(len(dataset)))[-size:])

@@ -112,7 +112,7 @@ def score_with_weights(model: nn.Module, packed: PackedBatch, weights: Reference
 
 
 def start_rounding(device: torch.device) -> float:
-    """How far log-probs of the same weights may be apart with and without gradients, in nats per token.
+    """How much log-probs of the same weights may differ with and without gradients, in nats per token.
 
     On a CPU they are equal. On a GPU the matrix library may choose different kernels for the same product, whose sums
     round differently.
@@ -121,7 +121,7 @@ def start_rounding(device: torch.device) -> float:
 
 
 def check_start(policy: Tensor, reference: Tensor) -> None:
-    """ModelError unless model and reference agree before the first update.
+    """Checks that model and reference agree before the first update.
 
     At that moment both are the same weights, so every log-ratio and every margin must be 0. A difference shows a wrong
     reference or a model that draws at random. Training would go on without a sign of it, with rewards that mean
@@ -130,6 +130,9 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
     Args:
         policy: (S,) log-probs in nats under the model.
         reference: (S,) those under the reference.
+
+    Raises:
+        ModelError: They do not agree.
     """
     off, limit = (policy - reference).abs().max().item(), start_rounding(policy.device)
     if not off <= limit:  # also true for NaN
@@ -142,10 +145,19 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
 
 
 def check_stored(stored: Tensor, reference: Tensor, dtype: torch.dtype, cache_dir: str | None) -> None:
-    """DataError unless stored log-probs are those of the reference, within rounding.
+    """Checks that stored log-probs are those of the reference, within rounding.
 
     They were computed in other batches, whose sums round differently, and a deep model amplifies that. The limit is
     10 times the square root of the eps of `dtype`, or of the stored dtype's where that is larger.
+
+    Args:
+        stored: (S,) log-probs in nats, read from the cache.
+        reference: (S,) those that the reference gives now.
+        dtype: What the model's products are rounded to.
+        cache_dir: The cache's folder, for the error; None: the default one.
+
+    Raises:
+        DataError: They differ by more.
     """
     limit = max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps) ** 0.5 * 10
     off = (stored - reference).abs().max().item()
@@ -185,6 +197,7 @@ def precompute(
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
+    # Other weights get another file. A completion that several data sets contain is stored once.
     path = cache_folder(cache_dir) / "ref_logprobs" / f"{fingerprint}.safetensors"
     known = _read(path)
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
@@ -194,6 +207,7 @@ def precompute(
             batch, logprobs = score([dataset[i] for i in rows])
             values = logprobs.float().cpu().numpy()
             bounds = batch.cu_seqlens.tolist()
+            # A key per completion, from its token ids and its prompt's. The batch has the completions in this order.
             flat = [key for i in rows for key in keys[i]]
             for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
                 known[key] = values[start:end]
@@ -208,6 +222,6 @@ def _read(path: Path) -> dict[bytes, np.ndarray]:
         return {}
     try:
         return KeyedTensors(path, ["logprobs"]).read_all("logprobs")
-    except DataError as error:  # a damaged cache is no reason to stop: it is computed again
+    except DataError as error:  # a damaged cache is no reason to stop: recompute it
         logger.warning("The reference cache is computed again: %s.", error)
         return {}

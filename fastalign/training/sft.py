@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
-
 from fastalign.config.base import AlignmentConfig
 from fastalign.config.sft import SFTConfig
-from fastalign.errors import DataError
 from fastalign.objectives.sft import SFTObjective
 from fastalign.training.trainer import AlignmentTrainer
 
@@ -14,7 +11,20 @@ from fastalign.training.trainer import AlignmentTrainer
 class SFTTrainer(AlignmentTrainer):
     """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`.
 
-    Arguments and errors are those of `AlignmentTrainer`, without `objective`.
+    Args:
+        model: The model; this and all further arguments are those of `AlignmentTrainer`.
+        args: The options.
+        train_dataset: Rows of text, of messages, or of prompt and completion.
+        eval_dataset: Held-out rows; None: no evaluation.
+        processing_class: The tokenizer; None: the one beside the model.
+        peft_config: Trains an adapter.
+        callbacks: Further callbacks.
+        **trainer_options: Further arguments of `AlignmentTrainer`, `regularizers` for example.
+
+    Raises:
+        ConfigError: An option or a combination of options would fail later.
+        DataError: The rows do not suit the method, or do not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
 
     def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,
@@ -24,6 +34,5 @@ class SFTTrainer(AlignmentTrainer):
             objective=lambda _: SFTObjective(), **trainer_options,
         )  # fmt: skip
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
-        if len(dataset[0]["completion_ids"]) != 1:
-            raise DataError(f"The data set is '{found}'; fine-tuning takes text, messages, or prompt and completion.")
+    def _wanted(self, args: AlignmentConfig) -> str:
+        return "completions"

@@ -4,7 +4,7 @@ A model may come with an adapter, for example from supervised fine-tuning that p
 was learnt there must not be lost, so there are two ways to go on:
 
 - merge: the adapter becomes part of the weights. These are what training starts from and what its reference is. A new
-  adapter lies on top of them, or all weights are trained.
+  adapter is added on top of them, or all weights are trained.
 - continue: the adapter is trained further. The reference is the model with the adapter as it came.
 """
 
@@ -65,7 +65,20 @@ def load_start(
     source: str | Path, dtype: Any, way: str, peft_config: PeftConfig | None, quantization: str = "none",
     double_quantization: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """Loads a model, or the model and the adapter of an adapter folder."""
+    """Loads a model, or the model and the adapter of an adapter folder.
+
+    Args:
+        source: A folder or a name that `load_model` knows.
+        dtype: The dtype of the weights; "auto" picks by machine.
+        way: "merge" or "continue", from `way_of`.
+        peft_config: The new adapter; None: there is none.
+        quantization: As for `load_model`.
+        double_quantization: As for `load_model`.
+
+    Raises:
+        ConfigError: The weights would be quantised and the folder's adapter merged into them.
+        ModelError: The model cannot be loaded.
+    """
     options = {"dtype": dtype, "quantization": quantization, "double_quantization": double_quantization}
     if adapter_base(source) is None:
         return load_model(source, for_adapter=peft_config is not None, **options)
@@ -83,11 +96,19 @@ def start_model(
 ) -> tuple[nn.Module, Origin]:  # fmt: skip
     """The model with the adapter that is trained, and what the preflight report says of it.
 
-    Where a new adapter lies on merged weights, these are saved into `base` in the run folder. The new adapter names
+    If a new adapter is added to merged weights, these are saved into `base` in the run folder. The new adapter names
     that folder as its base model, so the run can be loaded: on the old base model it would compute something else.
 
+    Args:
+        model: The model, perhaps with an adapter.
+        tokenizer: Saved with a merged model.
+        args: The options; `output_dir` and `seed` are read.
+        peft_config: The new adapter; None: there is none.
+        adapter: As for `AlignmentTrainer`.
+
     Raises:
-        ConfigError, ModelError: The options contradict each other or the model.
+        ConfigError: The options contradict each other.
+        ModelError: `adapter` is given, and the model comes without one.
     """
     way, base = way_of(adapter, peft_config), causal_lm(model).name_or_path or type(causal_lm(model)).__name__
     as_given = "the model as it is given"

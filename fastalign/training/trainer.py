@@ -6,7 +6,7 @@
 - `fastalign.models`: `model(packed=batch)` -> log-probs
 - `fastalign.objectives`: log-probs -> loss and metrics
 - `fastalign.regularizers`: terms that are added to the loss
-- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` beside this file: what their names say
+- `reference`, `metrics`, `checkpoint`, `preflight`, `callbacks` in this folder: what their names say
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
-from fastalign.errors import ConfigError, printable
+from fastalign.data.loading import of_each
+from fastalign.errors import ConfigError, DataError, printable
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
@@ -59,16 +60,17 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
         args: The options.
         train_dataset: Rows in any format of `fastalign.data`, or the path of a file of them.
-        eval_dataset: Held-out rows, likewise; None: no evaluation.
-        processing_class: The tokenizer; None: the one beside the model, which must then be given by its name.
-        peft_config: Trains an adapter, which is kept in float32; None: trains the model, or the adapter it comes with.
+        eval_dataset: Held-out rows, likewise, or several data sets by name; None: no evaluation.
+        processing_class: The tokenizer; None: the one in the model's folder, if `model` is a folder or a name.
+        peft_config: Trains an adapter, in float32; None: trains the model, or the adapter that it comes with.
         callbacks: Further callbacks of the Trainer.
         objective: Called with `args`, returns the `Objective` to minimise.
         adapter: "merge" merges an adapter that the model comes with into the weights, which training then starts
             from; "continue" trains it further. None: "merge" with a `peft_config`, else "continue".
         dtype: The dtype of weights that are loaded here; "auto" picks by machine.
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
-        quantization, double_quantization: Of a model that is loaded here, see `load_model`; they need a `peft_config`.
+        quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
+        double_quantization: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -93,7 +95,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
-    eval_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     data_collator: Collator
 
     def __init__(
@@ -119,16 +121,17 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         check_options(args, has_eval_rows=eval_dataset is not None)
         tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
+        # Held-out rows come first, because they are fewer.
+        eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        eval_dataset = None if eval_dataset is None else self._tokenize(eval_dataset, tokenizer, args)[0]
         if isinstance(model, (str, Path)):
             model = load_start(
                 model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
             )
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-        for dataset in (train_dataset, eval_dataset or ()):
-            check_fit(dataset, causal_lm(model))
+        check_fit(train_dataset, causal_lm(model))
+        of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
@@ -153,16 +156,13 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     # What a method may change
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
-        """DataError unless the method can train on rows of the format `found`."""
+    def _wanted(self, args: AlignmentConfig) -> str | None:
+        """What rows the method trains on; see `wanted` of `fastalign.data.tokenize`."""
         raise NotImplementedError
 
-    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig):
+    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
-        dataset, report = tokenization.tokenize(rows, tokenizer, **{name: getattr(args, name) for name in names})
-        self._check_rows(dataset, report.format, args)
-        return dataset, report
+        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
         return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
@@ -199,7 +199,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
     # Hooks of transformers.Trainer
 
     def train(self, *args, **kwargs):
-        """`transformers.Trainer.train`, after the preflight report."""
+        """`transformers.Trainer.train`, after the preflight report is printed."""
         if self.args.should_log and not self.args.disable_tqdm:
             print(printable(self.preflight_report()), flush=True)
         self.throughput.restart()
@@ -224,10 +224,14 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         return _step_totals(self.objective, batches, device, self.accelerator)
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch: Any = None):
-        """The loss of one micro-batch, `inputs["batch"]`. Losses of a step's micro-batches add up to the step's loss.
+        """The loss of one micro-batch, a scalar. The losses of a step's micro-batches add up to the step's loss.
 
-        `num_items_in_batch` is, despite its name, the `Totals` of the step: the Trainer passes on what
-        `_get_num_items_in_batch` returned. None: the micro-batch counts as a step by itself.
+        Args:
+            model: The model as the Trainer wraps it.
+            inputs: `{"batch": Batch}`, what the collator makes.
+            return_outputs: Whether to return a pair with an empty dict, as the Trainer expects in evaluations.
+            num_items_in_batch: Despite its name the step's `Totals`, which `_get_num_items_in_batch` returned. None:
+                the micro-batch counts as a step by itself.
         """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
@@ -262,6 +266,17 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
     return Totals(*totals.unbind())
+
+
+def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+    """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
+    names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+    try:
+        return tokenization.tokenize(
+            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
+        )
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:

@@ -24,6 +24,38 @@ def rows(tmp_path, pairs, write_rows):
     return write_rows(tmp_path / "pairs.jsonl", pairs)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, model_dir, pairs, write_rows):
+    """f(name): the folder of a run that a command left. Read only.
+
+    dpo: an adapter on pairs, with held-out rows and a checkpoint. sft: all weights, on completions.
+    """
+    from fastalign.cli.main import main
+
+    base, folders = tmp_path_factory.mktemp("runs"), {}
+    completions = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    files = {name: write_rows(base / f"{name}.jsonl", rows) for name, rows in (("dpo", pairs), ("sft", completions))}
+    own = {
+        "dpo": ["learning_rate=1e-2", f"eval={files['dpo']}", "lora_rank=2", "samples=3", "max_new_tokens=6"],
+        "sft": ["learning_rate=1e-3", "lora_rank=0", "dtype=float32"],
+    }
+
+    def trained(name):
+        if name not in folders:
+            options = [
+                f"model={model_dir}", f"train={files[name]}", f"output_dir={base / name}", "max_steps=12",
+                "save_steps=6", "logging_steps=1", "use_cpu=true", "disable_tqdm=true",
+                "per_device_train_batch_size=4", *own[name],
+            ]  # fmt: skip
+            if name == "dpo":
+                options.append(f"ref_cache_dir={base / 'cache'}")
+            assert main([name, *options]) == 0
+            folders[name] = base / name
+        return folders[name]
+
+    return trained
+
+
 @pytest.fixture
 def refused(capsys):
     """Runs a command that must fail, and returns the one sentence it says."""

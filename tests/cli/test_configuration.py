@@ -38,6 +38,13 @@ def test_each_path_of_a_list_is_resolved(tmp_path):
     assert configuration.read_yaml(path)["regularizers"][0]["fisher"] == [str(tmp_path / "a"), "b", 3]
 
 
+def test_each_path_of_several_sources_is_resolved(tmp_path):
+    path = written(tmp_path, {"train": [{"path": "./a", "weight": 2}, "./b"], "eval": {"easy": "../c"}})
+    options = configuration.read_yaml(path)
+    assert options["train"] == [{"path": str(tmp_path / "a"), "weight": 2}, str(tmp_path / "b")]
+    assert options["eval"] == {"easy": str(tmp_path.parent / "c")}
+
+
 def test_what_is_no_path_is_left_as_it_is(tmp_path):
     options = {"title": "./mine", "output_dir": "./runs", "max_steps": 3, "regularizers": ["./a", {"text": "./b"}]}
     assert configuration.read_yaml(written(tmp_path, options)) == options

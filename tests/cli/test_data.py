@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from fastalign.cli.main import main
 from fastalign.config.preference import PreferenceConfig
 
@@ -33,3 +35,38 @@ def test_data_check_of_chat_rows_without_template_says_so(refused, tmp_path, tok
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a"},
                                                               {"role": "assistant", "content": "b"}]}])  # fmt: skip
     assert "chat template" in refused("data", "check", path, "--model", tmp_path / "model")
+
+
+def test_data_check_shows_what_is_scored_and_writes_the_rows(capsys, tmp_path, model_dir, write_rows):
+    user, answer = {"from": "human", "value": "Name a [bold]colour."}, {"from": "gpt", "value": "Red."}
+    path = write_rows(tmp_path / "rows.jsonl", [{"talk": [user, answer, user, answer]}] * 3)
+    out = tmp_path / "out.jsonl"
+    words = (
+        "data",
+        "check",
+        path,
+        "--model",
+        model_dir,
+        "--columns",
+        "messages=talk",
+        "--out",
+        out,
+        "--for",
+        "completions",
+    )
+    assert main([*map(str, words)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\nRow ") == 2 and "what is scored is in [[ ]]" in text
+    assert "completion: [[Red.<|im_end|>]]\n<|im_start|>user\nName a [bold]colour.<|im_end|>" in text
+    assert f"3 rows written to {out}" in text
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [{"messages": [user, answer, user, answer]}] * 3
+    assert main(["data", "check", str(out), str(out), "--model", str(model_dir), "--rows", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "6 of 6 kept" in text and "Row 1" not in text
+
+
+def test_data_check_refuses_rows_for_another_use_and_bad_words(refused, rows, model_dir):
+    assert "text, messages, or prompt" in refused("data", "check", rows, "--model", model_dir, "--for", "completions")
+    assert "FIELD=COLUMN" in refused("data", "check", rows, "--model", model_dir, "--columns", "prompt")
+    assert "name a .jsonl file" in refused("data", "check", rows, "--model", model_dir, "--out", "a.csv")

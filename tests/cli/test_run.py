@@ -14,7 +14,7 @@ from fastalign.cli.run import quartiles, run_training
 from fastalign.cli.run_options import RunOptions
 from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, DataError
 from fastalign.evaluation.answers import Answers
 from fastalign.files import append_metrics
 from fastalign.models.loading import load_model
@@ -152,3 +152,32 @@ def test_shown_answers_are_the_quartiles_of_the_change_in_length():
     new = Answers(["b"] * 5, [90, 10, 100, 50, 70], [True] * 5)
     assert quartiles(old, new) == [3, 4, 0]  # changes -50, -30, -10 of -90, -50, -30, -10, 0
     assert quartiles(Answers(["a"], [5], [True]), Answers(["b"], [5], [True])) == [0]
+
+
+def test_rows_come_from_several_files_and_evaluations_have_names(options, config, tmp_path, pairs):
+    for name, rows in (("a", pairs[:4]), ("b", pairs[4:])):
+        named = [{"q": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    train = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, str(tmp_path / "b.jsonl")]
+    held_out = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+    run = options(train=train, eval=held_out, columns={"prompt": "q"}, samples=1, max_new_tokens=4)
+    folder = run_training(run, config())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dataset"] == "a.jsonl + b.jsonl" and summary["facts"]["training"].startswith("12 rows")
+    metrics = [row["metric"] for row in summary["rows"]]
+    assert {f"Held-out loss ({name})" for name in "ab"} <= {*metrics}, metrics
+    assert json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["prompt"] == pairs[0]["prompt"]
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_an_error_says_in_which_rows_it_is(options, config, tmp_path, which):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": "half\n')
+    with pytest.raises(DataError, match=rf"^{which}: .*bad\.jsonl, line 2: not valid JSON"):
+        run_training(options(**{which: str(tmp_path / "bad.jsonl")}), config())
+
+
+def test_prompts_of_content_parts_are_shown(options, config, tmp_path, pairs):
+    parts = [{"type": "text", "text": "Name a colour."}]
+    rows = [{**row, "prompt": [{"role": "user", "content": parts}]} for row in pairs]
+    folder = run_training(options(rows, eval=str(tmp_path / "rows.jsonl"), samples=1, max_new_tokens=4), config())
+    assert "Name a colour." in json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["prompt"]

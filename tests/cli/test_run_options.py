@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastalign.cli.run_options import RunOptions
+from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
 
 
@@ -26,3 +26,24 @@ from fastalign.errors import ConfigError
 def test_options_are_checked(over, said):
     with pytest.raises(ConfigError, match=said):
         RunOptions(**{"model": "m", "train": "rows.jsonl", **over})
+
+
+@pytest.mark.parametrize(
+    ("source", "paths"),
+    [
+        (None, []),
+        ("a", ["a"]),
+        ({"path": "a"}, ["a"]),
+        ([{"path": "a", "weight": 2}, "b"], ["a", "b"]),
+        ({"easy": "a", "hard": [{"path": "b"}]}, ["a", "b"]),
+    ],
+)
+def test_the_paths_of_sources_of_every_form(source, paths):
+    assert paths_of(source) == paths
+
+
+def test_sources_are_checked():
+    with pytest.raises(ConfigError, match="Unknown option 'weigth' of a source of rows; did you mean 'weight'"):
+        paths_of([{"path": "a", "weigth": 2}])
+    with pytest.raises(ConfigError, match="3 names no rows"):
+        paths_of([3])

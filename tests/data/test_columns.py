@@ -75,11 +75,10 @@ def test_text_columns_that_are_not_read_are_named(tokenizer):
     [
         ({"prompt": "a", **PAIR, "images": [["x.png"]]}, "'images' holds values: only text is trained on"),
         ({**CHAT, "image": "x.png"}, "'image' holds values: only text is trained on"),
-        ({**CHAT, "label": True}, "'label' beside 'messages'"),
         ({"prompt": "a", **PAIR, "weight": 0.5}, "'weight' holds 0.5: rows are not weighted"),
         ({"prompt": "a", **PAIR, "loss_weight": 2}, "'loss_weight' holds 2: rows are not weighted"),
         ({"prompt": "a", **PAIR, "train": False}, "'train' holds False: rows are not weighted"),
-        ({"instruction": "a", "output": " b", "history": [["c", "d"]]}, "'history' holds values: earlier turns"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1, "history": [["d", "e"]]}, "'label' would not be"),
         ({"prompt": "a", **PAIR, "tools": [{"name": "f"}]}, "'tools' needs chat messages"),
         ({"prompt": "a", **PAIR, "chat_template_kwargs": {"x": 1}}, "'chat_template_kwargs' needs chat messages"),
     ],

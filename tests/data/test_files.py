@@ -1,14 +1,15 @@
 """Rows from files, lists and data sets, and what is said of those that are damaged."""
 
+import gzip
 import json
-import re
 
 import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fastalign.data.files import load_rows
+from fastalign.data.files import from_dicts, read_file
+from fastalign.data.loading import load_rows
 from fastalign.errors import DataError
 
 
@@ -71,7 +72,9 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl", GOOD + b'{"id": 1' + b"0" * 30 + b"}", "row 2 has a value in 'id' that no table can hold"),
         ("a.jsonl", b"\n\n", "a.jsonl holds no rows"),
         ("a.json", GOOD * 2, "if it has one object per line, name it .jsonl"),
-        ("a.json", b'{"data": []}', "a.json: expected a list, found dict"),
+        ("a.json", b'{"data": []}', "a.json: expected one list of objects, found no such list under data"),
+        ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "found lists of objects under a, b"),
+        ("a.json", b"3", "a.json: expected a list or an object, found int"),
         ("a.json", b'[{"text": "a"}, 3]', "a.json, row 2: expected a dict, found int"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv, line 3: 1 cells where the header names 2 columns"),
         ("a.csv", b'text\n"a" b\n', "a.csv, line 2: not valid CSV"),
@@ -80,29 +83,44 @@ GOOD = b'{"text": "a"}\n'
         ("a.csv", b"text,text\na,b\n", "a.csv names the column 'text' twice"),
         ("a.parquet", b"PAR1 not really", "a.parquet: not a readable Parquet file"),
         ("a.jsonl", b"", "a.jsonl is empty"),
-        ("a.txt", b"x", "unknown extension '.txt', expected one of .jsonl, .json, .csv, .parquet"),
+        ("a.tsv", b"text\tlabel\na\t1\nb\n", "put quotes around cells that hold tabs"),
+        ("a.jsonl.gz", GOOD, "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz cannot be read"),
+        ("a.csv.zst", b"text\na\n", "a.csv.zst cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD + b"{"), "a.jsonl.gz, line 2: not valid JSON"),
+        ("a.gz", b"x", "unknown extension '.gz'"),
+        ("a.txt", b"x", "unknown extension '.txt', expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_place(tmp_path, name, content, words):
     with pytest.raises(DataError) as error:
-        load_rows(write(tmp_path, name, content))
+        read_file(write(tmp_path, name, content))
     assert words in str(error.value)
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("someone/some-dataset", "Only local files are read here"),
-        ([], "holds no rows"),
-        ([{"text": "a"}, "b"], "row 2: expected a dict, found str"),
-        (3, "not from int"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "choose one of its splits ['train']"),
-    ],
-)
-def test_other_sources_are_refused(source, words):
-    with pytest.raises(DataError, match=re.escape(words)):
-        load_rows(source)
+def test_compressed_files_are_read(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table = b'prompt\tcompletion\n"a, b"\t"say ""hi""\n"\n' + "\u00fc\u2028\t2\n".encode()
+    zstd = pa.Codec("zstd")
+    for name, content in (
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.ndjson.zst", zstd.compress(lines).to_pybytes()),
+        ("b.jsonl.zst", b"".join(zstd.compress(line + b"\n").to_pybytes() for line in lines.splitlines())),
+        ("a.json.GZ", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.tsv", b"\xef\xbb\xbf" + table),
+        ("a.tsv.gz", gzip.compress(table)),
+        ("of.a.project.jsonl", lines),
+    ):
+        assert read_file(write(tmp_path, name, content)).to_list() == ROWS, name
+
+
+def test_an_object_may_hold_the_rows(tmp_path):
+    for name, value in (
+        ("a.json", {"version": "1.0", "tags": ["x"], "data": ROWS}),
+        ("b.json", {"features": [], "rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}),
+    ):
+        assert read_file(write(tmp_path, name, json.dumps(value))).to_list() == ROWS
 
 
 def test_a_bad_value_in_a_late_row_is_found_with_few_tables(monkeypatch):
@@ -112,14 +130,5 @@ def test_a_bad_value_in_a_late_row_is_found_with_few_tables(monkeypatch):
     rows = [{"text": "a", "meta": 1, "more": [{"x": 1}]} for _ in range(3000)]
     rows[2990] = {"text": "a", "meta": 2**70, "more": None}
     with pytest.raises(DataError, match="row 2991 has a value in 'meta' that no table can hold"):
-        load_rows(rows)
+        from_dicts(rows, "The rows")
     assert len(made) < 20
-
-
-def test_a_row_that_holds_itself_is_refused():
-    row = {"text": "a", "shared": [1]}
-    row["also"] = row["shared"]  # held twice, but not by itself
-    assert len(load_rows([row])) == 1
-    row["inner"] = [row]
-    with pytest.raises(DataError, match="row 2: a value holds itself"):
-        load_rows([{"text": "a"}, row])

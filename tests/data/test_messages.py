@@ -58,7 +58,7 @@ def test_pairs_as_json_text(tokenizer):
         ({"prompt": "a", "chosen": str(TURNS), "rejected": "b"}, "as Python prints them: write them as JSON"),
         ({"messages": json.dumps(TURNS)[:-3]}, "'messages' begins like JSON text of messages, but is not valid JSON"),
         ({"messages": [user([{"type": "image", "url": "x"}]), assistant("a")]}, "a part of type 'image': only text"),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "unknown speaker 'function_call'"),
+        ({"conversations": [{"from": "narrator", "value": "{}"}]}, "unknown speaker 'narrator'"),
     ],
 )
 def test_text_that_is_nearly_messages_is_refused(tokenizer, row, words):

@@ -200,3 +200,26 @@ def test_nothing_is_written_to_the_cache(tmp_path, monkeypatch, tokenizer):
     path.write_text(json.dumps(PAIR))
     tokenize(path, tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+def test_a_bad_last_row_is_named_before_any_row_is_tokenised(byte_level, kind):
+    """A template and a tokenizer that fail if they are used show that neither was."""
+    tokenizer = byte_level("{{ raise_exception('rendered') }}")
+    tokenizer.eos_token = "<|im_end|>"
+    good = {"prompt": "a", "completion": " b"}
+    bad = {"prompt": "a", "completion": " "}
+    if kind == "chat":
+        good, bad = ({**row, "prompt": [{"role": "user", "content": "a"}]} for row in (good, bad))
+        bad["completion"] = None
+    used = []
+
+    class Watched(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            used.append(args)
+            return super().__call__(*args, **kwargs)
+
+    tokenizer.__class__ = Watched
+    with pytest.raises(DataError, match=r"1 of 1,501 rows .*row 1501") as error:
+        tokenize([good] * 1500 + [bad], tokenizer)
+    assert "rendered" not in str(error.value) and not used

@@ -80,7 +80,22 @@ def test_every_mark_of_the_pages_is_replaced(generate):
     assert not any("<!-- generated:" in generate.expand(page) for page in pages)
 
 
-@pytest.mark.parametrize("mark", ["options NoConfig", "unknown", "command fly", "losses FISHER_NONE"])
+@pytest.mark.parametrize("name", ["concise", "dpo-smollm2", "tax"])
+def test_the_page_of_a_recipe_is_its_readme(generate, name):
+    """Its words stand in one place; links lead to pages of the site, and pictures are found from docs/recipes."""
+    folder = ROOT / "fastalign" / "recipes" / name
+    page = generate.expand((ROOT / "docs" / "recipes" / f"{name}.md").read_text(encoding="utf-8"))
+    links = r"!?\[[^\]]*\]\([^)]*\)|`fastalign/recipes/[^`]*`"
+    readme = re.split(links, (folder / "README.md").read_text(encoding="utf-8"))
+    assert re.split(links, page)[: len(readme) - 1] == readme[:-1] and readme[-1] in page
+    for target in re.findall(r"\]\(([^)]*)\)", page):
+        assert target.startswith("http") or (ROOT / "docs" / "recipes" / target).exists(), target
+    assert ("```yaml" in page) == (folder / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "mark", ["recipe no-such-one", "options NoConfig", "unknown", "command fly", "losses FISHER_NONE"]
+)
 def test_what_is_not_there_ends_the_build(generate, mark):
     with pytest.raises(generate.ReferenceProblem):
         generate.expand(f"<!-- generated: {mark} -->")

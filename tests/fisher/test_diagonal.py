@@ -274,7 +274,7 @@ def test_bad_input_is_named(tiny_llama):
         fisher_diagonal(model, [{"prompt_ids": [], "completion_ids": [[2]]}])
     with pytest.raises(ConfigError, match="estimator is 'true' and per is 'sequence'"):
         fisher_diagonal(model, ROWS, estimator="true")
-    with pytest.raises(ConfigError, match="per is 'token', but estimator='batch' squares whole batches"):
+    with pytest.raises(ConfigError, match="per is 'token', but estimator='batch' squares the gradient of a batch"):
         fisher_diagonal(model, ROWS, estimator="batch", per="token")
     with pytest.raises(ConfigError, match="bits is 16"):
         fisher_diagonal(model, ROWS, bits=16)

@@ -318,7 +318,7 @@ def test_what_a_layout_cannot_express_is_named(caplog):
     prepare_model(model)
     embeddings = torch.zeros(*batch.input_ids.shape, 1)
     with packed_attention(batch.layout):
-        with pytest.raises(ModelError, match="adds its own rule"):
+        with pytest.raises(ModelError, match="adds a rule"):
             create_causal_mask(model.config, embeddings, None, None, and_mask_function=lambda *_: torch.tensor(True))
         model.config.is_causal = False
         with pytest.raises(ModelError, match="non-causal"):

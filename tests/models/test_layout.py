@@ -68,7 +68,7 @@ def test_attention_that_computes_something_else_is_not_used(fault, dtype, monkey
 
     monkeypatch.setattr(attention, "_packed_attention", wrong)
     assert prepare_model(make_model(LLAMA, dtype)) == "packed"
-    assert ("by fastalign's attention differ" if fault == "scaling" else "in a packed row differ") in caplog.text
+    assert ("with fastalign's attention differ" if fault == "scaling" else "in a packed row differ") in caplog.text
 
 
 def test_adapters_and_reward_heads_are_prepared():

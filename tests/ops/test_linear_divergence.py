@@ -359,7 +359,7 @@ WRONG = {
     "unknown divergence": ({"divergence": "tv"}, "'tv'", "forward_kl, reverse_kl, jsd"),
     "temperature is 0": ({"temperature": 0.0}, "temperature is 0.0", "above 0"),
     "softcap is 0": ({"teacher_softcap": 0.0}, "teacher_softcap is 0.0", "above 0", "None"),
-    "jsd_beta is 1": ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta is 1.0", "stand forward_kl and reverse_kl"),
+    "jsd_beta is 1": ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta is 1.0", "use forward_kl or reverse_kl"),
     "budget is -1": ({"memory_budget": -1}, "memory_budget is -1", "bytes", "0"),
     "devices differ": ({"teacher_weight": torch.ones(U, G, device="meta")}, "cpu", "meta", "one device"),
 }

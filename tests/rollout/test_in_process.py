@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from fastalign.rollout.in_process import generate
+from fastalign.rollout.in_process import generate, stop_tokens
 
 PROMPTS = [[40, 41, 42, 43, 44], [50], [60, 61], [70, 71, 72]]
 
@@ -65,3 +65,14 @@ def test_the_models_mode_comes_back(model, tokenizer):
     model.train()
     generate(model, tokenizer, PROMPTS[:1], max_new_tokens=1)
     assert model.training
+
+
+def test_every_token_that_the_generation_config_lists_ends_a_completion(tiny_llama, tokenizer):
+    """Chat models end a turn with another token than the tokenizer's EOS."""
+    model = tiny_llama(tied=False)
+    long = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=4)
+    other = long[0][2]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id, other]
+    short = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=4)
+    assert short == [ids[: ids.index(other) + 1] if other in ids else ids for ids in long]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, DataError
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 LIVE = {"precompute_ref_log_probs": False}
@@ -59,3 +59,25 @@ def test_new_rows_when_all_weights_are_trained_and_the_reference_is_stored(make_
     assert trainer.evaluate(pairs[4:6])["eval_rewards/margins"] != 0.0  # stored by the evaluation before
     with pytest.raises(ConfigError, match="have no stored reference log-probs"):
         trainer.evaluate(pairs[6:])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_several_data_sets_by_name_have_their_own_numbers(make_trainer, tiny_llama, pairs, tmp_path, lora):
+    options = {"max_steps": 2, "learning_rate": 0.1, "peft_config": LoraConfig(**LORA) if lora else None}
+    sets = {"easy": pairs[:3], "hard": pairs[3:]}
+    trainer = make_trainer(tiny_llama(), pairs, eval_rows=sets, **options)
+    trainer.train()
+    found = trainer.evaluate()
+    for name, rows in sets.items():
+        alone = make_trainer(tiny_llama(), pairs, eval_rows=rows, **options)
+        alone.train()
+        expected = alone.evaluate()
+        for key in ("loss", "rewards/margins", "logps/chosen"):
+            assert found[f"eval_{name}_{key}"] == expected[f"eval_{key}"]
+
+
+def test_a_bad_row_of_a_named_data_set_is_found(make_trainer, tiny_llama, pairs):
+    with pytest.raises(DataError, match="eval hard: 1 of 1 rows cannot be used: 1 with identical pair"):
+        make_trainer(
+            tiny_llama(), pairs, eval_rows={"easy": pairs, "hard": [{"prompt": "a", "chosen": "b", "rejected": "b"}]}
+        )

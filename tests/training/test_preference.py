@@ -144,7 +144,7 @@ def test_unpaired_losses_learn_the_labels(make_trainer, gpt2, labelled, loss_typ
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("labelled", "needs chosen and rejected"),
+        ("labelled", "pairs, with chosen and rejected"),
         ("empty", "no rows"),
         ("chat", "chat template"),
         ("identical", "identical"),
@@ -167,9 +167,19 @@ def test_data_of_another_kind_is_refused(make_trainer, tiny_llama, tokenizer, la
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "bco"])
-def test_pairs_given_to_an_unpaired_loss_are_refused(make_trainer, tiny_llama, pairs, labelled, loss_type):
-    with pytest.raises(DataError, match="prompt, completion and label"):
-        make_trainer(tiny_llama(), pairs, loss_type=loss_type)
+def test_an_unpaired_loss_takes_pairs_as_labelled_rows(make_trainer, tiny_llama, pairs, labelled, loss_type):
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs
+        for side in ("chosen", "rejected")
+    ]
+    trainers = [make_trainer(tiny_llama(), given, loss_type=loss_type) for given in (pairs, rows)]
+    assert trainers[0].train_dataset.to_list() == trainers[1].train_dataset.to_list()
+    assert "two labelled rows of each pair" in trainers[0].preflight_report()
+    with pytest.raises(
+        DataError, match="eval: The data set is 'text, plain strings'; rows with prompt, completion and"
+    ):
+        make_trainer(tiny_llama(), pairs, eval_rows=[{"text": "a"}], loss_type=loss_type)
 
 
 def test_kto_needs_two_rows_a_batch(make_trainer, tiny_llama, labelled):

@@ -289,8 +289,8 @@ class Plain(AlignmentTrainer):
     def __init__(self, model, args: AlignmentConfig, *arguments, **options):
         super().__init__(model, args, *arguments, objective=lambda args: Drift(), **options)
 
-    def _check_rows(self, dataset, found, args):
-        pass
+    def _wanted(self, args):
+        return None  # any rows
 
 
 class Drift(SFTObjective):

@@ -83,6 +83,7 @@ class AttentionPass {
 
         // The rows of the keys. They are copied to `joined` if they are not contiguous.
         WeightTile<In> rows(const HeadProblem& p, std::int64_t width, In* joined) const {
+            // At most one tile of a block holds keys of both runs, so few keys are copied.
             if (in_prefix == size) return WeightTile<In>(p, prefix_token, size);
             WeightTile<In> own(p, token, size);
             if (in_prefix == 0) return own;
@@ -180,6 +181,7 @@ class AttentionPass {
                 scale_panel(block, panel, keys, w.scores + panel * S::tile * P);
                 absorb(w, panel, keys.size);
             }
+            // What was added up for earlier tiles is relative to an older maximum.
             for (std::int64_t i = 0; !fresh && i < block.count; ++i)
                 if (w.remains[i] != 1) scale_row(w.out + i * width, width, w.remains[i]);
             w.values.fold(w.scores, block.panels, keys.rows(pv, p_.value_width, w.joined_values), w.out, fresh);
@@ -232,6 +234,11 @@ class AttentionPass {
     }
 
     // The backward pass of one block. d_key and d_value begin at token `origin`.
+    //
+    //   P = exp(scaling q k' - log of the sum)      the probabilities, recomputed
+    //   G = grad v'                                 their gradients
+    //   D = scaling P (G - delta)                   the gradients in q k'; delta = sum(P G) = sum(out grad) per query
+    //   d_query = D k, d_key += D' q, d_value += P' grad
     void backward(Worker& w, const Block& block, std::int64_t origin) const {
         const HeadProblem qk = product(p_.query, block.head, p_.key), gv = product(p_.grad, block.head, p_.value);
         const RowBlock<In> queries{qk, block.token(0), block.count}, grads{gv, block.token(0), block.count};

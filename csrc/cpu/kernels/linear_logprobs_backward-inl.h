@@ -108,6 +108,8 @@ private:
                 if (p_.d_bias) add_bias(s.z, panels, weight.size, s.d_bias + (v - begin) * lanes<T>);
             }
             if (!p_.d_hidden) continue;
+            // All chunks add to the same rows of d_hidden, each when the chunk before it is done with the block. So the
+            // order of additions does not depend on the number of threads.
             items.wait(b, chunk);
             add_hidden(block, s);
             items.done(b, chunk);
@@ -133,6 +135,7 @@ private:
                 differentiate(z, weight.size, bias, head_, c);
             }
         }
+        // The formula above holds for every entry but the targets, which are overwritten.
         each_target(block, 0, block.count, weight, [&](std::int64_t i, std::int64_t place, std::int64_t column) {
             const T* own = at_row<const T>(p_.grad_targets, block.token(i), p_.targets_per_token);
             s.z[(i / S::panel * S::tile + column) * S::panel + i % S::panel] = own ? own[place] : s.c.target[i];
@@ -145,6 +148,10 @@ private:
         differentiate_kept(cache, z, weight.size, head_, c, then);
     }
 
+    // The gradient in a logit z_j that is not the target's is -g p_j = c.logprob exp(z_j - shift), with
+    // c.logprob = -g / total. The target's is g (1 - p_y). It is formed here as g others / total: near p_y = 1 the
+    // difference 1 - p_y has no digits left. For sparse_divergence only the entries outside of the top k count, and the
+    // caller gives the targets' gradients.
     void coefficients(const RowBlock<In>& block, const Coefficients<T>& c) const {
         for (std::int64_t i = 0; i < ceil_div(block.count, S::panel) * S::panel; ++i) {
             c.shift[i] = -static_cast<T>(kStart);  // makes the exponentials of padded rows 0

@@ -45,7 +45,7 @@ def resolve(
 
     Args:
         op: The op's name, for error messages.
-        backend: What the caller asked for.
+        backend: The name that the caller gave.
         *tensors: The op's tensors; the first one, which decides the device and the dtype, is never None.
         backends: Those that the op has.
         cpu_kernel: A name that the native module must have for "cpu", such as that of the kernel.
@@ -54,7 +54,7 @@ def resolve(
         why_not: Why the kernels of a backend cannot take the arguments for reasons of this op alone, or None.
 
     Raises:
-        BackendError: The backend is unknown, or was asked for by name and cannot run. Also, under "auto" on the CPU,
+        BackendError: There is no such backend, or the backend that was named cannot run. Also, under "auto" on the CPU,
             where FASTALIGN_CPU_ISA asks for kernels that cannot run here.
     """
     if backend not in backends:

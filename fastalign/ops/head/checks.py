@@ -20,9 +20,18 @@ def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float = 1.0, *,
     of: str = "",
 ) -> None:  # fmt: skip
-    """Hidden states (..., H), an output layer's weight (V, H) and bias (V,), its soft cap and its scale.
+    """Checks the shapes and dtypes of hidden states and their output layer, its soft cap and its scale.
 
-    of: what the arguments' names begin with, such as "teacher_".
+    Args:
+        hidden: Must be (..., H) floating.
+        weight: Must be (V, H) floating.
+        bias: Must be (V,) floating, or None.
+        softcap: Must be above 0 and finite, or None.
+        logit_scale: Must be finite.
+        of: What the names of these arguments begin with in the error, such as "teacher_".
+
+    Raises:
+        InputError: One of them is not so.
     """
     for name, t in (("hidden", hidden), ("weight", weight)):
         check_floating(f"{of}{name}", t, "dequantise it first")
@@ -87,7 +96,16 @@ def check_ignore_index(ignore_index: int | None) -> None:
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], *, of: str) -> None:
-    """Targets int64 of this shape, which is that of `of` ("hidden" or "logits") without its last dimension."""
+    """Checks the dtype and shape of targets, not their values.
+
+    Args:
+        targets: Must be int64.
+        shape: The shape that they must have: that of `of` without its last dimension.
+        of: "hidden" or "logits", for the error.
+
+    Raises:
+        InputError: The dtype or the shape differs. The error says so where only one of both was shifted.
+    """
     check_is_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise InputError(f"targets is {targets.dtype}; it must be int64, call targets.long()")
@@ -111,10 +129,20 @@ def _shift_hint(targets: Sequence[int], expected: Sequence[int], of: str) -> str
 
 
 def check_token_ids(name: str, ids: Tensor, vocab: int, *, op: str, ignore_index: int | None = None) -> None:
-    """Token ids in [0, vocab). `ignore_index` is only mentioned as what the caller may also pass.
+    """Checks that token ids lie in [0, vocab).
 
-    This looks at values. So it must run inside an op, where torch.compile does not look. On a GPU it must not wait for
-    them, so there the device itself asserts, and the error is not an InputError.
+    This reads values, so it must run inside an op: torch.compile does not trace into ops. On a GPU the host must not
+    wait for values, so there the device itself asserts, and the error is not an InputError.
+
+    Args:
+        name: The argument's name, for the error.
+        ids: Integers of any shape.
+        vocab: Number of entries of the vocabulary.
+        op: The op's name, for the device's assertion.
+        ignore_index: Named in the error as a value that the caller may also pass; it is not looked for in `ids`.
+
+    Raises:
+        InputError: An id lies outside (CPU only).
     """
     inside = ids.clamp(0, vocab - 1) == ids
     if ids.device.type != "cpu":
@@ -134,12 +162,20 @@ def check_target_ids(targets: Tensor, vocab: int, ignore_index: int | None, *, o
 
 
 def check_temperature(temperature: float) -> None:
-    """A temperature above 0."""
+    """Checks that a temperature is above 0, and finite.
+
+    Raises:
+        InputError: It is not.
+    """
     check_positive("temperature", temperature)
 
 
 def check_memory_budget(memory_budget: int | None) -> None:
-    """A number of bytes, or None."""
+    """Checks that a memory budget is a whole number of bytes, 0 or more, or None.
+
+    Raises:
+        InputError: It is not.
+    """
     if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
         raise InputError(
             f"memory_budget is {memory_budget!r}; it must be a whole number of bytes, or 0 for as few as possible"
@@ -147,25 +183,42 @@ def check_memory_budget(memory_budget: int | None) -> None:
 
 
 def check_divergence(divergence: str, temperature: float, jsd_beta: float) -> None:
-    """The name of a divergence and its two numbers."""
+    """Checks the name of a divergence and its two numbers.
+
+    Args:
+        divergence: Must be one of `reference.DIVERGENCES`.
+        temperature: Must be above 0.
+        jsd_beta: Must lie strictly between 0 and 1 for "jsd".
+
+    Raises:
+        InputError: One of them is not so.
+    """
     if divergence not in reference.DIVERGENCES:
         raise InputError(f"divergence is {divergence!r}; it must be one of {', '.join(reference.DIVERGENCES)}")
     check_temperature(temperature)
     check_number("jsd_beta", jsd_beta)
     if divergence == "jsd" and not 0 < jsd_beta < 1:
         raise InputError(
-            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1, at whose ends stand forward_kl and reverse_kl"
+            f"jsd_beta is {jsd_beta}; it must lie between 0 and 1 (for the limits use forward_kl or reverse_kl)"
         )
 
 
 def check_tail(tail: str) -> None:
-    """What becomes of the vocabulary entries that the teacher did not name."""
+    """Checks `tail`: what becomes of the vocabulary entries that the teacher did not name, "lump" or "drop".
+
+    Raises:
+        InputError: It is neither.
+    """
     if tail not in ("lump", "drop"):
         raise InputError(f"tail is {tail!r}; it must be lump or drop")
 
 
 def check_per_token(mask: Tensor | None, token_weights: Tensor | None, shape: Sequence[int]) -> None:
-    """A bool mask and floating weights, one per token: of this shape."""
+    """Checks that a mask is bool, that weights are floating, and that both have this shape, one value per token.
+
+    Raises:
+        InputError: One of them is not so.
+    """
     for name, t in (("mask", mask), ("token_weights", token_weights)):
         if t is not None:
             check_is_tensor(name, t)
@@ -178,17 +231,25 @@ def check_per_token(mask: Tensor | None, token_weights: Tensor | None, shape: Se
 
 
 def check_same_tokens(hidden: Tensor, teacher_hidden: Tensor) -> None:
-    """Hidden states (..., H) and (..., G) of the same tokens."""
+    """Checks that hidden states (..., H) and (..., G) are of the same tokens: equal in all but the last dimension.
+
+    Raises:
+        InputError: They are not.
+    """
     expected = tuple(hidden.shape[:-1])
     if tuple(teacher_hidden.shape[:-1]) != expected:
         raise InputError(
-            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and its "
-            "own width"
+            f"teacher_hidden is {tuple(teacher_hidden.shape)}; it must hold the student's tokens, {expected}, and "
+            "may differ in its last dimension only"
         )
 
 
 def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, logprobs: Tensor) -> None:
-    """A teacher's entries int64 and their log-probabilities, both (*shape, k) with k from 1 to the vocabulary."""
+    """Checks a teacher's top k: entries int64, log-probabilities floating, both (*shape, k), k from 1 to `vocab`.
+
+    Raises:
+        InputError: One of them is not so.
+    """
     check_is_tensor("teacher_indices", indices)
     check_is_tensor("teacher_logprobs", logprobs)
     if indices.dtype != torch.int64:
@@ -204,7 +265,11 @@ def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, log
 
 
 def check_devices(*tensors: Tensor | None) -> None:
-    """All tensors on one device."""
+    """Checks that all tensors are on one device.
+
+    Raises:
+        InputError: They are not. The error names the devices.
+    """
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise InputError(f"inputs lie on {sorted(map(str, devices))}; move them to one device")

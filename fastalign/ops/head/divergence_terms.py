@@ -106,7 +106,7 @@ def terms(
         scratch: Two tensors (R, T).
     """
     slope = None if transform.softcap is None else transform.slope(a)
-    # The two parts are subtracted one by one. Their sum, the logsumexp, would be rounded to its own, larger size.
+    # The two parts are subtracted one by one: their sum, the logsumexp, is larger and rounded more coarsely.
     a.sub_(stats[:, 0:1]).sub_(stats[:, 1:2])
     b.sub_(stats[:, 2:3]).sub_(stats[:, 3:4])
     out = _TERMS[kind.name](a, b, *scratch, kind.beta)

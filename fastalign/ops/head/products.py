@@ -1,4 +1,4 @@
-"""Matrix products that are accumulated and kept in float32 (in float64 for float64 inputs).
+"""Matrix products whose sums and results are float32 (float64 for float64 inputs).
 
 A logit of 40 that is rounded to bfloat16 is off by up to 0.125, and a sequence's log-probability adds up hundreds of
 them. So the products of 16-bit inputs leave in float32.

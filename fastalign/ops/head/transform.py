@@ -1,7 +1,7 @@
 """What turns the products of an output layer into logits: scale, soft cap and temperature.
 
 This file and `fastalign/reference.py` hold the only two Python definitions of the formula. The kernels in kernels/ and
-csrc/ have their own, and are tested against these.
+csrc/ repeat these formulas, and are tested against them.
 """
 
 from __future__ import annotations

