@@ -34,6 +34,9 @@ class EWC:
         strength: factor of the penalty, above 0.
         decay: above 0 and at most 1; see `fisher`.
 
+    Raises:
+        ConfigError: an option has a wrong value.
+
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796.
     """
@@ -76,6 +79,9 @@ class L2SP:
 
     Args:
         strength: factor of the penalty, above 0.
+
+    Raises:
+        ConfigError: an option has a wrong value.
 
     References:
         Li et al. 2018, arXiv:1802.01483.

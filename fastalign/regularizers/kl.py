@@ -26,6 +26,9 @@ class KLToStart:
         divergence: "reverse_kl" is `KL(now || start)`, the penalty of RLHF; "forward_kl" is `KL(start || now)`; "jsd"
             is the generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv:2306.13649).
         jsd_beta: the start's share in jsd, between 0 and 1.
+
+    Raises:
+        ConfigError: an option has a wrong value.
     """
 
     strength: float = field(metadata={"help": "Factor of the mean divergence per completion token."})

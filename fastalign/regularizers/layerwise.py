@@ -34,6 +34,9 @@ class LayerWise:
         embeddings: whether the embeddings are trained in the last stage, if that trains all layers. An output layer
             tied to them is trained or frozen with them.
 
+    Raises:
+        ConfigError: an option has a wrong value.
+
     References:
         Howard & Ruder 2018, arXiv:1801.06146.
     """

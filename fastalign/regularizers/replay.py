@@ -48,6 +48,9 @@ class Replay:
             - "curriculum", for `0.3 exp(-epoch / 10) + 0.1`.
         weight: factor of a replayed row's loss, above 0.
         max_length: most tokens of a row; longer texts are cut into several rows.
+
+    Raises:
+        ConfigError: an option has a wrong value.
     """
 
     text: str | list[dict] = field(

@@ -16,6 +16,8 @@ from transformers.training_args import OptimizerNames
 from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
+from fastalign.models.adapters import causal_lm
+from fastalign.models.ready import check_router
 from fastalign.options import one_of
 
 _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt per completion", "padded": "padded rows"}
@@ -98,9 +100,12 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     predicted = measure.predict(model, tokens=tokens, checkpointing=bool(args.gradient_checkpointing))
-    return [
+    lines = [
         ("batches", f"{size} x {args.gradient_accumulation_steps} rows per step, {_LAYOUTS[layout]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("learning rate", f"{args.learning_rate:g}"),
         ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({tokens:,} tokens)"),
     ]
+    if check_router(causal_lm(model)):
+        lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
+    return lines

@@ -34,7 +34,7 @@ from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
 from fastalign.models.loading import load_tokenizer
-from fastalign.models.ready import check_router, make_ready
+from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.objectives.base import Objective, Totals
@@ -191,8 +191,6 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         """What training will start from: rows, tokens, trainable parameters, predicted memory."""
         reference = self.origin.reference if self.reference else "none: the loss compares with nothing"
         lines = [("base", self.origin.base), ("reference", reference), ("trained", self.origin.trained)]
-        if check_router(causal_lm(self.model)):
-            lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
         lines += report_lines(self.model, self.train_dataset, self.args, self.layout)
         return self.preflight.render(lines)
 
@@ -236,8 +234,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        options = {"memory_budget": self.args.memory_budget, "noise": self.args.neftune_noise_alpha}
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **options)
+        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
         reference = None
         if self.reference is not None:
             # The check of the first step compares without what training draws at random.
@@ -296,6 +293,11 @@ def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentCon
 def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
+
+
+def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
+    """The options that every forward of training takes."""
+    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha}
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
