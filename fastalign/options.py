@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import difflib
 import types
 import typing
@@ -158,7 +157,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             return value
     if (number := _number(value, plain)) is not None:
         return number
-    if {*plain} <= {str, type(None)} and isinstance(value, (int, dt.date)) and not isinstance(value, bool):
+    if {*plain} <= {str, type(None)} and _names_something(value):
         return str(value)  # YAML reads 2026 as a number and 2026-11-30 as a date
     if value is False and "NO" in members:
         return "no"  # which YAML reads as False
@@ -166,6 +165,12 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         expected = " or ".join("None" if of is type(None) else of.__name__ for of in plain)
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
     return value
+
+
+def _names_something(value: Any) -> bool:
+    """Whether YAML made a number or a date of what was meant as a name."""
+    # The type's name, since the module is not imported for `--help`.
+    return type(value) is int or type(value).__module__ == "datetime"
 
 
 def _number(value: Any, plain: list[Any]) -> int | float | None:

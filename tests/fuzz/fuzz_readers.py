@@ -11,8 +11,7 @@ from typing import Any
 from comparing import Draw, Wrong
 from hypothesis import strategies as st
 
-from fastalign.data import tokenize
-from fastalign.data.files import load_rows
+from fastalign.data import load_rows, tokenize
 from fastalign.errors import DataError
 
 _NAMES = (
