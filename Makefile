@@ -32,8 +32,11 @@ test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev  ## runs of every trainer killed at random moments and resumed: the bits of a run never stopped?
+soak: $(VENV)/.dev  ## long checks: runs killed at random moments and resumed, then 20,000 generated inputs
+	$(STEP) "runs of every trainer, killed and resumed"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py $(SOAK)
+	$(STEP) "generated inputs to ops, losses, readers and options"
+	@$(BIN)/python tests/fuzz/soak.py --inputs 20000
 
 lint: $(VENV)/.dev  ## rules, format and docstrings by ruff, unused code by vulture, types by pyright
 	$(STEP) "ruff check, ruff format --check"

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     # A random name, because the processes that share a cache folder may run on several machines.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()[:12]}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:

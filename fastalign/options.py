@@ -12,6 +12,8 @@ from typing import Any
 
 from fastalign.errors import ConfigError, FastAlignError
 
+_MOST_LISTED = 40  # names in an error, which is one sentence
+
 
 def help_field(default: Any, text: str, *, path: bool = False) -> Any:
     """A dataclass field with a default and the sentence that `--help` shows.
@@ -59,10 +61,14 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: `did you mean 'X'?`, or the list of the known names if none is near."""
+    """The remedy for an unknown name: `did you mean 'X'?`, or the known names (some, if they are many)."""
     known = list(known)
     close = closest(name, known)
-    return f"did you mean {close!r}?" if close else f"choose from {', '.join(known)}"
+    if close:
+        return f"did you mean {close!r}?"
+    if len(known) > _MOST_LISTED:
+        return f"it is none of the {len(known)} known ones, such as {', '.join(known[:3])} and {known[-1]}"
+    return f"choose from {', '.join(known)}"
 
 
 def check_keys(owner: str, options: Iterable[str], known: Iterable[str], needed: Iterable[str] = ()) -> None:
@@ -108,7 +114,14 @@ def from_mapping(cls: type, options: Mapping[str, Any]) -> Any:
         return cls(**values)
     except FastAlignError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # of TrainingArguments
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        OSError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # of TrainingArguments
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -133,6 +146,9 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     plain = [typing.get_origin(option) or option for option in options]
     if value is None and type(None) in plain:
         return None
+    members = {name: member.value for of in plain for name, member in getattr(of, "__members__", {}).items()}
+    if members and type(value) is str:
+        one_of(key, value, members.values())
     for option, of in zip(options, plain, strict=True):
         if of is list and isinstance(value, list) and typing.get_args(option):
             return [convert(key, item, *typing.get_args(option)) for item in value]
@@ -141,13 +157,20 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             return value
     if (number := _number(value, plain)) is not None:
         return number
-    members = {name for of in plain for name in getattr(of, "__members__", ())}
+    if {*plain} <= {str, type(None)} and _names_something(value):
+        return str(value)  # YAML reads 2026 as a number and 2026-11-30 as a date
     if value is False and "NO" in members:
         return "no"  # which YAML reads as False
     if all(isinstance(of, type) for of in plain) and not members:
         expected = " or ".join("None" if of is type(None) else of.__name__ for of in plain)
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
     return value
+
+
+def _names_something(value: Any) -> bool:
+    """Whether YAML made a number or a date of what was meant as a name."""
+    # The type's name, since the module is not imported for `--help`.
+    return type(value) is int or type(value).__module__ == "datetime"
 
 
 def _number(value: Any, plain: list[Any]) -> int | float | None:

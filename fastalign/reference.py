@@ -151,7 +151,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     bounds = cu_seqlens.tolist()
     sums = [values[start:end].sum() for start, end in pairwise(bounds)]
-    return torch.stack(sums) if sums else values.new_zeros(0)
+    return torch.stack(sums) if sums else values[:0]
 
 
 def logits_divergence(

@@ -55,7 +55,8 @@ def _forward(
     # Where the vocabulary has no other entry, the sum counts as the smallest one there is, so that p = 1.
     log_others = tl.log(tl.maximum(tl.sum(sums * tl.exp(peaks - peak), 0), TINY))
     z_y = tl.load(at + target, mask=inside & (target != ignore_index), other=0.0).to(tl.float32) * factor
-    odds = (z_y - peak) - log_others
+    # A logit that overflowed to +inf must not look like a certain target.
+    odds = tl.where(z_y == float("inf"), float("nan"), (z_y - peak) - log_others)
     logprob = tl.minimum(odds, 0) - _log1p(tl.exp(-tl.abs(odds)))
     logprob = tl.where(target == ignore_index, 0.0, tl.where(inside, logprob, float("nan")))
     tl.store(logprobs_ptr + row, logprob)

@@ -25,3 +25,17 @@ def test_each_error_is_one_of_ours_and_of_its_kind(error, kind):
 def test_every_error_is_listed_above():
     public = {value for value in vars(errors).values() if isinstance(value, type)}
     assert public == {*errors.FastAlignError.__subclasses__(), errors.FastAlignError} and len(public) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x07\x9b", r"\x1b[31mred\x07\x9b"),
+        ("a\tb\nc \u00a0\u200d[/x] \u00e9\U0001f600", "a\tb\nc \u00a0\u200d[/x] \u00e9\U0001f600"),
+        ("a\r\nb\x1b[2J", "a\nb\\x1b[2J"),
+        ("over\rwritten \u202egnp.exe \ud800", r"over\rwritten \u202egnp.exe \ud800"),
+    ],
+)
+def test_a_terminal_shows_text_as_it_is(text, shown):
+    assert errors.printable(text) == shown
+    errors.printable(text).encode()

@@ -53,7 +53,7 @@ def test_from_mapping_converts_and_checks():
         ({"cuont": 1}, ConfigError, "Unknown option 'cuont' of Options; did you mean 'count'?"),
         ({}, ConfigError, "count of Options is missing; give count"),
         ({"count": 1.5}, ConfigError, "count is 1.5; expected int"),
-        ({"count": 1, "names": [3]}, ConfigError, "names is 3; expected str"),
+        ({"count": 1, "names": [3.5]}, ConfigError, "names is 3.5; expected str"),
         ({"count": -1}, InputError, "count is below 0"),  # an error of fastalign stays what it is
         ({"count": 10}, ConfigError, "too many"),  # another library's becomes one sentence
     ],

@@ -54,7 +54,9 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_forward(Gather p) {
     if (threadIdx.x == 0) {
         const bool inside = target >= 0 && target < p.vocab;
         const float log_sum = logf(fmaxf(sum, FLT_MIN));  // a sum of 0 means p_y = 1
-        const float odds = inside ? (to_float(logits[target]) * p.factor - max) - log_sum : NAN;
+        // A logit that overflowed to +infinity must not look like a certain target.
+        const float z_y = inside ? to_float(logits[target]) * p.factor : INFINITY;
+        const float odds = z_y < INFINITY || z_y != z_y ? (z_y - max) - log_sum : NAN;
         p.logprobs[row] = fminf(odds, 0.0f) - log1pf(__expf(-fabsf(odds)));
         p.stats[2 * row] = max + log_sum;
         p.stats[2 * row + 1] = odds;

@@ -7,8 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fastalign.cli.generate import add_sampling, check_sampling
-from fastalign.cli.terminal import printable
-from fastalign.errors import ModelError
+from fastalign.errors import ModelError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

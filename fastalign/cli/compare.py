@@ -73,7 +73,7 @@ def _show(args: argparse.Namespace, prompts: Any, answers: Any, results: list[di
     from rich.console import Console
     from rich.table import Table
 
-    from fastalign.cli.terminal import printable
+    from fastalign.errors import printable
     from fastalign.report.rendering import format_number
 
     console = Console(highlight=False, markup=False)

@@ -72,7 +72,7 @@ def read_arguments(arguments: Iterable[str]) -> dict[str, Any]:
     for item in arguments:
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"{item!r} is not of the form key=value")
+            raise ConfigError(f"{item!r} is not of the form key=value: write for example model=./model")
         options[key] = _read_value(item, value)
     return options
 
@@ -103,7 +103,7 @@ def _resolve_paths(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _of_regularizer(mapping: Any, folder: Path) -> Any:
     # What is not a mapping, or has an unknown name, is refused later, where the error can say more.
     known = table.read()["regularizers"]
-    if not isinstance(mapping, dict) or mapping.get("name") not in known:
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str) or mapping["name"] not in known:
         return mapping
     return _with_paths(mapping, table.paths(known[mapping["name"]]), folder)
 

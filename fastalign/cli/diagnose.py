@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints what fires; 1 if something does."""
-    from fastalign.cli.terminal import printable
+    from fastalign.errors import printable
     from fastalign.report.diagnostics import DIAGNOSTICS, diagnose
     from fastalign.report.state import check_run, state_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 import signal
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from fastalign import __version__
 from fastalign.cli import chat, compare, data, diagnose, fisher, generate, info, merge, report, table, tax, train
-from fastalign.errors import ConfigError, FastAlignError
+from fastalign.errors import ConfigError, FastAlignError, printable
 from fastalign.options import closest
 
 COMMANDS = (train, report, diagnose, generate, chat, compare, merge, data, tax, fisher, info)
@@ -48,6 +49,9 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: Always, where argparse would print its usage and exit.
         """
+        if unknown := re.match(r"unrecognized arguments: --([\w-]+)", message):
+            name = unknown[1].replace("-", "_")
+            raise ConfigError(f"There is no --{unknown[1]}; options are written {name}=VALUE, see `{self.prog} --help`")
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
@@ -76,12 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     except Terminated:
         return _stopped("stopped", 143)
     except Exception as error:  # nothing foresaw it: the traceback is for whoever mends it, not for the terminal
+        where = _write_traceback(error, getattr(args, "run_folder", None) or getattr(args, "out", None))
         said = " ".join(str(error).split())[:300]
-        try:
-            where = f"is in {_write_traceback(error, getattr(args, 'run_folder', None))}"
-        except OSError as full:  # the disk may be why the command stopped
-            where = f"cannot be written: {full.strerror}"
-        return _stopped(f"stopped by {type(error).__name__}: {said} (the traceback {where})", 2)
+        return _stopped(f"stopped by {type(error).__name__}: {said} ({where})", 2)
 
 
 def parse(argv: list[str], args: argparse.Namespace) -> None:
@@ -116,20 +117,24 @@ def _wrap(names: list[str]) -> str:
 
 
 def _stopped(sentence: str, status: int) -> int:
-    print(f"fastalign: {sentence}", file=sys.stderr)
+    print(printable(f"fastalign: {sentence}"), file=sys.stderr)
     return status
 
 
-def _write_traceback(error: Exception, folder: Path | None) -> Path:
-    """Writes the traceback into the run folder, or into a temporary file where there is no run folder."""
+def _write_traceback(error: Exception, folder: str | Path | None) -> str:
+    """Writes the traceback into the run or output folder, else into a temporary one. Returns where it is, in words."""
     import tempfile
     import traceback
 
-    if folder is None or not folder.is_dir():
-        folder = Path(tempfile.mkdtemp(prefix="fastalign-"))
-    path = folder / "traceback.txt"
-    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return path
+    text = "".join(traceback.format_exception(error))
+    for make in (lambda: Path(folder) if folder else None, lambda: Path(tempfile.mkdtemp(prefix="fastalign-"))):
+        with contextlib.suppress(OSError):  # a disk may be full, or a folder read-only
+            place = make()
+            if place is not None and place.is_dir():
+                path = place / "traceback.txt"
+                path.write_text(text, encoding="utf-8", errors="backslashreplace")
+                return f"the traceback is in {path}"
+    return "no folder can be written, so there is no traceback"
 
 
 @contextlib.contextmanager

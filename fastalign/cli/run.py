@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
-from fastalign.cli.terminal import printable
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
-from fastalign.errors import DataError
+from fastalign.errors import DataError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
@@ -23,6 +21,7 @@ from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import duration, format_number
+from fastalign.training.preflight import check_options
 from fastalign.training.run_folder import check_folder
 from fastalign.training.stopping import model_folder
 
@@ -43,14 +42,15 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
         FastAlignError: An option, the data or the model cannot be used. This is raised before the first training step.
     """
     first = config.process_index == 0  # the only process that prints, generates and writes the report
-    console = Console(highlight=False, quiet=not first)
+    console = Console(highlight=False, markup=False, quiet=not first)  # names and texts may hold brackets
     folder, model = Path(str(config.output_dir)), str(options.model)
     regularizers = build_regularizers(options.regularizers)
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
+    check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
     train_rows = _load("train", options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
-    console.print(f"Loading {model}", markup=False)
+    console.print(printable(f"Loading {model}"))
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
     if not options.lora_rank and adapter_base(model) is not None:
@@ -95,7 +95,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     if answers:
         _show_answers(console, questions, *answers)
     console.print()
-    console.print(f"Run folder {folder}, report {report}", markup=False)
+    console.print(printable(f"Run folder {folder}, report {report}"))
     return folder
 
 
@@ -187,20 +187,20 @@ def _show(console: Console, summary: dict) -> None:
     if summary["rows"]:
         console.print(_table(summary))
     else:  # without held-out rows there is nothing to compare
-        console.print(summary["title"], markup=False, style="bold")
+        console.print(printable(summary["title"]), style="bold")
     for label, value in summary["facts"].items():
-        console.print(f"  {label:<16}{value}", markup=False)
+        console.print(printable(f"  {label:<16}{value}"))
 
 
 def _table(summary: dict) -> Table:
-    table = Table(title=escape(summary["title"]), title_justify="left", title_style="bold")
+    table = Table(title=printable(summary["title"]), title_justify="left", title_style="bold")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_column("")
     for row in summary["rows"]:
         values = [format_number(row[when]) for when in ("before", "after")]
-        table.add_row(row["metric"], *values, row["unit"])
+        table.add_row(printable(row["metric"]), *values, row["unit"])
     return table
 
 
@@ -208,9 +208,9 @@ def _show_answers(console: Console, questions: list[str], old: Answers, new: Ans
     shown = quartiles(old, new)
     console.print(f"\n{len(shown)} of {len(questions)} held-out answers, at the quartiles of the change in length:")
     for i in shown:
-        console.print(f"\n{_short(questions[i])}", markup=False, style="bold")
-        console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}", markup=False)
-        console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}", markup=False)
+        console.print(f"\n{_short(questions[i])}", style="bold")
+        console.print(f"   before ({old.lengths[i]} tokens): {_short(old.texts[i])}")
+        console.print(f"   after  ({new.lengths[i]} tokens): {_short(new.texts[i])}")
 
 
 def quartiles(old: Answers, new: Answers) -> list[int]:

@@ -7,8 +7,17 @@ from typing import Any
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.config.quantization import check_quantization
+from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from fastalign.errors import ConfigError
 from fastalign.options import check_keys, help_field, one_of
+
+_RANGES = {
+    "lora_rank": NOT_NEGATIVE,
+    "lora_alpha": COUNT,
+    "lora_dropout": SHARE_BELOW_1,
+    "samples": NOT_NEGATIVE,
+    "max_new_tokens": COUNT,
+}
 
 
 @dataclass
@@ -62,16 +71,13 @@ class RunOptions:
         for name in ("model", "train"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
-        if self.lora_rank < 0 or self.samples < 0:
-            raise ConfigError(f"lora_rank is {self.lora_rank}, samples {self.samples}; both must be 0 or more")
+        check_ranges(self, _RANGES)
         check_quantization(self.quantization, self.double_quantization)
         if self.quantization != "none" and not self.lora_rank:
             raise ConfigError(
                 f"quantization is {self.quantization!r} and lora_rank 0; quantised weights cannot be trained, "
                 "so set lora_rank to 1 or more"
             )
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
         if self.adapter is not None:
             one_of("adapter", self.adapter, ("merge", "continue"))
         check_regularizers(self.regularizers)

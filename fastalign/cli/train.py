@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.cli import configuration, methods, table
+from fastalign.cli.foreign import remedy
 from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
@@ -107,7 +108,7 @@ def check(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], str]:
 def _check_names(options: Iterable[str], known: list[str], row: str) -> None:
     for key in options:
         if key not in known and not _is_newer(key, row):
-            raise ConfigError(f"Unknown option {key!r}; {nearest(key, known)}")
+            raise ConfigError(f"Unknown option {key!r}; {remedy(key, known)}")
 
 
 def _is_newer(key: str, row: str) -> bool:

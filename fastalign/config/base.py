@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
+from fastalign.config.ranges import TRAINING, check_ranges
+from fastalign.config.supported import check_supported
 from fastalign.errors import ConfigError
 from fastalign.options import help_field, one_of
 
@@ -97,36 +99,28 @@ class AlignmentConfig(TrainingArguments):
         if self.dataloader_pin_memory is None:
             # The class cannot have this as its default: importing it would start CUDA.
             self.dataloader_pin_memory = torch.cuda.is_available()
-        if self.logging_nan_inf_filter:
-            raise ConfigError(
-                "logging_nan_inf_filter is True, which logs a loss of NaN as if it were the mean of the losses before: "
-                "leave it out"
-            )
+        check_supported(self)
         one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
         one_of("on_invalid", self.on_invalid, ON_INVALID)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens: set 2 or more"
             )
+        # Before TrainingArguments looks at them: it stumbles over infinity.
+        check_ranges(self, TRAINING)
+        self._check_lengths()
         super().__post_init__()
-        self._check_ranges()
+        if self.fp16 and self.device.type == "cpu":
+            raise ConfigError(
+                "fp16 is True, but training runs on a CPU, where it does nothing: set bf16, or leave it out"
+            )
 
-    def _check_ranges(self) -> None:
-        """ConfigError for values that TrainingArguments takes and that fail or do nothing later."""
+    def _check_lengths(self) -> None:
+        """ConfigError for lengths of training that train nothing."""
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError(f"max_steps is {self.max_steps}; give 1 or more, or -1 to use num_train_epochs instead")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(
                 f"num_train_epochs is {self.num_train_epochs:g}, which trains nothing: "
                 "give a number above 0, or set max_steps"
-            )
-        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be a finite number, 0 or more")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.label_smoothing_factor:
-            raise ConfigError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}; no loss of fastalign smooths over the "
-                "vocabulary: leave it out. For noisy preference labels, set label_smoothing of a preference loss"
             )

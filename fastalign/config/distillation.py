@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from fastalign.config.ranges import COUNT, POSITIVE, SHARE_BELOW_1, Range, check_ranges
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
-from fastalign.options import help_field
+from fastalign.options import help_field, one_of
+from fastalign.reference import DIVERGENCES
+
+_RANGES = {
+    "weight": SHARE_BELOW_1,
+    "temperature": POSITIVE,
+    "jsd_beta": Range(0, 1, above=True, below=True),
+    "top_k": COUNT,
+    "sample_temperature": POSITIVE,
+    "sample_tokens": COUNT,
+}
 
 
 @dataclass
@@ -57,15 +67,12 @@ class DistillationConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_ranges(self, _RANGES)
+        one_of("divergence", self.divergence, DIVERGENCES)
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is {self.on_policy}; it is a share of the steps: set a number from 0 to 1")
         if self.on_policy and (self.top_k or str(self.teacher).endswith(".safetensors")):
             raise ConfigError(
                 f"on_policy is {self.on_policy}, and new samples have no stored log-probs: give the teacher itself, "
                 "without top_k"
-            )
-        if self.sample_tokens < 1 or not 0 < self.sample_temperature < math.inf:
-            raise ConfigError(
-                f"sample_tokens is {self.sample_tokens} and sample_temperature {self.sample_temperature}; the first "
-                "must be at least 1, the second above 0"
             )

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE, check_ranges
 from fastalign.errors import ConfigError, InputError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
 from fastalign.options import help_field, nearest, one_of
+
+_RANGES = {
+    "nll_weight": NOT_NEGATIVE,
+    "desirable_weight": NOT_NEGATIVE,
+    "undesirable_weight": NOT_NEGATIVE,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": COUNT,
+}
+_ONLY_WITH = {
+    "kto": ("desirable_weight", "undesirable_weight"),
+    "sync_ref_model=True": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+}
 
 
 @dataclass
@@ -85,7 +99,11 @@ class PreferenceConfig(AlignmentConfig):
         if self.loss_type == ["sft"]:
             raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
         one_of("nll_over", self.nll_over, ("completion", "prompt_and_completion"))
+        check_ranges(self, _RANGES)
+        if not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
+            raise ConfigError(f"loss_weights is {weights}; they must be finite and at least 0, and one above 0")
         self._check_loss_options()
+        self._check_unused()
         if self.sync_ref_model:
             self._check_sync()
 
@@ -114,6 +132,17 @@ class PreferenceConfig(AlignmentConfig):
                 )  # fmt: skip
         except InputError as error:
             raise ConfigError(str(error)) from None
+
+    def _check_unused(self) -> None:
+        """ConfigError for options that were set and that nothing would read."""
+        used = {"kto": "kto" in self.loss_type, "sync_ref_model=True": self.sync_ref_model}
+        for needed, names in _ONLY_WITH.items():
+            for name in names:
+                default = type(self).__dataclass_fields__[name].default
+                if not used[needed] and getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)}, but only {needed} reads it: leave it out, or set that"
+                    )
 
     def _check_sync(self) -> None:
         if self.precompute_ref_log_probs:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig as LoraConfig
     from peft import PeftConfig as PeftConfig
     from peft import PeftModel as PeftModel
+
+# Kinds of adapters -> why they are refused.
+_UNSUPPORTED = {
+    "ADALORA": "moves ranks between layers after every step, by a call that the Trainer does not make",
+    "TRAINABLE_TOKENS": "changes single rows of the output layer, which fastalign cannot fold into its weight",
+}
 
 
 class Lora(NamedTuple):
@@ -70,14 +77,50 @@ def add_adapter(model: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
     Raises:
         ModelError: the configuration names layers that the model does not have, or does not fit it otherwise.
     """
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
     from transformers import set_seed  # its module imports peft too
 
+    if not isinstance(config, PeftConfig):
+        raise ModelError(f"peft_config is a {type(config).__name__}; pass a peft.LoraConfig(...).")
+    check_adapter_kind(config)
+    _check_saved_modules(model, config)
     set_seed(seed)
     try:
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]  # peft wants a PreTrainedModel
     except ValueError as error:
-        raise ModelError(f"The adapter does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"The adapter does not fit {type(model).__name__}: {' '.join(str(error).split())} Its linear layers are "
+            f"{', '.join(names) or 'none'}."
+        ) from error
+
+
+def check_adapter_kind(config: Any) -> None:
+    """ModelError for a kind of adapter that a packed batch or the Trainer has no place for."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"The adapter type {kind} adds virtual tokens to every sequence, which packed batches have no place for: "
+            "use LoRA."
+        )
+    if kind in _UNSUPPORTED:
+        raise ModelError(f"The adapter type {kind} {_UNSUPPORTED[kind]}: use LoRA.")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            "alora_invocation_tokens is set: such an adapter looks for these tokens in every sequence, and in a packed "
+            "row it would find those of another: use plain LoRA."
+        )
+
+
+def _check_saved_modules(model: Any, config: Any) -> None:
+    """ModelError for a whole layer that is trained beside the adapter in float32, under a model of 16 bits."""
+    names, low = getattr(config, "modules_to_save", None), (torch.bfloat16, torch.float16)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if names and dtype in low:
+        raise ModelError(
+            f"modules_to_save is {list(names)}: these layers would be trained in float32, but the model computes in "
+            f"{dtype}: load the model with dtype='float32', or put an adapter on them through target_modules."
+        )
 
 
 def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "all-linear") -> LoraConfig:
@@ -96,17 +139,14 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
 
 
 def check_packable(model: nn.Module) -> None:
-    """Refuses adapters that put virtual tokens in front of every sequence (prompt tuning and its relatives).
+    """Refuses a model whose adapter is of a kind that `check_adapter_kind` refuses.
 
     Raises:
-        ModelError: The model has such an adapter. Packed batches have no place for its tokens.
+        ModelError: The model has such an adapter.
     """
     inner = _without_module_wrappers(model)
-    if hasattr(inner, "get_base_model") and inner.active_peft_config.is_prompt_learning:
-        raise ModelError(
-            f"The adapter type {inner.active_peft_config.peft_type.value} adds virtual tokens to every sequence, "
-            "which packed batches have no place for: use LoRA."
-        )
+    if hasattr(inner, "get_base_model"):
+        check_adapter_kind(inner.active_peft_config)
 
 
 def _without_module_wrappers(model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -38,3 +39,37 @@ def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
             f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
             f"max_length={positions} with on_truncate='drop' or 'keep_end'."
         )
+    _check_rope(dataset, model)
+
+
+def _check_rope(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+    """DataError where the rotary frequencies of a row would depend on the other rows of its batch.
+
+    "longrope" has one set of frequencies for rows up to the length that the model was first trained for, and another
+    set for longer ones. "dynamic" changes them with the length. transformers picks them by the longest row of the
+    batch. So the rows of a batch must agree.
+    """
+    config: Any = model.config.get_text_config()
+    for kind, limit in _changing_ropes(config):
+        sizes = [len(row["prompt_ids"]) + len(ids) for row in dataset for ids in row["completion_ids"]]
+        longer = sum(size > limit for size in sizes)
+        if not longer or (kind == "longrope" and longer == len(sizes)):
+            continue
+        raise DataError(
+            f"{longer:,} of {len(sizes):,} rows are longer than {limit:,} tokens, from where the model uses other "
+            f"rotary frequencies ({kind}): in a batch with such a row the shorter ones would be scored wrongly. Set "
+            f"max_length={limit} with on_truncate='drop' or 'keep_end'."
+        )
+
+
+def _changing_ropes(config: Any) -> list[tuple[str, int]]:
+    """(kind, length from where it changes) of each rotary embedding whose frequencies depend on the length."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    found = []
+    for rope in per_layer_type:
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if kind == "longrope" or "dynamic" in kind:
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            found.append((kind, int(limit)))
+    return found

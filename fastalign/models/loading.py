@@ -94,7 +94,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
-        raise ModelError(f"The model {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"The model {str(source)!r} cannot be loaded: {_reason(error, folder)}") from error
     if gguf is not None:
         _forget_quantization(model)
     use_training_product(model)
@@ -152,7 +152,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
-        raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_reason(error, folder)}") from error
     _check_template_names(tokenizer, source)
     return tokenizer
 
@@ -279,5 +279,13 @@ def _forget_quantization(model: Any) -> None:
     model.quantization_method = None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception, folder: Path | str) -> str:
+    """Why the libraries could not load something, and what to do where that is known."""
+    said = " ".join(str(error).split())
+    if "custom code" in said or "trust_remote_code" in said:
+        return "it comes with code of its own, and fastalign runs none: use an architecture that transformers has."
+    if not isinstance(folder, Path) and "connect" in said:
+        return f"the hub is not reached, and {folder} is not in the cache: check the name and the network."
+    if "backend tokenizer" in said:
+        return "the folder holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it."
+    return said[:300] or type(error).__name__

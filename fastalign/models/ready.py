@@ -48,7 +48,7 @@ def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         model: A transformers model, changed in place.
         tokenizer: The tokenizer whose special tokens the model takes over.
     """
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)
     stops = generation.eos_token_id if generation is not None else None
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, generation):
@@ -68,6 +68,22 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
 
 
+def check_router(model: PreTrainedModel) -> bool:
+    """Whether the model routes tokens to experts with a load-balancing loss, which no method of fastalign adds.
+
+    Raises:
+        ModelError: the configuration asks for that loss.
+    """
+    config = model.config.get_text_config()
+    routes = getattr(config, "router_aux_loss_coef", None) is not None
+    if routes and getattr(config, "output_router_logits", False):
+        raise ModelError(
+            f"{type(model).__name__} is to add the router's load-balancing loss (output_router_logits=True), which "
+            "fastalign does not add: set model.config.output_router_logits=False to train without it."
+        )
+    return routes
+
+
 def make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, disable: bool = True) -> None:
     """Makes a model, in place, as it is trained: checked, without dropout, and with the tokenizer's EOS.
 
@@ -77,9 +93,10 @@ def make_ready(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, disable:
         disable: whether the model's dropout is turned off. An adapter's dropout stays.
 
     Raises:
-        ModelError: see `check_trainable`.
+        ModelError: see `check_trainable` and `check_router`.
     """
     check_trainable(model)
+    check_router(causal_lm(model))
     if disable:
         disable_dropout(model)
     adopt_special_tokens(causal_lm(model), tokenizer)

@@ -25,6 +25,7 @@ from fastalign.models.head import output_head
 from fastalign.models.layout import prepare_model
 from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import use_training_product
 from fastalign.models.vocabulary import embedding_rows
@@ -82,12 +83,13 @@ def prepare(model: nn.Module) -> str:
 
 
 def _forward(
-    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None, **kw
-):
+    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None,
+    noise: float | None = None, **kw,
+):  # fmt: skip
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
         return self._fastalign_forward(*args, **kw)
-    with packed_attention(packed.layout):
+    with packed_attention(packed.layout), noisy_embeddings(self, packed, noise):
         hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
     if packed.targets is None:

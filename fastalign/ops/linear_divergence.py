@@ -344,8 +344,10 @@ def linear_divergence(
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_memory_budget(memory_budget)
-    check_linear(hidden, weight, bias, softcap)
-    check_linear(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, of="teacher_")
+    check_linear(hidden, weight, bias, softcap, logit_scale)
+    check_linear(
+        teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale, of="teacher_"
+    )  # fmt: skip
     check_same_tokens(hidden, teacher_hidden)
     check_per_token(mask, token_weights, hidden.shape[:-1])
     check_devices(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weights)

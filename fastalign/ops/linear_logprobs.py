@@ -21,8 +21,10 @@ from fastalign.ops.backends.launch import without_autocast
 from fastalign.ops.head import logprobs_tiles
 from fastalign.ops.head.checks import (
     check_devices,
+    check_ignore_index,
     check_linear,
     check_memory_budget,
+    check_target_ids,
     check_targets,
     check_temperature,
 )
@@ -355,13 +357,15 @@ def linear_logprobs(
         >>> logprobs.shape, logprobs[-1].item()
         (torch.Size([6]), 0.0)
     """
-    check_linear(hidden, weight, bias, softcap)
+    check_linear(hidden, weight, bias, softcap, logit_scale)
     check_targets(targets, hidden.shape[:-1], of="hidden")
     check_devices(hidden, weight, targets, bias)
     check_temperature(temperature)
     check_memory_budget(memory_budget)
+    check_ignore_index(ignore_index)
     backend = pick.resolve("linear_logprobs", backend, hidden, weight, bias, cpu_kernel="forward", prefer="triton")
     if backend == "reference":
+        check_target_ids(targets, weight.shape[0], ignore_index, op="linear_logprobs")
         return reference.linear_logprobs(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,

@@ -7,6 +7,7 @@ fakes, autograd, and the public function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,13 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
-from fastalign.ops.head.checks import check_devices, check_divergence, check_per_token
+from fastalign.ops.head.checks import (
+    check_devices,
+    check_divergence,
+    check_floating,
+    check_per_token,
+    check_vocabulary,
+)
 from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, terms
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START
@@ -55,16 +62,27 @@ def _chunks(
         yield rows, a, b, (spare[0, : len(a)], spare[1, : len(a)])
 
 
+def without_entries(top: Tensor, logits: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """Which rows (R,) of logits (N, V) are -inf throughout: they have no distribution, and their divergence is NaN.
+
+    top: (R,) the largest of each row's logits over temperature, with START in the place of -inf. So the logits
+    themselves are read only where a row may be one of those.
+    """
+    low = top <= 0.5 * START / temperature  # half of it: the quotient is rounded
+    return low & logits[rows].amax(1).isneginf() if low.any() else low
+
+
 def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta):
     dtype, kind = reference.compute_dtype(student, teacher), Divergence(divergence, jsd_beta)
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
         # Columns of stats: maximum and log-sum of the student, then of the teacher, then the moment K.
-        for i, z in enumerate((a, b)):
+        for i, (z, logits) in enumerate(((a, student), (b, teacher))):
             sums = LogSumExp(len(z), z)
             sums.absorb(z, scratch[0])
-            stats[rows, 2 * i], stats[rows, 2 * i + 1] = sums.top, sums.total.log()
+            nothing = without_entries(sums.top, logits, rows, temperature)
+            stats[rows, 2 * i], stats[rows, 2 * i + 1] = sums.top, sums.total.log().masked_fill_(nothing, math.nan)
         value, moment = terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
         values[rows] = value.masked_fill_(value > RULED_OUT, float("inf"))
         stats[rows, 4] = 0.0 if moment is None else moment
@@ -207,8 +225,8 @@ def _cut_to_shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor,
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, t in (("student_logits", student), ("teacher_logits", teacher)):
-        if not t.is_floating_point() or t.dim() == 0:
-            raise InputError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be (..., V) of a floating dtype")
+        check_floating(name, t, f"call {name}.float()")
+        check_vocabulary(name, t.shape, t.shape[-1] if t.dim() else 0)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise InputError(
             f"student_logits is {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)}; they must hold the "

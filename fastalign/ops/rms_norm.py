@@ -69,7 +69,7 @@ class _RmsNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = torch.ops.fastalign.rms_norm_backward(grad, x, weight, scale, ctx.eps)
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * (x * scale.unsqueeze(-1))).flatten(0, -2).sum(0).to(weight.dtype)
+            d_weight = (grad * (x * scale.unsqueeze(-1))).sum_to_size(weight.shape).to(weight.dtype)
         return d_x, d_weight, None
 
 

@@ -20,12 +20,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
-from fastalign.ops.head.checks import check_devices, check_targets, check_token_ids
+from fastalign.ops.head.checks import (
+    check_devices,
+    check_floating,
+    check_ignore_index,
+    check_target_ids,
+    check_targets,
+    check_temperature,
+    check_vocabulary,
+)
 from fastalign.ops.head.tiling import row_slices
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+# What the op's `int ignore_index` is where every target counts.
+_NO_IGNORE_INDEX = -(1 << 63)
 # The torch backend takes so many rows at a time that they have this many logits: no second [tokens, V] tensor exists.
 _CHUNK = 1 << 22
 
@@ -47,8 +56,8 @@ _library.define(
 
 
 def _check_target_ids(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    counted = targets.masked_fill(targets == ignore_index, 0)
-    check_token_ids("targets", counted, vocab, op="selective_logprobs", ignore_index=ignore_index)
+    given = None if ignore_index == _NO_IGNORE_INDEX else ignore_index
+    check_target_ids(targets, vocab, given, op="selective_logprobs")
 
 
 def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
@@ -68,7 +77,9 @@ def _selective_logprobs(logits, targets, temperature, ignore_index, backend):
         shift = others.amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # -inf - -inf would be nan
         sums = others.sub_(shift).div_(temperature).exp_().sum(1, keepdim=True)
         stats[rows] = torch.cat([shift, sums], 1)
-        logprobs[rows] = F.logsigmoid((z - shift) / temperature - sums.log()).squeeze(1)
+        # A logit that overflowed must not look like a certain target.
+        odds = ((z - shift) / temperature - sums.log()).masked_fill_(z == math.inf, math.nan)
+        logprobs[rows] = F.logsigmoid(odds).squeeze(1)
     return logprobs.view(targets.shape).masked_fill_(ignored, 0.0), stats.view(*targets.shape, 2)
 
 
@@ -97,7 +108,8 @@ def _backward_into(out, grad, logits, targets, stats, temperature, ignore_index)
     for rows in _chunks(logits):
         d = logits[rows].to(stats.dtype, copy=True)
         shift, others = stats[rows].split(1, 1)
-        odds = (d.gather(1, y[rows]) - shift) / temperature - others.log()
+        z = d.gather(1, y[rows])
+        odds = ((z - shift) / temperature - others.log()).masked_fill_(z == math.inf, math.nan)
         miss = scale[rows] * torch.sigmoid(-odds)
         d.sub_(shift).div_(temperature).exp_().mul_(-miss / others.clamp(min=torch.finfo(d.dtype).tiny))
         out[rows] = d.scatter_(1, y[rows], miss).masked_fill_(ignored[rows], 0.0)  # 0 * nan is nan
@@ -177,7 +189,7 @@ def selective_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -190,7 +202,7 @@ def selective_logprobs(
         logits: (..., V) floating.
         targets: (...) int64 in [0, V) or `ignore_index`.
         temperature: Divides the logits; above 0.
-        ignore_index: The target of rows that do not count: those return 0 and get no gradient.
+        ignore_index: The target of rows that do not count: those return 0 and get no gradient. None: all rows count.
         inplace_backward: Whether the backward pass overwrites the logits with their gradient, instead of allocating a
             second tensor of that size. It is meant for logits that nothing else reads afterwards. Autograd raises where
             another backward pass needs them, and on a second backward pass. It has no effect under torch.compile, which
@@ -199,21 +211,23 @@ def selective_logprobs(
             "auto": on a GPU "cuda", else "triton", where either runs; on the CPU "cpu" where it is fast; else "torch".
 
     Returns:
-        (...) nats in float32, or float64 for float64 logits; computed in that dtype.
+        (...) nats in float32, or float64 for float64 logits; computed in that dtype. It is NaN where the target's logit
+        is +inf, as of logits that overflowed: such a row has no distribution.
 
     Raises:
         InputError: A shape, dtype, target or option does not fit.
         BackendError: There is no such backend, or the backend that was named cannot run.
     """
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise InputError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be (..., V) of a floating dtype")
+    check_floating("logits", logits, "call logits.float()")
+    check_vocabulary("logits", logits.shape, logits.shape[-1] if logits.dim() else 0)
     check_targets(targets, logits.shape[:-1], of="logits")
     check_devices(logits, targets)
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; it must be above 0 and finite")
+    check_temperature(temperature)
+    check_ignore_index(ignore_index)
     backend = pick.resolve("selective_logprobs", backend, logits, targets, cpu_kernel="selective_forward")
     if backend == "reference":
-        _check_target_ids(targets, logits.shape[-1], ignore_index)
+        check_target_ids(targets, logits.shape[-1], ignore_index, op="selective_logprobs")
         return reference.selective_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index)
     in_place = inplace_backward and not torch.compiler.is_compiling() and logits.is_contiguous()
+    ignore_index = _NO_IGNORE_INDEX if ignore_index is None else ignore_index
     return _SelectiveLogprobs.apply(logits, targets, float(temperature), ignore_index, in_place, backend)

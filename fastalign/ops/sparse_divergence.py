@@ -101,7 +101,8 @@ def _fold_vocabulary(side: tiles.Side, indices: Tensor, grads: bool, like: Tenso
             accumulate(expected.mul_(shrink.unsqueeze(1)), z, operand(side.weight[v0:v1]))
     if grads:
         factor = side.transform.factor if side.transform.softcap is None else 1.0
-        expected.mul_((factor / tail.clamp(min=torch.finfo(tail.dtype).tiny)).unsqueeze(1))
+        # Where the teacher names every entry there is no tail, and its mean is 0 rather than 0 / 0.
+        expected.mul_((factor / tail.masked_fill(tail == 0, torch.inf)).unsqueeze(1))
     return picked.view(rows, k), m, tail, expected
 
 
@@ -372,7 +373,7 @@ def sparse_divergence(
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_tail(tail)
-    check_linear(hidden, weight, bias, softcap)
+    check_linear(hidden, weight, bias, softcap, logit_scale)
     shape, vocab = hidden.shape[:-1], weight.shape[0]
     check_teacher_entries(shape, vocab, teacher_indices, teacher_logprobs)
     k = teacher_indices.shape[-1]

@@ -7,6 +7,7 @@ public function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign import reference
-from fastalign.errors import InputError
 from fastalign.ops.backends import pick
 from fastalign.ops.head.checks import (
     check_devices,
     check_divergence,
+    check_floating,
     check_per_token,
     check_tail,
     check_teacher_entries,
+    check_vocabulary,
 )
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START
+from fastalign.ops.logits_divergence import without_entries
 from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
 
 BACKENDS = ("auto", "reference", "torch")
@@ -52,9 +55,13 @@ def _topk_logprobs(logits, indices, mask, temperature):
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
     for rows, z in _chunks(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
-        top = z.scatter_(1, indices[rows], START).amax(1)  # of the tail, which the k entries are not in
+        # The k entries are not in the tail: they go below all others, which are at least START / temperature.
+        top = z.scatter_(1, indices[rows], 2 * START / temperature).amax(1)
         tail = z.sub_(top.unsqueeze(1)).exp_().sum(1)
-        logprobs[rows], stats[rows] = topk_and_tail_logprobs(picked, top, tail), torch.stack([top, tail], 1)
+        nothing = without_entries(torch.maximum(picked.amax(1), top), logits, rows, temperature)
+        found = topk_and_tail_logprobs(picked, top, tail)
+        logprobs[rows] = found.masked_fill_(nothing.unsqueeze(1), math.nan)
+        stats[rows] = torch.stack([top, tail], 1)
     return logprobs, stats
 
 
@@ -139,10 +146,10 @@ def sparse_logits_divergence(
     """
     check_divergence(divergence, temperature, jsd_beta)
     check_tail(tail)
-    if not student_logits.is_floating_point() or student_logits.dim() == 0:
-        found = f"{student_logits.dtype} {tuple(student_logits.shape)}"
-        raise InputError(f"student_logits is {found}; it must be (..., V) of a floating dtype")
-    shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
+    check_floating("student_logits", student_logits, "call student_logits.float()")
+    vocab = student_logits.shape[-1] if student_logits.dim() else 0
+    check_vocabulary("student_logits", student_logits.shape, vocab)
+    shape = student_logits.shape[:-1]
     check_teacher_entries(shape, vocab, teacher_indices, teacher_logprobs)
     check_per_token(mask, token_weights, shape)
     check_devices(student_logits, teacher_indices, teacher_logprobs, mask, token_weights)

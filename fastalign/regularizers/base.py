@@ -107,6 +107,14 @@ def check_positive(name: str, **values: Any) -> None:
             raise ConfigError(f"{option} of {name} is {value!r}; it must be a number above 0")
 
 
+def check_share(name: str, **values: Any) -> None:
+    """`check_positive`, and each value must lie below 1."""
+    check_positive(name, **values)
+    for option, value in values.items():
+        if value >= 1:
+            raise ConfigError(f"{option} of {name} is {value!r}; it must lie between 0 and 1")
+
+
 def count_of(values: Tensor) -> Tensor:
     """The length of `values` as a tensor on its device, for the count of a metric."""
     return torch.tensor(values.shape[0], device=values.device)

@@ -20,7 +20,7 @@ from fastalign.objectives.base import Metrics
 from fastalign.ops.sparse_divergence import sparse_divergence
 from fastalign.options import help_field, one_of
 from fastalign.reference import DIVERGENCES
-from fastalign.regularizers.base import Step, Term, check_positive, count_of, mean_divergence
+from fastalign.regularizers.base import Step, Term, check_positive, check_share, count_of, mean_divergence
 
 # From a micro-batch, its hidden states (S, H) and the student's output layer to this micro-batch's part of the mean
 # divergence from the teacher. The dict holds `divergence`, `jsd_beta` and `temperature`.
@@ -74,6 +74,7 @@ class Distillation:
     def __post_init__(self):
         check_positive("Distillation", temperature=self.temperature, top_k=1 if self.top_k is None else self.top_k)
         one_of("divergence", self.divergence, DIVERGENCES)
+        check_share("Distillation", jsd_beta=self.jsd_beta)
         if not 0 <= self.weight < 1:
             raise ConfigError(f"weight of Distillation is {self.weight}; it must be 0 or more, and below 1")
 

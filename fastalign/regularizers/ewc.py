@@ -34,6 +34,9 @@ class EWC:
         strength: factor of the penalty, above 0.
         decay: above 0 and at most 1; see `fisher`.
 
+    Raises:
+        ConfigError: an option has a wrong value.
+
     References:
         Kirkpatrick et al. 2017, arXiv:1612.00796.
     """
@@ -44,6 +47,11 @@ class EWC:
     strength: float = field(metadata={"help": "Factor of the penalty."})
     decay: float = help_field(1.0, "Factor of older Fisher information for each newer one.")
 
+    def __post_init__(self):
+        check_positive("EWC", strength=self.strength, decay=self.decay)
+        if self.decay > 1:
+            raise ConfigError(f"decay of EWC is {self.decay}; it must be at most 1, which forgets nothing")
+
     def start(self, trainer: Any) -> Term:
         """The term for a trainer, whose model has the weights that training starts from.
 
@@ -52,9 +60,6 @@ class EWC:
             DataError: a file of Fisher information is missing or damaged.
             ModelError: the Fisher information is of another model.
         """
-        check_positive("EWC", strength=self.strength, decay=self.decay)
-        if self.decay > 1:
-            raise ConfigError(f"decay of EWC is {self.decay}; it must be at most 1, which forgets nothing")
         return once_a_step("ewc", distance_penalty(trainer, self._fishers(), self.strength))
 
     def _fishers(self) -> Fisher:
@@ -75,19 +80,20 @@ class L2SP:
     Args:
         strength: factor of the penalty, above 0.
 
+    Raises:
+        ConfigError: an option has a wrong value.
+
     References:
         Li et al. 2018, arXiv:1802.01483.
     """
 
     strength: float = field(metadata={"help": "Factor of the penalty."})
 
-    def start(self, trainer: Any) -> Term:
-        """The term for a trainer, whose model has the weights that training starts from.
-
-        Raises:
-            ConfigError: `strength` is not a number above 0.
-        """
+    def __post_init__(self):
         check_positive("L2SP", strength=self.strength)
+
+    def start(self, trainer: Any) -> Term:
+        """The term for a trainer, whose model has the weights that training starts from."""
         return once_a_step("l2_sp", distance_penalty(trainer, None, self.strength))
 
 

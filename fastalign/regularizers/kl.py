@@ -12,7 +12,7 @@ from fastalign.models.head import output_head
 from fastalign.objectives.base import Metrics
 from fastalign.options import help_field, one_of
 from fastalign.reference import DIVERGENCES
-from fastalign.regularizers.base import Step, Term, check_positive, count_of, mean_divergence
+from fastalign.regularizers.base import Step, Term, check_positive, check_share, count_of, mean_divergence
 
 
 @dataclass
@@ -26,11 +26,19 @@ class KLToStart:
         divergence: "reverse_kl" is `KL(now || start)`, the penalty of RLHF; "forward_kl" is `KL(start || now)`; "jsd"
             is the generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv:2306.13649).
         jsd_beta: the start's share in jsd, between 0 and 1.
+
+    Raises:
+        ConfigError: an option has a wrong value.
     """
 
     strength: float = field(metadata={"help": "Factor of the mean divergence per completion token."})
     divergence: str = help_field("reverse_kl", "reverse_kl: KL(now || start); forward_kl: KL(start || now); or jsd.")
     jsd_beta: float = help_field(0.5, "The start's share in jsd.")
+
+    def __post_init__(self):
+        check_positive("KLToStart", strength=self.strength)
+        one_of("divergence", self.divergence, DIVERGENCES)
+        check_share("KLToStart", jsd_beta=self.jsd_beta)
 
     def start(self, trainer: Any) -> Term:
         """The term for a trainer, whose model has the weights that training starts from.
@@ -38,8 +46,6 @@ class KLToStart:
         Raises:
             ConfigError: an option has a wrong value.
         """
-        check_positive("KLToStart", strength=self.strength)
-        one_of("divergence", self.divergence, DIVERGENCES)
         trainer.keep_start()
 
         def term(step: Step) -> tuple[Tensor, Metrics]:

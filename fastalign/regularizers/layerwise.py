@@ -34,6 +34,9 @@ class LayerWise:
         embeddings: whether the embeddings are trained in the last stage, if that trains all layers. An output layer
             tied to them is trained or frozen with them.
 
+    Raises:
+        ConfigError: an option has a wrong value.
+
     References:
         Howard & Ruder 2018, arXiv:1801.06146.
     """
@@ -43,6 +46,9 @@ class LayerWise:
     decay: float = help_field(1.0, "Factor of the learning rate from each layer to the one below it.")
     embeddings: bool = help_field(False, "Train the embeddings in the last stage.")
 
+    def __post_init__(self):
+        check_positive("LayerWise", decay=self.decay)
+
     def start(self, trainer: Any) -> Term:
         """Freezes the model for the first stage, sets the learning rates, and returns a term that shows the stage.
 
@@ -50,7 +56,6 @@ class LayerWise:
             ConfigError: an option has a wrong value, or training runs in several processes.
             ModelError: the model has no list of layers, or a stage unfreezes nothing.
         """
-        check_positive("LayerWise", decay=self.decay)
         if trainer.args.world_size > 1:
             raise ConfigError("LayerWise freezes weights while training, which DDP does not allow: use one process")
         base = causal_lm(trainer.model)

@@ -48,6 +48,9 @@ class Replay:
             - "curriculum", for `0.3 exp(-epoch / 10) + 0.1`.
         weight: factor of a replayed row's loss, above 0.
         max_length: most tokens of a row; longer texts are cut into several rows.
+
+    Raises:
+        ConfigError: an option has a wrong value.
     """
 
     text: str | list[dict] = field(
@@ -63,6 +66,10 @@ class Replay:
     weight: float = help_field(1.0, "Factor of a replayed row's loss.")
     max_length: int = help_field(256, "Most tokens of a row; longer texts are cut into several.")
 
+    def __post_init__(self):
+        check_positive("Replay", weight=self.weight, max_length=self.max_length)
+        self._schedule()
+
     def start(self, trainer: Any) -> Term:
         """The term for a trainer: it draws rows and computes their loss.
 
@@ -71,7 +78,6 @@ class Replay:
             DataError: the text has no rows, or cannot be read.
             ModelError: a token of the text is unknown to the model.
         """
-        check_positive("Replay", weight=self.weight, max_length=self.max_length)
         schedule = self._schedule()
         if isinstance(self.text, list) and not self.text:
             raise DataError("The replay set is empty: give some rows of ordinary text, or leave Replay out.")
@@ -87,7 +93,7 @@ class Replay:
         share = curriculum if self.share == "curriculum" else self.share
         if isinstance(share, Mapping):
             share = _decaying(share)
-        if isinstance(share, (str, bool)):
+        if not callable(share) and (isinstance(share, bool) or not isinstance(share, (int, float))):
             raise ConfigError(f"share of Replay is {share!r}; give a number between 0 and 1, or 'curriculum'")
 
         def millionths(epoch: float) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.errors import ConfigError
+from fastalign.errors import ConfigError, printable
 from fastalign.files import write_json, write_text
 from fastalign.report.charts import COLOURS, draw_svg
 from fastalign.report.rendering import format_number, render
@@ -59,10 +59,12 @@ def show_tax(measured: Mapping[str, Any]) -> None:
     console = Console(highlight=False, markup=False)  # names and text may hold brackets
     headings, rows = table(measured)
     shown = Table(
-        title=f"Alignment tax of {measured['tuned']} over {measured['base']}", title_justify="left", title_style="bold"
+        title=printable(f"Alignment tax of {measured['tuned']} over {measured['base']}"),
+        title_justify="left",
+        title_style="bold",
     )
     for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i in (0, len(headings) - 1) else "right")
+        shown.add_column(printable(heading), justify="left" if i in (0, len(headings) - 1) else "right")
     for row in rows:
         shown.add_row(*row)
     console.print()
@@ -79,7 +81,7 @@ def show_tax(measured: Mapping[str, Any]) -> None:
         changed.add_column(heading, justify="left" if heading.startswith("text") else "right")
     for token in measured["most_changed"][:TOKENS_PRINTED]:
         numbers = (format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob"))
-        before = " ".join(token["before"].split())[-40:]
+        before = printable(" ".join(token["before"].split())[-40:])
         changed.add_row(*numbers, f"... {before} [{token['token']!r}]")
     console.print(changed)
 

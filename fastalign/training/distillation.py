@@ -13,6 +13,7 @@ from fastalign.data.batch import Batch
 from fastalign.errors import ConfigError, DataError
 from fastalign.regularizers.distillation import Distillation
 from fastalign.rollout.in_process import generate
+from fastalign.training.preflight import check_config
 from fastalign.training.sft import SFTTrainer
 
 # Shares of steps are counted in integers of this unit, so that they stay exact however long training is.
@@ -49,6 +50,7 @@ class DistillationTrainer(SFTTrainer):
     def __init__(self, model, args: DistillationConfig, train_dataset, eval_dataset=None, processing_class=None,
                  peft_config=None, callbacks=None, *, teacher: str | PreTrainedModel | None = None,
                  regularizers: Sequence = (), **trainer_options):  # fmt: skip
+        check_config(args, DistillationConfig)
         teacher = args.teacher if teacher is None else teacher
         if teacher is None:
             raise ConfigError("teacher is missing; give the model to learn from, or a file of its log-probs")

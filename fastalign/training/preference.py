@@ -17,6 +17,7 @@ from fastalign.models.snapshot import ReferenceWeights, fingerprint
 from fastalign.objectives.preference import PreferenceObjective
 from fastalign.objectives.unpaired import UnpairedObjective
 from fastalign.training.callbacks import MoveReference
+from fastalign.training.preflight import check_config
 from fastalign.training.reference import Reference, autocast_dtype, precompute, product_dtype
 from fastalign.training.trainer import AlignmentTrainer
 
@@ -46,6 +47,7 @@ class PreferenceTrainer(AlignmentTrainer):
 
     def __init__(self, model, args: PreferenceConfig, train_dataset, eval_dataset=None, processing_class=None,
                  peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+        check_config(args, PreferenceConfig)
         objective = UnpairedObjective if args.unpaired else PreferenceObjective
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,

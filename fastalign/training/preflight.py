@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from datasets import Dataset
+from huggingface_hub import HfApi, get_token, is_offline_mode
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
+from fastalign.models.adapters import causal_lm
+from fastalign.models.ready import check_router
+from fastalign.options import one_of
 
 _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt per completion", "padded": "padded rows"}
+
+
+def check_config(args: object, expected: type[AlignmentConfig]) -> None:
+    """ConfigError for options of another class, such as None or transformers.TrainingArguments."""
+    if not isinstance(args, expected):
+        name = "PreferenceConfig, SFTConfig or DistillationConfig" if expected is AlignmentConfig else expected.__name__
+        raise ConfigError(f"args is of type {type(args).__name__}; pass a {name}")
 
 
 def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
@@ -23,11 +38,12 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         has_eval_rows: Whether there are held-out rows.
 
     Raises:
-        ConfigError: An evaluation is set without rows for it, the optimiser cannot run here, or the model is to be
-            pushed to a hub that is not reached or does not know the user.
+        ConfigError: The options are of another class, a tracker is not installed, the hub for the push is not reached
+            or does not know the user, an evaluation is set without rows for it, or the optimiser cannot run here.
     """
-    if args.push_to_hub:
-        _check_hub(args)
+    check_config(args, AlignmentConfig)
+    _check_trackers(args)
+    _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ConfigError(f"eval_strategy is {strategy!r}, but there is no eval_dataset: give one")
@@ -41,13 +57,28 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         return
 
 
-def _check_hub(args: AlignmentConfig) -> None:
-    """ConfigError unless the hub is reached and knows the user. Otherwise the run would fail at its first save."""
-    from huggingface_hub import HfApi
+def _check_trackers(args: AlignmentConfig) -> None:
+    """ConfigError for a tracker that is unknown or not installed. The Trainer would say so after loading everything."""
+    available = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        one_of("report_to", name, (*INTEGRATION_TO_CALLBACK, "none"))
+        if name not in (*available, "flyte"):  # flyte has no such test
+            raise ConfigError(f"report_to is {name!r}, which is not installed: `pip install {name}`, or leave it out")
 
+
+def _check_hub(args: AlignmentConfig) -> None:
+    """ConfigError for a push that cannot succeed: the hub is not reached, or it does not know the user."""
+    if not args.push_to_hub:
+        return
+    if is_offline_mode():
+        raise ConfigError("push_to_hub is True, but HF_HUB_OFFLINE is set, so no hub is reached: leave one of them out")
+    if args.hub_token is None and get_token() is None:
+        raise ConfigError(
+            "push_to_hub is True, but there is no token of a hub: run `hf auth login`, set HF_TOKEN, or leave it out"
+        )
     try:
         HfApi().whoami(token=args.hub_token)
-    except Exception as error:  # of the network, of a proxy, or because no token is there
+    except Exception as error:  # of the network, of a proxy, or because the token is unknown
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
             f"push_to_hub is True, but the hub cannot be used: {reason}; leave push_to_hub out and upload the run "
@@ -77,9 +108,12 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     predicted = measure.predict(model, tokens=tokens, checkpointing=bool(args.gradient_checkpointing))
-    return [
+    lines = [
         ("batches", f"{size} x {args.gradient_accumulation_steps} rows per step, {_LAYOUTS[layout]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("learning rate", f"{args.learning_rate:g}"),
         ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({tokens:,} tokens)"),
     ]
+    if check_router(causal_lm(model)):
+        lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
+    return lines

@@ -141,7 +141,7 @@ def check_start(policy: Tensor, reference: Tensor) -> None:
         raise ModelError(
             f"Before the first step the model's log-probs differ from the reference's by {off:.3g}; they must be "
             f"equal{within}. The model is not deterministic: set disable_dropout=True, "
-            "or turn off what draws at random."
+            "turn off what draws at random, or leave out torch_compile, which rounds otherwise."
         )
 
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
 from fastalign.data.loading import of_each
-from fastalign.errors import ConfigError, DataError
+from fastalign.errors import ConfigError, DataError, printable
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
 from fastalign.models.linear import limit_onednn_cache
@@ -118,18 +119,15 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         **trainer_options,
     ):
         limit_onednn_cache()
-        tokenizer = _tokenizer(model, processing_class)
+        check_arguments(trainer_options)
         check_options(args, has_eval_rows=eval_dataset is not None)
+        tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        if isinstance(model, (str, Path)):
-            model = load_start(
-                model, dtype, way_of(adapter, peft_config), peft_config, quantization, double_quantization
-            )
-        elif quantization != "none":
-            raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
+        way = way_of(adapter, peft_config)
+        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -140,6 +138,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.sums, self.throughput = MetricSums(), Throughput()
         of_transformers = {"callbacks": callbacks, **trainer_options}
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
+        self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout = _layout_of(model, args)
         self.data_collator = self._collator()
@@ -200,7 +199,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
     def train(self, *args, **kwargs):
         """`transformers.Trainer.train`, after the preflight report is printed."""
         if self.args.should_log and not self.args.disable_tqdm:
-            print(self.preflight_report(), flush=True)
+            print(printable(self.preflight_report()), flush=True)
         self.throughput.restart()
         try:
             return super().train(*args, **kwargs)
@@ -235,7 +234,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), memory_budget=self.args.memory_budget)
+        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
         reference = None
         if self.reference is not None:
             # The check of the first step compares without what training draws at random.
@@ -277,6 +276,18 @@ def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, 
         raise DataError(f"{name}: {error}") from error
 
 
+def _loaded(
+    model: nn.Module | str | Path, dtype: str | torch.dtype, way: str, peft_config: PeftConfig | None,
+    quantization: str, double_quantization: bool,
+) -> nn.Module:  # fmt: skip
+    """The model that training starts from, loaded if it is given by its name."""
+    if isinstance(model, (str, Path)):
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+    if quantization != "none":
+        raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
+    return model
+
+
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
@@ -294,6 +305,11 @@ def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentCon
 def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
+
+
+def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
+    """The options that every forward of training takes."""
+    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha}
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
@@ -317,6 +333,8 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one beside a model that is given by its name."""
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise ConfigError(f"model is of type {type(model).__name__}; pass a model, or the name or folder of one")
     if tokenizer is None and isinstance(model, (str, Path)):
         tokenizer = load_tokenizer(model)
     if tokenizer is None:

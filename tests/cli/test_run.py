@@ -45,9 +45,11 @@ def config(tmp_path):
     return config
 
 
-def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pairs):
+def test_whole_model_is_saved_and_the_run_keeps_its_options(options, config, pairs, capsys):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    folder = run_training(options(rows, lora_rank=0), config(SFTConfig, learning_rate=1e-3))
+    title = "[/x] of [v2] \x1b[31m"  # not markup, which would raise after the training, nor a colour
+    folder = run_training(options(rows, lora_rank=0, title=title), config(SFTConfig, learning_rate=1e-3))
+    assert r"[/x] of [v2] \x1b[31m" in capsys.readouterr().out
     kept = json.loads((folder / "run.json").read_text())
     assert kept["lora_rank"] == 0 and kept["learning_rate"] == 1e-3
     model = tf.AutoModelForCausalLM.from_pretrained(folder / "model")

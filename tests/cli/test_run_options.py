@@ -15,7 +15,7 @@ from fastalign.errors import ConfigError
         ({"train": ""}, "train is missing"),
         ({"adapter": "join"}, "adapter"),
         ({"lora_rank": -1}, "lora_rank is -1"),
-        ({"samples": -2}, "samples -2"),
+        ({"samples": -2}, "samples is -2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"quantization": "nf5"}, "quantization is 'nf5'"),
         ({"double_quantization": True}, "double_quantization .* not 'none'"),

@@ -13,7 +13,7 @@ from fastalign.errors import ConfigError
         ({"on_policy": 0.5, "top_k": 4}, "without top_k"),
         ({"on_policy": 0.5, "teacher": "a.safetensors"}, "the teacher itself"),
         ({"sample_tokens": 0}, "sample_tokens is 0"),
-        ({"sample_temperature": 0.0}, "sample_temperature 0.0"),
+        ({"sample_temperature": 0.0}, "sample_temperature is 0.0"),
     ],
 )
 def test_bad_options_are_refused(options, said, tmp_path):

@@ -93,7 +93,7 @@ def test_logged_rewards_have_the_beta_of_the_loss():
         ({"sync_ref_model": True}, "precompute_ref_log_probs=False"),
         ({"loss_type": "orpo", **SYNC}, "no reference"),
         ({**SYNC, "ref_model_sync_steps": 0}, "ref_model_sync_steps is 0"),
-        ({**SYNC, "ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha 1.5"),
+        ({**SYNC, "ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha is 1.5"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_a_remedy(options, said):

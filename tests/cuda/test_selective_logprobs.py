@@ -40,3 +40,10 @@ def test_error_budget(cuda, dtype, temperature):
     for a, p, e, eps in zip(ours, plain, exact, (torch.finfo(torch.float32).eps, torch.finfo(dtype).eps), strict=True):
         assert (a - e).abs().max() <= 2 * ((p - e).abs().max() + eps * e.abs().max())
     assert not ours[0][::4].any() and not ours[1][::4].any()
+
+
+def test_a_target_that_overflowed_is_not_certain(cuda):
+    logits, targets, grad = problem(torch.float16)
+    logits[1, targets[1]], logits[2, targets[2]] = torch.inf, -torch.inf
+    logprobs, d = by_kernel(cuda, logits, targets, grad, 1.0)
+    assert logprobs[1].isnan() and d[1].isnan().all() and logprobs[2] == -torch.inf and logprobs[3].isfinite()

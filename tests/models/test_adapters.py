@@ -116,3 +116,31 @@ def test_virtual_tokens_are_refused(tiny_llama):
 def test_without_an_adapter_peft_is_not_imported():
     code = "import sys, fastalign.models.scoring, fastalign.regularizers.ewc; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda peft: {"r": 3}, "peft_config is a dict; pass a peft.LoraConfig"),
+        (lambda peft: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ADALORA moves ranks"),
+        (lambda peft: peft.TrainableTokensConfig(token_indices=[3]), "TRAINABLE_TOKENS changes single rows"),
+        (
+            lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "PROMPT_TUNING adds virtual",
+        ),
+        (
+            lambda peft: peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5]),
+            "alora_invocation_tokens is set",
+        ),
+        (
+            lambda peft: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            r"modules_to_save is \['lm_head'\].*dtype='float32'",
+        ),
+        (lambda peft: peft.LoraConfig(target_modules=["foo"]), "Its linear layers are down_proj, gate_proj"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_are_refused(tiny_llama, make, said):
+    import peft
+
+    with pytest.raises(ModelError, match=said):
+        add_adapter(tiny_llama(dtype=torch.bfloat16), make(peft), seed=0)

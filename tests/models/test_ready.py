@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fastalign.errors import ModelError
-from fastalign.models.ready import adopt_special_tokens, check_trainable, disable_dropout
+from fastalign.models.ready import adopt_special_tokens, check_router, check_trainable, disable_dropout
 
 
 def test_nothing_to_train_is_refused(tiny_llama):
@@ -58,3 +58,13 @@ def test_dropout_is_turned_off_except_that_of_adapters(tiny_llama):
     assert model.base_model.model.extra.p == 0.0
     assert {layer.self_attn.attention_dropout for layer in model.base_model.model.model.layers} == {0.0}
     assert {m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora" in n} == {0.25}
+
+
+def test_a_router_s_loss_is_refused_where_it_is_on(tiny_llama):
+    model = tiny_llama()
+    assert not check_router(model)
+    model.config.router_aux_loss_coef = 0.01
+    assert check_router(model)
+    model.config.output_router_logits = True
+    with pytest.raises(ModelError, match=r"output_router_logits=True.*which fastalign does not add"):
+        check_router(model)

@@ -130,6 +130,21 @@ def test_masked_vocabulary_entries(softcap, entropy, budget):
         assert not grads[1][:18].any() and not grads[2][:18].any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("softcap", [3.0, 30.0, 1e3, 1e6, 1e8])
+def test_a_loose_cap_changes_nothing(backend, softcap, isa):
+    """The error of a logit must not grow with its cap: c tanh(u / c) is u where c is large."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(16, 64, generator=generator), torch.randn(500, 64, generator=generator) / 8
+    targets = torch.randint(500, (16,), generator=generator)
+    options = {"softcap": softcap, "backend": backend}
+    exact = evaluate(reference.linear_logprobs, hidden.double(), weight.double(), targets, softcap=softcap)
+    found = evaluate(linear_logprobs, hidden, weight, targets, **options)
+    for outputs, expected in zip(found, exact, strict=True):
+        for a, e in zip(outputs, expected, strict=True):
+            assert (a - e).abs().max() <= 16 * EPS * max(e.abs().max(), 1)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_masked_target(budget):
     hidden, weight, targets, bias = problem(bias=True)

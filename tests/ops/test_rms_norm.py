@@ -131,3 +131,14 @@ def test_errors_say_what_was_found_and_what_to_do():
         rms_norm(x, weight, EPS, backend="tpu")
     with pytest.raises(BackendError, match=r"backend='cpu' cannot run rms_norm here: a tensor lies on meta"):
         rms_norm(x.to("meta"), weight.to("meta"), EPS, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_one_row_without_leading_dimensions(backend):
+    x, weight = torch.randn(7, requires_grad=True), torch.randn(7, requires_grad=True)
+    out = rms_norm(x, weight, 1e-6, backend=backend)
+    expected = torch.nn.functional.rms_norm(x, (7,), weight, 1e-6)
+    for a, e in zip(
+        torch.autograd.grad(out.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, e)

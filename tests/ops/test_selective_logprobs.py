@@ -164,7 +164,7 @@ def test_a_backend_that_cannot_run_says_why():
     logits, targets = problem()
     with pytest.raises(BackendError, match=r"backend='cpu'.*meta"):
         selective_logprobs(logits.to("meta"), targets.to("meta"), backend="cpu")
-    with pytest.raises(BackendError, match="float8_e4m3fn"):
+    with pytest.raises(InputError, match="float8_e4m3fn"):
         selective_logprobs(logits.to(torch.float8_e4m3fn), targets, backend="cpu")
 
 
@@ -223,6 +223,18 @@ def test_near_certain_targets_lose_no_digits(backend):
     assert ((logprobs - exact).abs() <= error * exact.abs()).all()
     assert ((grad[:, 0] - miss).abs() <= error * miss).all()
     assert ((grad[:, 1] + miss / 2).abs() <= error * miss).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 3, 1500])
+def test_a_target_that_overflowed_is_not_certain(backend, dtype, vocab):
+    """A logit of +inf has no probability. 1 without a gradient would make a model that diverged look perfect."""
+    logits = torch.zeros(2, vocab, dtype=dtype)
+    logits[0, 0] = math.inf
+    leaf = logits.requires_grad_()
+    logprobs = selective_logprobs(leaf, torch.tensor([0, 0]), backend=backend)
+    (grad,) = torch.autograd.grad(logprobs.sum(), leaf)
+    assert logprobs[0].isnan() and grad[0].isnan().all() and logprobs[1].isfinite() and grad[1].isfinite().all()
 
 
 def test_infinite_logits(backend):

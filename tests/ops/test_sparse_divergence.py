@@ -267,3 +267,19 @@ def test_errors_say_what_was_found_and_what_to_do(name):
 def test_unknown_backend_lists_the_known():
     with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch"):
         sparse_divergence(**problem(), backend="tpu")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("vocab", [1, 2, 5])
+def test_a_teacher_that_names_every_entry_leaves_no_tail(backend, vocab):
+    """The mean of the weight over an empty tail is 0: divided by the smallest float it was 0 times infinity."""
+    hidden, weight = torch.full((1, 1), 3.0, requires_grad=True), torch.linspace(5, -5, vocab).unsqueeze(1)
+    entries = torch.arange(vocab).unsqueeze(0)
+    teacher = torch.full((1, vocab), 1 / vocab).log()
+    values = sparse_divergence(hidden, weight, entries, teacher, temperature=0.1, backend=backend)
+    (grad,) = torch.autograd.grad(values.sum(), hidden)
+    wide = hidden.detach().double().requires_grad_()
+    exact = reference.sparse_divergence(wide, weight.double(), entries, teacher.double(), temperature=0.1)
+    (expected,) = torch.autograd.grad(exact.sum(), wide)
+    assert (values - exact).abs().max() <= 1e-5 * exact.abs().max().clamp(min=1)
+    assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)

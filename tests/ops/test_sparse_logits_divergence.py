@@ -118,7 +118,7 @@ def test_opcheck():
 
 
 WRONG = {
-    "logits are integer": ({"student_logits": torch.ones(N, V).long()}, "student_logits is torch.int64", "(..., V)"),
+    "logits are integer": ({"student_logits": torch.ones(N, V).long()}, "student_logits is torch.int64", "floating"),
     "indices are outside": ({"teacher_indices": torch.arange(K).repeat(N, 1) + V - 3}, "holds 53", "[0, 53)"),
     "indices repeat": ({"teacher_indices": torch.zeros(N, K).long()}, "twice in one row", "distinct"),
     "rows are fewer": ({"student_logits": torch.zeros(3, V)}, "(37, 6)", "(3, 'k')"),
@@ -139,3 +139,14 @@ def test_errors_say_what_was_found_and_what_to_do(name):
 def test_unknown_backend_lists_the_known():
     with pytest.raises(BackendError, match=r"'tpu'.*auto, reference, torch"):
         sparse_logits_divergence(**problem(), backend="tpu")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 0.7])
+def test_a_row_without_any_entry_has_no_divergence(temperature):
+    logits = torch.randn(3, 5)
+    logits[0], logits[1] = -torch.inf, torch.finfo(torch.float32).min
+    leaf = logits.requires_grad_()
+    entries, logprobs = torch.tensor([[0], [0], [1]]), torch.full((3, 1), -0.5)
+    values = sparse_logits_divergence(leaf, entries, logprobs, temperature=temperature)
+    (grad,) = torch.autograd.grad(values.sum(), leaf)
+    assert values[0].isnan() and grad[0].isnan().all() and values[1:].isfinite().all() and grad[1:].isfinite().all()

@@ -169,7 +169,6 @@ def test_resumed_run_goes_on_as_if_never_stopped(make_trainer, tiny_llama, pairs
         (LayerWise([1, 2], [0]), {}, ConfigError, "begins of LayerWise is [0] for 2 stages"),
         (LayerWise([1, 2], [0.1, 0.5]), {}, ConfigError, "begins of LayerWise"),
         (LayerWise([1, 2], [0, 1.0]), {}, ConfigError, "begins of LayerWise"),
-        (LayerWise(decay=0.0), {}, ConfigError, "decay of LayerWise is 0.0"),
         (LayerWise([1, 2]), {**LORA, "layers_to_transform": [0]}, ModelError,
          "Stage 1 of 2 unfreezes nothing: none of layers 1 to 1 of 2, counted from the top"),
         (LayerWise([1, 2]), {**LORA, "layers_to_transform": [1]}, ModelError,

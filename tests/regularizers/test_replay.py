@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -186,13 +187,6 @@ def test_resumed_run_goes_on_where_it_was(make_trainer, text_rows, tmp_path, sha
         (Replay([]), DataError, "The replay set is empty"),
         (Replay("nowhere.jsonl"), DataError, "The replay set cannot be used: nowhere.jsonl is not a file"),
         (Replay([{"chosen": "a", "rejected": "b", "prompt": "c"}]), DataError, "not text"),
-        (Replay(TEXT, 0.0), ConfigError, "share of Replay is 0.0 at epoch 0; it must be between 0 and 1"),
-        (Replay(TEXT, 1.0), ConfigError, "share of Replay is 1.0"),
-        (Replay(TEXT, "linear"), ConfigError, "'curriculum'"),
-        (Replay(TEXT, {"start": 0.4}), ConfigError, "it needs start, end and decay"),
-        (Replay(TEXT, {"start": 0.4, "end": 0.1, "decay": 0}), ConfigError, "decay of Replay's share is 0"),
-        (Replay(TEXT, {"start": 0.4, "end": 1.5, "decay": 2}), ConfigError, "share of Replay is 1.5 at epoch inf"),
-        (Replay(TEXT, weight=-1.0), ConfigError, "weight of Replay is -1.0"),
         (Replay(TEXT * 9, max_length=500), None, ""),
         (Replay([{"text": "x" * 400}], max_length=500), DataError, "128 positions"),
     ],
@@ -204,3 +198,20 @@ def test_bad_input_is_one_sentence_before_training(make_trainer, text_rows, regu
     with pytest.raises(error) as raised:
         make_trainer(gpt2(), text_rows, SFTTrainer, regularizers=[regularizer])
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"share": 0.0}, "share of Replay is 0.0 at epoch 0; it must be between 0 and 1"),
+        ({"share": 1.0}, "share of Replay is 1.0"),
+        ({"share": "linear"}, "'curriculum'"),
+        ({"share": {"start": 0.4}}, "it needs start, end and decay"),
+        ({"share": {"start": 0.4, "end": 0.1, "decay": 0}}, "decay of Replay's share is 0"),
+        ({"share": {"start": 0.4, "end": 1.5, "decay": 2}}, "share of Replay is 1.5 at epoch inf"),
+        ({"weight": -1.0}, "weight of Replay is -1.0"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Replay(TEXT, **options)

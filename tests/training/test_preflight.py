@@ -6,12 +6,15 @@ import http.server
 import json
 import sys
 import threading
+import typing
 
 import pytest
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
+from fastalign.training import PreferenceTrainer, SFTTrainer
 from fastalign.training.preflight import check_options, row_tokens
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -75,6 +78,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("fastalign.training.preflight.is_offline_mode", lambda: False)
     yield asked
     server.shutdown()
     server.server_close()
@@ -93,5 +97,37 @@ def test_pushing_needs_a_hub_that_knows_the_user(hub, tmp_path):
 
 def test_pushing_is_refused_offline_before_anything_is_loaded(make_trainer, tmp_path, pairs, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("fastalign.training.preflight.is_offline_mode", lambda: False)
     with pytest.raises(ConfigError, match="leave push_to_hub out"):
         make_trainer("nowhere/at-all", pairs, push_to_hub=True, hub_token="hf_any")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report_to": "wandb"}, "report_to is 'wandb', which is not installed: `pip install wandb`"),
+        ({"report_to": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"push_to_hub": True}, "push_to_hub is True, but there is no token"),
+        ({"push_to_hub": True, "hub_token": "hf_x"}, "push_to_hub is True, but HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_what_needs_something_that_is_not_there_is_refused(tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("fastalign.training.preflight.is_offline_mode", lambda: "hub_token" in options)
+    monkeypatch.setattr("fastalign.training.preflight.get_token", lambda: None)
+    monkeypatch.setattr("fastalign.training.preflight.get_available_reporting_integrations", list)
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    with pytest.raises(ConfigError, match=said):
+        check_options(args, has_eval_rows=False)
+
+
+def test_options_of_another_library_are_refused(tmp_path):
+    for args in (None, TrainingArguments(str(tmp_path), use_cpu=True)):
+        with pytest.raises(ConfigError, match=r"pass a PreferenceConfig, SFTConfig or DistillationConfig"):
+            check_options(args, has_eval_rows=False)
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, PreferenceTrainer])
+def test_arguments_that_would_do_nothing_are_refused(trainer, tmp_path):
+    args = typing.get_type_hints(trainer.__init__)["args"](output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match="compute_metrics is not supported: evaluation forms no logits"):
+        trainer("nowhere", args, [], compute_metrics=lambda predictions: {})

@@ -88,12 +88,26 @@ FASTALIGN_INLINE Vec<double> vexp(Vec<double> x) {
 
 FASTALIGN_INLINE Vec<double> vexp_term(Vec<double> x) { return vexp(x); }
 
-template <typename V>
-FASTALIGN_INLINE V vtanh(V x) {
-    const V size = x < 0 ? -x : x;
-    const V q = vexp(size * -2);
-    const V t = (1 - q) / (1 + q);
-    return x < 0 ? -t : t;
+// tanh(x) near 0, where (1 - q) / (1 + q) with q = e^-2x loses the digits of 1 - q: a polynomial, that of tanhf in
+// Cephes, for |x| < kTanhNear.
+constexpr float kTanhNear = 0.625f;
+FASTALIGN_INLINE Vec<float> tanh_near_zero(Vec<float> x) {
+    const Vec<float> z = x * x;
+    Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    return p * z * x + x;
+}
+
+FASTALIGN_INLINE Vec<float> vtanh(Vec<float> x) {
+    const Vec<float> size = x < 0 ? -x : x;
+    const Vec<float> q = vexp(size * -2), t = (1 - q) / (1 + q);
+    return size < kTanhNear ? tanh_near_zero(x) : x < 0 ? -t : t;
+}
+FASTALIGN_INLINE Vec<double> vtanh(Vec<double> x) {
+    for (int i = 0; i < lanes<double>; ++i) x[i] = std::tanh(x[i]);
+    return x;
 }
 
 // The two 16-bit formats as they are stored.

@@ -9,17 +9,11 @@
 namespace fastalign {
 namespace FASTALIGN_ISA {
 
-// tanh(d) for two numbers s and t with log(t / s) = 2 d. It equals (t - s) / (t + s). Near 0, where the difference t -
-// s has lost its digits, it is a polynomial (that of tanhf in Cephes).
+// tanh(d) for two numbers s and t with log(t / s) = 2 d. It equals (t - s) / (t + s), except near 0, where the
+// difference t - s has lost its digits.
 FASTALIGN_INLINE Vec<float> tanh_of_half_ratio(Vec<float> d, Vec<float> s, Vec<float> t) {
-    const Vec<float> z = d * d, tiny = fill(std::numeric_limits<float>::min());
-    Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    p = p * z * d + d;
-    const Vec<float> w = s + t;
-    return z < 0.625f * 0.625f ? p : (t - s) / (w < tiny ? tiny : w);
+    const Vec<float> tiny = fill(std::numeric_limits<float>::min()), w = s + t;
+    return d * d < kTanhNear * kTanhNear ? tanh_near_zero(d) : (t - s) / (w < tiny ? tiny : w);
 }
 FASTALIGN_INLINE Vec<double> tanh_of_half_ratio(Vec<double> d, Vec<double>, Vec<double>) {
     for (int i = 0; i < lanes<double>; ++i) d[i] = std::tanh(d[i]);

@@ -60,6 +60,7 @@ public:
           chunks_(ceil_div(p.student.vocab, chunk_)), tiles_(ceil_div(p.student.vocab, S::tile)) {}
 
     void run(Pool pool) {
+        if (p_.student.scored == 0 || tiles_ == 0) return;  // nothing to compute, and both are divided by
         const std::int64_t held = p_.budget / (2 * tiles_ * S::tile * static_cast<std::int64_t>(sizeof(T)));
         const std::int64_t needed = ceil_div(p_.student.scored, S::panel);
         const std::int64_t most = held < S::panel ? 1 : smaller(held / S::panel, needed);  // panels per group

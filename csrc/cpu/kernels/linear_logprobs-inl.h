@@ -220,7 +220,9 @@ private:
         const T tail = totals_.others[row], tiny = std::numeric_limits<T>::min();
         T* stats = at_row<T>(p_.stats, token, kSparseStats);
         stats[kShift] = totals_.shift[row], stats[kOthers] = tail;
-        const T scale = (head_.capped ? T(1) : head_.factor) / (tail < tiny ? tiny : tail);
+        // Where the teacher names every entry there is no tail. A factor divided by `tiny` would overflow, and 0 times
+        // infinity is NaN.
+        const T scale = tail < tiny ? T(0) : (head_.capped ? T(1) : head_.factor) / tail;
         for (std::int64_t k = 0; a && k < p_.width; ++k) a[k] *= scale;
     }
 

@@ -108,9 +108,11 @@ struct SelectivePass {
         static_cast<T*>(p.logprobs)[r] = static_cast<T>(std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))));
     }
 
-    // The log-odds of the target: its logit minus the log-sum-exp of all other logits.
+    // The log-odds of the target: its logit minus the log-sum-exp of all other logits. They are NaN where the target's
+    // logit is +infinity: a logit that overflowed must not look like a certain target.
     double odds(std::int64_t r, double others, T shift) const {
         const double target = widen(row(r)[p.targets[r]]);
+        if (target == std::numeric_limits<double>::infinity()) return std::numeric_limits<double>::quiet_NaN();
         if (others == 0 && target > -std::numeric_limits<double>::infinity()) return std::numeric_limits<double>::infinity();
         return (target - shift) / p.temperature - std::log(others);
     }
@@ -121,7 +123,8 @@ struct SelectivePass {
         const T shift = static_cast<const T*>(p.stats)[2 * r], others = static_cast<const T*>(p.stats)[2 * r + 1];
         const double grad = static_cast<const T*>(p.grad)[r] / p.temperature;
         const double miss = 1 / (1 + std::exp(odds(r, others, shift)));
-        const T scale = static_cast<T>(others == 0 ? 0 : -grad * miss / others);
+        // Without other entries miss is 0, or NaN where the target's logit is infinite.
+        const T scale = static_cast<T>(-grad * miss / (others == 0 ? 1 : others));
         const T base = others == 0 ? std::numeric_limits<T>::max() : shift;  // -infinity minus itself would be NaN
         T wide[kRowBlock];
         In narrowed[kRowBlock];

@@ -12,6 +12,7 @@ output layer are called in `cpu_head.py`.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -218,9 +219,8 @@ def _selective_problem(
 
     Rows may lie at two distances from each other, as those of `logits[:, :-1]` do.
     """
-    rows = (
-        logits.unsqueeze(0) if logits.dim() == 2 else logits.reshape(-1, logits.shape[-2:-1].numel(), logits.shape[-1])
-    )
+    *outer, vocab = logits.shape
+    rows = logits.reshape(math.prod(outer[:-1]), math.prod(outer[-1:]), vocab)  # -1 would be ambiguous without rows
     rows, targets = unit_stride(rows), targets.contiguous()
     problem = module.SelectiveProblem()
     problem.dtype, problem.logits, problem.targets = _DTYPES[logits.dtype], rows.data_ptr(), targets.data_ptr()

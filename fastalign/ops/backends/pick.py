@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
@@ -58,7 +59,10 @@ def resolve(
     """
     if backend not in backends:
         raise BackendError(f"backend is {backend!r}; {op} has {', '.join(backends)}")
-    if backend in ("reference", "torch"):
+    if backend == "reference":
+        return backend
+    _refuse_transforms(op)
+    if backend == "torch":
         return backend
     if backend != "auto":
         if why := _why_not(backend, tensors, cpu_kernel, why_not):
@@ -74,6 +78,15 @@ def resolve(
     if only_if_fast and not cpu.is_fast(first.dtype):
         return "torch"
     return "torch" if _why_not("cpu", tensors, cpu_kernel, why_not) else "cpu"
+
+
+def _refuse_transforms(op: str) -> None:
+    """The error of torch itself would name a method of autograd that a caller cannot override."""
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue] - has no public name
+        raise BackendError(
+            f"{op} runs inside a transform of torch.func (grad, vmap, jvp, ...), which cannot see into its kernels: "
+            "pass backend='reference', or use torch.autograd.grad"
+        )
 
 
 def pick_gpu_kernels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -10,34 +11,88 @@ from torch import Tensor
 from fastalign import reference
 from fastalign.errors import InputError
 
+# Options outside of these bounds overflow or underflow float32, which holds 1e-38 to 3e38. Two of them are multiplied.
+_SMALLEST, _LARGEST = 1e-12, 1e12
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, *, of: str = "") -> None:
-    """Checks the shapes and dtypes of hidden states and their output layer, and its soft cap.
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float = 1.0, *,
+    of: str = "",
+) -> None:  # fmt: skip
+    """Checks the shapes and dtypes of hidden states and their output layer, its soft cap and its scale.
 
     Args:
         hidden: Must be (..., H) floating.
         weight: Must be (V, H) floating.
         bias: Must be (V,) floating, or None.
-        softcap: Must be above 0, or None.
+        softcap: Must be above 0 and finite, or None.
+        logit_scale: Must be finite.
         of: What the names of these arguments begin with in the error, such as "teacher_".
 
     Raises:
         InputError: One of them is not so.
     """
     for name, t in (("hidden", hidden), ("weight", weight)):
-        if not t.is_floating_point():
-            raise InputError(f"{of}{name} is {t.dtype}; it must be a floating dtype, dequantise it first")
+        check_floating(f"{of}{name}", t, "dequantise it first")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise InputError(
             f"{of}hidden is {tuple(hidden.shape)} and {of}weight {tuple(weight.shape)}; "
             "they must be (..., H) and (V, H)"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise InputError(
-            f"{of}bias is {tuple(bias.shape)} {bias.dtype}; it must be floating and ({weight.shape[0]},), one per row"
-        )
-    if softcap is not None and not softcap > 0:
-        raise InputError(f"{of}softcap is {softcap}; it must be above 0, or None for no cap")
+    check_vocabulary(f"{of}weight", weight.shape, weight.shape[0])
+    if not weight.shape[1]:
+        raise InputError(f"{of}weight is {tuple(weight.shape)}; hidden states have a width of at least 1")
+    if bias is not None:
+        check_floating(f"{of}bias", bias, "dequantise it first")
+        if bias.shape != weight.shape[:1]:
+            raise InputError(f"{of}bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},), one per row")
+    if softcap is not None:
+        check_positive(f"{of}softcap", softcap, or_else=", or None for no cap")
+    check_number(f"{of}logit_scale", logit_scale)
+    if not abs(logit_scale) <= _LARGEST:
+        raise InputError(f"{of}logit_scale is {logit_scale}; it must be finite, at most {_LARGEST:g} in size")
+
+
+def check_floating(name: str, t: Tensor, remedy: str) -> None:
+    """A dense tensor of a dtype that the ops compute with."""
+    check_is_tensor(name, t)
+    if t.dtype not in _FLOATING:
+        raise InputError(f"{name} is {t.dtype}; it must be a floating dtype of 16 bits or more: {remedy}")
+    if t.layout is not torch.strided:
+        raise InputError(f"{name} is a tensor of layout {t.layout}; it must be dense: call {name}.to_dense()")
+
+
+def check_is_tensor(name: str, t: object) -> None:
+    """A tensor, not a list or an array."""
+    if not isinstance(t, Tensor):
+        raise InputError(f"{name} is a {type(t).__name__}; it must be a tensor: call torch.as_tensor({name})")
+
+
+def check_vocabulary(name: str, shape: Sequence[int], vocab: int) -> None:
+    """A vocabulary of at least one entry: over none there is no distribution."""
+    if not vocab:
+        raise InputError(f"{name} is {tuple(shape)}; the vocabulary must have at least 1 entry")
+
+
+def check_number(name: str, value: object) -> None:
+    """A number; a 0-d tensor counts as one."""
+    if not isinstance(value, (int, float, Tensor)) and not isinstance(value, numbers.Real):
+        raise InputError(f"{name} is {value!r}; it must be a number")
+
+
+def check_positive(name: str, value: float, *, or_else: str = "") -> None:
+    """A number above 0 that float32 can divide by and multiply with."""
+    check_number(name, value)
+    if not _SMALLEST <= value <= _LARGEST:
+        raise InputError(f"{name} is {value}; it must be above 0 and finite ({_SMALLEST:g} to {_LARGEST:g}){or_else}")
+
+
+def check_ignore_index(ignore_index: int | None) -> None:
+    """An int64 that marks rows which do not count, or None."""
+    whole = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
+    if ignore_index is not None and not (whole and abs(ignore_index) < 2**63):
+        raise InputError(f"ignore_index is {ignore_index!r}; it must be an int64 such as -100, or None")
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], *, of: str) -> None:
@@ -51,6 +106,7 @@ def check_targets(targets: Tensor, shape: Sequence[int], *, of: str) -> None:
     Raises:
         InputError: The dtype or the shape differs. The error says so where only one of both was shifted.
     """
+    check_is_tensor("targets", targets)
     if targets.dtype != torch.int64:
         raise InputError(f"targets is {targets.dtype}; it must be int64, call targets.long()")
     if tuple(targets.shape) != tuple(shape):
@@ -99,24 +155,31 @@ def check_token_ids(name: str, ids: Tensor, vocab: int, *, op: str, ignore_index
         )
 
 
+def check_target_ids(targets: Tensor, vocab: int, ignore_index: int | None, *, op: str) -> None:
+    """Targets in [0, vocab), except those that are `ignore_index`. Looks at values, see `check_token_ids`."""
+    counted = targets if ignore_index is None else targets.masked_fill(targets == ignore_index, 0)
+    check_token_ids("targets", counted, vocab, op=op, ignore_index=ignore_index)
+
+
 def check_temperature(temperature: float) -> None:
-    """Checks that a temperature is above 0.
+    """Checks that a temperature is above 0, and finite.
 
     Raises:
         InputError: It is not.
     """
-    if not temperature > 0:
-        raise InputError(f"temperature is {temperature}; it must be above 0")
+    check_positive("temperature", temperature)
 
 
 def check_memory_budget(memory_budget: int | None) -> None:
-    """Checks that a memory budget is a number of bytes, 0 or more, or None.
+    """Checks that a memory budget is a whole number of bytes, 0 or more, or None.
 
     Raises:
         InputError: It is not.
     """
-    if memory_budget is not None and memory_budget < 0:
-        raise InputError(f"memory_budget is {memory_budget}; it must be a number of bytes, or 0 for as few as possible")
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 0):
+        raise InputError(
+            f"memory_budget is {memory_budget!r}; it must be a whole number of bytes, or 0 for as few as possible"
+        )
 
 
 def check_divergence(divergence: str, temperature: float, jsd_beta: float) -> None:
@@ -133,6 +196,7 @@ def check_divergence(divergence: str, temperature: float, jsd_beta: float) -> No
     if divergence not in reference.DIVERGENCES:
         raise InputError(f"divergence is {divergence!r}; it must be one of {', '.join(reference.DIVERGENCES)}")
     check_temperature(temperature)
+    check_number("jsd_beta", jsd_beta)
     if divergence == "jsd" and not 0 < jsd_beta < 1:
         raise InputError(
             f"jsd_beta is {jsd_beta}; it must lie between 0 and 1 (for the limits use forward_kl or reverse_kl)"
@@ -156,6 +220,8 @@ def check_per_token(mask: Tensor | None, token_weights: Tensor | None, shape: Se
         InputError: One of them is not so.
     """
     for name, t in (("mask", mask), ("token_weights", token_weights)):
+        if t is not None:
+            check_is_tensor(name, t)
         if t is not None and tuple(t.shape) != tuple(shape):
             raise InputError(f"{name} is {tuple(t.shape)}; it must be {tuple(shape)}, one per token")
     if mask is not None and mask.dtype != torch.bool:
@@ -184,6 +250,8 @@ def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, log
     Raises:
         InputError: One of them is not so.
     """
+    check_is_tensor("teacher_indices", indices)
+    check_is_tensor("teacher_logprobs", logprobs)
     if indices.dtype != torch.int64:
         raise InputError(f"teacher_indices is {indices.dtype}; it must be int64, call teacher_indices.long()")
     if not logprobs.is_floating_point():

@@ -72,6 +72,14 @@ def test_confident_rows_keep_their_relative_accuracy():
     assert ((d[torch.arange(20), targets] - grad * doubt).abs() <= relative * (grad * doubt).abs()).all()
 
 
+def test_a_target_that_overflowed_is_not_certain():
+    logits, targets, grad = problem()
+    logits[0, targets[0]] = math.inf
+    logprobs, stats = kernels.selective_logprobs(logits, targets, 1.0, -100)
+    d = kernels.selective_logprobs_backward(grad, logits, targets, stats, 1.0, -100)
+    assert logprobs[0].isnan() and d[0].isnan().all() and logprobs[4:].isfinite().all()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_ignored_rows_are_zero_whatever_is_in_them(poison):
     logits, targets, grad = problem()
