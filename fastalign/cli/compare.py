@@ -45,12 +45,13 @@ def main(args: argparse.Namespace) -> int:
         for prompt in prompts:
             score("", prompt.row)
     answers = [_answers(name, prompts, args, label) for name, label in ((args.first, "first"), (args.second, "second"))]
-    results = [compare_answers(*(a.texts for a in answers), [p.row for p in prompts], rule) for rule in rules]
+    (first, second), asked = (model.texts for model in answers), [prompt.row for prompt in prompts]
+    results = [compare_answers(first, second, asked, rule) for rule in rules]
     _show(args, prompts, answers, results)
     if args.out:
         rows = [
             {"prompt": prompt.content, "first": a, "second": b, **{r["rule"]: r["verdicts"][i] for r in results}}
-            for i, (prompt, a, b) in enumerate(zip(prompts, *(a.texts for a in answers), strict=True))
+            for i, (prompt, a, b) in enumerate(zip(prompts, first, second, strict=True))
         ]
         totals = [{key: value for key, value in result.items() if key != "verdicts"} for result in results]
         write_json(args.out, {"first": args.first, "second": args.second, "rules": totals, "answers": rows})

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from fastalign.models.adapters import lora_layers
@@ -53,7 +52,7 @@ class Watch(TrainerCallback):
 
 
 @torch.no_grad()
-def adapter_norm(model: nn.Module) -> float | None:
+def adapter_norm(model: Any) -> float | None:
     """The norm of all B matrices of the model's LoRA adapters together, 0 in a new adapter; None without an adapter."""
     norms = [lora.b.detach().float().norm() for _, lora in lora_layers(model)]
     return torch.stack(norms).norm().item() if norms else None
