@@ -295,3 +295,62 @@ def test_public_names_say_what_they_take_and_what_they_raise():
 def test_version_is_the_same_everywhere():
     (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert fastalign.__version__ == version
+
+
+# Security: SECURITY.md promises these
+
+UNSAFE_CALLS = {
+    "eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pickle.load",
+    "pickle.loads", "numpy.load", "np.load", "os.system", "os.popen", "marshal.loads", "shelve.open", "joblib.load",
+}  # fmt: skip
+UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+def unsafe(source: str) -> list[str]:
+    """What in a source would run code that came with data: unpickling, YAML tags, remote code, eval, a shell."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found += [name] if name in UNSAFE_CALLS else []
+            found += [f"{k.arg}=" for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) != "False"]
+            found += [f"{k.arg}=" for k in node.keywords if _remote(k.arg, k.value) or _pickles(k.arg, k.value)]
+        elif isinstance(node, ast.Dict):
+            keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+            found += [f"{key}:" for key, value in zip(keys, node.values, strict=True) if _remote(key, value)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE_MODULES:
+            found.append(str(node.module))
+    return found
+
+
+def _remote(name: object, value: ast.expr) -> bool:
+    return name == "trust_remote_code" and ast.unparse(value) != "False"
+
+
+def _pickles(name: object, value: ast.expr) -> bool:
+    return (name, ast.unparse(value)) in {("allow_pickle", "True"), ("weights_only", "False")}
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / "examples").glob("*.py")], ids=str)
+def test_nothing_that_came_with_data_is_run(path):
+    assert not unsafe(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from dill import loads", "torch.load(path)", "yaml.load(text, Loader)", "eval(text)",
+        "load(path, trust_remote_code=True)", "options = {'trust_remote_code': given}", "np.load(p, allow_pickle=True)",
+        "run(text, shell=True)",
+    ],
+)  # fmt: skip
+def test_what_would_run_it_is_seen(source):
+    assert unsafe(source)
+
+
+def test_the_promises_name_tests_that_exist():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)`", text)
+    assert len(named) > 8 and all((ROOT / name).is_file() for name in named)

@@ -32,7 +32,15 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"There is no recipe or file {name!r}; {nearest(name, recipes())}")
+    if path.suffix == ".json":
+        return _read_record(path)
     return read_yaml(path)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    from fastalign.cli.record import read_record
+
+    return read_record(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

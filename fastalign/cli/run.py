@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastalign.cli.methods import build_regularizers, load_class, method_of
+from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
+from fastalign.cli.terminal import printable
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
 from fastalign.errors import DataError
@@ -48,7 +50,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     train_rows = _load("train", options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
-    console.print(f"Loading {model}")
+    console.print(f"Loading {model}", markup=False)
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
     if not options.lora_rank and adapter_base(model) is not None:
@@ -65,7 +67,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
     )  # fmt: skip
     if first:
-        write_json(folder / "run.json", {**vars(options), **trainer.args.to_dict()})
+        write_json(folder / "run.json", run_record(options, trainer.args))
         write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
@@ -93,7 +95,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     if answers:
         _show_answers(console, questions, *answers)
     console.print()
-    console.print(f"Run folder {folder}, report {report}")
+    console.print(f"Run folder {folder}, report {report}", markup=False)
     return folder
 
 
@@ -219,5 +221,5 @@ def quartiles(old: Answers, new: Answers) -> list[int]:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."

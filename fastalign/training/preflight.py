@@ -23,8 +23,11 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         has_eval_rows: Whether there are held-out rows.
 
     Raises:
-        ConfigError: An evaluation is set without rows for it, or the optimiser cannot run here.
+        ConfigError: An evaluation is set without rows for it, the optimiser cannot run here, or the model is to be
+            pushed to a hub that is not reached or does not know the user.
     """
+    if args.push_to_hub:
+        _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":
         strategy = IntervalStrategy(args.eval_strategy).value
         raise ConfigError(f"eval_strategy is {strategy!r}, but there is no eval_dataset: give one")
@@ -36,6 +39,20 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         raise ConfigError(f"optim is {name!r}, and cannot run here: {' '.join(str(error).split())}") from error
     except ValueError:  # some optimisers want the model here, which is not loaded yet
         return
+
+
+def _check_hub(args: AlignmentConfig) -> None:
+    """ConfigError unless the hub is reached and knows the user. Otherwise the run would fail at its first save."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami(token=args.hub_token)
+    except Exception as error:  # of the network, of a proxy, or because no token is there
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"push_to_hub is True, but the hub cannot be used: {reason}; leave push_to_hub out and upload the run "
+            "folder later, or connect to the network and log in (`hf auth login`)"
+        ) from error
 
 
 def row_tokens(row: dict, layout: str) -> int:

@@ -171,6 +171,17 @@ def test_only_the_first_process_prints_generates_and_writes_the_report(options, 
     assert capsys.readouterr().out == ""
 
 
+def test_text_of_models_and_data_is_no_markup_on_the_terminal(options, config, tmp_path, pairs, capsys):
+    """A title with [/red] once ended the run with a traceback after all the training."""
+    title = "[/red] [link=http://x]y[/link] \\[v2]"
+    rows = [{**row, "prompt": f"[/bold] {row['prompt']}\x1b[2J"} for row in pairs]
+    folder = tmp_path / "[run]"
+    made = options(rows, title=title, eval=str(tmp_path / "rows.jsonl"), samples=3, max_new_tokens=3)
+    assert run_training(made, config(output_dir=str(folder))) == folder
+    said = capsys.readouterr().out
+    assert title in said and "[/bold]" in said and "[run]" in said and "\x1b" not in said
+
+
 def test_rows_come_from_several_files_and_evaluations_have_names(options, config, tmp_path, pairs):
     for name, rows in (("a", pairs[:4]), ("b", pairs[4:])):
         named = [{"q": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]

@@ -19,13 +19,15 @@ CHATML = (
 SPECIALS = ["<s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
-def make_byte_level(template=CHATML, eos="<|im_end|>", bos=None, specials=()) -> PreTrainedTokenizerFast:
+def make_byte_level(
+    template=CHATML, eos="<|im_end|>", bos=None, specials=(), common=SPECIALS
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=[*SPECIALS, *specials], initial_alphabet=alphabet, show_progress=False
+        vocab_size=420, special_tokens=[*common, *specials], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
     if bos:

@@ -141,3 +141,16 @@ def test_saved_model_is_the_loaded_one(folder, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", ".hidden", ""])
+def test_chat_templates_with_names_of_paths_are_refused(name, tmp_path, tokenizer):
+    """A tokenizer saves each template into a file of its name."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="rename it in tokenizer_config"):
+        load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 """report.html: complete from what is there, closed to what hostile files would do to it."""
 
+import json
 import math
 import os
 import re
@@ -275,3 +276,14 @@ def test_text_that_has_no_utf8(run_dir):
     append_metrics(run_dir / "samples.jsonl", {"prompt": "x", "after": "\ud83d cut\x00\x1b"})
     (run_dir / "preflight.txt").write_bytes(b"caf\xe9")
     assert r"\ud83d cut" in Page(write_report(run_dir)).text
+
+
+def test_what_a_diagnostic_quotes_is_data_too(run_dir):
+    fill(run_dir)
+    row = {"step": 3, "not_finite": "loss", "prompt": ATTACK[:50]}
+    (run_dir / "nonfinite_rows.jsonl").write_text(json.dumps(row) + "\n")
+    page = Page(write_report(run_dir))
+    assert (
+        "Loss or gradient is not finite" in page.text and "<script>" in page.text and "At step 3 the loss" in page.text
+    )
+    assert not {"script", "img"} & {*page.tags}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import sys
+import threading
 
 import pytest
 from peft import LoraConfig
@@ -48,3 +51,47 @@ def test_options_that_would_fail_late_are_refused(tmp_path, monkeypatch):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["mlp"])
     with pytest.raises(ConfigError, match="optim is 'galore_adamw', and cannot run here"):
         check_options(args, has_eval_rows=False)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that knows one token; yields the paths that were asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            known = self.headers.get("Authorization") == "Bearer hf_known"
+            body = json.dumps({"name": "someone"} if known else {"error": "Invalid credentials"}).encode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    asked: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_pushing_needs_a_hub_that_knows_the_user(hub, tmp_path):
+    def options(token):
+        return SFTConfig(output_dir=str(tmp_path), use_cpu=True, push_to_hub=True, hub_token=token)
+
+    check_options(options("hf_known"), has_eval_rows=False)
+    with pytest.raises(ConfigError, match="push_to_hub is True, but the hub cannot be used"):
+        check_options(options("hf_other"), has_eval_rows=False)
+    assert len(hub) >= 2
+    check_options(SFTConfig(output_dir=str(tmp_path), use_cpu=True), has_eval_rows=False)
+
+
+def test_pushing_is_refused_offline_before_anything_is_loaded(make_trainer, tmp_path, pairs, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="leave push_to_hub out"):
+        make_trainer("nowhere/at-all", pairs, push_to_hub=True, hub_token="hf_any")
