@@ -24,8 +24,8 @@ dequantised weight does, and its adapter is summed before rounding too. bitsandb
 
 from __future__ import annotations
 
+import functools
 import os
-import types
 from functools import cache
 from typing import Any
 
@@ -50,13 +50,13 @@ def speed_up_linear(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_quantized_layer(module):  # `use_training_product` may have patched it, for calls without a fused product
-            module.forward = types.MethodType(_quantized_linear, module)
+            module.forward = functools.partial(_quantized_linear, module)
         elif "forward" in vars(module):
             continue  # already patched
         elif type(module) is nn.Linear:
-            module.forward = types.MethodType(_linear, module)
+            module.forward = functools.partial(_linear, module)
         elif (base := lora_base(module)) is not None and (type(base) is nn.Linear or is_quantized_layer(base)):
-            module.forward = types.MethodType(_lora_linear, module)
+            module.forward = functools.partial(_lora_linear, module)
 
 
 def limit_onednn_cache() -> None:

@@ -6,8 +6,8 @@ Those take fewer passes than the modules' code, and save less for the backward p
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +35,9 @@ def speed_up_body(model: nn.Module) -> None:
         if "forward" in vars(module):
             continue  # already patched
         if _is_rms_norm(module):
-            module.forward = types.MethodType(_rms_norm, module)
+            module.forward = functools.partial(_rms_norm, module)
         elif _is_swiglu(module):
-            module.forward = types.MethodType(_swiglu_block, module)
+            module.forward = functools.partial(_swiglu_block, module)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ trainer called the body and the output layer itself, their gradients would stay 
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,8 @@ def prepare(model: nn.Module) -> str:
     base: Any = causal_lm(model)
     if not hasattr(base, "_fastalign_forward"):
         base._fastalign_forward = base.forward
-        base.forward = types.MethodType(_forward, base)
+        # Not a bound method: that is pickled as the name of an attribute, which the class does not have.
+        base.forward = functools.partial(_forward, base)
     _check_head(base, layout)
     return layout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -220,3 +221,15 @@ def test_what_fills_a_row_up_changes_no_log_prob():
         found.append([scores.logprobs, *torch.autograd.grad(scores.logprobs.sum(), list(model.parameters()))])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prepared_model_survives_pickling(tiny_llama):
+    """As `torch.save` of a model does it, and a spawned process."""
+    model = tiny_llama().eval()
+    layout = prepare(model)
+    copied = pickle.loads(pickle.dumps(model))
+    packed = lay_out([{"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]]}], layout, pad_token_id=0)
+    with torch.no_grad():
+        assert torch.equal(copied(packed=packed).logprobs, model(packed=packed).logprobs)
+        copied.lm_head.weight.mul_(2)  # the copy computes with its own weights
+        assert not torch.equal(copied(packed=packed).logprobs, model(packed=packed).logprobs)
