@@ -40,6 +40,7 @@ from torch import Tensor
 from fastalign.errors import InputError
 from fastalign.losses import PAIRWISE, UNPAIRED, canonical, implicit_rewards, loss_function, options_of, pairwise_loss
 from fastalign.ops import linear_logprobs, segment_sum
+from fastalign.ops.backends.pick import Backend
 from fastalign.options import nearest
 
 _PREFIX = "fused_linear_"
@@ -85,7 +86,7 @@ def fused_linear_preference(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> PreferenceOutput:
     """A loss over pairs, or a weighted mixture of several, from hidden states.
@@ -186,7 +187,7 @@ def _fused_linear_unpaired(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> UnpairedOutput:
     """The mean of a loss over B completions with labels (B,) bool; `fused_linear_<loss>` is made from it."""
@@ -221,7 +222,7 @@ def fused_linear_sft(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Negative log-likelihood of supervised fine-tuning, from hidden states.
 

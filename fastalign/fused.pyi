@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastalign.ops.backends.pick import Backend
+
 __all__ = [
     "PreferenceOutput",
     "UnpairedOutput",
@@ -73,7 +75,7 @@ def fused_linear_aot(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """AOT, paired: every quantile of the policy's margins should exceed that of the reference's margins.
 
@@ -106,7 +108,7 @@ def fused_linear_aot_unpaired(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """AOT, unpaired: every quantile of the chosen log-ratios should exceed that of the rejected ones.
 
@@ -140,7 +142,7 @@ def fused_linear_apo_down(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Anchored preference optimisation (APO-down): both down, the rejected completion further.
 
@@ -173,7 +175,7 @@ def fused_linear_apo_zero(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Anchored preference optimisation (APO-zero): chosen up, rejected down.
 
@@ -205,7 +207,7 @@ def fused_linear_bco(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> UnpairedOutput:
     """Binary classifier optimisation (BCO).
 
@@ -239,7 +241,7 @@ def fused_linear_bco_pair(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Binary classifier optimisation (BCO) on pairs: one classifier scores both completions.
 
@@ -267,7 +269,7 @@ def fused_linear_cpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The preference term of contrastive preference optimisation (CPO).
 
@@ -302,7 +304,7 @@ def fused_linear_discopop(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DiscoPOP, the log-ratio modulated loss: logistic below a margin of 0, exponential above it.
 
@@ -334,7 +336,7 @@ def fused_linear_dpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
@@ -369,7 +371,7 @@ def fused_linear_dpo_alpha(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the alpha-divergence: DPO as alpha goes to 0, DPO under the forward KL at 1.
 
@@ -402,7 +404,7 @@ def fused_linear_dpo_forward_kl(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the forward KL.
 
@@ -436,7 +438,7 @@ def fused_linear_dpo_js(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the Jensen-Shannon divergence.
 
@@ -470,7 +472,7 @@ def fused_linear_dpo_norm(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
@@ -505,7 +507,7 @@ def fused_linear_exo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Efficient exact optimisation (EXO): the reverse KL from the policy's preference to the smoothed label.
 
@@ -539,7 +541,7 @@ def fused_linear_hinge(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The rank calibration loss of SLiC-HF, on log-ratios to the reference as in RSO.
 
@@ -570,7 +572,7 @@ def fused_linear_ipo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Identity preference optimisation (IPO): pulls the margin to a fixed target, so that it cannot grow for ever.
 
@@ -605,7 +607,7 @@ def fused_linear_ipo_tau(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """IPO with the target margin of the scaled rewards as its own option.
 
@@ -638,7 +640,7 @@ def fused_linear_kto(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> UnpairedOutput:
     """Kahneman-Tversky optimisation (KTO).
 
@@ -673,7 +675,7 @@ def fused_linear_nca(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Noise contrastive alignment (NCA): raises the chosen log-probability itself, not only the margin.
 
@@ -702,7 +704,7 @@ def fused_linear_orpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The odds ratio term of ORPO, on averages per token.
 
@@ -742,7 +744,7 @@ def fused_linear_preference(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> PreferenceOutput:
     """A loss over pairs, or a weighted mixture of several, from hidden states.
@@ -809,7 +811,7 @@ def fused_linear_robust(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Robust DPO: an unbiased estimate of the DPO loss when a known share of the labels is wrong.
 
@@ -835,7 +837,7 @@ def fused_linear_sft(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Negative log-likelihood of supervised fine-tuning, from hidden states.
 
@@ -880,7 +882,7 @@ def fused_linear_simpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Simple preference optimisation (SimPO), on averages per token.
 
@@ -911,7 +913,7 @@ def fused_linear_sppo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Self-play preference optimisation (SPPO), with a win probability of 1 for chosen and 0 for rejected.
 

@@ -8,9 +8,15 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from fastalign.errors import ConfigError, FastAlignError
+
+# What happens to rows that are too long, and to rows that cannot be used: options of the data and of each trainer.
+OnTruncate = Literal["error", "drop", "keep_end"]
+OnInvalid = Literal["error", "drop"]
+# What happens to the adapter that a model comes with: it becomes part of the weights, or it is trained further.
+GivenAdapter = Literal["merge", "continue"]
 
 
 def help_field(default: Any, text: str, *, path: bool = False) -> Any:
@@ -130,7 +136,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         ConfigError: The value fits none of the types.
     """
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    plain = [typing.get_origin(option) or option for option in options]
+    plain = [str if is_choice(option) else typing.get_origin(option) or option for option in options]
     if value is None and type(None) in plain:
         return None
     for option, of in zip(options, plain, strict=True):
@@ -148,6 +154,11 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         expected = " or ".join("None" if of is type(None) else of.__name__ for of in plain)
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
     return value
+
+
+def is_choice(hint: Any) -> bool:
+    """Whether a type is a `Literal` of strings. It is converted as a string; the class checks which one it is."""
+    return typing.get_origin(hint) is Literal and all(isinstance(value, str) for value in typing.get_args(hint))
 
 
 def _number(value: Any, plain: list[Any]) -> int | float | None:

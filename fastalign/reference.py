@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+Tail = Literal["lump", "drop"]  # of the vocabulary, beyond the entries that a teacher names
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -187,7 +189,7 @@ def logits_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
 ) -> Tensor:
@@ -221,7 +223,7 @@ def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
     return (log_p.exp() * difference.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
-def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
+def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: Divergence, jsd_beta: float) -> Tensor:
     """`logits_divergence` from the log-probabilities (..., V) of student and teacher."""
     if divergence == "forward_kl":
         return _expect(t, t - s)
@@ -243,7 +245,7 @@ def linear_divergence(
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
@@ -394,12 +396,12 @@ def sparse_divergence(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    tail: str = "lump",
+    tail: Tail = "lump",
 ) -> Tensor:
     """Divergence from a teacher of whom only the top k log-probabilities are known, from hidden states.
 
@@ -432,10 +434,10 @@ def sparse_logits_divergence(
     teacher_indices: Tensor,
     teacher_logprobs: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
-    tail: str = "lump",
+    tail: Tail = "lump",
 ) -> Tensor:
     """`sparse_divergence` from the student's logits (..., V)."""
     z = student_logits.to(compute_dtype(student_logits)) / temperature

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
-from fastalign.config.quantization import check_quantization
+from fastalign.config.quantization import Quantization, check_quantization
 from fastalign.errors import ConfigError
-from fastalign.options import help_field, one_of
+from fastalign.options import GivenAdapter, help_field, one_of
 
 
 @dataclass
@@ -28,11 +28,11 @@ class RunOptions:
     )
     title: str | None = help_field(None, "The report's title.")
     dtype: str = help_field("auto", "Type of the weights: float32, bfloat16, float16, or auto (the machine decides).")
-    quantization: str = help_field(
+    quantization: Quantization = help_field(
         "none", "Quantises the frozen weights under a LoRA adapter: none, nf4, fp4 or int8 (needs bitsandbytes)."
     )
     double_quantization: bool = help_field(False, "Whether the scales of nf4 and fp4 weights are quantised too.")
-    adapter: str | None = help_field(
+    adapter: GivenAdapter | None = help_field(
         None,
         "The adapter that the model comes with: merge (into its weights; the default, with a new adapter on top), or "
         "continue (train it further).",
@@ -62,5 +62,5 @@ class RunOptions:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; an answer has at least 1")
         if self.adapter is not None:
-            one_of("adapter", self.adapter, ("merge", "continue"))
+            one_of("adapter", self.adapter, get_args(GivenAdapter))
         check_regularizers(self.regularizers)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from transformers import TrainingArguments
 
 from fastalign.errors import ConfigError
-from fastalign.options import help_field, one_of
-
-ON_TRUNCATE = ("error", "drop", "keep_end")
-ON_INVALID = ("error", "drop")
+from fastalign.options import OnInvalid, OnTruncate, help_field, one_of
 
 
 @dataclass
@@ -61,10 +59,10 @@ class AlignmentConfig(TrainingArguments):
     max_length: int | None = help_field(
         1024, "The most tokens of a prompt together with one completion. None: no limit."
     )
-    on_truncate: str = help_field(
+    on_truncate: OnTruncate = help_field(
         "error", "What happens to rows that are too long: error, drop, or keep_end (cut the start of the prompt)."
     )
-    on_invalid: str = help_field(
+    on_invalid: OnInvalid = help_field(
         "error", "What happens to rows with empty, missing or identical fields: error or drop."
     )
     allow_empty_prompt: bool = help_field(False, "Accept rows of plain strings that have no prompt.")
@@ -93,8 +91,8 @@ class AlignmentConfig(TrainingArguments):
                 "logging_nan_inf_filter is True, which logs a loss of NaN as if it were the mean of the losses before: "
                 "leave it out"
             )
-        one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
-        one_of("on_invalid", self.on_invalid, ON_INVALID)
+        one_of("on_truncate", self.on_truncate, get_args(OnTruncate))
+        one_of("on_invalid", self.on_invalid, get_args(OnInvalid))
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens: set 2 or more"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -11,6 +11,8 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.errors import ConfigError, InputError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
 from fastalign.options import help_field, nearest, one_of
+
+NllOver = Literal["completion", "prompt_and_completion"]
 
 
 @dataclass
@@ -32,7 +34,7 @@ class PreferenceConfig(AlignmentConfig):
     nll_weight: float | None = help_field(
         None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: the loss's own, mostly 0."
     )
-    nll_over: str = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
+    nll_over: NllOver = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
     precompute_ref_log_probs: bool = help_field(
         True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
     )
@@ -55,7 +57,7 @@ class PreferenceConfig(AlignmentConfig):
             raise ConfigError(f"loss_type is {names}; {unpaired[0]} takes labelled rows, not pairs, and stands alone")
         if self.loss_type == ["sft"]:
             raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
-        one_of("nll_over", self.nll_over, ("completion", "prompt_and_completion"))
+        one_of("nll_over", self.nll_over, get_args(NllOver))
         self._check_loss_options()
         if self.sync_ref_model:
             self._check_sync()

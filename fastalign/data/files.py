@@ -19,10 +19,12 @@ from pyarrow import parquet
 
 from fastalign.errors import DataError
 
+Rows = str | Path | list[dict] | datasets.Dataset  # what `load_rows` takes
+
 MAX_DEPTH = 100  # levels of nesting that are searched for a value that holds itself
 
 
-def load_rows(source: str | Path | list[dict] | datasets.Dataset) -> datasets.Dataset:
+def load_rows(source: Rows) -> datasets.Dataset:
     """The rows of a local file, of a list, or of a data set.
 
     Args:
@@ -110,11 +112,11 @@ def _parse_json(text: bytes, where: str, remedy: str, expected: type):
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    # The default limit refuses cells of more than 128 KiB. It is a setting of the whole process: it is put back below.
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        # The default limit refuses cells of more than 128 KiB. It is a setting of the whole process: it is put back.
+        limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        try:
             header = next(reader, [])
             if twice := [name for name in header if header.count(name) > 1]:
                 raise DataError(f"{path} names the column {twice[0]!r} twice: rename one of them.")
@@ -126,12 +128,12 @@ def _read_csv(path: Path) -> Iterator[dict]:
                     )
                 if cells:
                     yield dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}): mend this line.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
-    finally:
-        csv.field_size_limit(limit)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}): mend this line.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> datasets.Dataset:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ def use_training_product(model: nn.Module) -> None:
     base = causal_lm(model)
     if isinstance(base, PreTrainedModel) and has_quantized_embeddings(base):
         base.resize_token_embeddings = _refuse_to_resize
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a Linear4bit
             module.support_avx512bf16_for_cpu = False
         elif hasattr(module, "init_8bit_state") and "forward" not in vars(module):  # a Linear8bitLt
@@ -176,7 +177,7 @@ def _check_tied(model: nn.Module) -> None:
             )
 
 
-def _refuse_to_resize(*args, **kwargs) -> None:
+def _refuse_to_resize(*args: Any, **kwargs: Any) -> NoReturn:
     raise ModelError(
         "The vocabulary cannot be resized, because the output layer is quantised or the embedding is: call "
         "resize_token_embeddings before the model is quantised."

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head import logprobs_tiles
 from fastalign.ops.head.checks import (
     check_devices,
@@ -50,7 +51,7 @@ _library.define(
 )
 
 
-def _epilogue(backend: str) -> Epilogue:
+def _epilogue(backend: Backend) -> Epilogue:
     return pick.GPU_KERNELS[backend].epilogue() if backend in pick.GPU_KERNELS else TORCH
 
 
@@ -189,7 +190,7 @@ class _LogprobsCall(NamedTuple):
     entropy: bool
     cache_rows: int
     frozen: bool  # whether hidden needs a gradient, and weight and bias need none
-    backend: str
+    backend: Backend
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -244,7 +245,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: Literal[False] = ...,
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> Tensor: ...
 
 
@@ -261,7 +262,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: Literal[True],
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -278,7 +279,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: bool,
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -294,7 +295,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     entropy: bool = False,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token from hidden states, and optionally the entropy of its distribution.
 

@@ -16,13 +16,15 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices, check_divergence, check_per_token
-from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, terms
+from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, terms
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START
 from fastalign.ops.head.transform import LogitTransform
+from fastalign.reference import Divergence
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
 # Rows are taken so many at a time that they have this many logits on each side: no second [tokens, V] tensor exists.
 _CHUNK = 1 << 21
 # The logits are given: there is nothing left to transform, and the temperature is divided out beforehand.
@@ -56,7 +58,7 @@ def _chunks(
 
 
 def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta):
-    dtype, kind = reference.compute_dtype(student, teacher), Divergence(divergence, jsd_beta)
+    dtype, kind = reference.compute_dtype(student, teacher), DivergenceKind(divergence, jsd_beta)
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
@@ -72,7 +74,7 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
 
 def _gradient_into(out, grad, student, teacher, stats, mask, divergence, temperature, jsd_beta) -> None:
     """The gradient in the student's logits (N, V) into `out`, which may be those logits."""
-    kind = Divergence(divergence, jsd_beta)
+    kind = DivergenceKind(divergence, jsd_beta)
     scale = grad.to(stats.dtype).unsqueeze(1) / temperature
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
         terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
@@ -137,11 +139,11 @@ def logits_divergence(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     inplace_backward: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution from the teacher's, per token, from both models' logits.
 

@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices, check_targets, check_token_ids
 from fastalign.ops.head.tiling import row_slices
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 # The torch backend takes so many rows at a time that they have this many logits: no second [tokens, V] tensor exists.
 _CHUNK = 1 << 22
 
@@ -179,7 +180,7 @@ def selective_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The target's log-probability `z_y - logsumexp(z)` with `z = logits / temperature`, in one pass over the logits.
 

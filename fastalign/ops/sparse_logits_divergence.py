@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import (
     check_devices,
     check_divergence,
@@ -26,8 +27,9 @@ from fastalign.ops.head.checks import (
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START
 from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
+from fastalign.reference import Divergence, Tail
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
 # Rows are taken so many at a time that they have this many logits: forward makes no second [tokens, V] float32 tensor.
 _CHUNK = 1 << 21
 
@@ -107,11 +109,11 @@ def sparse_logits_divergence(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
-    tail: str = "lump",
-    backend: str = "auto",
+    tail: Tail = "lump",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution from a teacher's top k, per token, from the student's logits.
 

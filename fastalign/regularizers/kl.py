@@ -11,7 +11,7 @@ from fastalign.models.adapters import causal_lm
 from fastalign.models.head import output_head
 from fastalign.objectives.base import Metrics
 from fastalign.options import help_field, one_of
-from fastalign.reference import DIVERGENCES
+from fastalign.reference import DIVERGENCES, Divergence
 from fastalign.regularizers.base import Step, Term, check_positive, count_of, mean_divergence
 
 
@@ -29,7 +29,9 @@ class KLToStart:
     """
 
     strength: float = field(metadata={"help": "Factor of the mean divergence per completion token."})
-    divergence: str = help_field("reverse_kl", "reverse_kl: KL(now || start); forward_kl: KL(start || now); or jsd.")
+    divergence: Divergence = help_field(
+        "reverse_kl", "reverse_kl: KL(now || start); forward_kl: KL(start || now); or jsd."
+    )
     jsd_beta: float = help_field(0.5, "The start's share in jsd.")
 
     def start(self, trainer: Any) -> Term:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.vocabulary import fill_token
 
 
 @torch.no_grad()
@@ -42,8 +43,7 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[]] * len(prompts)
-    stop, device = tokenizer.eos_token_id, next(model.parameters()).device
-    fill = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stop, fill, device = tokenizer.eos_token_id, fill_token(tokenizer), next(model.parameters()).device
     with evaluation_mode(model):
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.distillation import DistillationConfig
 from fastalign.data.batch import Batch
+from fastalign.data.files import Rows
 from fastalign.errors import ConfigError, DataError
+from fastalign.regularizers.base import Regularizer
 from fastalign.regularizers.distillation import Distillation
 from fastalign.rollout.in_process import generate
 from fastalign.training.sft import SFTTrainer
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
 
 # Shares of steps are counted in integers of this unit, so that they stay exact however long training is.
 _MILLION = 1_000_000
@@ -42,9 +50,20 @@ class DistillationTrainer(SFTTrainer):
 
     args: DistillationConfig
 
-    def __init__(self, model, args: DistillationConfig, train_dataset, eval_dataset=None, processing_class=None,
-                 peft_config=None, callbacks=None, *, teacher: str | PreTrainedModel | None = None,
-                 regularizers: Sequence = (), **trainer_options):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: DistillationConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        teacher: str | PreTrainedModel | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        **trainer_options: Any,
+    ):
         teacher = args.teacher if teacher is None else teacher
         if teacher is None:
             raise ConfigError("teacher is missing; give the model to learn from, or a file of its log-probs")
@@ -61,7 +80,7 @@ class DistillationTrainer(SFTTrainer):
         if args.on_policy > 0 and not all(dataset["prompt_ids"]):
             raise DataError(f"The data set is '{found}'; on_policy samples from prompts: give prompt and completion.")
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimiser step. In an on-policy step the student writes their completions.
 
         The Trainer calls this once per optimiser step. The samples have other lengths than the data set's completions,

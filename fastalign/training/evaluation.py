@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
 
+from fastalign.data.files import Rows
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
+from fastalign.objectives.base import Objective
 from fastalign.training.metrics import MetricSums, held_out
+from fastalign.training.reference import Reference
 
 
 class HeldOutEvaluation(Trainer):
     """The part of `AlignmentTrainer` that evaluates. It reads the trainer's objective, reference and sums."""
 
-    objective: Any
-    reference: Any
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+    objective: Objective
+    reference: Reference | None
     sums: MetricSums
     _tokenize: Callable[..., Any]
     _with_reference: Callable[[Dataset], Dataset]
@@ -40,11 +46,11 @@ class HeldOutEvaluation(Trainer):
         self.sums.add("eval", metrics)
         return loss.detach(), None, None
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Rows | Mapping[str, Rows] | None = None, *args, **kwargs) -> dict[str, float]:
         """`transformers.Trainer.evaluate`. Further held-out rows may be given as the constructor takes them."""
         return super().evaluate(self._held_out_rows(eval_dataset), *args, **kwargs)
 
-    def predict(self, test_dataset, *args, **kwargs):
+    def predict(self, test_dataset: Rows | Mapping[str, Rows], *args, **kwargs):
         """`transformers.Trainer.predict`. The rows may be given as the constructor takes them."""
         return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
 
@@ -55,11 +61,11 @@ class HeldOutEvaluation(Trainer):
         means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
         return output._replace(metrics={**(output.metrics or {}), **means})
 
-    def _held_out_rows(self, rows):
+    def _held_out_rows(self, rows: Rows | Mapping[str, Rows] | None) -> Any:
         """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
         if rows is None:
             return None
-        if isinstance(rows, dict):  # several data sets by name
+        if isinstance(rows, Mapping):  # several data sets by name
             return {name: self._held_out_rows(value) for name, value in rows.items()}
         if not (isinstance(rows, Dataset) and "prompt_ids" in rows.column_names):
             rows = self._tokenize(rows, self.processing_class, self.args)[0]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
+from fastalign.data.files import Rows
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
 from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import has_adapter
@@ -19,6 +24,9 @@ from fastalign.training.callbacks import MoveReference
 from fastalign.training.reference import Reference, autocast_dtype, precompute, product_dtype
 from fastalign.training.trainer import AlignmentTrainer
 
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
+
 
 class PreferenceTrainer(AlignmentTrainer):
     """Preference optimisation: DPO and its relatives on pairs, KTO and BCO on labelled rows; see `PreferenceConfig`.
@@ -29,8 +37,17 @@ class PreferenceTrainer(AlignmentTrainer):
 
     args: PreferenceConfig
 
-    def __init__(self, model, args: PreferenceConfig, train_dataset, eval_dataset=None, processing_class=None,
-                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: PreferenceConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_options: Any,
+    ):
         objective = UnpairedObjective if args.unpaired else PreferenceObjective
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
@@ -43,7 +60,7 @@ class PreferenceTrainer(AlignmentTrainer):
         if not args.unpaired and len(dataset[0]["completion_ids"]) != 2:
             raise DataError(f"The data set is '{found}'; a loss over pairs needs chosen and rejected columns.")
 
-    def _tokenize(self, rows, tokenizer, args: PreferenceConfig):
+    def _tokenize(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig):
         dataset, report = super()._tokenize(rows, tokenizer, args)
         return (with_mismatched(dataset) if args.unpaired == "kto" else dataset), report
 

@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.config.quantization import Quantization
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
+from fastalign.data.files import Rows
+from fastalign.data.packing import Layout
+from fastalign.data.report import DataReport
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
@@ -35,8 +39,10 @@ from fastalign.models.loading import load_tokenizer
 from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.models.vocabulary import fill_token
 from fastalign.objectives.base import Objective, Totals
-from fastalign.regularizers.base import Step, Term
+from fastalign.options import GivenAdapter
+from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
 from fastalign.training.checkpoint import ExtraStateCheckpoints
@@ -99,19 +105,19 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         self,
         model: PreTrainedModel | nn.Module | str | Path,
         args: AlignmentConfig,
-        train_dataset,
-        eval_dataset=None,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         *,
         objective: Callable[[Any], Objective],
-        adapter: str | None = None,
+        adapter: GivenAdapter | None = None,
         dtype: str | torch.dtype = "auto",
-        regularizers: Sequence = (),
-        quantization: str = "none",
+        regularizers: Sequence[Regularizer] = (),
+        quantization: Quantization = "none",
         double_quantization: bool = False,
-        **trainer_options,
+        **trainer_options: Any,
     ):
         limit_onednn_cache()
         tokenizer = _tokenizer(model, processing_class)
@@ -125,8 +131,9 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
             )
         elif quantization != "none":
             raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-        for dataset in (train_dataset, eval_dataset or ()):
-            check_fit(dataset, causal_lm(model))
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                check_fit(dataset, causal_lm(model))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
@@ -150,11 +157,11 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
 
     # What a method may change
 
-    def _check_rows(self, dataset: Dataset, found: str, args: AlignmentConfig) -> None:
+    def _check_rows(self, dataset: Dataset, found: str, args: Any) -> None:
         """DataError unless the method can train on rows of the format `found`."""
         raise NotImplementedError
 
-    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig):
+    def _tokenize(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, args: Any) -> tuple[Dataset, DataReport]:
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
         names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
         dataset, report = tokenization.tokenize(rows, tokenizer, **{name: getattr(args, name) for name in names})
@@ -162,7 +169,7 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
         return dataset, report
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
+        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
 
     def _prepare_reference(self) -> Reference:
         """The reference of an objective that needs one: a copy of the weights, scored at every step."""
@@ -210,8 +217,8 @@ class AlignmentTrainer(ExtraStateCheckpoints, HeldOutEvaluation, LoggedMetrics):
             split_groups(optimizer, self.rates)
         return optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Totals | None:
-        """What losses of the coming step are divided by, from all its micro-batches; goes into `compute_loss`."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Any:
+        """The `Totals` of all micro-batches of the coming step; it goes into `compute_loss`, which divides by them."""
         batches = [sample["batch"] for sample in batch_samples]
         if not batches:
             return None
@@ -258,7 +265,7 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
     return Totals(*totals.unbind())
 
 
-def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
+def _layout_of(model: nn.Module, args: AlignmentConfig) -> Layout:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
     return "packed" if layout == "shared" and not args.share_prompts else layout
@@ -290,10 +297,6 @@ def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
 def row_multiple(device: torch.device) -> int:
     """What the length of a packed row is a multiple of. On a GPU a new length costs a search for its kernels."""
     return 64 if device.type == "cuda" else 1
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0  # pyright: ignore[reportReturnType]  # ids are ints
 
 
 def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

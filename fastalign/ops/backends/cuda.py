@@ -313,9 +313,9 @@ def add_squares_(fishers: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         _launch("add_squares", module.Held(), fishers[0], theta_dtype=DTYPES[dtype], tensors=rows)
 
 
-def divergence_epilogue() -> divergence_tiles.Epilogue:
+def divergence_epilogue() -> divergence_tiles.DivergenceEpilogue:
     """What the tiled driver of `linear_divergence` runs between its products."""
-    return divergence_tiles.Epilogue(divergence_normalise, divergence_terms, divergence_gradient)
+    return divergence_tiles.DivergenceEpilogue(divergence_normalise, divergence_terms, divergence_gradient)
 
 
 def _tiles(a: Tensor, b: Tensor | None) -> dict:

@@ -49,11 +49,11 @@ def epilogue() -> Epilogue:
     return Epilogue(kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
 
 
-def divergence_epilogue() -> divergence_tiles.Epilogue:
+def divergence_epilogue() -> divergence_tiles.DivergenceEpilogue:
     """What the tiled driver of `linear_divergence` runs between its products."""
     from fastalign.kernels import linear_divergence as kernels
 
-    return divergence_tiles.Epilogue(kernels.normalise, kernels.terms, kernels.gradient)
+    return divergence_tiles.DivergenceEpilogue(kernels.normalise, kernels.terms, kernels.gradient)
 
 
 def selective_logprobs(*args) -> tuple[Tensor, Tensor]:
