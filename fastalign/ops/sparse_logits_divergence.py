@@ -25,13 +25,11 @@ from fastalign.ops.head.checks import (
     check_teacher_entries,
 )
 from fastalign.ops.head.rows import counting_mask
-from fastalign.ops.head.tiling import START
+from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
 from fastalign.reference import Divergence, Tail
 
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
-# Rows are taken so many at a time that they have this many logits: forward makes no second [tokens, V] float32 tensor.
-_CHUNK = 1 << 21
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("topk_logprobs(Tensor logits, Tensor indices, Tensor? mask, float temperature) -> (Tensor, Tensor)")
@@ -41,10 +39,9 @@ _library.define(
 )
 
 
-def _chunks(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _scaled_logits(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Some unmasked rows at a time: their numbers, and their logits over temperature in float32 or float64."""
-    kept = torch.arange(len(logits), device=logits.device) if mask is None else mask.nonzero().squeeze(1)
-    for rows in kept.split(max(1, _CHUNK // max(logits.shape[1], 1))):
+    for rows in unmasked_rows(logits, mask):
         yield rows, logits[rows].to(reference.compute_dtype(logits)).clamp_(min=START).div_(temperature)
 
 
@@ -52,7 +49,7 @@ def _topk_logprobs(logits, indices, mask, temperature):
     check_entries(indices if mask is None else indices[mask], logits.shape[1])
     (n, k), dtype = indices.shape, reference.compute_dtype(logits)
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
-    for rows, z in _chunks(logits, mask, temperature):
+    for rows, z in _scaled_logits(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
         top = z.scatter_(1, indices[rows], START).amax(1)  # of the tail, which the k entries are not in
         tail = z.sub_(top.unsqueeze(1)).exp_().sum(1)
@@ -62,7 +59,7 @@ def _topk_logprobs(logits, indices, mask, temperature):
 
 def _topk_logprobs_backward(grad, logits, indices, mask, logprobs, stats, temperature):
     out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows, z in _chunks(logits, mask, temperature):
+    for rows, z in _scaled_logits(logits, mask, temperature):
         g, (top, tail) = grad[rows], stats[rows].split(1, 1)
         c = (g - logprobs[rows].exp() * g.sum(1, keepdim=True)) / temperature  # (R, k + 1) d loss / d z
         d = z.sub_(top).exp_().mul_(c[:, -1:] / tail)
