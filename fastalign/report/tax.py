@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fastalign.errors import ConfigError
 from fastalign.files import write_json, write_text
 from fastalign.report.charts import COLOURS, draw_svg
-from fastalign.report.rendering import format_number, render
+from fastalign.report.rendering import format_number, render, text_table
 
 TOKENS_PRINTED = 8
 
@@ -56,32 +53,28 @@ def show_tax(measured: Mapping[str, Any]) -> None:
     Args:
         measured: what `fastalign.evaluation.measure_tax` returned.
     """
-    console = Console(highlight=False, markup=False)  # names and text may hold brackets
     headings, rows = table(measured)
-    shown = Table(
-        title=f"Alignment tax of {measured['tuned']} over {measured['base']}", title_justify="left", title_style="bold"
-    )
-    for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i in (0, len(headings) - 1) else "right")
-    for row in rows:
-        shown.add_row(*row)
-    console.print()
-    console.print(shown)
-    positions = Table(title="KL by position", title_justify="left", title_style="bold")
-    for heading in ("tokens before", "tokens", "nats per token"):
-        positions.add_column(heading, justify="right")
-    for part in measured["by_position"]:
-        span = str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}"
-        positions.add_row(span, format_number(part["tokens"]), format_number(part["kl_mean"]))
-    console.print(positions)
-    changed = Table(title="Tokens that changed most", title_justify="left", title_style="bold")
-    for heading in ("KL", "log-prob, base", "tuned", "text, and the token in brackets"):
-        changed.add_column(heading, justify="left" if heading.startswith("text") else "right")
-    for token in measured["most_changed"][:TOKENS_PRINTED]:
-        numbers = (format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob"))
-        before = " ".join(token["before"].split())[-40:]
-        changed.add_row(*numbers, f"... {before} [{token['token']!r}]")
-    console.print(changed)
+    positions = [
+        [
+            str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}",
+            format_number(part["tokens"]),
+            format_number(part["kl_mean"]),
+        ]
+        for part in measured["by_position"]
+    ]
+    changed = [
+        [
+            *(format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob")),
+            f"... {' '.join(token['before'].split())[-40:]} [{token['token']!r}]",
+        ]
+        for token in measured["most_changed"][:TOKENS_PRINTED]
+    ]
+    print(f"\nAlignment tax of {measured['tuned']} over {measured['base']}\n")
+    print(text_table([headings, *rows], left=(0, len(headings) - 1)))
+    print("\nKL by position\n")
+    print(text_table([["tokens before", "tokens", "nats per token"], *positions]))
+    print("\nTokens that changed most\n")
+    print(text_table([["KL", "log-prob, base", "tuned", "text, and the token in brackets"], *changed], left=(3,)))
 
 
 def write_tax(measured: Mapping[str, Any], folder: str | Path) -> Path:
