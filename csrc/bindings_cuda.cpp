@@ -214,9 +214,6 @@ void bind_ewc(py::module_& m) {
     def_launch<const Held&>(m, "ewc_penalty", +[](const Held& p, Where where) {
         return ewc_penalty(p.theta, p.anchor, p.strength, p.tensors, p.sums, where);
     });
-    def_launch<const Held&>(m, "add_squares", +[](const Held& p, Where where) {
-        return add_squares(p.theta, p.tensors, where);
-    });
 }
 
 void bind_divergence(py::module_& m) {

@@ -140,6 +140,14 @@ def rows(*lines: tuple[str, ...]) -> str:
 # Options: the fields of a dataclass
 
 
+def choices(name: re.Match) -> str:
+    """The strings of an alias such as `Divergence = Literal[...]`, which mean more to a reader than its name."""
+    value = assigned(name[0])
+    if not (isinstance(value, ast.Subscript) and getattr(value.value, "id", "") == "Literal"):
+        return name[0]
+    return " | ".join(map(ast.unparse, getattr(value.slice, "elts", [value.slice])))
+
+
 def options(name: str) -> str:
     """The fields that a configuration class adds, with type, default and the sentence of `--help`."""
     lines = [("option", "type", "default", "meaning")]
@@ -152,7 +160,7 @@ def options(name: str) -> str:
         elif field.value is not None:  # not shown, as in `--help`
             continue
         shown = "required" if default is None else f"`{ast.unparse(default)}`"
-        kind = ast.unparse(field.annotation).replace(" | ", " or ")  # a bar would end the cell
+        kind = re.sub(r"\w+", choices, ast.unparse(field.annotation)).replace(" | ", " or ")  # a bar would end the cell
         lines.append((f"`{field.target.id}`", f"`{kind}`", shown, text(help_text)))
     if len(lines) == 1:
         raise ReferenceProblem(f"{name} has no fields.")

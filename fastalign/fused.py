@@ -40,6 +40,8 @@ from torch import Tensor
 from fastalign.errors import InputError
 from fastalign.losses import PAIRWISE, UNPAIRED, canonical, implicit_rewards, loss_function, options_of, pairwise_loss
 from fastalign.ops import linear_logprobs, segment_sum
+from fastalign.ops.backends.pick import Backend
+from fastalign.ops.head.checks import shift_hint
 from fastalign.options import nearest
 
 _PREFIX = "fused_linear_"
@@ -100,7 +102,7 @@ def fused_linear_preference(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> PreferenceOutput:
     """A loss over pairs, or a weighted mixture of several, from hidden states.
@@ -202,7 +204,7 @@ def _fused_linear_unpaired(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> UnpairedOutput:
     """The mean of a loss over B completions with labels (B,) bool; `fused_linear_<loss>` is made from it."""
@@ -237,7 +239,7 @@ def fused_linear_sft(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Negative log-likelihood of supervised fine-tuning, from hidden states.
 
@@ -263,7 +265,6 @@ def fused_linear_sft(
     Raises:
         InputError: Shapes, dtypes or options do not fit.
     """
-    _check_shift(hidden, targets)
     if num_items is None:
         num_items = have_target(targets, ignore_index).sum().clamp(min=1)
     logprobs = linear_logprobs(
@@ -289,27 +290,15 @@ def _check_options(names: list[str], options: Iterable[str], call: Callable) -> 
             raise InputError(f"option {option!r} is not one of {', '.join(names)}; {hint}")
 
 
-def _check_shift(hidden: Tensor, targets: Tensor) -> None:
-    """InputError where the numbers of hidden states and targets differ by one: only one of the two was shifted."""
-    positions, tokens = hidden.shape[:-1], targets.shape
-    if not tokens or len(positions) != len(tokens) or abs(positions[-1] - tokens[-1]) != 1:
-        return
-    remedy = "hidden[..., :-1, :]" if positions[-1] > tokens[-1] else "targets[..., 1:]"
-    raise InputError(
-        f"hidden is {tuple(hidden.shape)} and targets {tuple(tokens)}, which differ by one position; targets[..., t] "
-        f"is the token that hidden[..., t] predicts, the next one: pass {remedy}"
-    )
-
-
 def _bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, group: int) -> Tensor:
     """Offsets of the sequences into the flattened targets. `group` sequences belong together: 2 for pairs."""
-    _check_shift(hidden, targets)
     rows, packed = ("2B", "(2B + 1,)") if group == 2 else ("B", "(B + 1,)")
     if targets.shape != hidden.shape[:-1] or targets.dim() != (2 if cu_seqlens is None else 1):
         raise InputError(
             f"hidden is {tuple(hidden.shape)}, targets {tuple(targets.shape)} and cu_seqlens "
             f"{'None' if cu_seqlens is None else tuple(cu_seqlens.shape)}; give padded ({rows}, T, H) and ({rows}, T) "
             f"without cu_seqlens, or packed (S, H) and (S,) with cu_seqlens {packed}"
+            + shift_hint(targets.shape, hidden.shape[:-1], "hidden")
         )
     count = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if count < 1 or count % group:

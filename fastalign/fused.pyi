@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastalign.ops.backends.pick import Backend
+
 __all__ = [
     "PreferenceOutput",
     "UnpairedOutput",
@@ -88,7 +90,7 @@ def fused_linear_aot(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """AOT, paired: every quantile of the policy's margins should exceed that of the reference's margins.
 
@@ -121,7 +123,7 @@ def fused_linear_aot_unpaired(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """AOT, unpaired: every quantile of the chosen log-ratios should exceed that of the rejected ones.
 
@@ -155,7 +157,7 @@ def fused_linear_apo_down(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Anchored preference optimisation (APO-down): both down, the rejected completion further.
 
@@ -188,7 +190,7 @@ def fused_linear_apo_zero(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Anchored preference optimisation (APO-zero): chosen up, rejected down.
 
@@ -220,7 +222,7 @@ def fused_linear_bco(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> UnpairedOutput:
     """Binary classifier optimisation (BCO).
 
@@ -254,7 +256,7 @@ def fused_linear_bco_pair(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Binary classifier optimisation (BCO) on pairs: one classifier scores both completions.
 
@@ -282,7 +284,7 @@ def fused_linear_cpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The preference term of contrastive preference optimisation (CPO).
 
@@ -317,7 +319,7 @@ def fused_linear_discopop(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DiscoPOP, the log-ratio modulated loss: logistic below a margin of 0, exponential above it.
 
@@ -349,7 +351,7 @@ def fused_linear_dpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
@@ -384,7 +386,7 @@ def fused_linear_dpo_alpha(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the alpha-divergence: DPO as alpha goes to 0, DPO under the forward KL at 1.
 
@@ -417,7 +419,7 @@ def fused_linear_dpo_forward_kl(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the forward KL.
 
@@ -451,7 +453,7 @@ def fused_linear_dpo_js(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """DPO under the Jensen-Shannon divergence.
 
@@ -485,7 +487,7 @@ def fused_linear_dpo_norm(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Direct preference optimisation (DPO); with label smoothing, conservative DPO.
 
@@ -520,7 +522,7 @@ def fused_linear_exo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Efficient exact optimisation (EXO): the reverse KL from the policy's preference to the smoothed label.
 
@@ -554,7 +556,7 @@ def fused_linear_hinge(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The rank calibration loss of SLiC-HF, on log-ratios to the reference as in RSO.
 
@@ -585,7 +587,7 @@ def fused_linear_ipo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Identity preference optimisation (IPO): pulls the margin to a fixed target, so that it cannot grow for ever.
 
@@ -620,7 +622,7 @@ def fused_linear_ipo_tau(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """IPO with a separate option for the target margin of the scaled rewards.
 
@@ -653,7 +655,7 @@ def fused_linear_kto(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> UnpairedOutput:
     """Kahneman-Tversky optimisation (KTO).
 
@@ -688,7 +690,7 @@ def fused_linear_nca(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Noise contrastive alignment (NCA): raises the chosen log-probability itself, not only the margin.
 
@@ -717,7 +719,7 @@ def fused_linear_orpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """The odds ratio term of ORPO, on averages per token.
 
@@ -757,7 +759,7 @@ def fused_linear_preference(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **loss_options: Any,
 ) -> PreferenceOutput:
     """A loss over pairs, or a weighted mixture of several, from hidden states.
@@ -824,7 +826,7 @@ def fused_linear_robust(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Robust DPO: an unbiased estimate of the DPO loss when a known share of the labels is wrong.
 
@@ -850,7 +852,7 @@ def fused_linear_sft(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Negative log-likelihood of supervised fine-tuning, from hidden states.
 
@@ -895,7 +897,7 @@ def fused_linear_simpo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Simple preference optimisation (SimPO), on averages per token.
 
@@ -926,7 +928,7 @@ def fused_linear_sppo(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PreferenceOutput:
     """Self-play preference optimisation (SPPO), with a win probability of 1 for chosen and 0 for rejected.
 

@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from fastalign.errors import ConfigError, FastAlignError
 
@@ -143,7 +143,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         ConfigError: The value fits none of the types.
     """
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    plain = [typing.get_origin(option) or option for option in options]
+    plain = [str if is_choice(option) else typing.get_origin(option) or option for option in options]
     if value is None and type(None) in plain:
         return None
     members = {name: member.value for of in plain for name, member in getattr(of, "__members__", {}).items()}

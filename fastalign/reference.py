@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+Tail = Literal["lump", "drop"]  # of the vocabulary, beyond the entries that a teacher names
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -73,28 +73,6 @@ def _penalty(
     tl.store(sums_ptr + program, tl.sum(parts.to(tl.float64), 0))
 
 
-@triton.jit
-def _square(row, column, inside, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
-    """F += g^2 of some elements of a tensor."""
-    fisher = _at(tl.load(row), tl.float32, ALIGNED) + column
-    g = _load(_at(tl.load(row + 1), GRAD, ALIGNED) + column, inside).to(tl.float32)
-    tl.store(fisher, _load(fisher, inside) + g * g, mask=inside)
-
-
-@triton.jit
-def _squares(tensors_ptr, blocks_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of F += g^2; tensors: (n, 3) addresses of F and g, and number of elements."""
-    program = tl.program_id(0).to(tl.int64)
-    row = tensors_ptr + 3 * tl.load(blocks_ptr + 2 * program)
-    start = tl.load(blocks_ptr + 2 * program + 1) * BLOCK
-    column = start + tl.arange(0, BLOCK)
-    size = tl.load(row + 2)
-    if start + BLOCK <= size:
-        _square(row, column, None, GRAD, ALIGNED)
-    else:
-        _square(row, column, column < size, GRAD, ALIGNED)
-
-
 def _tables(rows: list[list[int]], sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """The table of tensors, and the table (programs, 2) of tensor and block of it, on the device."""
     blocks = [(i, b) for i, size in enumerate(sizes) for b in range(triton.cdiv(size, BLOCK))]
@@ -150,35 +128,12 @@ def ewc_penalty(
     return torch.cat(sums).sum()
 
 
-def add_squares_(fishers: list[Tensor], grads: list[Tensor]) -> None:
-    """`F_i += g_i^2` over all tensors, which are contiguous and on one device; fishers are float32."""
-    for dtype in sorted({g.dtype for g in grads}, key=str):
-        pairs = [(f, g) for f, g in zip(fishers, grads, strict=True) if g.dtype == dtype]
-        sizes = [f.numel() for f, _ in pairs]
-        table = [[f.data_ptr(), g.data_ptr(), size] for (f, g), size in zip(pairs, sizes, strict=True)]
-        tensors, blocks = _tables(table, sizes, fishers[0].device)
-        if len(blocks):
-            _squares[(len(blocks),)](
-                tensors, blocks, GRAD=_TYPES[dtype], ALIGNED=all(_aligned(*pair) for pair in pairs), BLOCK=BLOCK,
-                num_warps=WARPS,
-            )  # fmt: skip
-
-
-# What `make gpu-check` compiles, with the budgets (see linear_logprobs.py). Squares pass through shared memory from
-# the gradient's layout, 16 bytes of bfloat16 per thread, to that of F.
-_SQUARES = {"registers": 48, "shared": 8 << 10, "loads": 6, "stores": 4}
+# What `make gpu-check` compiles, with the budgets (see linear_logprobs.py).
 CHECKS = [
     {
         "kernel": _penalty,
         "signature": f"*i64:16, *i64:16, *fp64:16, fp32, tl.bfloat16, tl.bfloat16, True, True, True, {BLOCK}",
         "warps": WARPS,
         "budget": {"registers": 80, "shared": 128, "loads": 10, "stores": 2},
-    },
-    {
-        "kernel": _squares,
-        "signature": f"*i64:16, *i64:16, tl.bfloat16, True, {BLOCK}",
-        "warps": WARPS,
-        "budget": _SQUARES,
-        "amd": {"budget": _SQUARES | {"shared": 16 << 10}},
     },
 ]

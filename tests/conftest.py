@@ -4,13 +4,15 @@ model with its tokenizer, since most of what is above the losses needs both.
 What takes seconds to import is imported where it is used: tests of ops and losses do without.
 """
 
+import inspect
 import math
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+import fastalign
 
 torch.set_num_threads(1)
 
@@ -166,7 +168,8 @@ def make_trainer(tokenizer, tmp_path):
         model, rows, kind=PreferenceTrainer, *, eval_rows=None, peft_config=None, regularizers=(), callbacks=None,
         teacher=None, adapter=None, dtype="auto", quantization="none", **options,
     ):  # fmt: skip
-        config = typing.get_type_hints(kind.__init__)["args"]  # every trainer says which options it takes
+        # Every trainer says which options it takes. The other annotations name classes of peft, which is not imported.
+        config = getattr(fastalign, inspect.signature(kind).parameters["args"].annotation)
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",

@@ -391,6 +391,8 @@ def stub() -> str:
         "",
         "from torch import Tensor",
         "",
+        "from fastalign.ops.backends.pick import Backend",
+        "",
         f"__all__ = {sorted([*names, *(output.__name__ for output in outputs)])}",
     ]
     for output in outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import pytest
 
@@ -144,3 +145,15 @@ def test_nearest():
 def test_closest():
     assert closest("orp", ["orpo", "dpo"]) == "orpo"
     assert closest("zzz", ["orpo", "dpo"]) is None
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"), [(Literal["a", "b"], "a"), (Literal["a"] | None, None), (str | Literal[False], False)]
+)
+def test_a_choice_is_converted_as_a_string(hint, value):
+    assert convert("option", value, hint) is value
+
+
+def test_a_choice_takes_no_number():
+    with pytest.raises(ConfigError, match="option is 3; expected str"):
+        convert("option", 3, Literal["a", "b"])

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
+from fastalign.files import write_text
 
 Outputs = dict[str, Tensor]
 PACKAGES = (
@@ -127,9 +128,7 @@ class Measurement:
 def save(measurements: list[Measurement], path: Path) -> None:
     """Writes the records as a JSON list. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([asdict(m) for m in measurements], indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps([asdict(m) for m in measurements], indent=1) + "\n")
 
 
 def load(path: Path) -> list[Measurement]:

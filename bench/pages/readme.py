@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.harness.measure import FLOOR, ROOT, Measurement
 from bench.pages.report import aligned, groups, seconds
+from fastalign.files import write_text
 
 BEGIN, END = "<!-- results: python -m bench report -->", "<!-- end of results -->"
 TAX_BEGIN, TAX_END = "<!-- tax: python -m bench report -->", "<!-- end of tax -->"
@@ -93,9 +94,7 @@ def update(measurements: list[Measurement]) -> None:
         ABILITIES: between(ABILITIES, TAX_BEGIN, TAX_END, tax_table(runs)),
     }
     for path, text in texts.items():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
 
 
 def between(path: Path, begin: str, end: str, new: str) -> str:

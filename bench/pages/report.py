@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.harness.measure import FLOOR, Measurement
 from bench.pages import plots
 from bench.pages.page import page
+from fastalign.files import atomic_write
 
 HEADER = ("implementation", "time", "quartiles", "time / floor", "extra memory", "max error against float64")
 TRAIN_HEADER = (
@@ -134,9 +135,8 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 def write(files: dict[str, bytes], folder: Path) -> list[Path]:
     """Writes each file atomically, and returns the paths."""
     for name, content in files.items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(content)
     return [folder / name for name in files]
 
 

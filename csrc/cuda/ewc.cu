@@ -58,21 +58,6 @@ __global__ void __launch_bounds__(kHeldThreads) penalty_kernel(const __grid_cons
     if (threadIdx.x == 0) p.sums[blockIdx.x] = all;
 }
 
-// F += g^2, where g is passed as theta.
-// budget: 64 registers, 0 bytes shared, 6 wide loads, 4 wide stores
-template <typename T>
-__global__ void __launch_bounds__(kHeldThreads) squares_kernel(const __grid_constant__ HeldBatch p) {
-    std::int64_t start;
-    const HeldTensor& t = p.tensors[tensor_of(p, start)];
-    const int length = length_of(t, start);
-    float g[kItems], fisher[kItems];
-    load_row(static_cast<const T*>(t.theta) + start, length, g, 0.0f);
-    load_row(t.fisher + start, length, fisher, 0.0f);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) fisher[i] += g[i] * g[i];
-    store_row(t.fisher + start, length, fisher);
-}
-
 template <typename Kernel>
 int launch_batches(const std::vector<HeldTensor>& tensors, float strength, double* sums, Where where, Kernel kernel) {
     HeldBatch batch = {};
@@ -102,12 +87,6 @@ int ewc_penalty(DType theta, DType anchor, float strength, const std::vector<Hel
         using T = decltype(t);
         if (anchor == DType::f32) return launch_batches(tensors, strength, sums, where, penalty_kernel<T, float>);
         return launch_batches(tensors, strength, sums, where, penalty_kernel<T, T>);
-    });
-}
-
-int add_squares(DType grad, const std::vector<HeldTensor>& tensors, Where where) {
-    return for_dtype(grad, [&](auto t) {
-        return launch_batches(tensors, 0.0f, nullptr, where, squares_kernel<decltype(t)>);
     });
 }
 

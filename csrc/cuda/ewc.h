@@ -12,9 +12,9 @@ constexpr int kHeldBlock = 4096;  // elements per block
 constexpr int kHeldTensors = 64;  // tensors per launch, whose arguments may take 4 KiB
 
 struct HeldTensor {
-    const void* theta;   // (size,); for add_squares the gradient
+    const void* theta;   // (size,)
     const void* anchor;  // (size,)
-    float* fisher;       // (size,), or null for 1; ewc_penalty reads it, add_squares adds to it
+    const float* fisher;  // (size,), or null for 1
     void* grad;          // (size,) in theta's dtype, or null
     std::int64_t size;
     bool fresh;       // true: write grad; false: add to it
@@ -34,6 +34,5 @@ inline std::int64_t held_blocks(std::int64_t size) { return (size + kHeldBlock -
 // sums has one entry per block: the total of held_blocks over the tensors. The anchor's dtype is theta's or float32.
 int ewc_penalty(DType theta, DType anchor, float strength, const std::vector<HeldTensor>& tensors, double* sums,
                 Where where);
-int add_squares(DType grad, const std::vector<HeldTensor>& tensors, Where where);
 
 }  // namespace fastalign::cuda

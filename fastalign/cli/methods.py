@@ -37,32 +37,32 @@ METHODS = {
     "sft": Method(
         title="sft",
         help="train on completions, chats or plain text",
-        config="fastalign.config:SFTConfig",
-        trainer="fastalign.training:SFTTrainer",
+        config="fastalign.config.sft:SFTConfig",
+        trainer="fastalign.training.sft:SFTTrainer",
     ),
     "distill": Method(
         title="distillation",
         help="train on a teacher's probabilities",
-        config="fastalign.config:DistillationConfig",
-        trainer="fastalign.training:DistillationTrainer",
+        config="fastalign.config.distillation:DistillationConfig",
+        trainer="fastalign.training.distillation:DistillationTrainer",
     ),
     "preference": Method(
         title="preference",
         help="train on preferences",
-        config="fastalign.config:PreferenceConfig",
-        trainer="fastalign.training:PreferenceTrainer",
+        config="fastalign.config.preference:PreferenceConfig",
+        trainer="fastalign.training.preference:PreferenceTrainer",
         losses=True,
     ),
 }
 
 # Names in a configuration file: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
 REGULARIZERS = {
-    "ewc": "fastalign.regularizers:EWC",
-    "l2_sp": "fastalign.regularizers:L2SP",
-    "kl_to_start": "fastalign.regularizers:KLToStart",
-    "distillation": "fastalign.regularizers:Distillation",
-    "replay": "fastalign.regularizers:Replay",
-    "layerwise": "fastalign.regularizers:LayerWise",
+    "ewc": "fastalign.regularizers.ewc:EWC",
+    "l2_sp": "fastalign.regularizers.ewc:L2SP",
+    "kl_to_start": "fastalign.regularizers.kl:KLToStart",
+    "distillation": "fastalign.regularizers.distillation:Distillation",
+    "replay": "fastalign.regularizers.replay:Replay",
+    "layerwise": "fastalign.regularizers.layerwise:LayerWise",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.config.quantization import check_quantization
@@ -48,11 +48,11 @@ class RunOptions:
     )
     title: str | None = help_field(None, "The report's title.")
     dtype: str = help_field("auto", "Type of the weights: float32, bfloat16, float16, or auto (the machine decides).")
-    quantization: str = help_field(
+    quantization: Quantization = help_field(
         "none", "Quantises the frozen weights under a LoRA adapter: none, nf4, fp4 or int8 (needs bitsandbytes)."
     )
     double_quantization: bool = help_field(False, "Whether the scales of nf4 and fp4 weights are quantised too.")
-    adapter: str | None = help_field(
+    adapter: GivenAdapter | None = help_field(
         None,
         "The adapter that the model comes with: merge (into its weights; the default, with a new adapter on top), or "
         "continue (train it further).",
@@ -79,7 +79,7 @@ class RunOptions:
                 "so set lora_rank to 1 or more"
             )
         if self.adapter is not None:
-            one_of("adapter", self.adapter, ("merge", "continue"))
+            one_of("adapter", self.adapter, get_args(GivenAdapter))
         check_regularizers(self.regularizers)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from transformers import TrainingArguments
@@ -14,10 +15,7 @@ from transformers import TrainingArguments
 from fastalign.config.ranges import TRAINING, check_ranges
 from fastalign.config.supported import check_supported
 from fastalign.errors import ConfigError
-from fastalign.options import help_field, one_of
-
-ON_TRUNCATE = ("error", "drop", "keep_end")
-ON_INVALID = ("error", "drop")
+from fastalign.options import OnInvalid, OnTruncate, help_field, one_of
 
 
 @dataclass
@@ -67,10 +65,10 @@ class AlignmentConfig(TrainingArguments):
     max_length: int | None = help_field(
         1024, "The most tokens of a prompt together with one completion. None: no limit."
     )
-    on_truncate: str = help_field(
+    on_truncate: OnTruncate = help_field(
         "error", "What happens to rows that are too long: error, drop, or keep_end (cut the start of the prompt)."
     )
-    on_invalid: str = help_field(
+    on_invalid: OnInvalid = help_field(
         "error", "What happens to rows with empty, missing or identical fields: error or drop."
     )
     allow_empty_prompt: bool = help_field(False, "Accept rows of plain strings that have no prompt.")

@@ -53,7 +53,7 @@ class DistillationConfig(SFTConfig):
     )
     weight: float = help_field(0.5, "Weight of the data's NLL. The teacher's term has the weight 1 - weight.")
     temperature: float = help_field(1.0, "Temperature of the student's and the teacher's distribution.")
-    divergence: str = help_field(
+    divergence: Divergence = help_field(
         "forward_kl", "Divergence from the teacher: forward_kl (teacher || student), reverse_kl, or jsd."
     )
     jsd_beta: float = help_field(0.5, "Share of the teacher in jsd.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -75,7 +75,7 @@ class PreferenceConfig(AlignmentConfig):
     nll_weight: float | None = help_field(
         None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: the loss's own, mostly 0."
     )
-    nll_over: str = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
+    nll_over: NllOver = help_field("completion", "Tokens that the NLL counts: completion, or prompt_and_completion.")
     precompute_ref_log_probs: bool = help_field(
         True, "Compute the reference log-probs once before training, and keep them on disk; False: at every step."
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from fastalign.errors import ConfigError
 from fastalign.options import one_of
 
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 FOUR_BITS = ("nf4", "fp4")
-QUANTIZATIONS = ("none", *FOUR_BITS, "int8")
 
 
 def check_quantization(quantization: str, double_quantization: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from fastalign.data.batch import Batch
-from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
+from fastalign.data.packing import Layout, PackedBatch, lay_out, pad_to_multiple
 from fastalign.errors import DataError
 
 # `lay_out` reads these columns. Every other column of a row becomes a tensor in `Batch.columns`.
@@ -27,7 +27,7 @@ class Collator:
         multiple: Make the length of a packed row a multiple of this number of tokens.
     """
 
-    def __init__(self, layout: str, pad_token_id: int, *, score_prompts: bool = False, multiple: int = 1):
+    def __init__(self, layout: Layout, pad_token_id: int, *, score_prompts: bool = False, multiple: int = 1):
         self.layout, self.pad_token_id, self.score_prompts = layout, pad_token_id, score_prompts
         self.multiple = multiple
 

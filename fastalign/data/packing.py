@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import compress
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ from torch import Tensor
 from fastalign.errors import InputError
 
 # What `lay_out` takes, from the fewest tokens to the most.
-LAYOUTS = ("shared", "packed", "padded")
+Layout = Literal["shared", "packed", "padded"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class Group(NamedTuple):
@@ -271,7 +272,7 @@ def _tokens(rows: list[list[int]]) -> Tensor:
     return ids
 
 
-def lay_out(examples: list[dict], layout: str, pad_token_id: int) -> PackedBatch:
+def lay_out(examples: list[dict], layout: Layout, pad_token_id: int) -> PackedBatch:
     """The micro-batch of some examples in the layout of a model.
 
     Args:

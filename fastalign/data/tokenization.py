@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import datasets
 import pyarrow.compute as pc
@@ -30,6 +30,10 @@ from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths
 from fastalign.data.unpairing import labelled_from_pairs
 from fastalign.errors import ConfigError, DataError, ModelError
+from fastalign.options import OnInvalid, OnTruncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
 # What the rows may be for, what they must hold, and what rows of which formats can serve.
@@ -44,12 +48,12 @@ NAMED_ROWS = 5  # how many row numbers an error or the report lists
 
 
 def tokenize(
-    rows,
-    tokenizer,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
-    on_truncate: str = "error",
-    on_invalid: str = "error",
+    on_truncate: OnTruncate = "error",
+    on_invalid: OnInvalid = "error",
     num_proc: int | None = None,
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
@@ -198,9 +202,9 @@ def _number_as_given(outcome: _Outcome, converted: Converted) -> None:
 def _check_options(max_length: int | None, on_truncate: str, on_invalid: str, wanted: str | None) -> None:
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ConfigError(f"max_length must be an integer of at least 2 or None, found {max_length!r}.")
-    if on_truncate not in ("error", "drop", "keep_end"):
+    if on_truncate not in get_args(OnTruncate):
         raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
-    if on_invalid not in ("error", "drop"):
+    if on_invalid not in get_args(OnInvalid):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
     if wanted is not None and wanted not in NEEDS:
         raise ConfigError(f"wanted must be one of {', '.join(NEEDS)} or None, found {wanted!r}.")

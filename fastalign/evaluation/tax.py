@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.batching import batches_within
-from fastalign.data.packing import PackedBatch, lay_out
+from fastalign.data.packing import LAYOUTS, Layout, PackedBatch, lay_out
 from fastalign.data.text import text_windows
 from fastalign.errors import DataError, ModelError
 from fastalign.models.adapters import causal_lm, load_adapter
@@ -142,7 +142,7 @@ def compare_tokens(
     base: Scorer,
     tuned: Scorer,
     rows: Sequence[dict],
-    layout: str,
+    layout: Layout,
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -303,7 +303,7 @@ def _concatenate(parts: list[TokenChanges], windows: list[int]) -> TokenChanges:
     return TokenChanges(*(np.concatenate(values) for values in zip(*columns, strict=True)))
 
 
-def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Scorer, Scorer, str, nn.Module]:
+def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Scorer, Scorer, Layout, nn.Module]:
     """The scorers of both models, the layout that both can take, and a model that knows the device and positions."""
     folder = Path(model_folder(tuned)).expanduser()
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -329,5 +329,5 @@ def _load_pair(base: str, tuned: str, tokenizer, dtype) -> tuple[Scorer, Scorer,
         )
     layouts = [prepare(m.eval()) for m in (model, other)]
     # The more careful of the two layouts, which both models can take.
-    layout = max(layouts, key=("shared", "packed", "padded").index)
+    layout = max(layouts, key=LAYOUTS.index)
     return model_scorer(model), model_scorer(other), layout, model

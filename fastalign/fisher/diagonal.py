@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.fisher.eight_bit import ByteSums, add_products_, add_rows_
 from fastalign.fisher.output_layer import VOCAB_TILE, HeadFisher, Roles, add_sums, logits_tile
-from fastalign.fisher.storage import Fisher
+from fastalign.fisher.storage import Estimator, Fisher, Per
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
@@ -48,17 +48,17 @@ from fastalign.ops.linear_logprobs import linear_logprobs
 
 __all__ = ["Fisher", "fisher_diagonal"]
 
-ESTIMATORS = ("empirical", "sampled", "batch")
-PER = ("sequence", "token")
+ESTIMATORS = get_args(Estimator)
+PER = get_args(Per)
 
 
 def fisher_diagonal(
     model: nn.Module,
-    data,
+    data: Rows,
     *,
-    tokenizer=None,
-    estimator: str = "empirical",
-    per: str = "sequence",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    estimator: Estimator = "empirical",
+    per: Per = "sequence",
     tokens_per_batch: int = 2048,
     max_length: int | None = None,
     bits: int = 32,

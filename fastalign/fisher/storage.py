@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,9 @@ from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.files import atomic_write
 from fastalign.fisher.eight_bit import ByteSums
 
+# What is squared, and for what: `fisher_diagonal` explains them.
+Estimator = Literal["empirical", "sampled", "batch"]
+Per = Literal["sequence", "token"]
 _SCALE = ":scale"  # ends the name of the scales of a matrix in 8 bits; the matrix itself has the parameter's name
 
 
@@ -37,8 +40,8 @@ class Fisher(MutableMapping):
         values: Mapping[str, Tensor] | None = None,
         *,
         samples: int = 0,
-        estimator: str = "empirical",
-        per: str = "sequence",
+        estimator: Estimator = "empirical",
+        per: Per = "sequence",
     ):
         self.stored: dict[str, Any] = dict(values or {})  # each a Tensor or ByteSums
         self.samples, self.estimator, self.per = samples, estimator, per

@@ -171,9 +171,11 @@ def _attention_function(
         return _packed_attention(query, key, value, attention_mask, options), None
     if not query.is_cuda and not has_native_matmul(dtype := query.dtype):
         # The CPU has no instructions for products of this dtype: float32 is faster, and rounds less.
-        wide = (t.float() for t in (query, key, value))
+        query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
-            output, _ = _attention_function(module, *wide, attention_mask, dropout, scaling, softcap, s_aux, **kwargs)
+            output, _ = _attention_function(
+                module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, **kwargs
+            )
         return output.to(dtype), None
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

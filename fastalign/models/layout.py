@@ -8,13 +8,13 @@ must equal those of separate rows, in which nothing can leak between sequences.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastalign.data.packing import PackedBatch, pack, pad
+from fastalign.data.packing import Layout, PackedBatch, pack, pad
 from fastalign.errors import ModelError
 from fastalign.models.adapters import causal_lm, check_packable
 from fastalign.models.attention import NAME, logger, packed_attention
@@ -23,7 +23,7 @@ from fastalign.models.modes import evaluation_mode
 from fastalign.models.vocabulary import embedding_rows
 
 
-def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
+def prepare_model(model: nn.Module) -> Layout:
     """Sets the attention of a causal model, and runs it on a few tokens to find how its batches may be laid out.
 
     Args:
@@ -52,7 +52,7 @@ def prepare_model(model: nn.Module) -> Literal["shared", "packed", "padded"]:
     return layout
 
 
-def _find_layout(base: PreTrainedModel) -> tuple[Literal["shared", "packed", "padded"], str | None]:
+def _find_layout(base: PreTrainedModel) -> tuple[Layout, str | None]:
     """The layout, and why it is not "shared"."""
     body: Any = base.base_model
     stock: Any = base.config._attn_implementation  # transformers annotates it wider than its setter takes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastalign.config.quantization import check_quantization
+from fastalign.config.quantization import Quantization, check_quantization
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import adapter_base, load_adapter, merge_adapter
 from fastalign.models.freed import release_freed_memory
@@ -42,7 +42,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     for_adapter: bool = True,
-    quantization: str = "none",
+    quantization: Quantization = "none",
     double_quantization: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model.
@@ -104,9 +104,13 @@ def load_model(
 
 
 def load_with_adapter(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", for_adapter: bool = True, quantization: str = "none",
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    for_adapter: bool = True,
+    quantization: Quantization = "none",
     double_quantization: bool = False,
-) -> PeftModel:  # fmt: skip
+) -> PeftModel:
     """Loads the base model of an adapter folder, with the adapter on it, frozen.
 
     Args:
@@ -246,7 +250,7 @@ def _is_quantized(folder: Path | str) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
 
 
-def _check_quantized(source: str | Path, dtype: str | torch.dtype, quantization: str) -> None:
+def _check_quantized(source: str | Path, dtype: str | torch.dtype, quantization: Quantization) -> None:
     """ConfigError for options that do not go with a model that was saved quantised."""
     if quantization != "none":
         raise ConfigError(

@@ -21,6 +21,7 @@ from fastalign.models.quantization import is_quantized_layer, quantized_weight
 from fastalign.ops import rms_norm, swiglu
 from fastalign.ops.backends import cpu
 
+_RMS_NORM, _SWIGLU = "rms_norm", "gated"  # the kernels of the native module
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +45,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight, eps = getattr(module, "weight", None), _eps(module)
     if "RMSNorm" not in type(module).__name__ or getattr(module, "bias", None) is not None or eps is None:
         return False
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not _takes(weight):
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not _takes(_RMS_NORM, weight):
         return False
     wide = weight.double()
     return _agrees(module, lambda x: reference.rms_norm(x.double(), wide, eps), weight)
@@ -90,33 +91,29 @@ def _eps(module: nn.Module) -> float | None:
 
 def _rms_norm(self: Any, x: Tensor) -> Tensor:
     weight = self.weight  # may be replaced for the call: the Fisher information gives each token its own weight
-    if not _applies(x, weight) or weight.shape != x.shape[-1:]:
+    if not _applies(_RMS_NORM, x, weight) or weight.shape != x.shape[-1:]:
         return type(self).forward(self, x)
-    return rms_norm(x, weight, _eps(self) or 0.0, backend=_backend(x))
+    return rms_norm(x, weight, _eps(self) or 0.0)
 
 
 def _swiglu_block(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if not _applies(gate, up):
+    if not _applies(_SWIGLU, gate, up):
         return self.down_proj(self.act_fn(gate) * up)
-    return self.down_proj(swiglu(gate, up, backend=_backend(gate)))
-
-
-def _backend(t: Tensor) -> str:
-    return "torch" if _on_gpu(t) else "cpu"
+    return self.down_proj(swiglu(gate, up))
 
 
 def _on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def _takes(*tensors: Tensor) -> bool:
-    """Whether all are ordinary floating tensors on a GPU, or can be read by the native module."""
+def _takes(kernel: str, *tensors: Tensor) -> bool:
+    """Whether all are ordinary floating tensors on a GPU, or this kernel of the native module can read them."""
     if all(map(_on_gpu, tensors)):
         return all(t.dtype in FLOATS and type(t) in PLAIN_TENSORS for t in tensors)
-    return not (cpu.why_not(*tensors) or cpu.why_no_kernel("rms_norm"))
+    return not (cpu.why_not(*tensors) or cpu.why_no_kernel(kernel))
 
 
-def _applies(x: Tensor, other: Tensor) -> bool:
+def _applies(kernel: str, x: Tensor, other: Tensor) -> bool:
     """Whether both are on one device and of one dtype, and have an address, as under vmap they have not."""
-    return _takes(x, other) and x.dtype == other.dtype and not torch._C._are_functorch_transforms_active()
+    return _takes(kernel, x, other) and x.dtype == other.dtype and not torch._C._are_functorch_transforms_active()

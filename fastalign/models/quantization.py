@@ -21,7 +21,7 @@ import copy
 import re
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +253,7 @@ def _check_tied(model: nn.Module) -> None:
             )
 
 
-def _refuse_to_resize(*args, **kwargs) -> None:
+def _refuse_to_resize(*args: Any, **kwargs: Any) -> NoReturn:
     raise ModelError(
         "The vocabulary cannot be resized, because the output layer is quantised or the embedding is: call "
         "resize_token_embeddings before the model is quantised."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastalign.data.packing import PackedBatch, lay_out
+from fastalign.data.packing import Layout, PackedBatch, lay_out
 from fastalign.errors import ModelError
 from fastalign.models.adapters import causal_lm, plain_name
 from fastalign.models.attention import packed_attention
@@ -47,7 +47,7 @@ class Scores(NamedTuple):
     hidden: Tensor | None
 
 
-def prepare(model: nn.Module) -> str:
+def prepare(model: nn.Module) -> Layout:
     """Lets `model(packed=batch)` return `Scores`, and finds how the model's batches must be laid out.
 
     Linear layers, norms and attention of the model are replaced by faster ones where those compute the same.
@@ -115,7 +115,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, layout: str) -> None:
+def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     """ModelError unless `output_head` reproduces the logits of the model's stock forward, within rounding.
 
     Architectures scale, shift or cap between body and logits in many ways, and not all of them show in the

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import fingerprint
-from fastalign.models.vocabulary import check_vocabulary, embedding_rows, vocabulary_digest
+from fastalign.models.vocabulary import check_vocabulary, embedding_rows, fill_token, vocabulary_digest
 from fastalign.reference import linear_logits
 
 _ROWS = 128  # rows of logits that exist at a time while a teacher's top k is computed
@@ -43,7 +42,7 @@ class Teacher:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.layout = prepare(model)
-        self.pad_token_id: Any = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.pad_token_id = fill_token(tokenizer)
 
     @classmethod
     def load(cls, source: str | Path | nn.Module, trainer) -> Teacher:

@@ -41,6 +41,12 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
+def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills padded rows, where it is masked: the tokenizer's padding token, else EOS, else 0."""
+    tokens: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None), 0)
+
+
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the tokens and their numbers, as a hexadecimal string."""
     return hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=16).hexdigest()

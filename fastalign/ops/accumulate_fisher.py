@@ -15,17 +15,18 @@ from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
 from fastalign.ops.backends.launch import without_autocast
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices
 from fastalign.ops.offsets import as_offsets, assert_offsets, check_offsets
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 # Bytes of one tile of F, and of the product beside it, so that both stay in a core's cache.
 _TILE_BYTES = 1 << 18
 
 
 @torch.no_grad()
 def accumulate_fisher_(
-    fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor, *, backend: str = "auto"
+    fisher: Tensor, grad_output: Tensor, inputs: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
 ) -> Tensor:
     """`F += sum_s (G_s' X_s)^2`, in place, where G_s and X_s are the rows of sequence s.
 

@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("auto", "torch", "cpu", "triton", "cuda")
 # Elements of one block of the plain torch version: three such blocks stay in a core's cache.
 _BLOCK = 1 << 16
 # Bytes of one tile of the merged LoRA weight.
@@ -34,7 +35,7 @@ def ewc_penalty(
     fishers: Sequence[Tensor] | None,
     strength: float = 1.0,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The penalty `strength / 2 * sum_i F_i (theta_i - theta0_i)^2` over all tensors, a scalar to add to a loss.
 
@@ -71,7 +72,7 @@ def ewc_penalty_(
     fishers: Sequence[Tensor] | None,
     strength: float = 1.0,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """`ewc_penalty`, and its gradient added to each parameter's `.grad` in the same pass.
 
@@ -131,7 +132,7 @@ def _like(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _run(
-    backend: str,
+    backend: Backend,
     parameters: Sequence[Tensor],
     anchors: Sequence[Tensor],
     fishers: Sequence[Tensor] | None,
@@ -268,7 +269,7 @@ def _checked(
     anchors: Sequence[Tensor],
     fishers: Sequence[Tensor] | None,
     strength: float,
-    backend: str,
+    backend: Backend,
     grads: Sequence[Tensor] = (),
 ) -> str:
     """Check the arguments; returns the backend to use."""

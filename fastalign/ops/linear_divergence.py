@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head import divergence_tiles as tiles
 from fastalign.ops.head.checks import (
     check_devices,
@@ -25,7 +26,7 @@ from fastalign.ops.head.checks import (
     check_per_token,
     check_same_tokens,
 )
-from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.divergence_terms import DivergenceKind
 from fastalign.ops.head.rows import (
     ScoredRows,
     counting_mask,
@@ -36,6 +37,7 @@ from fastalign.ops.head.rows import (
 )
 from fastalign.ops.head.tiling import START
 from fastalign.ops.head.transform import pack_transform, unpack_transform
+from fastalign.reference import Divergence
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _SIDES = (
@@ -60,7 +62,7 @@ def _side(hidden, weight, bias, transform, scored: ScoredRows, vocab: int) -> ti
     return tiles.Side(gather_rows(hidden, scored), weight[:vocab], bias, unpack_transform(transform))
 
 
-def _cut_vocabulary(vocab: int, hidden, weight, bias, transform) -> cpu_head.Side:
+def _cut_vocabulary(vocab: int, hidden, weight, bias, transform) -> cpu_head.SideArguments:
     """A side with the first entries of the vocabulary only."""
     return hidden, weight[:vocab], None if bias is None else bias[:vocab], transform
 
@@ -80,7 +82,7 @@ def _append_zeros(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad if missing == 0 else torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])])
 
 
-def _epilogue(backend: str) -> tiles.Epilogue | None:
+def _epilogue(backend: Backend) -> tiles.DivergenceEpilogue | None:
     return pick.GPU_KERNELS[backend].divergence_epilogue() if backend in pick.GPU_KERNELS else None
 
 
@@ -104,7 +106,7 @@ def _linear_divergence(
     out = tiles.forward(
         _side(hidden, weight, bias, transform, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_transform, scored, vocab),
-        Divergence(divergence, jsd_beta),
+        DivergenceKind(divergence, jsd_beta),
         grads=grads,
         coefficients=coefficients,
         needs=formed,
@@ -165,7 +167,7 @@ def _linear_divergence_backward(
         gather_rows(coefficients, scored),
         _side(hidden, weight, bias, transform, scored, vocab),
         _side(teacher_hidden, teacher_weight, teacher_bias, teacher_transform, scored, vocab),
-        Divergence(divergence, jsd_beta),
+        DivergenceKind(divergence, jsd_beta),
         _padded_stats(gather_rows(stats, scored._replace(ignored=None)), kept.shape[0]),
         needs=needs,
         epilogue=_epilogue(backend),
@@ -220,12 +222,12 @@ class _DivergenceCall(NamedTuple):
 
     transform: tuple[float, float, float]
     teacher_transform: tuple[float, float, float]
-    divergence: str
+    divergence: Divergence
     jsd_beta: float
     grads: bool  # whether hidden needs a gradient
     needs: tuple[bool, bool]  # whether weight and bias do
     memory_budget: int
-    backend: str
+    backend: Backend
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -273,7 +275,7 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
@@ -281,7 +283,7 @@ def linear_divergence(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution s from the teacher's t, per token, from hidden states.
 

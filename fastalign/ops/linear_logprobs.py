@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastalign import reference
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head import logprobs_tiles
 from fastalign.ops.head.checks import (
     check_devices,
@@ -52,7 +53,7 @@ _library.define(
 )
 
 
-def _epilogue(backend: str) -> Epilogue:
+def _epilogue(backend: Backend) -> Epilogue:
     return pick.GPU_KERNELS[backend].epilogue() if backend in pick.GPU_KERNELS else TORCH
 
 
@@ -191,7 +192,7 @@ class _LogprobsCall(NamedTuple):
     entropy: bool
     cache_rows: int
     frozen: bool  # whether hidden needs a gradient, and weight and bias need none
-    backend: str
+    backend: Backend
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -248,7 +249,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: Literal[False] = ...,
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> Tensor: ...
 
 
@@ -265,7 +266,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: Literal[True],
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -282,7 +283,7 @@ def linear_logprobs(
     ignore_index: int | None = ...,
     entropy: bool,
     memory_budget: int | None = ...,
-    backend: str = ...,
+    backend: Backend = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -298,7 +299,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     entropy: bool = False,
     memory_budget: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token from hidden states, and optionally the entropy of its distribution.
 

@@ -26,12 +26,11 @@ from fastalign.ops.head.checks import (
 )
 from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, terms
 from fastalign.ops.head.rows import counting_mask
-from fastalign.ops.head.tiling import START
+from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.head.transform import LogitTransform
+from fastalign.reference import Divergence
 
-BACKENDS = ("auto", "reference", "torch")
-# Rows are taken so many at a time that they have this many logits on each side: no second [tokens, V] tensor exists.
-_CHUNK = 1 << 21
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
 # The logits are given: there is nothing left to transform, and the temperature is divided out beforehand.
 _NO_TRANSFORM = LogitTransform()
 
@@ -46,18 +45,16 @@ _library.define(
 )
 
 
-def _chunks(
+def _scaled_logits(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """Some unmasked rows at a time: their numbers, both sides' logits over temperature, and two scratch tiles.
 
     The logits are copies in float32 or float64.
     """
-    kept = torch.arange(len(student), device=student.device) if mask is None else mask.nonzero().squeeze(1)
-    vocab, dtype = student.shape[1], reference.compute_dtype(student, teacher)
-    step = max(1, _CHUNK // max(vocab, 1))
-    spare = student.new_empty(2, min(step, len(kept)), vocab, dtype=dtype)
-    for rows in kept.split(step):
+    blocks, dtype = unmasked_rows(student, mask), reference.compute_dtype(student, teacher)
+    spare = student.new_empty(2, len(blocks[0]), student.shape[1], dtype=dtype)
+    for rows in blocks:
         a, b = (t[rows].to(dtype).clamp_(min=START).div_(temperature) for t in (student, teacher))
         yield rows, a, b, (spare[0, : len(a)], spare[1, : len(a)])
 
@@ -73,7 +70,7 @@ def without_entries(top: Tensor, logits: Tensor, rows: Tensor, temperature: floa
 
 
 def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta):
-    dtype, kind = reference.compute_dtype(student, teacher), Divergence(divergence, jsd_beta)
+    dtype, kind = reference.compute_dtype(student, teacher), DivergenceKind(divergence, jsd_beta)
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
     for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
@@ -91,9 +88,9 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
 
 def _gradient_into(out, grad, student, teacher, stats, mask, divergence, temperature, jsd_beta) -> None:
     """The gradient in the student's logits (N, V) into `out`, which may be those logits."""
-    kind = Divergence(divergence, jsd_beta)
+    kind = DivergenceKind(divergence, jsd_beta)
     scale = grad.to(stats.dtype).unsqueeze(1) / temperature
-    for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
+    for rows, a, b, scratch in _scaled_logits(student, teacher, mask, temperature):
         terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
         out[rows] = gradient(a, b, stats[rows, 4], kind, _NO_TRANSFORM).mul_(scale[rows]).to(out.dtype)
     if mask is not None:
@@ -156,11 +153,11 @@ def logits_divergence(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     inplace_backward: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution from the teacher's, per token, from both models' logits.
 

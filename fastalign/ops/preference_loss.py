@@ -22,10 +22,11 @@ from fastalign.errors import InputError
 from fastalign.losses import PAIRWISE, UNPAIRED, canonical, log1mexp, options_of, pairwise_loss
 from fastalign.losses.checks import check_logprobs
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices
 from fastalign.ops.offsets import as_offsets, check_offsets
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
 
 class Form(IntEnum):
@@ -241,7 +242,7 @@ def preference_loss(
     alternating: bool = True,
     labels: Tensor | None = None,
     kl: float | Tensor = 0.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **options: float,
 ) -> PreferenceLosses:
     """The loss of each pair from the log-probabilities of its tokens: `losses.<loss_type>` o `segment_sum`.

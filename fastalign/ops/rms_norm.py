@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 # Returns the norm (..., H) and 1 / sqrt(mean(x^2) + eps) of each row (...).
@@ -73,7 +74,7 @@ class _RmsNorm(torch.autograd.Function):
         return d_x, d_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
     """Root mean square norm `x w / sqrt(mean(x^2) + eps)`, the mean over the last dimension.
 
     It is differentiable (once) in x and weight.

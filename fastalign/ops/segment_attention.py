@@ -15,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 # query (heads, T, D), key (key_heads, T, D), value (key_heads, T, Dv). Returns the output (T, heads, Dv) and the
@@ -108,7 +109,7 @@ def segment_attention(
     window: int | None = None,
     scaling: float | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention in a packed row, `softmax(scaling q k') v`, where each token sees its segment and the segment's prefix.
 

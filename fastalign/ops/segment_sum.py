@@ -9,10 +9,11 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices
 from fastalign.ops.offsets import as_offsets, check_offsets
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("segment_sum(Tensor values, Tensor cu_seqlens, str backend) -> Tensor")
@@ -48,7 +49,7 @@ class _SegmentSum(torch.autograd.Function):
         return grad.repeat_interleave(cu_seqlens.diff(), output_size=ctx.count), None, None
 
 
-def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:
+def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The sum of each sequence's values: `out[i] = sum(values[cu_seqlens[i] : cu_seqlens[i + 1]])`.
 
     Args:

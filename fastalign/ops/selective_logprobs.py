@@ -191,7 +191,7 @@ def selective_logprobs(
     temperature: float = 1.0,
     ignore_index: int | None = -100,
     inplace_backward: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The target's log-probability `z_y - logsumexp(z)` with `z = logits / temperature`, in one pass over the logits.
 

@@ -25,6 +25,7 @@ from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head import divergence_tiles as tiles
 from fastalign.ops.head import tiling
 from fastalign.ops.head.checks import (
@@ -40,8 +41,9 @@ from fastalign.ops.head.products import accumulate, operand
 from fastalign.ops.head.rows import counting_mask, kept_rows
 from fastalign.ops.head.tiling import START, pad_rows, row_slices, vocabulary_tiles
 from fastalign.ops.head.transform import pack_transform, unpack_transform
+from fastalign.reference import Divergence, Tail
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu")
 _GATHERED = 1 << 24  # bytes of gathered weight rows at a time
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
@@ -303,7 +305,7 @@ class _TopkLogprobs(torch.autograd.Function):
 def divergence_of_buckets(
     logprobs: Tensor,  # (N, k + 1) of the student, the tail last
     teacher: Tensor,  # (N, k)
-    divergence: str,
+    divergence: Divergence,
     jsd_beta: float,
     *,
     with_tail: bool,
@@ -328,13 +330,13 @@ def sparse_divergence(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    tail: str = "lump",
-    backend: str = "auto",
+    tail: Tail = "lump",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution from a teacher's top k, per token, from hidden states.
 

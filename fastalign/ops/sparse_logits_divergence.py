@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import (
     check_devices,
     check_divergence,
@@ -29,10 +30,9 @@ from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START
 from fastalign.ops.logits_divergence import without_entries
 from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
+from fastalign.reference import Divergence, Tail
 
-BACKENDS = ("auto", "reference", "torch")
-# Rows are taken so many at a time that they have this many logits: forward makes no second [tokens, V] float32 tensor.
-_CHUNK = 1 << 21
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("topk_logprobs(Tensor logits, Tensor indices, Tensor? mask, float temperature) -> (Tensor, Tensor)")
@@ -42,10 +42,9 @@ _library.define(
 )
 
 
-def _chunks(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _scaled_logits(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Some unmasked rows at a time: their numbers, and their logits over temperature in float32 or float64."""
-    kept = torch.arange(len(logits), device=logits.device) if mask is None else mask.nonzero().squeeze(1)
-    for rows in kept.split(max(1, _CHUNK // max(logits.shape[1], 1))):
+    for rows in unmasked_rows(logits, mask):
         yield rows, logits[rows].to(reference.compute_dtype(logits)).clamp_(min=START).div_(temperature)
 
 
@@ -53,7 +52,7 @@ def _topk_logprobs(logits, indices, mask, temperature):
     check_entries(indices if mask is None else indices[mask], logits.shape[1])
     (n, k), dtype = indices.shape, reference.compute_dtype(logits)
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
-    for rows, z in _chunks(logits, mask, temperature):
+    for rows, z in _scaled_logits(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
         # The k entries are not in the tail: they go below all others, which are at least START / temperature.
         top = z.scatter_(1, indices[rows], 2 * START / temperature).amax(1)
@@ -67,7 +66,7 @@ def _topk_logprobs(logits, indices, mask, temperature):
 
 def _topk_logprobs_backward(grad, logits, indices, mask, logprobs, stats, temperature):
     out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows, z in _chunks(logits, mask, temperature):
+    for rows, z in _scaled_logits(logits, mask, temperature):
         g, (top, tail) = grad[rows], stats[rows].split(1, 1)
         c = (g - logprobs[rows].exp() * g.sum(1, keepdim=True)) / temperature  # (R, k + 1) d loss / d z
         d = z.sub_(top).exp_().mul_(c[:, -1:] / tail)
@@ -114,11 +113,11 @@ def sparse_logits_divergence(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     jsd_beta: float = 0.5,
-    tail: str = "lump",
-    backend: str = "auto",
+    tail: Tail = "lump",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of the student's next-token distribution from a teacher's top k, per token, from the student's logits.
 

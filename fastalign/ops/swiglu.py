@@ -16,9 +16,10 @@ from torch.nn.functional import silu
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import check_devices
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "cpu")
 
 _library = torch.library.Library("fastalign", "FRAGMENT")
 _library.define("swiglu(Tensor gate, Tensor up, str backend) -> Tensor")
@@ -66,7 +67,7 @@ class _Swiglu(torch.autograd.Function):
         return *torch.ops.fastalign.swiglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
-def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The gated activation `silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`.
 
     It is differentiable (once) in both.

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ from fastalign.models.scoring import Scores
 from fastalign.objectives.base import Metrics, Totals
 
 Term = Callable[["Step"], tuple[Tensor, Metrics]]
+
+
+class Regularizer(Protocol):
+    """What the trainers take as a regulariser."""
+
+    def start(self, trainer: Any) -> Term | None:
+        """Called once before training; returns the term, or None if it acts in another way."""
+        ...
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Distillation:
     )
     weight: float = help_field(0.5, "Share of the objective's loss, from 0 (the teacher alone) to below 1.")
     temperature: float = help_field(1.0, "Divides the logits of both models.")
-    divergence: str = help_field("forward_kl", "forward_kl: KL(teacher || student); reverse_kl; or jsd.")
+    divergence: Divergence = help_field("forward_kl", "forward_kl: KL(teacher || student); reverse_kl; or jsd.")
     jsd_beta: float = help_field(0.5, "The teacher's share in jsd.")
     top_k: int | None = help_field(None, "Store so many log-probs per token once, instead of running the teacher.")
     cache_dir: str | None = field(

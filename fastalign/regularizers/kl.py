@@ -32,7 +32,9 @@ class KLToStart:
     """
 
     strength: float = field(metadata={"help": "Factor of the mean divergence per completion token."})
-    divergence: str = help_field("reverse_kl", "reverse_kl: KL(now || start); forward_kl: KL(start || now); or jsd.")
+    divergence: Divergence = help_field(
+        "reverse_kl", "reverse_kl: KL(now || start); forward_kl: KL(start || now); or jsd."
+    )
     jsd_beta: float = help_field(0.5, "The start's share in jsd.")
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,6 +30,25 @@ def render(template: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters |= {"number": format_number, "text": format_text, "svg": Markup}
     return environment.get_template(template).render(values)
+
+
+def text_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> str:
+    """A table for the terminal, its first row the headings. Cells are data, never markup.
+
+    Args:
+        rows: the cells, as many in each row.
+        left: the numbers of the columns that are aligned on the left; the others are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(
+        [lines[0].rstrip(), "  ".join("-" * width for width in widths), *(line.rstrip() for line in lines[1:])]
+    )
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

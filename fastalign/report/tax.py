@@ -15,7 +15,7 @@ from rich.table import Table
 from fastalign.errors import ConfigError, printable
 from fastalign.files import write_json, write_text
 from fastalign.report.charts import COLOURS, draw_svg
-from fastalign.report.rendering import format_number, render
+from fastalign.report.rendering import format_number, render, text_table
 
 TOKENS_PRINTED = 8
 
@@ -56,7 +56,6 @@ def show_tax(measured: Mapping[str, Any]) -> None:
     Args:
         measured: what `fastalign.evaluation.measure_tax` returned.
     """
-    console = Console(highlight=False, markup=False)  # names and text may hold brackets
     headings, rows = table(measured)
     shown = Table(
         title=printable(f"Alignment tax of {measured['tuned']} over {measured['base']}"),

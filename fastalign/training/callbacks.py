@@ -101,7 +101,7 @@ class Progress(ProgressCallback):
             if shown:
                 self.training_bar.set_postfix(shown)
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args, state, control, *_, **kwargs):
         """Shows no second bar for evaluations: they are short, and their results follow."""
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from fastalign.config.distillation import DistillationConfig
 from fastalign.data.batch import Batch
+from fastalign.data.files import Rows
 from fastalign.errors import ConfigError, DataError
+from fastalign.regularizers.base import Regularizer
 from fastalign.regularizers.distillation import Distillation
 from fastalign.rollout.in_process import generate
 from fastalign.training.preflight import check_config
 from fastalign.training.sft import SFTTrainer
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
 
 # Shares of steps are counted in integers of this unit, so that they stay exact however long training is.
 _MILLION = 1_000_000
@@ -71,7 +78,7 @@ class DistillationTrainer(SFTTrainer):
             )
         return dataset, report
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimiser step. In an on-policy step the student writes their completions.
 
         The Trainer calls this once per optimiser step. The samples have other lengths than the data set's completions,

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from fastalign.data.loading import of_each
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
+from fastalign.objectives.base import Objective
 from fastalign.training.metrics import MetricSums, held_out
+from fastalign.training.reference import Reference
 
 
 class HeldOutEvaluation(Trainer):
     """The part of `AlignmentTrainer` that evaluates. It reads the trainer's objective, reference and sums."""
 
-    objective: Any
-    reference: Any
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+    objective: Objective
+    reference: Reference | None
     sums: MetricSums
     _tokenize: Callable[..., Any]
     _with_reference: Callable[[Dataset], Dataset]
@@ -79,7 +84,7 @@ class HeldOutEvaluation(Trainer):
         means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
         return output._replace(metrics={**(output.metrics or {}), **means})
 
-    def _held_out_rows(self, rows):
+    def _held_out_rows(self, rows: Rows | Mapping[str, Rows] | None) -> Any:
         """Held-out rows as evaluation needs them: tokenised, and with the reference log-probs where they are stored."""
         if isinstance(rows, str) and isinstance(self.eval_dataset, dict) and rows in self.eval_dataset:
             return rows  # the Trainer evaluates one of the constructor's data sets by its name

@@ -60,7 +60,8 @@ class FiniteGuard(TrainerCallback):
         if not gradients:
             return
         # The largest magnitude of each gradient is NaN or inf exactly if one of its elements is.
-        largest = torch.stack([norm.to(args.device) for norm in torch._foreach_norm(gradients, float("inf"))])
+        norms = torch._foreach_norm(gradients, float("inf"))  # pyright: ignore[reportPrivateImportUsage] - no public name
+        largest = torch.stack([norm.to(args.device) for norm in norms])
         self._add("gradient", rows, ~torch.isfinite(largest).all())
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         if getattr(inner, "_step_supports_amp_scaling", False):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
@@ -20,6 +24,9 @@ from fastalign.training.callbacks import MoveReference
 from fastalign.training.preflight import check_config
 from fastalign.training.reference import Reference, autocast_dtype, precompute, product_dtype
 from fastalign.training.trainer import AlignmentTrainer
+
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
 
 
 class PreferenceTrainer(AlignmentTrainer):

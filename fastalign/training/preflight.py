@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.data.packing import Layout
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm
@@ -92,7 +93,7 @@ def row_tokens(row: dict, layout: str) -> int:
     return prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
 
 
-def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layout: str) -> list[tuple[str, str]]:
+def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layout: Layout) -> list[tuple[str, str]]:
     """(label, text) lines on the batches, the trainable parameters and the predicted memory of a run.
 
     The memory is predicted for the longest micro-batch that can occur: the longest rows, as many as one holds.

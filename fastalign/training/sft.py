@@ -7,6 +7,9 @@ from fastalign.config.sft import SFTConfig
 from fastalign.objectives.sft import SFTObjective
 from fastalign.training.trainer import AlignmentTrainer
 
+if TYPE_CHECKING:
+    from fastalign.models.adapters import PeftConfig
+
 
 class SFTTrainer(AlignmentTrainer):
     """Supervised fine-tuning on prompt/completion rows, assistant turns of messages, or plain text; see `SFTConfig`.
@@ -27,8 +30,17 @@ class SFTTrainer(AlignmentTrainer):
         ModelError: The model cannot be loaded or trained.
     """
 
-    def __init__(self, model, args: SFTConfig, train_dataset, eval_dataset=None, processing_class=None,
-                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: SFTConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_options: Any,
+    ):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             objective=lambda _: SFTObjective(), **trainer_options,

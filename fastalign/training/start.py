@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from torch import nn
 
+from fastalign.config.quantization import Quantization
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import adapter_base, add_adapter, causal_lm, has_adapter, merge_adapter, train_adapter
 from fastalign.models.loading import load_model, load_with_adapter
-from fastalign.options import one_of
+from fastalign.options import GivenAdapter, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fastalign.config.base import AlignmentConfig
     from fastalign.models.adapters import PeftConfig
 
-WAYS = ("merge", "continue", "stack")
 MERGED = "base"  # folder, inside the run folder, of a model with its old adapter merged
 
 
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
     trained: str
 
 
-def way_of(adapter: str | None, peft_config: PeftConfig | None) -> str:
+def way_of(adapter: GivenAdapter | None, peft_config: PeftConfig | None) -> GivenAdapter:
     """What happens to an adapter that the model comes with: "merge" or "continue".
 
     Raises:
@@ -47,7 +47,7 @@ def way_of(adapter: str | None, peft_config: PeftConfig | None) -> str:
     """
     if adapter is None:
         return "continue" if peft_config is None else "merge"
-    one_of("adapter", adapter, WAYS)
+    one_of("adapter", adapter, (*get_args(GivenAdapter), "stack"))
     if adapter == "stack":
         raise ConfigError(
             "adapter is 'stack', which is not supported: peft saves two adapters on one model in two folders, and who "
@@ -62,7 +62,11 @@ def way_of(adapter: str | None, peft_config: PeftConfig | None) -> str:
 
 
 def load_start(
-    source: str | Path, dtype: Any, way: str, peft_config: PeftConfig | None, quantization: str = "none",
+    source: str | Path,
+    dtype: Any,
+    way: GivenAdapter,
+    peft_config: PeftConfig | None,
+    quantization: Quantization = "none",
     double_quantization: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Loads a model, or the model and the adapter of an adapter folder.
@@ -92,7 +96,7 @@ def load_start(
 
 def start_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, peft_config: PeftConfig | None,
-    adapter: str | None,
+    adapter: GivenAdapter | None,
 ) -> tuple[nn.Module, Origin]:  # fmt: skip
     """The model with the adapter that is trained, and what the preflight report says of it.
 

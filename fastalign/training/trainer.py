@@ -37,8 +37,10 @@ from fastalign.models.loading import load_tokenizer
 from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.models.vocabulary import fill_token
 from fastalign.objectives.base import Objective, Totals
-from fastalign.regularizers.base import Step, Term
+from fastalign.options import GivenAdapter
+from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
 from fastalign.training.checkpoint import AtomicCheckpoints
@@ -104,19 +106,19 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self,
         model: PreTrainedModel | nn.Module | str | Path,
         args: AlignmentConfig,
-        train_dataset,
-        eval_dataset=None,
+        train_dataset: Rows,
+        eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         *,
         objective: Callable[[Any], Objective],
-        adapter: str | None = None,
+        adapter: GivenAdapter | None = None,
         dtype: str | torch.dtype = "auto",
-        regularizers: Sequence = (),
-        quantization: str = "none",
+        regularizers: Sequence[Regularizer] = (),
+        quantization: Quantization = "none",
         double_quantization: bool = False,
-        **trainer_options,
+        **trainer_options: Any,
     ):
         limit_onednn_cache()
         check_arguments(trainer_options)
@@ -165,7 +167,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, _pad_token_id(self.processing_class), multiple=row_multiple(self.args.device))
+        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
 
     def _prepare_reference(self) -> Reference:
         """The reference of an objective that needs one: a copy of the weights, scored at every step."""
@@ -213,8 +215,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
             split_groups(optimizer, self.rates)
         return optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Totals | None:
-        """What losses of the coming step are divided by, from all its micro-batches; goes into `compute_loss`."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Any:
+        """The `Totals` of all micro-batches of the coming step; it goes into `compute_loss`, which divides by them."""
         batches = [sample["batch"] for sample in batch_samples]
         if not batches:
             return None
@@ -325,10 +327,6 @@ def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
 def row_multiple(device: torch.device) -> int:
     """What the length of a packed row is a multiple of. On a GPU a new length costs a search for its kernels."""
     return 64 if device.type == "cuda" else 1
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id or tokenizer.eos_token_id or 0  # pyright: ignore[reportReturnType]  # ids are ints
 
 
 def _tokenizer(model: nn.Module | str | Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from fastalign.cli import methods, table
 from fastalign.errors import ConfigError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
+from fastalign.options import is_choice
 
 INHERITED = {f.name: f for f in fields(TrainingArguments)}
 
@@ -25,6 +26,8 @@ def type_text(hint: Any) -> str:
     """A type as the table writes it: `list[str] | None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(map(type_text, typing.get_args(hint)))
+    if is_choice(hint):
+        return "str"
     if isinstance(hint, list):  # the arguments of a Callable
         return f"[{', '.join(map(type_text, hint))}]"
     if arguments := typing.get_args(hint):

@@ -61,12 +61,3 @@ def test_launches(cuda, emulated):
     before = emulated.launches()
     cuda.ewc_penalty(parameters, anchors, fishers, 0.7)
     assert emulated.launches() - before == 2  # 73 tensors that have elements
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_squares(cuda, dtype):
-    _, _, fishers, grads = problem(dtype, torch.float32)
-    want = [f.double() + g.double() ** 2 for f, g in zip(fishers, grads, strict=True)]
-    cuda.add_squares_(fishers, grads)
-    for got, exact in zip(fishers, want, strict=True):
-        assert ((got - exact).abs() <= 2 * EPS * exact).all()

@@ -11,13 +11,13 @@ import torch
 from fastalign import linear_divergence
 from fastalign.ops.head import divergence_terms as definition
 from fastalign.ops.head import tiling
-from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.divergence_terms import DivergenceKind
 from fastalign.ops.head.tiling import START
 from fastalign.ops.head.transform import LogitTransform
 
 ROWS, COLUMNS = 5, 1043
 HEADS = {"plain": LogitTransform(), "scaled": LogitTransform(0.5, None, 0.7), "capped": LogitTransform(1.3, 8.0, 0.7)}
-KINDS = [Divergence("forward_kl", 0.0), Divergence("reverse_kl", 0.0), Divergence("jsd", 0.3)]
+KINDS = [DivergenceKind("forward_kl", 0.0), DivergenceKind("reverse_kl", 0.0), DivergenceKind("jsd", 0.3)]
 EPS = torch.finfo(torch.float32).eps
 
 

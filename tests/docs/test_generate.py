@@ -44,6 +44,11 @@ def test_options_are_the_fields_with_their_defaults(generate, name):
         assert meaning == field.metadata["help"].replace("`", "")
 
 
+def test_a_choice_is_shown_with_its_strings(generate):
+    kinds = {name: kind for name, kind, *_ in cells(generate.options("AlignmentConfig"))}
+    assert kinds["on_invalid"] == "'error' or 'drop'"
+
+
 @pytest.mark.parametrize(("table", "losses"), [("PAIRWISE", PAIRWISE), ("UNPAIRED", UNPAIRED)])
 def test_every_loss_has_its_row(generate, table, losses):
     rows = {re.match(r"\[(\w+)\]", row[0])[1]: row for row in cells(generate.loss_table(table))}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
 
 from fastalign import reference, sparse_divergence, sparse_logits_divergence
 from fastalign.errors import BackendError, InputError
+from fastalign.ops.head import tiling
 
-op = sys.modules["fastalign.ops.sparse_logits_divergence"]  # the name in fastalign.ops is the function's
 N, V, K = 37, 53, 6
 KINDS = reference.DIVERGENCES
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(op, "_CHUNK", 10 * V)
+    monkeypatch.setattr(tiling, "LOGITS_AT_A_TIME", 10 * V)
 
 
 def problem(dtype=torch.float32, *, n=N, k=K, spread=2.0, seed=0) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import math
 import jinja2
 import pytest
 
-from fastalign.report.rendering import format_number, format_text, render
+from fastalign.report.rendering import format_number, format_text, render, text_table
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,13 @@ def test_chat_messages_as_text():
 def test_a_value_that_a_template_misses_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="is undefined"):
         render("report.html.j2")
+
+
+def test_a_table_for_the_terminal():
+    rows = [["name", "count"], ["[bold]a", "1"], ["b", "1,234"]]
+    assert text_table(rows, left=(0,)).splitlines() == [
+        "name     count",
+        "-------  -----",
+        "[bold]a      1",
+        "b        1,234",
+    ]

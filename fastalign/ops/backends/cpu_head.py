@@ -210,12 +210,12 @@ def linear_topk_logprobs_backward(
 
 
 # One side of a divergence: hidden (N, H), weight (V, H), bias (V,), and the numbers of its logit transform.
-Side = tuple[Tensor, Tensor, "Tensor | None", Sequence["float | None"]]
+SideArguments = tuple[Tensor, Tensor, "Tensor | None", Sequence["float | None"]]
 
 
 def linear_divergence(
-    student: Side,
-    teacher: Side,
+    student: SideArguments,
+    teacher: SideArguments,
     rows: Tensor | None,
     kind: str,
     jsd_beta: float,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
+from fastalign.ops.backends.launch import GPU_DTYPES, why_not_on
 from fastalign.ops.head import divergence_tiles
 from fastalign.ops.head.epilogue import Coefficients, Epilogue, Stats, Sums, pick_rows
 from fastalign.ops.head.transform import LogitTransform
@@ -25,7 +26,7 @@ except ImportError:  # built without nvcc; `fastalign info` says so, and backend
     _extension = None
 module: Any = _extension
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/cuda/launchers.h
+DTYPES = {dtype: code for code, dtype in enumerate(GPU_DTYPES)}  # DType of csrc/cuda/launchers.h
 NOT_BUILT = "fastalign was built without CUDA: install nvcc (the CUDA toolkit) and run `make build`"
 
 
@@ -36,18 +37,7 @@ def describe() -> str:
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors, or None."""
-    if module is None:
-        return NOT_BUILT
-    given = [t for t in tensors if t is not None]
-    for t in given:
-        if t.device.type != module.device_type:
-            return f"a tensor lies on {t.device}, and the kernels run on {module.device_type}"
-        if t.is_floating_point() and t.dtype not in DTYPES:
-            return f"a tensor is {t.dtype}; it takes float32, bfloat16 and float16"
-    devices = {t.device for t in given}
-    if len(devices) > 1:
-        return f"tensors lie on {sorted(map(str, devices))}; move them to one device"
-    return None
+    return NOT_BUILT if module is None else why_not_on(module.device_type, tensors)
 
 
 def _launch(kernel: str, problem: Any, at: Tensor, **fields: Tensor | list | tuple | float | None) -> None:
@@ -304,18 +294,9 @@ def ewc_penalty(
     return torch.cat(sums).sum()
 
 
-def add_squares_(fishers: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """`F_i += g_i^2` over all tensors, which are contiguous and on one device; fishers are float32."""
-    groups = defaultdict(list)
-    for fisher, grad in zip(fishers, grads, strict=True):
-        groups[grad.dtype].append((grad.data_ptr(), 0, fisher.data_ptr(), 0, fisher.numel(), False))
-    for dtype, rows in groups.items():
-        _launch("add_squares", module.Held(), fishers[0], theta_dtype=DTYPES[dtype], tensors=rows)
-
-
-def divergence_epilogue() -> divergence_tiles.Epilogue:
+def divergence_epilogue() -> divergence_tiles.DivergenceEpilogue:
     """What the tiled driver of `linear_divergence` runs between its products."""
-    return divergence_tiles.Epilogue(divergence_normalise, divergence_terms, divergence_gradient)
+    return divergence_tiles.DivergenceEpilogue(divergence_normalise, divergence_terms, divergence_gradient)
 
 
 def _tiles(a: Tensor, b: Tensor | None) -> dict:

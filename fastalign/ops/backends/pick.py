@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,24 +24,25 @@ from torch import Tensor
 from fastalign.errors import BackendError
 from fastalign.ops.backends import cpu, cuda, triton
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
-GPU_KERNELS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
+Backend = Literal["auto", "reference", "torch", "cpu", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+GPU_KERNELS: dict[Backend, ModuleType] = {"cuda": cuda, "triton": triton}
 # The modules whose functions are the ops' forward and backward passes, by backend.
-KERNELS: dict[str, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
+KERNELS: dict[Backend, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
 # Why the kernels of a backend cannot take an op's arguments, or None.
 WhyNot = Callable[[str], "str | None"]
 
 
 def resolve(
     op: str,
-    backend: str,
+    backend: Backend,
     *tensors: Tensor | None,
-    backends: Sequence[str] = BACKENDS,
+    backends: Sequence[Backend] = BACKENDS,
     cpu_kernel: str | None = None,
     only_if_fast: bool = True,
     prefer: str = "cuda",
     why_not: WhyNot | None = None,
-) -> str:
+) -> Backend:
     """The name of the backend that runs the op: one of `backends`, never "auto".
 
     Args:
@@ -91,10 +93,10 @@ def _refuse_transforms(op: str) -> None:
 
 def pick_gpu_kernels(
     *tensors: Tensor | None,
-    backends: Sequence[str] = BACKENDS,
+    backends: Sequence[Backend] = BACKENDS,
     prefer: str = "cuda",
     why_not: WhyNot | None = None,
-) -> str | None:
+) -> Backend | None:
     """The name of the GPU kernels that take these tensors, `prefer` before others.
 
     None where the first tensor lies on no GPU, or where no kernels take them.
@@ -109,7 +111,7 @@ def pick_gpu_kernels(
 
 
 def _why_not(
-    backend: str, tensors: Sequence[Tensor | None], cpu_kernel: str | None, why_not: WhyNot | None
+    backend: Backend, tensors: Sequence[Tensor | None], cpu_kernel: str | None, why_not: WhyNot | None
 ) -> str | None:
     why = KERNELS[backend].why_not(*tensors)
     if why is None and backend == "cpu" and cpu_kernel is not None:

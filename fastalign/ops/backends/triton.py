@@ -12,10 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fastalign.ops.backends.launch import why_not_on
 from fastalign.ops.head import divergence_tiles
 from fastalign.ops.head.epilogue import Epilogue, Stats, pick_rows
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
@@ -24,17 +23,8 @@ def why_not(*tensors: Tensor | None) -> str | None:
         return "triton is not installed; it comes with torch for CUDA, or pip install triton"
     from fastalign.kernels.linear_logprobs import DEVICE as device
 
-    given = [t for t in tensors if t is not None]
-    for t in given:
-        if t.device.type != device:
-            how = "" if device == "cpu" else "; TRITON_INTERPRET=1 in the environment interprets them on the CPU"
-            return f"a tensor lies on {t.device}, and the kernels run on {device}{how}"
-        if t.is_floating_point() and t.dtype not in DTYPES:
-            return f"a tensor is {t.dtype}; it takes float32, bfloat16 and float16"
-    devices = {t.device for t in given}
-    if len(devices) > 1:
-        return f"tensors lie on {sorted(map(str, devices))}; move them to one device"
-    return None
+    hint = "" if device == "cpu" else "; TRITON_INTERPRET=1 in the environment interprets them on the CPU"
+    return why_not_on(device, tensors, hint=hint)
 
 
 def epilogue() -> Epilogue:
@@ -49,11 +39,11 @@ def epilogue() -> Epilogue:
     return Epilogue(kernels.absorb, finish, kernels.softmax_gradient, kernels.kept_gradient, low_precision=True)
 
 
-def divergence_epilogue() -> divergence_tiles.Epilogue:
+def divergence_epilogue() -> divergence_tiles.DivergenceEpilogue:
     """What the tiled driver of `linear_divergence` runs between its products."""
     from fastalign.kernels import linear_divergence as kernels
 
-    return divergence_tiles.Epilogue(kernels.normalise, kernels.terms, kernels.gradient)
+    return divergence_tiles.DivergenceEpilogue(kernels.normalise, kernels.terms, kernels.gradient)
 
 
 def selective_logprobs(*args) -> tuple[Tensor, Tensor]:

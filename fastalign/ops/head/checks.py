@@ -112,20 +112,18 @@ def check_targets(targets: Tensor, shape: Sequence[int], *, of: str) -> None:
     if tuple(targets.shape) != tuple(shape):
         raise InputError(
             f"targets is {tuple(targets.shape)}; it must be {of}'s shape without the last, {tuple(shape)}"
-            + _shift_hint(targets.shape, shape, of)
+            + shift_hint(targets.shape, shape, of)
         )
 
 
-def _shift_hint(targets: Sequence[int], expected: Sequence[int], of: str) -> str:
-    """What to do where the lengths differ by 1: then only one of the two was shifted to the next token."""
+def shift_hint(targets: Sequence[int], expected: Sequence[int], of: str) -> str:
+    """The end of an error where the lengths differ by 1: then only one of the two was shifted to the next token."""
     if not targets or len(targets) != len(expected) or tuple(targets[:-1]) != tuple(expected[:-1]):
         return ""
     if abs(targets[-1] - expected[-1]) != 1:
         return ""
-    return (
-        f". targets[i] is the token that {of}[i] predicts, the next one: from a model's input_ids pass "
-        f"{of}[..., :-1, :] with input_ids[..., 1:]"
-    )
+    remedy = f"{of}[..., :-1, :]" if expected[-1] > targets[-1] else "targets[..., 1:]"
+    return f". targets[..., t] is the token that {of}[..., t] predicts, the next one: pass {remedy}"
 
 
 def check_token_ids(name: str, ids: Tensor, vocab: int, *, op: str, ignore_index: int | None = None) -> None:

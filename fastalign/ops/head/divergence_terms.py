@@ -25,15 +25,16 @@ from torch import Tensor
 
 from fastalign.ops.head.tiling import START
 from fastalign.ops.head.transform import LogitTransform
+from fastalign.reference import Divergence
 
 # A divergence this large comes from entries that one side rules out (-inf), which the tiles hold as START.
 RULED_OUT = 1e9
 
 
-class Divergence(NamedTuple):
+class DivergenceKind(NamedTuple):
     """Which divergence."""
 
-    name: str  # one of reference.DIVERGENCES
+    name: Divergence
     beta: float  # the jsd's share of the teacher in m
 
 
@@ -91,7 +92,7 @@ def terms(
     a: Tensor,
     b: Tensor,
     stats: Tensor,
-    kind: Divergence,
+    kind: DivergenceKind,
     transform: LogitTransform,
     scratch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor | None]:
@@ -116,14 +117,14 @@ def terms(
     return out
 
 
-def gradient(a: Tensor, b: Tensor, moment: Tensor, kind: Divergence, transform: LogitTransform) -> Tensor:
+def gradient(a: Tensor, b: Tensor, moment: Tensor, kind: DivergenceKind, transform: LogitTransform) -> Tensor:
     """The gradient `c dz/du` (R, T) of one tile in its products, from what `terms` left in a and b."""
     c = a if kind.name == "forward_kl" else b.addcmul_(a, moment.unsqueeze(1), value=-1)
     scale = gradient_scale(kind, transform)
     return c.mul_(scale) if scale != 1.0 else c
 
 
-def gradient_scale(kind: Divergence, transform: LogitTransform) -> float:
+def gradient_scale(kind: DivergenceKind, transform: LogitTransform) -> float:
     """The constant factor of the gradient: what its tiles do not contain yet."""
     of_kind = 1 - kind.beta if kind.name == "jsd" else 1.0
     return of_kind * (transform.factor if transform.softcap is None else 1.0)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head import tiling
-from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, gradient_scale, terms
+from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, gradient_scale, terms
 from fastalign.ops.head.products import accumulate, in_place, operand, product
 from fastalign.ops.head.tiling import ROW_MULTIPLE, START, round_up_rows, row_slices, vocabulary_tiles
 from fastalign.ops.head.transform import LogitTransform
@@ -43,7 +43,7 @@ class Side(NamedTuple):
         return self._replace(hidden=operand(self.hidden[rows]))
 
 
-class Epilogue(NamedTuple):
+class DivergenceEpilogue(NamedTuple):
     """What a GPU backend does to tiles between products; kernels/linear_divergence.py documents each function."""
 
     normalise: Callable[..., None]  # (z, bias, transform, top, total)
@@ -51,7 +51,7 @@ class Epilogue(NamedTuple):
     gradient: Callable[..., None]  # (a, b, moments, scale, coefficients, out)
 
 
-class Forward(NamedTuple):
+class DivergenceForward(NamedTuple):
     """What the forward pass returns for N rows."""
 
     values: Tensor  # (N,)
@@ -116,14 +116,14 @@ class _LogitBuffers:
 def forward(
     student: Side,
     teacher: Side,
-    kind: Divergence,
+    kind: DivergenceKind,
     *,
     grads: bool,
     coefficients: Tensor | None = None,
     needs: tuple[bool, bool] = (False, False),
     budget: int,
-    epilogue: Epilogue | None = None,
-) -> Forward:
+    epilogue: DivergenceEpilogue | None = None,
+) -> DivergenceForward:
     """Divergences of N rows, and gradients.
 
     Args:
@@ -159,11 +159,16 @@ def forward(
             if coefficients is not None and any(needs):
                 c.mul_(coefficients[block].unsqueeze(1))
                 add_head_gradients(c, sides[0].hidden, d_weight, d_bias, slice(v0, v1))
-    return Forward(values, grad_hidden, stats, d_weight, d_bias)
+    return DivergenceForward(values, grad_hidden, stats, d_weight, d_bias)
 
 
 def _values_of_block(
-    student: Side, teacher: Side, kind: Divergence, buffers: _LogitBuffers, stats: Tensor, epilogue: Epilogue | None
+    student: Side,
+    teacher: Side,
+    kind: DivergenceKind,
+    buffers: _LogitBuffers,
+    stats: Tensor,
+    epilogue: DivergenceEpilogue | None,
 ) -> Tensor:
     """Values (R,) of one block of rows. Fills in stats (R, 5), and leaves in the buffers what `gradient` needs."""
     rows, vocab = student.hidden.shape[0], student.weight.shape[0]
@@ -206,11 +211,11 @@ def backward(
     coefficients: Tensor,
     student: Side,
     teacher: Side,
-    kind: Divergence,
+    kind: DivergenceKind,
     stats: Tensor,
     *,
     needs: Sequence[bool],
-    epilogue: Epilogue | None = None,
+    epilogue: DivergenceEpilogue | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `sum(coefficients * values)` in the student's weight (V, H) and bias (V,), from fresh logits.
 
@@ -247,10 +252,10 @@ def backward(
 
 
 def _gradient_by_epilogue(
-    epilogue: Epilogue,
+    epilogue: DivergenceEpilogue,
     tile: tuple[Tensor, Tensor],
     stats: Tensor,
-    kind: Divergence,
+    kind: DivergenceKind,
     student: Side,
     coefficients: Tensor | None,
 ) -> Tensor:
@@ -263,12 +268,12 @@ def _gradient_by_epilogue(
 
 
 def _terms_by_epilogue(
-    epilogue: Epilogue,
+    epilogue: DivergenceEpilogue,
     sides: tuple[Side, Side],
     entries: slice,
     tile: tuple[Tensor, Tensor],
     stats: Tensor,
-    kind: Divergence,
+    kind: DivergenceKind,
 ) -> None:
     """What `_values_of_block` leaves of one tile, from fresh products. The sums it takes are known already."""
     unused = torch.empty(2, stats.shape[0], device=stats.device)

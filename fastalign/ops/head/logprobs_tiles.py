@@ -56,7 +56,7 @@ class Cache(NamedTuple):
     shifts: Tensor  # (C, tiles) the shift at the time when each tile was written
 
 
-class Forward(NamedTuple):
+class LogprobsForward(NamedTuple):
     """What the forward pass returns for N rows."""
 
     logprobs: Tensor  # (N,)
@@ -92,7 +92,7 @@ def forward(
     entropy: bool = False,
     cache_rows: int = 0,
     epilogue: Epilogue = TORCH,
-) -> Forward:
+) -> LogprobsForward:
     """Log-probabilities, entropies and, with `grads`, their gradients in hidden.
 
     1U = 2 N V H FLOP without `grads`, 2U with them, 3U with those of the entropy too.
@@ -131,13 +131,13 @@ def forward(
     return _join(blocks)._replace(cache=cache)
 
 
-def _join(blocks: list[Forward]) -> Forward:
+def _join(blocks: list[LogprobsForward]) -> LogprobsForward:
     """The blocks' rows one after the other."""
     if len(blocks) == 1:
         return blocks[0]
     grad_logprobs = [block.grad_logprobs for block in blocks if block.grad_logprobs is not None]
     grad_entropy = [block.grad_entropy for block in blocks if block.grad_entropy is not None]
-    return Forward(
+    return LogprobsForward(
         torch.cat([block.logprobs for block in blocks]),
         torch.cat([block.entropy for block in blocks]),
         torch.cat(grad_logprobs) if grad_logprobs else None,
@@ -164,7 +164,7 @@ def _fold_vocabulary(
     entropy: bool,
     cache: Cache | None,  # of these rows: (R, V) and (R, tiles)
     epilogue: Epilogue,
-) -> Forward:
+) -> LogprobsForward:
     """Fold the whole vocabulary into the statistics of one block of rows; see the head of this file."""
     dtype, h = h.dtype, operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -203,7 +203,7 @@ def _fold_vocabulary(
             cache.shifts[:, i] = sums.shift
 
     logprobs, entropies, stats = epilogue.finish(weight, targets, transform, sums, entropy=entropy, a=a, b=b)
-    return Forward(logprobs, entropies, a, b, stats, None)
+    return LogprobsForward(logprobs, entropies, a, b, stats, None)
 
 
 def backward(

@@ -19,6 +19,9 @@ START = -1e30
 # gives a row the same bits (measured with MKL: from 8 rows on).
 ROW_MULTIPLE = 16
 
+# Ops on logits that exist already take so many of them at a time: they make no second [tokens, V] tensor in float32.
+LOGITS_AT_A_TIME = 1 << 21
+
 
 def round_up_rows(rows: int) -> int:
     """The smallest multiple of ROW_MULTIPLE that holds `rows` rows."""
@@ -72,6 +75,17 @@ def divergence_tile_shape(device: torch.device) -> tuple[int, int]:
 def vocabulary_tiles(vocab: int, width: int) -> list[tuple[int, int]]:
     """The bounds [start, stop) of each tile over the vocabulary, in the order in which tiles are added up."""
     return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+
+
+def logit_rows(vocab: int) -> int:
+    """How many rows an op takes at a time of logits that exist already, so that its copies of them stay small."""
+    return max(1, LOGITS_AT_A_TIME // max(vocab, 1))
+
+
+def unmasked_rows(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """The numbers of the rows of logits (N, V) where mask (N,) is True, `logit_rows(V)` at a time."""
+    numbers = torch.arange(len(logits), device=logits.device) if mask is None else mask.nonzero().squeeze(1)
+    return numbers.split(logit_rows(logits.shape[1]))
 
 
 def row_slices(rows: int, step: int) -> list[slice]:

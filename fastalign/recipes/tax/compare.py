@@ -260,7 +260,7 @@ def plot(results: list[dict], path: Path) -> None:
             axes.axvline(results[0]["tax"]["base_perplexity"], color="#59616c", linewidth=0.8, linestyle=":")
         if y == "accuracy":
             axes.set_ylim(45, 103)
-    axes.legend(frameon=False)
+    figure.axes[-1].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -8,7 +8,7 @@ import torch
 from bench.harness import model
 from fastalign import linear_logprobs
 from fastalign.ops.head import divergence_tiles, logprobs_tiles, tiling
-from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.divergence_terms import DivergenceKind
 from fastalign.ops.head.epilogue import TORCH
 from fastalign.ops.head.products import accumulate as add_product
 from fastalign.ops.head.products import product_into
@@ -107,7 +107,7 @@ def test_the_driver_of_divergences_does_what_is_stated(kind, monkeypatch):
     def terms(a, b, *_):
         count("terms", 0, size(a, b) + size(a, None if kind == "forward_kl" else b))
 
-    epilogue = divergence_tiles.Epilogue(
+    epilogue = divergence_tiles.DivergenceEpilogue(
         lambda z, *_: count("normalise", 0, 2 * size(z)), terms,
         lambda a, b, moments, scale, coefficients, out: count("gradient", 0, size(a, b, out)),
     )  # fmt: skip
@@ -118,7 +118,7 @@ def test_the_driver_of_divergences_does_what_is_stated(kind, monkeypatch):
         divergence_tiles.Side(torch.zeros(N, width), torch.zeros(V, width), None, LogitTransform())
         for width in (H, teacher_width)
     )
-    divergence_tiles.forward(student, teacher, Divergence(kind, 0.5), grads=True, budget=1 << 30, epilogue=epilogue)
+    divergence_tiles.forward(student, teacher, DivergenceKind(kind, 0.5), grads=True, budget=1 << 30, epilogue=epilogue)
     rows = divergence_tiles.block_rows(N, V, 4, 1 << 30, torch.device("cpu"))
     assert steps == model.linear_divergence(N, H, teacher_width, V, (rows, TILE[1]), kind, element=4)
 

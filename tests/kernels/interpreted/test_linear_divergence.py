@@ -72,7 +72,7 @@ def test_terms_and_gradient(kind, head, apart):
     head, beta = HEADS[head], 0.3
     a, b, stats = both_sides(apart, head)
     values, moments = torch.linspace(0, 1, R), torch.linspace(-1, 0, R)
-    divergence = definition.Divergence(kind, beta)
+    divergence = definition.DivergenceKind(kind, beta)
     exact = [t.double() for t in (a, b)]
     scratch = [torch.empty(R, T, dtype=torch.float64) for _ in range(2)]
     value, moment = definition.terms(*exact, stats.double(), divergence, head, scratch)

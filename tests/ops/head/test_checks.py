@@ -31,7 +31,7 @@ REFUSED = {
     "side": (lambda: checks.check_linear(LONG, FLOAT[0], None, None, of="teacher_"), r"teacher_hidden is .*int64"),
     "scalar": (lambda: checks.check_linear(torch.tensor(1.0), FLOAT[0], None, None), r"hidden is \(\)"),
     "shift": (
-        lambda: checks.check_targets(LONG, (2, 6), of="logits"), r"logits\[i\] predicts.*logits\[\.\.\., :-1, :\]",
+        lambda: checks.check_targets(LONG, (2, 6), of="logits"), r"logits\[..., t\] predicts.*logits\[\.\.\., :-1, :\]",
     ),
     "both differ": (lambda: checks.check_targets(LONG, (3, 6), of="logits"), r"the last, \(3, 6\)$"),
     "shift of no dimension": (lambda: checks.check_targets(LONG[0, 0], (1,), of="hidden"), r"the last, \(1,\)$"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastalign import reference
-from fastalign.ops.head.divergence_terms import Divergence, LogSumExp, gradient, gradient_scale, terms
+from fastalign.ops.head.divergence_terms import DivergenceKind, LogSumExp, gradient, gradient_scale, terms
 from fastalign.ops.head.tiling import START
 from fastalign.ops.head.transform import LogitTransform
 
@@ -30,7 +30,7 @@ def test_values_and_gradients_of_a_whole_row(kind):
     leaf = a.clone().requires_grad_()
     expected = reference.logits_divergence(leaf, b, divergence=kind, jsd_beta=0.3)
     (grad,) = torch.autograd.grad(expected.sum(), leaf)
-    divergence, transform = Divergence(kind, 0.3), LogitTransform()
+    divergence, transform = DivergenceKind(kind, 0.3), LogitTransform()
     stats = stats_of(a, b)
     value, moment = terms(a, b, stats, divergence, transform, (torch.empty_like(a), torch.empty_like(a)))
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-14)
@@ -41,7 +41,7 @@ def test_values_and_gradients_of_a_whole_row(kind):
 @pytest.mark.parametrize("kind", reference.DIVERGENCES)
 def test_equal_sides_have_no_divergence_and_no_gradient(kind):
     a, _ = logits()
-    b, divergence = a.clone(), Divergence(kind, 0.3)
+    b, divergence = a.clone(), DivergenceKind(kind, 0.3)
     value, moment = terms(
         a, b, stats_of(a, b), divergence, LogitTransform(), (torch.empty_like(a), torch.empty_like(a))
     )  # fmt: skip
@@ -51,9 +51,9 @@ def test_equal_sides_have_no_divergence_and_no_gradient(kind):
 
 def test_the_constant_factor_of_the_gradient():
     scaled, capped = LogitTransform(3.0, None, 2.0), LogitTransform(3.0, 5.0, 2.0)
-    assert gradient_scale(Divergence("forward_kl", 0.3), scaled) == 1.5
-    assert gradient_scale(Divergence("jsd", 0.25), scaled) == 0.75 * 1.5
-    assert gradient_scale(Divergence("jsd", 0.25), capped) == 0.75, "the slope of a cap varies, so tiles contain it"
+    assert gradient_scale(DivergenceKind("forward_kl", 0.3), scaled) == 1.5
+    assert gradient_scale(DivergenceKind("jsd", 0.25), scaled) == 0.75 * 1.5
+    assert gradient_scale(DivergenceKind("jsd", 0.25), capped) == 0.75, "the slope of a cap varies, so tiles contain it"
 
 
 def test_a_logsumexp_does_not_depend_on_where_tiles_end():

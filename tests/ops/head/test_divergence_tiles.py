@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign import linear_divergence, reference
 from fastalign.ops.head import divergence_tiles, tiling
-from fastalign.ops.head.divergence_terms import Divergence
+from fastalign.ops.head.divergence_terms import DivergenceKind
 from fastalign.ops.head.transform import LogitTransform
 
 N, H, V, G = 48, 8, 40, 12
@@ -105,7 +105,7 @@ def peak(vocab: int, trainable: bool, n=256, **options) -> int:
         divergence_tiles.Side(tensors[f"{of}hidden"], tensors[f"{of}weight"], None, LogitTransform())
         for of in ("", "teacher_")
     )
-    kind, budget = Divergence("jsd", 0.5), 1 << 22
+    kind, budget = DivergenceKind("jsd", 0.5), 1 << 22
     with Allocations(tensors.values()) as allocations:
         out = divergence_tiles.forward(student, teacher, kind, grads=True, budget=budget)
         if trainable:
