@@ -14,6 +14,12 @@ from fastalign.errors import ConfigError, FastAlignError
 
 _MOST_LISTED = 40  # names in an error, which is one sentence
 
+# What happens to rows that are too long, and to rows that cannot be used: options of the data and of each trainer.
+OnTruncate = Literal["error", "drop", "keep_end"]
+OnInvalid = Literal["error", "drop"]
+# What happens to the adapter that a model comes with: it becomes part of the weights, or it is trained further.
+GivenAdapter = Literal["merge", "continue"]
+
 
 def help_field(default: Any, text: str, *, path: bool = False) -> Any:
     """A dataclass field with a default and the sentence that `--help` shows.
@@ -171,6 +177,11 @@ def _names_something(value: Any) -> bool:
     """Whether YAML made a number or a date of what was meant as a name."""
     # The type's name, since the module is not imported for `--help`.
     return type(value) is int or type(value).__module__ == "datetime"
+
+
+def is_choice(hint: Any) -> bool:
+    """Whether a type is a `Literal` of strings. It is converted as a string; the class checks which one it is."""
+    return typing.get_origin(hint) is Literal and all(isinstance(value, str) for value in typing.get_args(hint))
 
 
 def _number(value: Any, plain: list[Any]) -> int | float | None:

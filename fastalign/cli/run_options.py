@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from fastalign.cli.methods import REGULARIZERS, check_regularizers
-from fastalign.config.quantization import check_quantization
+from fastalign.config.quantization import Quantization, check_quantization
 from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from fastalign.errors import ConfigError
-from fastalign.options import check_keys, help_field, one_of
+from fastalign.options import GivenAdapter, check_keys, help_field, one_of
 
 _RANGES = {
     "lora_rank": NOT_NEGATIVE,

@@ -98,8 +98,8 @@ class AlignmentConfig(TrainingArguments):
             # The class cannot have this as its default: importing it would start CUDA.
             self.dataloader_pin_memory = torch.cuda.is_available()
         check_supported(self)
-        one_of("on_truncate", self.on_truncate, ON_TRUNCATE)
-        one_of("on_invalid", self.on_invalid, ON_INVALID)
+        one_of("on_truncate", self.on_truncate, get_args(OnTruncate))
+        one_of("on_invalid", self.on_invalid, get_args(OnInvalid))
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens: set 2 or more"

@@ -8,7 +8,7 @@ from fastalign.config.ranges import COUNT, POSITIVE, SHARE_BELOW_1, Range, check
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.options import help_field, one_of
-from fastalign.reference import DIVERGENCES
+from fastalign.reference import DIVERGENCES, Divergence
 
 _RANGES = {
     "weight": SHARE_BELOW_1,

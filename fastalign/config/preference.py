@@ -14,6 +14,7 @@ from fastalign.errors import ConfigError, InputError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
 from fastalign.options import help_field, nearest, one_of
 
+NllOver = Literal["completion", "prompt_and_completion"]
 _RANGES = {
     "nll_weight": NOT_NEGATIVE,
     "desirable_weight": NOT_NEGATIVE,
@@ -98,7 +99,7 @@ class PreferenceConfig(AlignmentConfig):
             raise ConfigError(f"loss_type is {names}; {unpaired[0]} takes labelled rows, not pairs, and stands alone")
         if self.loss_type == ["sft"]:
             raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
-        one_of("nll_over", self.nll_over, ("completion", "prompt_and_completion"))
+        one_of("nll_over", self.nll_over, get_args(NllOver))
         check_ranges(self, _RANGES)
         if not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
             raise ConfigError(f"loss_weights is {weights}; they must be finite and at least 0, and one above 0")

@@ -28,8 +28,8 @@ class Collator:
     """
 
     def __init__(self, layout: Layout, pad_token_id: int, *, score_prompts: bool = False, multiple: int = 1):
-        self.layout, self.pad_token_id, self.score_prompts = layout, pad_token_id, score_prompts
-        self.multiple = multiple
+        self.layout: Layout = layout
+        self.pad_token_id, self.score_prompts, self.multiple = pad_token_id, score_prompts, multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, Batch]:
         """The micro-batch of some rows, as the only entry of a dictionary: the Trainer expects a mapping."""

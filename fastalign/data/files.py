@@ -116,12 +116,12 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict]:
                     )
                 if cells:
                     yield dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}): mend this line.") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
-        finally:
-            csv.field_size_limit(limit)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}): mend this line.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason}): save the file as UTF-8.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 # The names of files that can be read, without a compression behind them.

@@ -23,6 +23,10 @@ _SPLITS = dict.fromkeys(("valid", "val", "dev", "eval"), "validation")  # names 
 _NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")  # written by `datasets`
 
 
+# What `load_rows` takes; further kinds of objects are described there.
+Rows = str | Path | list | Mapping | datasets.Dataset | datasets.IterableDataset
+
+
 def load_rows(source: Any, columns: Mapping[str, str] | None = None) -> datasets.Dataset:
     """The rows of a file, of several files, of a data set of the hub, or of a Python object.
 

@@ -24,7 +24,7 @@ from fastalign.data.columns import unread_columns
 from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
 from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
-from fastalign.data.loading import load_rows
+from fastalign.data.loading import Rows, load_rows
 from fastalign.data.messages import RowProblem
 from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths

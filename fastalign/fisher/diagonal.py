@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fastalign.data.batching import batches_within, token_count
-from fastalign.data.loading import load_rows
+from fastalign.data.loading import Rows, load_rows
 from fastalign.data.packing import PackedBatch, lay_out
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError, ModelError

@@ -63,14 +63,16 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 def _input_row(layer: Any) -> Tensor | None:
     """A tensor (in,) of the dtype and on the device that a linear layer's input has; None if the op cannot take it."""
-    base = lora_base(layer) or layer
+    base: Any = lora_base(layer) or layer
     weight = getattr(base, "weight", None)
     if is_quantized_layer(base):
         packed = quantized_weight(base)
         row = None if packed is None else torch.empty(base.in_features, dtype=packed.dtype, device=packed.device)
     else:
-        row = weight[0] if isinstance(weight, Tensor) and weight.dim() == 2 and _takes(weight) else None
-    return row if row is not None and row.shape == (getattr(base, "in_features", None),) and _takes(row) else None
+        row = weight[0] if isinstance(weight, Tensor) and weight.dim() == 2 and _takes(_SWIGLU, weight) else None
+    if row is None or row.shape != (getattr(base, "in_features", None),) or not _takes(_SWIGLU, row):
+        return None
+    return row
 
 
 @torch.no_grad()

@@ -90,7 +90,8 @@ def use_training_product(model: nn.Module) -> None:
     base = causal_lm(model)
     if isinstance(base, PreTrainedModel) and has_quantized_embeddings(base):
         base.resize_token_embeddings = _refuse_to_resize
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if _is_four_bit(module):
             module.support_avx512bf16_for_cpu = False
         elif _is_eight_bit(module) and "forward" not in vars(module):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.batching import batch_rows
 from fastalign.data.keys import cache_folder, row_keys
-from fastalign.data.packing import lay_out
+from fastalign.data.packing import Layout, lay_out
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.files import KeyedTensors, check_writable, write_keyed
 from fastalign.models.adapters import causal_lm
@@ -41,7 +41,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.layout = prepare(model)
+        self.layout: Layout = prepare(model)
         self.pad_token_id = fill_token(tokenizer)
 
     @classmethod

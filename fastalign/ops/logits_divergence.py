@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastalign import reference
 from fastalign.errors import InputError
 from fastalign.ops.backends import pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import (
     check_devices,
     check_divergence,
@@ -24,7 +25,7 @@ from fastalign.ops.head.checks import (
     check_per_token,
     check_vocabulary,
 )
-from fastalign.ops.head.divergence_terms import RULED_OUT, Divergence, LogSumExp, gradient, terms
+from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, terms
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.head.transform import LogitTransform
@@ -73,7 +74,7 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
     dtype, kind = reference.compute_dtype(student, teacher), DivergenceKind(divergence, jsd_beta)
     values = student.new_zeros(len(student), dtype=dtype)
     stats = values.new_zeros(len(student), 5)
-    for rows, a, b, scratch in _chunks(student, teacher, mask, temperature):
+    for rows, a, b, scratch in _scaled_logits(student, teacher, mask, temperature):
         # Columns of stats: maximum and log-sum of the student, then of the teacher, then the moment K.
         for i, (z, logits) in enumerate(((a, student), (b, teacher))):
             sums = LogSumExp(len(z), z)

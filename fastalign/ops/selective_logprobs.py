@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import reference
 from fastalign.ops.backends import cpu, pick
+from fastalign.ops.backends.pick import Backend
 from fastalign.ops.head.checks import (
     check_devices,
     check_floating,

@@ -27,7 +27,7 @@ from fastalign.ops.head.checks import (
     check_vocabulary,
 )
 from fastalign.ops.head.rows import counting_mask
-from fastalign.ops.head.tiling import START
+from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.logits_divergence import without_entries
 from fastalign.ops.sparse_divergence import check_entries, divergence_of_buckets, topk_and_tail_logprobs
 from fastalign.reference import Divergence, Tail

@@ -19,7 +19,7 @@ from fastalign.models.teacher import Teacher, TopK, store_topk
 from fastalign.objectives.base import Metrics
 from fastalign.ops.sparse_divergence import sparse_divergence
 from fastalign.options import help_field, one_of
-from fastalign.reference import DIVERGENCES
+from fastalign.reference import DIVERGENCES, Divergence
 from fastalign.regularizers.base import Step, Term, check_positive, check_share, count_of, mean_divergence
 
 # From a micro-batch, its hidden states (S, H) and the student's output layer to this micro-batch's part of the mean

@@ -11,7 +11,7 @@ from fastalign.models.adapters import causal_lm
 from fastalign.models.head import output_head
 from fastalign.objectives.base import Metrics
 from fastalign.options import help_field, one_of
-from fastalign.reference import DIVERGENCES
+from fastalign.reference import DIVERGENCES, Divergence
 from fastalign.regularizers.base import Step, Term, check_positive, check_share, count_of, mean_divergence
 
 

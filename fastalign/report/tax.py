@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fastalign.errors import ConfigError, printable
 from fastalign.files import write_json, write_text
 from fastalign.report.charts import COLOURS, draw_svg
@@ -57,32 +54,30 @@ def show_tax(measured: Mapping[str, Any]) -> None:
         measured: what `fastalign.evaluation.measure_tax` returned.
     """
     headings, rows = table(measured)
-    shown = Table(
-        title=printable(f"Alignment tax of {measured['tuned']} over {measured['base']}"),
-        title_justify="left",
-        title_style="bold",
-    )
-    for i, heading in enumerate(headings):
-        shown.add_column(printable(heading), justify="left" if i in (0, len(headings) - 1) else "right")
-    for row in rows:
-        shown.add_row(*row)
-    console.print()
-    console.print(shown)
-    positions = Table(title="KL by position", title_justify="left", title_style="bold")
-    for heading in ("tokens before", "tokens", "nats per token"):
-        positions.add_column(heading, justify="right")
-    for part in measured["by_position"]:
-        span = str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}"
-        positions.add_row(span, format_number(part["tokens"]), format_number(part["kl_mean"]))
-    console.print(positions)
-    changed = Table(title="Tokens that changed most", title_justify="left", title_style="bold")
-    for heading in ("KL", "log-prob, base", "tuned", "text, and the token in brackets"):
-        changed.add_column(heading, justify="left" if heading.startswith("text") else "right")
-    for token in measured["most_changed"][:TOKENS_PRINTED]:
-        numbers = (format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob"))
-        before = printable(" ".join(token["before"].split())[-40:])
-        changed.add_row(*numbers, f"... {before} [{token['token']!r}]")
-    console.print(changed)
+    positions = [
+        [
+            str(part["from"]) if part["from"] == part["to"] else f"{part['from']} to {part['to']}",
+            format_number(part["tokens"]),
+            format_number(part["kl_mean"]),
+        ]
+        for part in measured["by_position"]
+    ]
+    changed = [
+        [
+            *(format_number(token[key]) for key in ("kl", "base_logprob", "tuned_logprob")),
+            f"... {' '.join(token['before'].split())[-40:]} [{token['token']!r}]",
+        ]
+        for token in measured["most_changed"][:TOKENS_PRINTED]
+    ]
+    parts = [
+        f"\nAlignment tax of {measured['tuned']} over {measured['base']}\n",
+        text_table([headings, *rows], left=(0, len(headings) - 1)),
+        "\nKL by position\n",
+        text_table([["tokens before", "tokens", "nats per token"], *positions]),
+        "\nTokens that changed most\n",
+        text_table([["KL", "log-prob, base", "tuned", "text, and the token in brackets"], *changed], left=(3,)),
+    ]
+    print("\n".join(map(printable, parts)))
 
 
 def write_tax(measured: Mapping[str, Any], folder: str | Path) -> Path:

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.models.modes import evaluation_mode
-from fastalign.models.vocabulary import fill_token
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def dawid_skene(labels: ArrayLike, *, iterations: int = 200, tolerance: float = 
         tolerance: EM stops where no probability changes by more.
 
     Raises:
-        InputError: A label is no whole number, an item has no label, or there is only one class.
+        InputError: A label is no whole number, an item has no label, there is only one class, or no iteration.
 
     References:
         Dawid and Skene 1979, Applied Statistics 28:20.
@@ -96,6 +96,9 @@ def dawid_skene(labels: ArrayLike, *, iterations: int = 200, tolerance: float = 
         raise InputError("All labels are 0: with one class there is nothing to find")
     hot = np.where(given[..., None], np.where(given, table, 0)[..., None] == np.arange(classes), 0).astype(float)
     probabilities = hot.sum(0) / hot.sum((0, 2))[:, None]  # (items, K): the vote of all, to start from
+    if iterations < 1:
+        raise InputError(f"iterations is {iterations}; expected at least 1")
+    prior = confusion = np.empty(0)
     for _ in range(iterations):
         prior = probabilities.mean(0)
         # A hundredth of a label is added, so that no annotator is taken to be infallible.

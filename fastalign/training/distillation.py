@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.distillation import DistillationConfig
 from fastalign.data.batch import Batch
-from fastalign.data.files import Rows
+from fastalign.data.loading import Rows
 from fastalign.errors import ConfigError, DataError
 from fastalign.regularizers.base import Regularizer
 from fastalign.regularizers.distillation import Distillation
@@ -54,9 +55,20 @@ class DistillationTrainer(SFTTrainer):
 
     args: DistillationConfig
 
-    def __init__(self, model, args: DistillationConfig, train_dataset, eval_dataset=None, processing_class=None,
-                 peft_config=None, callbacks=None, *, teacher: str | PreTrainedModel | None = None,
-                 regularizers: Sequence = (), **trainer_options):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: DistillationConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        teacher: str | PreTrainedModel | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        **trainer_options: Any,
+    ):
         check_config(args, DistillationConfig)
         teacher = args.teacher if teacher is None else teacher
         if teacher is None:

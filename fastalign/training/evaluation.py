@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from fastalign.data.loading import of_each
+from fastalign.data.loading import Rows, of_each
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
 from fastalign.objectives.base import Objective

@@ -85,5 +85,8 @@ def find_damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # `hashlib.file_digest` is not in Python 3.10
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.collate import Collator, with_mismatched
-from fastalign.data.loading import of_each
+from fastalign.data.loading import Rows, of_each
 from fastalign.data.packing import PackedBatch, lay_out, pad_to_multiple
 from fastalign.errors import ConfigError
 from fastalign.models.adapters import has_adapter
@@ -52,8 +53,17 @@ class PreferenceTrainer(AlignmentTrainer):
 
     args: PreferenceConfig
 
-    def __init__(self, model, args: PreferenceConfig, train_dataset, eval_dataset=None, processing_class=None,
-                 peft_config=None, callbacks=None, **trainer_options):  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | Path,
+        args: PreferenceConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_options: Any,
+    ):
         check_config(args, PreferenceConfig)
         objective = UnpairedObjective if args.unpaired else PreferenceObjective
         super().__init__(

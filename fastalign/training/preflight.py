@@ -87,7 +87,7 @@ def _check_hub(args: AlignmentConfig) -> None:
         ) from error
 
 
-def row_tokens(row: dict, layout: str) -> int:
+def row_tokens(row: dict, layout: Layout) -> int:
     """Tokens of one tokenised row in a layout. Only the shared layout has the prompt once for all completions."""
     prompts = 1 if layout == "shared" else len(row["completion_ids"])
     return prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))

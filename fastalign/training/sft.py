@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
 from fastalign.config.base import AlignmentConfig
 from fastalign.config.sft import SFTConfig
+from fastalign.data.loading import Rows
 from fastalign.objectives.sft import SFTObjective
 from fastalign.training.trainer import AlignmentTrainer
 
@@ -35,7 +43,7 @@ class SFTTrainer(AlignmentTrainer):
         model: PreTrainedModel | nn.Module | str | Path,
         args: SFTConfig,
         train_dataset: Rows,
-        eval_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,

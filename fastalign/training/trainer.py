@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.base import AlignmentConfig
+from fastalign.config.quantization import Quantization
 from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
-from fastalign.data.loading import of_each
+from fastalign.data.loading import Rows, of_each
+from fastalign.data.packing import Layout
 from fastalign.errors import ConfigError, DataError, printable
 from fastalign.models.adapters import causal_lm, has_adapter, lora_layers
 from fastalign.models.fit import check_fit
@@ -107,7 +109,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         model: PreTrainedModel | nn.Module | str | Path,
         args: AlignmentConfig,
         train_dataset: Rows,
-        eval_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -279,8 +281,8 @@ def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, 
 
 
 def _loaded(
-    model: nn.Module | str | Path, dtype: str | torch.dtype, way: str, peft_config: PeftConfig | None,
-    quantization: str, double_quantization: bool,
+    model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
+    quantization: Quantization, double_quantization: bool,
 ) -> nn.Module:  # fmt: skip
     """The model that training starts from, loaded if it is given by its name."""
     if isinstance(model, (str, Path)):
@@ -290,7 +292,7 @@ def _loaded(
     return model
 
 
-def _layout_of(model: nn.Module, args: AlignmentConfig) -> str:
+def _layout_of(model: nn.Module, args: AlignmentConfig) -> Layout:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
     return "packed" if layout == "shared" and not args.share_prompts else layout
