@@ -163,7 +163,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             return value
     if (number := _number(value, plain)) is not None:
         return number
-    if {*plain} <= {str, type(None)} and _names_something(value):
+    if {*plain} <= {str, type(None)} and _names_something(value) and not any(map(is_choice, options)):
         return str(value)  # YAML reads 2026 as a number and 2026-11-30 as a date
     if value is False and "NO" in members:
         return "no"  # which YAML reads as False

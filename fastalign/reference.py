@@ -1,8 +1,7 @@
 """Plain PyTorch definitions of every op: the truth that the fast versions are tested against.
 
-This is not the reference model of preference optimisation: `fastalign/training/reference.py` is about that.
-
-Read this file to know what an op means. Each function holds in memory what the fast one avoids, above all the
+This is not the reference model of preference optimisation: `fastalign/training/reference.py` is about that. Read this
+file to know what an op means. Each function holds in memory what the fast one avoids, above all the
 `[tokens, vocabulary]` logits. float64 inputs are computed and returned in float64, all others in float32.
 
 Shapes: `...` any leading dimensions, H width of the hidden states, V vocabulary, T tokens of a packed row, S sequences
