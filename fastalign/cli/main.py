@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastalign import __version__
-from fastalign.cli import data, fisher, info, table, tax, train
+from fastalign.cli import data, fisher, info, plan, table, tax, train
 from fastalign.errors import ConfigError, FastAlignError
 from fastalign.options import closest
 
-COMMANDS = (train, data, tax, fisher, info)
+COMMANDS = (train, plan, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}

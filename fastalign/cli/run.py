@@ -18,6 +18,7 @@ from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
+from fastalign.models.freed import return_freed_memory_at_once
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import format_number
@@ -48,6 +49,8 @@ def run_training(options: RunOptions, config: AlignmentConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}; name another one") from error
+    if options.memory_limit is not None:
+        return_freed_memory_at_once()  # the plan counts on it
     console.print(f"Loading {model}")
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter
