@@ -96,7 +96,9 @@ def settings(
     _check_planned(run, option, row)
     shapes, stored = read_shapes(str(run.model))
     if stored is not None:
-        raise ConfigError(f"model {run.model} was saved quantised ({stored}), which plan does not read: name its original")
+        raise ConfigError(
+            f"model {run.model} was saved quantised ({stored}), which plan does not read: name its original"
+        )
     if device is None:
         device = "cpu" if option("use_cpu") or not Path("/dev/nvidia0").exists() else "cuda"
     rows = option("per_device_train_batch_size")
@@ -116,10 +118,14 @@ def settings(
 def _check_planned(run: RunOptions, option: Any, row: str) -> None:
     """ConfigError for options whose memory the formulas do not have."""
     if row == "distill":
-        raise ConfigError("method is distill, whose teacher is not in the plan's formulas; plan knows sft and preferences")
+        raise ConfigError(
+            "method is distill, whose teacher is not in the plan's formulas; plan knows sft and preferences"
+        )
     if run.regularizers:
         names = ", ".join(str(r.get("name")) for r in run.regularizers)
-        raise ConfigError(f"regularizers is {names}, whose memory is not in the plan's formulas; leave them out to plan")
+        raise ConfigError(
+            f"regularizers is {names}, whose memory is not in the plan's formulas; leave them out to plan"
+        )
     if run.adapter is not None:
         raise ConfigError(f"adapter is {run.adapter!r}, whose rank plan does not read; leave it out and set lora_rank")
     if run.lora_rank and run.lora_targets != "all-linear":
@@ -153,7 +159,9 @@ def _size(run: RunOptions, device: str) -> int:
 
 def _optimizer(name: str) -> str:
     if name not in _OPTIMIZERS:
-        raise ConfigError(f"optim is {name!r}, which is not in the plan's formulas; plan knows {', '.join(_OPTIMIZERS)}")
+        raise ConfigError(
+            f"optim is {name!r}, which is not in the plan's formulas; plan knows {', '.join(_OPTIMIZERS)}"
+        )
     return _OPTIMIZERS[name]
 
 
@@ -180,6 +188,8 @@ def _show_choice(shapes: Shapes, setting: parts.Setting, rows: int, limit: int) 
         print(f"Does not fit in {_gb(limit)}, by {_gb(over)}: {_remedy(shapes, setting, rows, limit)}")
         return 1
     print(f"Fits in {_gb(limit)}: {_describe(chosen, setting, rows)}, {_gb(chosen.peak)}.")
+    if setting.bounded:
+        print("  (set memory_limit in the configuration: without it the allocator keeps freed memory)")
     for choice in choices:
         if choice is not chosen:
             lost = f"{_gb(choice.peak - limit)} too much" if choice.peak > limit else _slower(choice, chosen)

@@ -58,7 +58,7 @@ def _bytes_of(parameter: Any) -> int:
 
 
 def _shapes(config: Any) -> Shapes:
-    """The shapes of a loaded model; those of a plain decoder for architectures that the table of shapes does not know."""
+    """The shapes of a loaded model; where the table does not know its architecture, those of a plain decoder."""
     try:
         return shapes_of(config.to_dict())
     except ModelError:

@@ -14,7 +14,8 @@ queries and of keys, V the vocabulary, r the rank of an adapter, L layers, a byt
 With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest.
 
 **When the peak occurs.** Activations shrink during the backward pass while gradients grow. Both are linear in the
-number of layers, so the most is held at one of the ends: before the first layer of the backward pass, or after the last.
+number of layers, so the most is held at one of the ends: before the first layer of the backward pass, or after the
+last.
 """
 
 from __future__ import annotations
