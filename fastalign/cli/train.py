@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from fastalign.cli import configuration, methods, plan, table
+from fastalign.cli import configuration, memory_limit, methods, table
 from fastalign.cli.run_options import RunOptions
 from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     options = _read(args)
     of_run, of_method, row = check(options)
     if of_run.memory_limit is not None:
-        plan.check_limit(of_run, of_method, row)
+        memory_limit.check_limit(of_run, of_method, row)
 
     from transformers.utils import logging as transformers_logging
 

@@ -73,12 +73,6 @@ def test_what_cannot_be_said_exits_with_2_and_one_sentence(config, words, messag
     assert said.count("\n") == 1
 
 
-def test_a_limit_in_the_configuration_refuses_the_run_before_it_loads(config, capsys):
-    assert main(["train", config, "memory_limit=6GB"]) == 2
-    said = capsys.readouterr().err
-    assert "memory_limit is 6GB, but the run is planned to need" in said
-
-
 def test_nothing_heavy_is_imported(config):
     code = (
         "import sys; from fastalign.cli.main import main; main(sys.argv[1:]); "

@@ -9,7 +9,18 @@ LORA = {"rank": 16, "size": 2}
 QLORA = {**LORA, "quantization": "nf4", "double": True}
 
 
-MEASURED = []  # (options, tokens, checkpointing, MB)
+# (options, tokens, checkpointing, MB)
+MEASURED = [
+    (FULL, 512, False, 2314),
+    (FULL, 512, True, 2287),
+    (FULL, 1024, False, 2884),
+    (LORA, 512, False, 629),
+    (LORA, 1024, False, 881),
+    (LORA, 1024, True, 412),
+    (QLORA, 512, False, 474),
+    (QLORA, 1024, False, 731),
+    (QLORA, 1024, True, 260),
+]
 
 
 @pytest.mark.parametrize(("options", "tokens", "checkpointing", "measured"), MEASURED)
