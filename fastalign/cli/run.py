@@ -18,6 +18,7 @@ from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import append_metrics, write_json, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
+from fastalign.models.freed import return_freed_memory_at_once
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
 from fastalign.report.rendering import duration, format_number
@@ -50,6 +51,8 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
     train_rows = _load("train", options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
+    if options.memory_limit is not None:
+        return_freed_memory_at_once()  # the plan counts on it
     console.print(printable(f"Loading {model}"))
     tokenizer = load_tokenizer(model)
     lora, adapter = None, options.adapter

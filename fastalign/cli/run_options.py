@@ -9,6 +9,7 @@ from fastalign.cli.methods import REGULARIZERS, check_regularizers
 from fastalign.config.quantization import Quantization, check_quantization
 from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE_BELOW_1, check_ranges
 from fastalign.errors import ConfigError
+from fastalign.memory.planning import parse_size
 from fastalign.options import GivenAdapter, check_keys, help_field, one_of
 
 _RANGES = {
@@ -63,6 +64,9 @@ class RunOptions:
     lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
     samples: int = help_field(32, "Number of held-out prompts answered before and after training; 0 for none.")
     max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
+    memory_limit: str | None = help_field(
+        None, "The most memory that the run may need, such as 16GB: a run that is planned to need more is refused."
+    )
     regularizers: list[dict[str, Any]] | None = help_field(
         None, "What preserves old knowledge, as [{name: l2_sp, strength: 0.1}]; names: " + ", ".join(REGULARIZERS) + "."
     )
@@ -80,6 +84,8 @@ class RunOptions:
             )
         if self.adapter is not None:
             one_of("adapter", self.adapter, get_args(GivenAdapter))
+        if self.memory_limit is not None:
+            parse_size("memory_limit", self.memory_limit)
         check_regularizers(self.regularizers)
 
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from fastalign.cli import configuration, methods, table
+from fastalign.cli import configuration, memory_limit, methods, table
 from fastalign.cli.foreign import remedy
 from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> int:
     """Checks the options, then trains. What can be checked without torch is checked before torch is imported."""
     options = _read(args)
     of_run, of_method, row = check(options)
+    if of_run.memory_limit is not None:
+        memory_limit.check_limit(of_run, of_method, row)
 
     from transformers.utils import logging as transformers_logging
 

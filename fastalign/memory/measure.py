@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastalign.models.adapters import causal_lm
-
-# Bytes that are resident before any tensor is made: the interpreter, torch, transformers and what they load.
-_CPU_BASE = 600_000_000
+from fastalign.errors import ModelError
+from fastalign.memory.parts import Setting, parts
+from fastalign.memory.shapes import Shapes, shapes_of
+from fastalign.models.adapters import causal_lm, lora_layers
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
@@ -27,32 +28,41 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def predict(model: nn.Module, *, tokens: int, checkpointing: bool = False) -> int:
-    """Predicts the peak memory of one training step, in bytes.
+    """Predicts the peak memory of one training step with AdamW, in bytes.
 
-    It is the sum of
-
-    - the weights, and for those that are trained a float32 gradient and two float32 moments of AdamW,
-    - the activations that the backward pass needs. Per layer and token these are about ten vectors of the hidden size
-      and four of the MLP's size; with checkpointing one vector of the hidden size, plus all of one layer,
-    - one float32 vector of the hidden size per token. The log-probs need no logits,
-    - on a CPU, 600 MB of libraries.
+    The formulas are those of `fastalign plan`, see `fastalign.memory.parts`. Weights and trained parameters are counted
+    on the loaded model.
 
     Args:
         model: with its weights loaded; `requires_grad` says what is trained.
-        tokens: tokens of one micro-batch.
+        tokens: tokens of one micro-batch, all of which may be scored.
         checkpointing: whether activations are recomputed in the backward pass.
     """
     config = causal_lm(model).config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    # The MLP's size; models that do not state it use four times the hidden size.
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
     parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad) * 3 * 4
-    size = max(
-        2, parameters[0].element_size()
-    )  # of an activation; below 16 bits weights are quantised, not activations
-    layer = (10 * hidden + 4 * inner) * size * tokens
-    activations = layer + layers * hidden * size * tokens if checkpointing else layers * layer
-    base = 0 if parameters[0].is_cuda else _CPU_BASE
-    return base + weights + trained + activations + tokens * hidden * 4
+    # Half precision is the least: weights of fewer bits are quantised, activations are not.
+    size = max(2, parameters[0].element_size())
+    rank = max((lora.a.shape[0] for _, lora in lora_layers(model)), default=0)
+    device = "cuda" if parameters[0].is_cuda else "cpu"
+    setting = Setting(tokens, rank=rank, size=size, checkpointing=checkpointing, device=device)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(map(_bytes_of, parameters))
+    return sum(parts(_shapes(config), setting, weights=weights, trained=trained).values())
+
+
+def _bytes_of(parameter: Any) -> int:
+    """Bytes of a weight with the scales of a quantised one."""
+    scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+    of_scales = 0 if scales is None else scales.numel() * scales.element_size()
+    return parameter.numel() * parameter.element_size() + of_scales
+
+
+def _shapes(config: Any) -> Shapes:
+    """The shapes of a loaded model; where the table does not know its architecture, those of a plain decoder."""
+    try:
+        return shapes_of(config.to_dict())
+    except ModelError:
+        hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1)
+        # Models that do not state the size of their MLP use four times the hidden size.
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        return Shapes(hidden, inner, config.num_hidden_layers, hidden, hidden, heads, config.vocab_size, tied=False)

@@ -1,0 +1,52 @@
+import pytest
+
+from fastalign.memory.parts import Setting, parts, weight_bytes
+from fastalign.memory.shapes import read_shapes
+
+SHAPES = read_shapes("smollm2-135m-instruct")[0]
+FULL = {"rank": 0, "size": 4}
+LORA = {"rank": 16, "size": 2}
+QLORA = {**LORA, "quantization": "nf4", "double": True}
+
+
+# (options, tokens, checkpointing, MB)
+MEASURED = [
+    (FULL, 512, False, 2314),
+    (FULL, 512, True, 2287),
+    (FULL, 1024, False, 2884),
+    (LORA, 512, False, 629),
+    (LORA, 1024, False, 881),
+    (LORA, 1024, True, 412),
+    (QLORA, 512, False, 474),
+    (QLORA, 1024, False, 731),
+    (QLORA, 1024, True, 260),
+]
+
+
+@pytest.mark.parametrize(("options", "tokens", "checkpointing", "measured"), MEASURED)
+def test_prediction_is_within_a_tenth_of_what_was_measured(options, tokens, checkpointing, measured):
+    """Peaks less libraries of SmolLM2-135M, half of the tokens scored; docs/how-to/what-fits.md says how."""
+    setting = Setting(tokens, tokens // 2, checkpointing=checkpointing, bounded=True, **options)
+    found = parts(SHAPES, setting)
+    assert abs((sum(found.values()) - found["libraries"]) / 1e6 / measured - 1) < 0.1
+
+
+def test_quantised_weights_count_their_scales():
+    plain = weight_bytes(SHAPES, Setting(1))
+    linear = SHAPES.linear_parameters
+    assert plain == 2 * SHAPES.parameters
+    assert plain - weight_bytes(SHAPES, Setting(1, quantization="nf4")) == 2 * linear - linear // 2 - linear // 16
+    assert plain - weight_bytes(SHAPES, Setting(1, quantization="int8")) > 0.99 * linear
+
+
+def test_a_bound_on_freed_memory_is_part_of_the_plan():
+    held = parts(SHAPES, Setting(512, **FULL))
+    assert held["allocator"] > 0
+    assert parts(SHAPES, Setting(512, bounded=True, **FULL))["allocator"] == 0
+    assert parts(SHAPES, Setting(512, device="cuda", **FULL))["allocator"] == 0
+
+
+def test_accumulation_and_a_reference_cost_the_trained_weights():
+    one = sum(parts(SHAPES, Setting(2048, **FULL)).values())
+    assert sum(parts(SHAPES, Setting(2048, reference=True, **FULL)).values()) == one + 4 * SHAPES.parameters
+    assert sum(parts(SHAPES, Setting(2048, accumulates=True, **FULL)).values()) > one
