@@ -6,15 +6,20 @@ What takes seconds to import is imported where it is used: tests of ops and loss
 
 import inspect
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import fastalign
+import fastalign.config
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -169,7 +174,7 @@ def make_trainer(tokenizer, tmp_path):
         teacher=None, adapter=None, dtype="auto", quantization="none", **options,
     ):  # fmt: skip
         # Every trainer says which options it takes. The other annotations name classes of peft, which is not imported.
-        config = getattr(fastalign, inspect.signature(kind).parameters["args"].annotation)
+        config = getattr(fastalign.config, inspect.signature(kind).parameters["args"].annotation)
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",

@@ -83,7 +83,7 @@ OPTIONS = {
     "group_by_length=true": "leave it out",
     "desirable_weight=2": "only kto reads it",
     "ref_model_sync_steps=3": "only sync_ref_model=True reads it",
-    "output_dir=file": "output_dir 'file' cannot be made",
+    "output_dir=file": "output_dir 'file' cannot be written: File exists",
     "regularizers=[{name:[a]}]": "name of a regularizer is ['a']",
     "regularizers=[{name:l2sp,strength:1}]": "did you mean 'l2_sp'",
     "regularizers=[{name:l2_sp,strength:-1}]": "strength of L2SP is -1",

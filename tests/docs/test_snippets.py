@@ -110,7 +110,7 @@ def test_commands_and_their_options_exist(page, sources, known_options, options_
             key = word.partition("=")[0]
             if word.startswith("--"):
                 assert key in flags, f"{page}:{line}: {name} has no {word}"
-            elif "=" in word:
+            elif "=" in word and name in methods | {"train", "plan"}:  # elsewhere it is the value of an option
                 assert key in known_options | options_of_runs, f"{page}:{line}: there is no option {key}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 import sys
 import types
 
@@ -139,7 +140,9 @@ def test_trains_as_its_dequantised_copy_also_after_evaluating_generating_and_sav
 
 
 @pytest.mark.parametrize("kind", ["nf4 twice", "int8"])
-def test_a_run_that_evaluates_saves_and_resumes_has_the_losses_of_the_copy(plain_dir, pairs, make_trainer, kind):
+def test_a_run_that_evaluates_saves_and_resumes_has_the_losses_of_the_copy(
+    plain_dir, pairs, make_trainer, tmp_path, kind
+):
     lora = peft.LoraConfig(**LORA)
     options = {"max_steps": 3, "learning_rate": 0.1, "eval_strategy": "steps", "eval_steps": 1}
 
@@ -154,9 +157,10 @@ def test_a_run_that_evaluates_saves_and_resumes_has_the_losses_of_the_copy(plain
     trainer, losses = run(base, save_strategy="steps", save_steps=1)
     assert all(p.any() for name, p in trainer.model.named_parameters() if "lora_B" in name)
     assert losses[0] != losses[2]
+    kept = tmp_path / "kept" / "checkpoint-1"  # a run with the same folder clears it
+    shutil.copytree(f"{trainer.args.output_dir}/checkpoint-1", kept)
     assert losses == pytest.approx(run(copied)[1], abs=1e-5)
-    checkpoint = f"{trainer.args.output_dir}/checkpoint-1"
-    assert run(quantized(plain_dir, kind), resume=checkpoint)[1] == losses
+    assert run(quantized(plain_dir, kind), resume=kept)[1] == losses
 
 
 @pytest.mark.parametrize("kind", KINDS)

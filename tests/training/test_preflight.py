@@ -6,12 +6,12 @@ import http.server
 import json
 import sys
 import threading
-import typing
 
 import pytest
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.training import PreferenceTrainer, SFTTrainer
@@ -126,8 +126,8 @@ def test_options_of_another_library_are_refused(tmp_path):
             check_options(args, has_eval_rows=False)
 
 
-@pytest.mark.parametrize("trainer", [SFTTrainer, PreferenceTrainer])
-def test_arguments_that_would_do_nothing_are_refused(trainer, tmp_path):
-    args = typing.get_type_hints(trainer.__init__)["args"](output_dir=str(tmp_path), use_cpu=True)
+@pytest.mark.parametrize(("trainer", "config"), [(SFTTrainer, SFTConfig), (PreferenceTrainer, PreferenceConfig)])
+def test_arguments_that_would_do_nothing_are_refused(trainer, config, tmp_path):
+    args = config(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ConfigError, match="compute_metrics is not supported: evaluation forms no logits"):
         trainer("nowhere", args, [], compute_metrics=lambda predictions: {})
