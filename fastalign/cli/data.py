@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> int:
     )
     print(report)
     console = Console(highlight=False, soft_wrap=True)
-    for number, row in enumerate(tokens.select(range(min(args.rows, len(tokens)))), start=1):
-        _show(console, number, row, tokenizer)
+    for number in range(min(args.rows, len(tokens))):
+        _show(console, number + 1, tokens[number], tokenizer)
     if args.out:
         _write(rows, args.wanted, Path(args.out))
     return 0

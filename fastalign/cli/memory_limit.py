@@ -72,12 +72,11 @@ def settings(
     if device is None:
         device = "cpu" if option("use_cpu") or not Path("/dev/nvidia0").exists() else "cuda"
     rows = option("per_device_train_batch_size")
-    if tokens is None:
-        tokens = rows * _row_tokens(option("max_length"), row)
-    if tokens < 1:
-        raise ConfigError(f"--tokens is {tokens}; a micro-batch has at least 1")
+    count: int = rows * _row_tokens(option("max_length"), row) if tokens is None else tokens
+    if count < 1:
+        raise ConfigError(f"--tokens is {count}; a micro-batch has at least 1")
     return shapes, parts.Setting(
-        tokens, rank=run.lora_rank, size=_size(run, device), quantization=run.quantization,
+        count, rank=run.lora_rank, size=_size(run, device), quantization=run.quantization,
         checkpointing=bool(option("gradient_checkpointing") or option("activation_checkpointing")),
         double=run.double_quantization, optimizer=_optimizer(str(option("optim"))), device=device,
         reference=option("precompute_ref_log_probs") is False, accumulates=option("gradient_accumulation_steps") > 1,

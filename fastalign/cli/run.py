@@ -108,7 +108,9 @@ def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[
         return [], []
     tokenized, rows = (next(iter(x.values())) if isinstance(x, dict) else x for x in (trainer.eval_dataset, rows))
     tokens = tokenized["prompt_ids"][:]
-    texts = [_last_question(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else [None]
+    texts: list[Any] = (
+        [_last_question(prompt) for prompt in rows["prompt"]] if "prompt" in rows.column_names else [None]
+    )
     if len(texts) != len(tokens) or None in texts:  # rows were dropped or converted, or the prompt is implicit
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     different = {tuple(ids): text.strip() for ids, text in zip(tokens, texts, strict=True) if ids}

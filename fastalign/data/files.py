@@ -102,6 +102,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[dict]:
     # The default limit refuses cells of more than 128 KiB. It is a setting of the process, so it is reset below.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     names = {",": "commas", "\t": "tabs"}
+    reader: Any = None
     try:
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, delimiter=delimiter, strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -19,7 +19,7 @@ from fastalign.errors import DataError
 HUB = "hub:"
 MAX_DEPTH = 100  # levels of nesting that are searched for a value that holds itself
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
-_SPLITS = dict.fromkeys(("valid", "val", "dev", "eval"), "validation")  # names that mean the same
+_SPLITS: dict[str, str] = dict.fromkeys(("valid", "val", "dev", "eval"), "validation")  # names that mean the same
 _NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")  # written by `datasets`
 
 
@@ -80,14 +80,14 @@ def _rows(source: Any) -> datasets.Dataset:
         _refuse_circles(source)
         return from_dicts(source, "The list of rows")
     if type(source).__module__.partition(".")[0] == "pandas":
-        return datasets.Dataset.from_pandas(source, preserve_index=False)
+        return datasets.Dataset.from_pandas(cast(Any, source), preserve_index=False)
     raise DataError(
         f"Rows come from a path, a list of dicts, a datasets.Dataset or a pandas.DataFrame, not from "
         f"{type(source).__name__}: build one with datasets.Dataset.from_list(list(rows))."
     )
 
 
-def _only_split(splits: Mapping[str, Any], how: str) -> Any:
+def _only_split(splits: Any, how: str) -> Any:
     if len(splits) != 1:
         raise DataError(f"A DatasetDict holds several data sets: choose one of its splits {list(splits)}, as in {how}.")
     return next(iter(splits.values()))

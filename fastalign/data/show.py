@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import datasets
 
@@ -58,7 +59,7 @@ def understood_rows(rows: datasets.Dataset, wanted: str | None = None) -> Iterat
     Raises:
         DataError: the rows have no known format.
     """
-    converted = convert_rows(rows, wanted).rows
+    converted: Any = convert_rows(rows, wanted).rows
     fmt = detect_format(converted)
     for row in converted.select_columns([*fmt.sources.values()]):
         fields = {field: row[name] for field, name in fmt.sources.items()}

@@ -271,7 +271,7 @@ def _checked(
     strength: float,
     backend: Backend,
     grads: Sequence[Tensor] = (),
-) -> str:
+) -> Backend:
     """Check the arguments; returns the backend to use."""
     _check_strength(strength)
     if not len(parameters):

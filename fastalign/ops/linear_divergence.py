@@ -82,7 +82,7 @@ def _append_zeros(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad if missing == 0 else torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])])
 
 
-def _epilogue(backend: Backend) -> tiles.DivergenceEpilogue | None:
+def _epilogue(backend: str) -> tiles.DivergenceEpilogue | None:
     return pick.GPU_KERNELS[backend].divergence_epilogue() if backend in pick.GPU_KERNELS else None
 
 

@@ -53,7 +53,7 @@ _library.define(
 )
 
 
-def _epilogue(backend: Backend) -> Epilogue:
+def _epilogue(backend: str) -> Epilogue:
     return pick.GPU_KERNELS[backend].epilogue() if backend in pick.GPU_KERNELS else TORCH
 
 

@@ -144,7 +144,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
         self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
-        self.layout = _layout_of(model, args)
+        self.layout: Layout = _layout_of(model, args)
         self.data_collator = self._collator()
         self.writer = install_callbacks(self)
         self.guard = FiniteGuard(self)

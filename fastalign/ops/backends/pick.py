@@ -14,9 +14,9 @@ backward (docs/explanation/gpu.md). Either is 1.0 to 4 times as fast as the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from fastalign.ops.backends import cpu, cuda, triton
 
 Backend = Literal["auto", "reference", "torch", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-GPU_KERNELS: dict[Backend, ModuleType] = {"cuda": cuda, "triton": triton}
+GPU_KERNELS: Mapping[Any, ModuleType] = {"cuda": cuda, "triton": triton}
 # The modules whose functions are the ops' forward and backward passes, by backend.
-KERNELS: dict[Backend, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
+KERNELS: Mapping[Any, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
 # Why the kernels of a backend cannot take an op's arguments, or None.
 WhyNot = Callable[[str], "str | None"]
 
