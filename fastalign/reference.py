@@ -156,7 +156,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def logits_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, divergence: str = "forward_kl", temperature: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, *, divergence: Divergence = "forward_kl", temperature: float = 1.0,
     jsd_beta: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """Divergence of the student's next-token distribution s from the teacher's t, per token.
@@ -189,7 +189,7 @@ def _expect(log_p: Tensor, difference: Tensor) -> Tensor:
     return (log_p.exp() * difference.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
-def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
+def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: Divergence, jsd_beta: float) -> Tensor:
     """`logits_divergence` from log-probabilities instead of logits.
 
     Args:
@@ -217,7 +217,7 @@ def divergence_of_logprobs(s: Tensor, t: Tensor, divergence: str, jsd_beta: floa
 
 def linear_divergence(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *, bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None, mask: Tensor | None = None, divergence: str = "forward_kl",
+    teacher_bias: Tensor | None = None, mask: Tensor | None = None, divergence: Divergence = "forward_kl",
     temperature: float = 1.0, jsd_beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
     teacher_logit_scale: float = 1.0, teacher_softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
@@ -394,8 +394,8 @@ def with_tail(logprobs: Tensor) -> Tensor:
 
 def sparse_divergence(
     hidden: Tensor, weight: Tensor, teacher_indices: Tensor, teacher_logprobs: Tensor, *, bias: Tensor | None = None,
-    mask: Tensor | None = None, divergence: str = "forward_kl", temperature: float = 1.0, jsd_beta: float = 0.5,
-    logit_scale: float = 1.0, softcap: float | None = None, tail: str = "lump",
+    mask: Tensor | None = None, divergence: Divergence = "forward_kl", temperature: float = 1.0, jsd_beta: float = 0.5,
+    logit_scale: float = 1.0, softcap: float | None = None, tail: Tail = "lump",
 ) -> Tensor:  # fmt: skip
     """Divergence from a teacher of whom only the top k log-probabilities are known, from hidden states.
 
@@ -424,8 +424,8 @@ def sparse_divergence(
 
 
 def sparse_logits_divergence(
-    student_logits: Tensor, teacher_indices: Tensor, teacher_logprobs: Tensor, *, divergence: str = "forward_kl",
-    temperature: float = 1.0, jsd_beta: float = 0.5, tail: str = "lump",
+    student_logits: Tensor, teacher_indices: Tensor, teacher_logprobs: Tensor, *, divergence: Divergence = "forward_kl",
+    temperature: float = 1.0, jsd_beta: float = 0.5, tail: Tail = "lump",
 ) -> Tensor:  # fmt: skip
     """`sparse_divergence` from the student's logits instead of its hidden states.
 

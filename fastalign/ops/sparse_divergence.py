@@ -13,6 +13,7 @@ together. A trainable one recomputes the logits, and takes two more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -37,6 +38,7 @@ from fastalign.ops.head.checks import (
     check_teacher_entries,
     check_token_ids,
 )
+from fastalign.ops.head.divergence_terms import without_logits
 from fastalign.ops.head.products import accumulate, operand
 from fastalign.ops.head.rows import counting_mask, kept_rows
 from fastalign.ops.head.tiling import START, pad_rows, row_slices, vocabulary_tiles
@@ -152,7 +154,9 @@ def _linear_topk_logprobs(hidden, weight, bias, indices, mask, transform, grads,
     blocks = _blocks(len(kept_hidden), like.device) or [slice(0, 0)]
     parts = [_fold_vocabulary(side.block(b), kept_indices[b], grads, like) for b in blocks]
     picked, m, tail, expected = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = (topk_and_tail_logprobs(picked, m, tail), expected, picked, torch.stack([m, tail], 1))
+    nothing = without_logits(torch.maximum(picked.amax(1), m), side.transform)
+    logprobs = topk_and_tail_logprobs(picked, m, tail).masked_fill_(nothing.unsqueeze(1), math.nan)
+    found = (logprobs, expected, picked, torch.stack([m, tail], 1))
     count = n if rows is None else rows.numel()
     if rows is None:  # without the padding; a copy, because an op must not return a view
         return tuple(t[:count].clone() if t.shape[0] != count and t.dim() == 2 else t for t in found)

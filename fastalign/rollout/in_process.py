@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.models.modes import evaluation_mode
+from fastalign.models.vocabulary import fill_token
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[]] * len(prompts)
     stops, device = stop_tokens(model, tokenizer), next(model.parameters()).device
-    fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    fill = fill_token(tokenizer)
     with evaluation_mode(model):
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=label, unit="batch", leave=False, disable=label is None):

@@ -221,6 +221,24 @@ def test_no_row_at_all(rows, mode):
     assert values.shape == (rows,) and not values.any() and not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("side", ["bias", "teacher_bias"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_without_any_entry_has_no_divergence(kind, temperature, side, backend):
+    """Every logit is -inf there. The kernels hold -inf as a finite number, which would be a uniform distribution."""
+    inputs, mask = problem(bias=True), torch.arange(N) % 3 != 1
+    inputs[side] = torch.full_like(inputs[side], -math.inf)
+    inputs["hidden"].requires_grad_()
+    values = linear_divergence(**inputs, divergence=kind, mask=mask, temperature=temperature, backend=backend)
+    assert values[mask].isnan().all() and (values[~mask] == 0).all()
+    (grad,) = torch.autograd.grad(values.sum(), inputs["hidden"])
+    assert grad[mask].isnan().all() and not grad[~mask].any()
+    capped = linear_divergence(**inputs, divergence=kind, mask=mask, softcap=3.0, teacher_softcap=3.0, backend=backend)
+    exact = reference.linear_divergence(**inputs, divergence=kind, mask=mask, softcap=3.0, teacher_softcap=3.0)
+    torch.testing.assert_close(capped, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_a_weight_of_zero_drops_the_row():
     inputs = problem()
     inputs["hidden"][3] = math.nan

@@ -156,6 +156,13 @@ def test_masked_rows_are_zero_and_touch_nothing(frozen):
     assert torch.equal(again, 2 * found[0])
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_student_without_any_entry_has_no_divergence(backend):
+    x = problem()
+    x["bias"] = torch.full((V,), -math.inf)
+    assert sparse_divergence(**x, backend=backend).isnan().all()
+
+
 @pytest.mark.parametrize("rows", [N, 1, 0])
 def test_few_rows_or_none(rows):
     x = problem(n=rows)
