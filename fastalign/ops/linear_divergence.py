@@ -27,7 +27,7 @@ from fastalign.ops.head.checks import (
     check_per_token,
     check_same_tokens,
 )
-from fastalign.ops.head.divergence_terms import DivergenceKind, without_logits
+from fastalign.ops.head.divergence_terms import DivergenceKind, without_distribution
 from fastalign.ops.head.rows import (
     ScoredRows,
     counting_mask,
@@ -101,7 +101,7 @@ def _linear_divergence(
             scored.rows, divergence, jsd_beta, grads=grads, budget=memory_budget, coefficients=coefficients,
             needs=formed,
         )  # fmt: skip
-        _mark_without_logits(values, grad_hidden, stats, transform, teacher_transform)
+        _mark_without_distribution(values, grad_hidden, stats, transform, teacher_transform)
         return values, grad_hidden, stats, *_full_vocab_gradients(d_weight, d_bias, weight, bias, values)
     if coefficients is not None:
         coefficients = gather_rows(coefficients, scored).to(reference.compute_dtype(hidden))
@@ -116,7 +116,7 @@ def _linear_divergence(
         epilogue=_epilogue(backend),
     )
     empty = out.values.new_empty(0)
-    _mark_without_logits(out.values, empty if out.grad_hidden is None else out.grad_hidden, out.stats, transform,
+    _mark_without_distribution(out.values, empty if out.grad_hidden is None else out.grad_hidden, out.stats, transform,
                          teacher_transform)  # fmt: skip
     return (
         scatter_rows(out.values, scored, n),
@@ -126,7 +126,9 @@ def _linear_divergence(
     )
 
 
-def _mark_without_logits(values: Tensor, grad_hidden: Tensor, stats: Tensor, transform, teacher_transform) -> None:
+def _mark_without_distribution(
+    values: Tensor, grad_hidden: Tensor, stats: Tensor, transform, teacher_transform
+) -> None:
     """Writes NaN where a side's logits are all -inf, in place. The kernels hold -inf as a finite number.
 
     The log-normalisers become NaN too, so that gradients of the output layer do.
@@ -138,8 +140,8 @@ def _mark_without_logits(values: Tensor, grad_hidden: Tensor, stats: Tensor, tra
         transform: Of the student's logits, packed.
         teacher_transform: Of the teacher's.
     """
-    nothing = without_logits(stats[:, 0], unpack_transform(transform))
-    nothing |= without_logits(stats[:, 2], unpack_transform(teacher_transform))
+    nothing = without_distribution(stats[:, 0], unpack_transform(transform))
+    nothing |= without_distribution(stats[:, 2], unpack_transform(teacher_transform))
     values.masked_fill_(nothing, math.nan)
     stats[:, 1::2].masked_fill_(nothing.unsqueeze(1), math.nan)
     if grad_hidden.numel():

@@ -38,7 +38,7 @@ from fastalign.ops.head.checks import (
     check_teacher_entries,
     check_token_ids,
 )
-from fastalign.ops.head.divergence_terms import without_logits
+from fastalign.ops.head.divergence_terms import without_distribution
 from fastalign.ops.head.products import accumulate, operand
 from fastalign.ops.head.rows import counting_mask, kept_rows
 from fastalign.ops.head.tiling import START, pad_rows, row_slices, vocabulary_tiles
@@ -154,7 +154,7 @@ def _linear_topk_logprobs(hidden, weight, bias, indices, mask, transform, grads,
     blocks = _blocks(len(kept_hidden), like.device) or [slice(0, 0)]
     parts = [_fold_vocabulary(side.block(b), kept_indices[b], grads, like) for b in blocks]
     picked, m, tail, expected = (torch.cat(part) for part in zip(*parts, strict=True))
-    nothing = without_logits(torch.maximum(picked.amax(1), m), side.transform)
+    nothing = without_distribution(torch.maximum(picked.amax(1), m), side.transform)
     logprobs = topk_and_tail_logprobs(picked, m, tail).masked_fill_(nothing.unsqueeze(1), math.nan)
     found = (logprobs, expected, picked, torch.stack([m, tail], 1))
     count = n if rows is None else rows.numel()

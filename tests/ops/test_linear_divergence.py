@@ -239,6 +239,19 @@ def test_a_side_without_any_entry_has_no_divergence(kind, temperature, side, bac
     torch.testing.assert_close(capped, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("scale", [-0.6, 0.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_of_zero_or_below_is_no_reason_for_nan(kind, scale, backend):
+    inputs = problem(bias=True)
+    options = {"divergence": kind, "logit_scale": scale, "teacher_logit_scale": scale}
+    exact = reference.linear_divergence(**inputs, **options)
+    torch.testing.assert_close(linear_divergence(**inputs, **options, backend=backend), exact, rtol=1e-4, atol=1e-5)
+    inputs["bias"][3] = -math.inf  # an infinite logit under a negative scale
+    if scale < 0:
+        assert linear_divergence(**inputs, **options, backend=backend).isnan().all()
+
+
 def test_a_weight_of_zero_drops_the_row():
     inputs = problem()
     inputs["hidden"][3] = math.nan

@@ -31,18 +31,19 @@ from fastalign.reference import Divergence
 RULED_OUT = 1e9
 
 
-def without_logits(top: Tensor, transform: LogitTransform) -> Tensor:
-    """Which rows (R,) have no logit but -inf: they have no distribution, so whatever is computed of it is NaN.
+def without_distribution(top: Tensor, transform: LogitTransform) -> Tensor:
+    """Which rows (R,) have no distribution, so that whatever is computed of it is NaN.
 
-    A soft cap turns -inf into a finite logit, so under it there is no such row.
+    Their logits are all -inf, or under a negative scale one of them is inf. A soft cap turns products of -inf into
+    finite logits, so under it there is no such row.
 
     Args:
         top: (R,) the largest logit of each row, with START in the place of a product of -inf.
         transform: What made the logits from the products. A factor above 1 does not move the start of the maximum.
     """
-    if transform.softcap is not None:
+    if transform.softcap is not None or transform.factor == 0:
         return torch.zeros_like(top, dtype=torch.bool)
-    return top <= 0.5 * START * min(1.0, abs(transform.factor))  # half of it: the product is rounded
+    return top.abs() >= -0.5 * START * min(1.0, abs(transform.factor))  # half of it: the product is rounded
 
 
 class DivergenceKind(NamedTuple):
