@@ -25,7 +25,7 @@ from fastalign.ops.head.checks import (
     check_per_token,
     check_vocabulary,
 )
-from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, terms
+from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, ruled_out, terms
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.head.transform import LogitTransform
@@ -66,7 +66,7 @@ def without_entries(top: Tensor, logits: Tensor, rows: Tensor, temperature: floa
     top: (R,) the largest of each row's logits over temperature, with START in the place of -inf. So the logits
     themselves are read only where a row may be one of those.
     """
-    low = top <= 0.5 * START / temperature  # half of it: the quotient is rounded
+    low = top <= -ruled_out(1 / temperature)
     return low & logits[rows].amax(1).isneginf() if low.any() else low
 
 

@@ -36,6 +36,7 @@ OF_THE_HEAD = [
     ({"logit_scale": NAN}, "logit_scale is nan"),
     ({"logit_scale": INF}, "logit_scale is inf"),
     ({"logit_scale": None}, "logit_scale is None"),
+    ({"logit_scale": 0.0}, "logit_scale is 0.0; it must be finite, at most"),
     ({"temperature": 1e-300}, "temperature is 1e-300"),
     ({"temperature": INF}, "temperature is inf"),
     ({"temperature": "1"}, "temperature is '1'"),

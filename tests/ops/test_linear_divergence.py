@@ -240,16 +240,14 @@ def test_a_side_without_any_entry_has_no_divergence(kind, temperature, side, bac
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("scale", [-0.6, 0.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_scale_of_zero_or_below_is_no_reason_for_nan(kind, scale, backend):
+def test_a_negative_scale_is_no_reason_for_nan(kind, backend):
     inputs = problem(bias=True)
-    options = {"divergence": kind, "logit_scale": scale, "teacher_logit_scale": scale}
+    options = {"divergence": kind, "logit_scale": -0.6, "teacher_logit_scale": -0.6}
     exact = reference.linear_divergence(**inputs, **options)
     torch.testing.assert_close(linear_divergence(**inputs, **options, backend=backend), exact, rtol=1e-4, atol=1e-5)
     inputs["bias"][3] = -math.inf  # an infinite logit under a negative scale
-    if scale < 0:
-        assert linear_divergence(**inputs, **options, backend=backend).isnan().all()
+    assert linear_divergence(**inputs, **options, backend=backend).isnan().all()
 
 
 def test_a_weight_of_zero_drops_the_row():

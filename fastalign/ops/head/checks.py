@@ -27,7 +27,7 @@ def check_linear(
         weight: Must be (V, H) floating.
         bias: Must be (V,) floating, or None.
         softcap: Must be above 0 and finite, or None.
-        logit_scale: Must be finite.
+        logit_scale: Must be finite, and not 0.
         of: What the names of these arguments begin with in the error, such as "teacher_".
 
     Raises:
@@ -50,8 +50,11 @@ def check_linear(
     if softcap is not None:
         check_positive(f"{of}softcap", softcap, or_else=", or None for no cap")
     check_number(f"{of}logit_scale", logit_scale)
-    if not abs(logit_scale) <= _LARGEST:
-        raise InputError(f"{of}logit_scale is {logit_scale}; it must be finite, at most {_LARGEST:g} in size")
+    if not 0 < abs(logit_scale) <= _LARGEST:
+        raise InputError(
+            f"{of}logit_scale is {logit_scale}; it must be finite, at most {_LARGEST:g} in size, and not 0, which "
+            "would make all tokens equally likely"
+        )
 
 
 def check_floating(name: str, t: Tensor, remedy: str) -> None:

@@ -41,9 +41,14 @@ def without_distribution(top: Tensor, transform: LogitTransform) -> Tensor:
         top: (R,) the largest logit of each row, with START in the place of a product of -inf.
         transform: What made the logits from the products. A factor above 1 does not move the start of the maximum.
     """
-    if transform.softcap is not None or transform.factor == 0:
+    if transform.softcap is not None:
         return torch.zeros_like(top, dtype=torch.bool)
-    return top.abs() >= -0.5 * START * min(1.0, abs(transform.factor))  # half of it: the product is rounded
+    return top.abs() >= ruled_out(abs(transform.factor))
+
+
+def ruled_out(factor: float) -> float:
+    """The size from which on a logit stands for an infinite product. Half of START times a factor: that is rounded."""
+    return -0.5 * START * min(1.0, factor)
 
 
 class DivergenceKind(NamedTuple):
