@@ -25,7 +25,7 @@ from fastalign.ops.head.checks import (
     check_per_token,
     check_vocabulary,
 )
-from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, ruled_out, terms
+from fastalign.ops.head.divergence_terms import RULED_OUT, DivergenceKind, LogSumExp, gradient, terms
 from fastalign.ops.head.rows import counting_mask
 from fastalign.ops.head.tiling import START, unmasked_rows
 from fastalign.ops.head.transform import LogitTransform
@@ -56,18 +56,20 @@ def _scaled_logits(
     blocks, dtype = unmasked_rows(student, mask), reference.compute_dtype(student, teacher)
     spare = student.new_empty(2, len(blocks[0]), student.shape[1], dtype=dtype)
     for rows in blocks:
-        a, b = (t[rows].to(dtype).clamp_(min=START).div_(temperature) for t in (student, teacher))
+        a, b = (t[rows].to(dtype).div_(temperature).clamp_(min=START) for t in (student, teacher))
         yield rows, a, b, (spare[0, : len(a)], spare[1, : len(a)])
 
 
-def without_entries(top: Tensor, logits: Tensor, rows: Tensor, temperature: float) -> Tensor:
+def without_entries(top: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
     """Which rows (R,) of logits (N, V) are -inf throughout: they have no distribution, and their divergence is NaN.
 
-    top: (R,) the largest of each row's logits over temperature, with START in the place of -inf. So the logits
-    themselves are read only where a row may be one of those.
+    top: (R,) the largest of each row's logits over temperature, at least START. So on a CPU the logits themselves are
+    read only where a row may be one of those. A GPU reads them always: to look at `low` would make the host wait.
     """
-    low = top <= -ruled_out(1 / temperature)
-    return low & logits[rows].amax(1).isneginf() if low.any() else low
+    low = top <= START
+    if low.device.type == "cpu" and not low.any():
+        return low
+    return low & logits[rows].amax(1).isneginf()
 
 
 def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta):
@@ -79,7 +81,7 @@ def _logits_divergence(student, teacher, mask, divergence, temperature, jsd_beta
         for i, (z, logits) in enumerate(((a, student), (b, teacher))):
             sums = LogSumExp(len(z), z)
             sums.absorb(z, scratch[0])
-            nothing = without_entries(sums.top, logits, rows, temperature)
+            nothing = without_entries(sums.top, logits, rows)
             stats[rows, 2 * i], stats[rows, 2 * i + 1] = sums.top, sums.total.log().masked_fill_(nothing, math.nan)
         value, moment = terms(a, b, stats[rows], kind, _NO_TRANSFORM, scratch)
         values[rows] = value.masked_fill_(value > RULED_OUT, float("inf"))

@@ -45,7 +45,7 @@ _library.define(
 def _scaled_logits(logits: Tensor, mask: Tensor | None, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Some unmasked rows at a time: their numbers, and their logits over temperature in float32 or float64."""
     for rows in unmasked_rows(logits, mask):
-        yield rows, logits[rows].to(reference.compute_dtype(logits)).clamp_(min=START).div_(temperature)
+        yield rows, logits[rows].to(reference.compute_dtype(logits)).div_(temperature).clamp_(min=START)
 
 
 def _topk_logprobs(logits, indices, mask, temperature):
@@ -54,10 +54,10 @@ def _topk_logprobs(logits, indices, mask, temperature):
     logprobs, stats = logits.new_zeros(n, k + 1, dtype=dtype), logits.new_zeros(n, 2, dtype=dtype)
     for rows, z in _scaled_logits(logits, mask, temperature):
         picked = z.gather(1, indices[rows])
-        # The k entries are not in the tail: they go below all others, which are at least START / temperature.
-        top = z.scatter_(1, indices[rows], 2 * START / temperature).amax(1)
+        # The k entries are not in the tail: they go below all others, which are at least START.
+        top = z.scatter_(1, indices[rows], 2 * START).amax(1)
         tail = z.sub_(top.unsqueeze(1)).exp_().sum(1)
-        nothing = without_entries(torch.maximum(picked.amax(1), top), logits, rows, temperature)
+        nothing = without_entries(torch.maximum(picked.amax(1), top), logits, rows)
         found = topk_and_tail_logprobs(picked, top, tail)
         logprobs[rows] = found.masked_fill_(nothing.unsqueeze(1), math.nan)
         stats[rows] = torch.stack([top, tail], 1)

@@ -43,12 +43,7 @@ def without_distribution(top: Tensor, transform: LogitTransform) -> Tensor:
     """
     if transform.softcap is not None:
         return torch.zeros_like(top, dtype=torch.bool)
-    return top.abs() >= ruled_out(abs(transform.factor))
-
-
-def ruled_out(factor: float) -> float:
-    """The size from which on a logit stands for an infinite product. Half of START times a factor: that is rounded."""
-    return -0.5 * START * min(1.0, factor)
+    return top.abs() >= -0.5 * START * min(1.0, abs(transform.factor))  # half of it: the product is rounded
 
 
 class DivergenceKind(NamedTuple):
