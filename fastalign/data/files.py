@@ -161,9 +161,25 @@ def from_dicts(rows: list, where: str) -> datasets.Dataset:
         raise DataError(f"{where} holds no rows with any fields: it needs at least one.")
     columns = {name: [_as_cell(name, row.get(name)) for row in rows] for name in names}
     try:
+        if cut := sorted(key for key in _keys(rows) if isinstance(key, str) and "\0" in key):
+            raise DataError(f"the name {cut[0]!r} holds a zero character, at which Arrow would cut it")
         return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+    except DataError as error:
+        raise DataError(f"{where}: {error}: rename it.") from None
     except Exception as error:  # Arrow and its converters raise many kinds of errors for hostile values
         raise DataError(f"{where}: {_explain_columns(columns, error)}") from error
+
+
+def _keys(value: dict | list) -> set:
+    """The keys of all dicts in a value, at any depth."""
+    found: set = set()
+    if isinstance(value, dict):
+        found.update(value)
+        value = list(value.values())
+    for inner in value:
+        if isinstance(inner, (dict, list)):
+            found |= _keys(inner)
+    return found
 
 
 def _as_cell(name: str, value):

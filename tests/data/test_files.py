@@ -132,3 +132,15 @@ def test_a_bad_value_in_a_late_row_is_found_with_few_tables(monkeypatch):
     with pytest.raises(DataError, match="row 2991 has a value in 'meta' that no table can hold"):
         from_dicts(rows, "The rows")
     assert len(made) < 20
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt\0": "a", "prompt": "b"}, {"prompt": {"a\0b": 1, "a": 2}}, {"prompt": [[{"a\0": "x"}]]}],
+)
+def test_a_name_that_arrow_would_cut_is_refused(row, tmp_path):
+    """Arrow ends a name at its first zero character: two fields would become one name, or one another field's."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    for source in ([row], tmp_path / "rows.jsonl"):
+        with pytest.raises(DataError, match=r"the name '.*\\x00.*' holds a zero character.*: rename it"):
+            load_rows(source)
