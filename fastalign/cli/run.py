@@ -15,7 +15,7 @@ from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
 from fastalign.errors import DataError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
-from fastalign.files import append_metrics, write_json, write_text
+from fastalign.files import write_json, write_jsonl, write_text
 from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.freed import return_freed_memory_at_once
@@ -181,10 +181,11 @@ def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
 
 
 def _write_samples(path: Path, questions: list[str], answers: tuple[Answers, Answers] | None) -> None:
-    path.unlink(missing_ok=True)
-    if answers:
-        for question, before, after in zip(questions, answers[0].texts, answers[1].texts, strict=True):
-            append_metrics(path, {"prompt": question, "before": before, "after": after})
+    if not answers:
+        path.unlink(missing_ok=True)
+        return
+    shown = zip(questions, answers[0].texts, answers[1].texts, strict=True)
+    write_jsonl(path, ({"prompt": question, "before": before, "after": after} for question, before, after in shown))
 
 
 def _show(console: Console, summary: dict) -> None:

@@ -83,3 +83,17 @@ def shown(capsys):
         return capsys.readouterr().out
 
     return shown
+
+
+@pytest.fixture
+def large_run(tmp_path):
+    """The configuration of a run with a model of 8 billion parameters, of which only the config.json is there."""
+    sizes = {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    path = tmp_path / "run.yaml"
+    path.write_text("method: dpo\nmodel: ../" + tmp_path.name + "\ntrain: ./rows.jsonl\ndtype: bfloat16\n")
+    return str(path)
