@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -116,6 +118,15 @@ def test_a_value_that_asks_for_nothing_is_accepted(key):
         assert key not in options
     with pytest.raises(ConfigError, match=f"{key} is 'other'"):
         read(method, **{key: "other"})
+
+
+def test_the_page_has_a_row_for_every_key_that_is_honoured():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "from-trl.md").read_text(encoding="utf-8")
+    table = page.partition("| TRL's key | becomes |")[2].partition("\n\n")[0]
+    first = " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|"))
+    named = set(re.findall(r"`(\w+)", first))
+    honoured = trl.ONLY_TRL - trl.REFUSED.keys() - {*trl.NO_EFFECT, "trust_remote_code", "assistant_only_loss"}
+    assert honoured <= named <= honoured | {"lora_alpha", "lora_dropout", "dtype", "bf16", "fp16"}
 
 
 def test_what_is_translated_to_is_an_option():
