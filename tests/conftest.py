@@ -174,7 +174,9 @@ def make_trainer(tokenizer, tmp_path):
         teacher=None, adapter=None, dtype="auto", quantization="none", **options,
     ):  # fmt: skip
         # Every trainer says which options it takes. The other annotations name classes of peft, which is not imported.
-        config = getattr(fastalign.config, inspect.signature(kind).parameters["args"].annotation)
+        config = getattr(
+            fastalign.config, inspect.signature(kind).parameters["args"].annotation.removesuffix(" | None")
+        )
         defaults = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
             "logging_steps": 1, "max_steps": 1, "optim": "sgd", "lr_scheduler_type": "constant",

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from fastalign import __version__
 from fastalign.cli import chat, compare, data, diagnose, fisher, generate, info, merge, plan, report, table, tax, train
+from fastalign.cli.methods import commands as training_commands
 from fastalign.errors import ConfigError, FastAlignError, printable
 from fastalign.options import closest
 
@@ -109,6 +110,10 @@ def parse(argv: list[str], args: argparse.Namespace) -> None:
         close = closest(argv[0], commands.choices)
         remedy = f"did you mean {close!r}?" if close else "`fastalign --help` lists the commands"
         raise ConfigError(f"There is no command {argv[0]!r}; {remedy}")
+    if argv and (argv[0] == "train" or argv[0] in training_commands()):
+        from fastalign.cli.words import as_assignments  # the other commands, and --help, do not need it
+
+        argv = [argv[0], *as_assignments(argv[1:])]
     parser.parse_args(argv, args)
 
 

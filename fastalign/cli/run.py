@@ -11,6 +11,7 @@ from rich.table import Table
 from fastalign.cli.methods import build_regularizers, load_class, method_of
 from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
+from fastalign.cli.trl import Translation
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.loading import load_rows, of_each
 from fastalign.errors import DataError, printable
@@ -27,13 +28,16 @@ from fastalign.training.run_folder import check_folder
 from fastalign.training.stopping import model_folder
 
 
-def run_training(options: RunOptions, config: AlignmentConfig, command: str | None = None) -> Path:
+def run_training(
+    options: RunOptions, config: AlignmentConfig, command: str | None = None, translation: Translation | None = None
+) -> Path:
     """Trains as the options say, and leaves everything in the run folder `config.output_dir`.
 
     Args:
         options: The model, the data, the adapter and what is shown at the end.
         config: The options of the method; its class decides which trainer runs.
         command: The command that goes on with the run, which is printed if a signal stops it.
+        translation: What the options were read from, if that is a configuration of TRL.
 
     Returns:
         The run folder. It holds the adapter, or a whole model in model/ (safetensors), and run.json, metrics.jsonl,
@@ -45,11 +49,13 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     first = config.process_index == 0  # the only process that prints, generates and writes the report
     console = Console(highlight=False, markup=False, quiet=not first)  # names and texts may hold brackets
     folder, model = Path(str(config.output_dir)), str(options.model)
+    if translation is not None:
+        console.print(printable(translation.note), soft_wrap=True)
     regularizers = build_regularizers(options.regularizers)
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = _load("train", options.train, options.columns)
+    train_rows = _load("train", options.train, options.columns, translation)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     if options.memory_limit is not None:
         return_freed_memory_at_once()  # the plan counts on it
@@ -71,7 +77,7 @@ def run_training(options: RunOptions, config: AlignmentConfig, command: str | No
     )  # fmt: skip
     if first:
         write_json(folder / "run.json", run_record(options, trainer.args))
-        write_text(folder / "preflight.txt", trainer.preflight_report() + "\n")
+        write_text(folder / "preflight.txt", _preflight(trainer, translation))
 
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
@@ -137,11 +143,19 @@ def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers,
     return rows + comparison({}, {}, answers)
 
 
-def _load(name: str, source: Any, columns: Any) -> Any:
+def _load(name: str, source: Any, columns: Any, translation: Translation | None = None) -> Any:
     try:
-        return load_rows(source, columns)
+        rows = load_rows(source, columns)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
+    if translation is not None:
+        translation.check_columns(rows.column_names)
+    return rows
+
+
+def _preflight(trainer: Any, translation: Translation | None) -> str:
+    """The preflight report as a file; its first line says that the options were read as TRL's, if they were."""
+    return "".join(f"{text}\n" for text in (translation and translation.note, trainer.preflight_report()) if text)
 
 
 def _evaluate_and_answer(

@@ -61,7 +61,10 @@ class RunOptions:
     lora_rank: int = help_field(16, "Rank of the LoRA adapter; 0 trains the whole model.")
     lora_alpha: int = help_field(32, "LoRA's scale is lora_alpha / lora_rank.")
     lora_dropout: float = help_field(0.0, "Dropout on the adapter's input.")
-    lora_targets: str = help_field("all-linear", "Layers with an adapter: all-linear, or names joined by commas.")
+    lora_targets: str = help_field(
+        "all-linear",
+        "Layers with an adapter: all-linear, names joined by commas, or default (what peft chooses for the model).",
+    )
     samples: int = help_field(32, "Number of held-out prompts answered before and after training; 0 for none.")
     max_new_tokens: int = help_field(160, "Longest answer, in tokens.")
     memory_limit: str | None = help_field(

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from fastalign.cli import configuration, memory_limit, methods, table
+from fastalign.cli import configuration, memory_limit, methods, table, trl
 from fastalign.cli.foreign import remedy
 from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.errors import ConfigError
@@ -41,7 +41,10 @@ def add(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Checks the options, then trains. What can be checked without torch is checked before torch is imported."""
-    options = _read(args)
+    options, translation = _read(args), None
+    if trl.is_trl(options):
+        translation = trl.translate(options, _has_gpu)
+        options = translation.options
     of_run, of_method, row = check(options)
     if of_run.memory_limit is not None:
         memory_limit.check_limit(of_run, of_method, row)
@@ -53,8 +56,14 @@ def main(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()  # one bar at a time: ours
     config = from_mapping(methods.load_class(methods.METHODS[row].config), of_method)
     args.run_folder = Path(config.output_dir)
-    run_training(of_run, config, _resuming_command(args))
+    run_training(of_run, config, _resuming_command(args), translation)
     return 0
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _resuming_command(args: argparse.Namespace) -> str:

@@ -215,6 +215,10 @@ def _loss_name(name: str) -> str:
     """The name of a loss in the table, from that name or TRL's; ConfigError with the nearest name for any other."""
     if name in UNPAIRED or name == "sft":
         return name
+    if name == "apo_zero_unpaired":
+        raise ConfigError(
+            f"loss_type is {name!r}, which is kto with a KL of 0 and not offered: set kto, or apo_zero on pairs"
+        )
     try:
         return canonical(name)
     except InputError:

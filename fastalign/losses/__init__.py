@@ -9,7 +9,9 @@
 - `reference_free.py`: losses over pairs that need no reference;
 - `unpaired.py`: losses over single completions with a label each.
 
-What all losses have in common:
+`policy.py` has the losses of online training, which are per token and not in the table.
+
+What the losses of the table have in common:
 
 - Their tensors are (B,) and all float32 or all float64: the log-probability of each completion in nats, summed over its
   tokens, or averaged where the docstring says so. The result is (B,) in the same dtype.

@@ -130,11 +130,14 @@ def lora_config(*, rank: int, alpha: int, dropout: float = 0.0, targets: str = "
         rank: r of the factors (r, in) and (out, r).
         alpha: the adapter is scaled by `alpha / rank`.
         dropout: probability that an input of the adapter is dropped while training.
-        targets: "all-linear", or names of layers joined by commas.
+        targets: "all-linear", names of layers joined by commas, or "default": the layers that peft chooses by the
+            architecture, as it does for TRL.
     """
     from peft import LoraConfig
 
     modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    if targets == "default":
+        modules = None
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
 
 

@@ -37,8 +37,9 @@ class PreferenceTrainer(AlignmentTrainer):
 
     Args:
         model: The policy; this and all further arguments are those of `AlignmentTrainer`.
-        args: The options, the loss among them.
-        train_dataset: Rows of prompt, chosen and rejected; for kto and bco rows of prompt, completion and label.
+        args: The options, the loss among them; None: the defaults.
+        train_dataset: Must be given: rows of prompt, chosen and rejected; for kto and bco rows of prompt, completion
+            and label.
         eval_dataset: Held-out rows; None: no evaluation.
         processing_class: The tokenizer; None: the one beside the model.
         peft_config: Trains an adapter.
@@ -56,14 +57,15 @@ class PreferenceTrainer(AlignmentTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | Path,
-        args: PreferenceConfig,
-        train_dataset: Rows,
+        args: PreferenceConfig | None = None,
+        train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_options: Any,
     ):
+        args = PreferenceConfig() if args is None else args
         check_config(args, PreferenceConfig)
         objective = UnpairedObjective if args.unpaired else PreferenceObjective
         super().__init__(

@@ -24,8 +24,8 @@ class SFTTrainer(AlignmentTrainer):
 
     Args:
         model: The model; this and all further arguments are those of `AlignmentTrainer`.
-        args: The options.
-        train_dataset: Rows of text, of messages, or of prompt and completion.
+        args: The options; None: the defaults.
+        train_dataset: Must be given: rows of text, of messages, or of prompt and completion.
         eval_dataset: Held-out rows; None: no evaluation.
         processing_class: The tokenizer; None: the one beside the model.
         peft_config: Trains an adapter.
@@ -41,14 +41,15 @@ class SFTTrainer(AlignmentTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | Path,
-        args: SFTConfig,
-        train_dataset: Rows,
+        args: SFTConfig | None = None,
+        train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_options: Any,
     ):
+        args = SFTConfig() if args is None else args
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             objective=lambda _: SFTObjective(), **trainer_options,

@@ -108,7 +108,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self,
         model: PreTrainedModel | nn.Module | str | Path,
         args: AlignmentConfig,
-        train_dataset: Rows,
+        train_dataset: Rows | None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -124,6 +124,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
     ):
         limit_onednn_cache()
         check_arguments(trainer_options)
+        if train_dataset is None:
+            raise ConfigError("train_dataset is None; pass the rows, or the path of a file of them")
         check_options(args, has_eval_rows=eval_dataset is not None)
         tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.

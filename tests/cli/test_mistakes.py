@@ -32,7 +32,7 @@ def files(tmp_path, monkeypatch):
 TYPED = {
     "dppo": "There is no command 'dppo'; did you mean 'dpo'",
     "": "required: COMMAND",
-    "dpo --model MODEL": "options are written model=VALUE",
+    "dpo --model MODEL": "train is missing; give train=",
     "dpo model": "'model' is not of the form key=value",
     "dpo model=MODEL": "train is missing; give train=",
     "dpo model=./nowhere train=pairs.jsonl": "no model folder './nowhere'",

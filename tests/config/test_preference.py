@@ -101,3 +101,8 @@ def test_bad_values_are_refused_with_a_remedy(options, said):
         PreferenceConfig(**options)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_trls_loss_over_labelled_rows_without_a_kl_is_not_confused_with_one_over_pairs():
+    with pytest.raises(ConfigError, match="'apo_zero_unpaired', which is kto with a KL of 0 and not offered"):
+        PreferenceConfig(loss_type="apo_zero_unpaired")

@@ -97,6 +97,7 @@ def commands(page: Path) -> list[tuple[int, list[str]]]:
 
 @pytest.mark.parametrize("page", of_language("sh"))
 def test_commands_and_their_options_exist(page, sources, known_options, options_of_runs):
+    from fastalign.cli import trl
     from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
 
     methods = {"sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES}
@@ -106,6 +107,8 @@ def test_commands_and_their_options_exist(page, sources, known_options, options_
         flags = {"--help", "--config"} if name in methods else {"--help"}
         for call in sources.commands().get(name, []):
             flags |= {argument.value for argument in call.args}
+        if name in methods | {"train"}:  # `--key value` is `key=value`, and the keys may be TRL's
+            flags |= {f"--{key}" for key in known_options | options_of_runs | trl.ONLY_TRL}
         for word in words[1:]:
             key = word.partition("=")[0]
             if word.startswith("--"):
