@@ -95,7 +95,11 @@ def disable() -> None:
 
 
 def _why_not() -> str | None:
-    """Why TRL cannot be changed, or None."""
+    """Why TRL cannot be changed, or would not get faster, or None."""
+    if not cpu.is_fast(torch.float32):
+        return cpu.in_use.unavailable or "the C++ kernels for this processor are not faster than TRL's code"
+    if missing := cpu.why_no_kernel("details"):
+        return missing
     try:
         for (module, name), expected in _SEAMS.items():
             function = getattr(importlib.import_module(module), name)
@@ -125,7 +129,7 @@ def _on_cpu_too(use_triton: Callable[..., bool]) -> Callable[..., bool]:
 def _is_ours(*tensors: Tensor | None) -> bool:
     """Whether fastalign's C++ kernels are the faster ones for these tensors."""
     given = [t for t in tensors if t is not None]
-    return all(t.device.type == "cpu" and cpu.is_fast(t.dtype) for t in given) and cpu.why_no_kernel("details") is None
+    return all(t.device.type == "cpu" and cpu.is_fast(t.dtype) for t in given)
 
 
 def _for_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
