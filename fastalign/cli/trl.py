@@ -41,7 +41,6 @@ _LORA = {
 }
 _QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
 _DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
-_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 
 # Key -> (the values that ask for nothing, what to do about any other).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -54,7 +53,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "datasets": ((None, []), "name one data set by dataset_name, or write a fastalign configuration with train: [...]"),
     "eos_token": ((None,), "the tokenizer's own ends every answer: set it in the tokenizer"),
     "eval_packing": ((None, False), "evaluation counts rows: leave it out"),
-    "ld_alpha": ((None,), "there is no LD-DPO here: leave it out, or take loss_type sigmoid_norm against long answers"),
     "lora_modules_to_save": ((None, []), "only adapters or all weights are trained: leave it out"),
     "lora_target_parameters": ((None, []), "adapters go on linear layers: leave it out"),
     "lora_task_type": (("CAUSAL_LM",), "models are causal language models: leave it out"),
@@ -76,7 +74,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "shuffle_dataset": ((False,), "rows are shuffled in every epoch: leave it out"),
     "use_dora": ((False,), "adapters are plain LoRA: leave it out"),
     "use_rslora": ((False,), "set lora_alpha to lora_alpha * sqrt(lora_r), which is the same"),
-    "use_weighting": ((False,), "there is no WPO here: leave it out"),
 }
 NO_EFFECT = (
     "attn_implementation", "dataset_num_proc", "ignore_bias_buffers", "packing_strategy", "pad_to_multiple_of",
@@ -91,7 +88,7 @@ _ELSEWHERE = (
     "dataset_text_field",
 )
 # What only TRL has: a configuration with one of these is TRL's.
-ONLY_TRL = {*RENAMED, *_LORA, *_QUANTIZATION, *_DATA, *_DIVERGENCE, *REFUSED, *NO_EFFECT, *_ELSEWHERE} - {
+ONLY_TRL = {*RENAMED, *_LORA, *_QUANTIZATION, *_DATA, *REFUSED, *NO_EFFECT, *_ELSEWHERE} - {
     "lora_alpha",
     "lora_dropout",
 }
@@ -239,26 +236,21 @@ def _quantization(options: dict, result: dict, problems: list[str], idle: list[s
 
 
 def _loss(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
-    kind, coefficient = options.pop("f_divergence_type", "reverse_kl"), options.pop("f_alpha_divergence_coef", 0.5)
     loss = options.get("loss_type", result.get("loss_type"))
     names = [loss] if isinstance(loss, str) else list(loss or [])
+    if options.get("f_divergence_type", "reverse_kl") != "alpha_divergence":
+        options.pop("f_alpha_divergence_coef", None)  # TRL reads it with that divergence only
     if result["method"] == "sft":
         if options.pop("loss_type", "nll") not in ("nll", "chunked_nll"):
             problems.append(f"loss_type is {loss!r}: sft has the NLL alone, leave it out")
     elif result["method"] == "kto":
-        if names != ["kto"]:
-            problems.append(f"loss_type is {loss!r}: fastalign kto has kto alone, leave it out")
+        if names not in (["kto"], ["apo_zero_unpaired"]):
+            problems.append(f"loss_type is {loss!r}: TRL's KTO has kto and apo_zero_unpaired")
     elif names == ["sft"]:
-        problems.append("loss_type is 'sft' alone: use `fastalign sft`")
-    elif kind != "reverse_kl":
-        if names != ["sigmoid"]:
-            problems.append(
-                f"f_divergence_type is {kind!r} with loss_type {loss!r}: only sigmoid has other divergences"
-            )
-            return
-        options["loss_type"] = [kind]
-        if kind == "alpha_divergence":
-            result["alpha"] = 1 - coefficient
+        # TRL computes rewards for the log alone; fastalign refuses a beta that no loss reads.
+        idle += [key for key in ("beta",) if key in options]
+        options.pop("beta", None)
+        del result["beta"]
 
 
 def _truncation(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
