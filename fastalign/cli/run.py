@@ -55,7 +55,7 @@ def run_training(
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = _load("train", options.train, options.columns, translation)
+    train_rows = _load("train", options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     if options.memory_limit is not None:
         return_freed_memory_at_once()  # the plan counts on it
@@ -143,14 +143,11 @@ def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers,
     return rows + comparison({}, {}, answers)
 
 
-def _load(name: str, source: Any, columns: Any, translation: Translation | None = None) -> Any:
+def _load(name: str, source: Any, columns: Any) -> Any:
     try:
-        rows = load_rows(source, columns)
+        return load_rows(source, columns)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    if translation is not None:
-        translation.check_columns(rows.column_names)
-    return rows
 
 
 def _preflight(trainer: Any, translation: Translation | None) -> str:

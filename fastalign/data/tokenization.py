@@ -9,7 +9,7 @@ Nothing here reaches the network or writes a cache: data sets live in memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,15 @@ from datasets import Features, List, Value
 
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
-from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
+from fastalign.data.encoding import (
+    Tokens,
+    add_bos_and_eos,
+    encode_examples,
+    score_everything,
+    special_prefix,
+    truncate_completions,
+    truncate_prompt,
+)
 from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import Rows, load_rows
@@ -58,6 +66,7 @@ def tokenize(
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
     wanted: str | None = None,
+    score_all_of: Collection[str] = (),
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -76,7 +85,8 @@ def tokenize(
         max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
         on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
             "keep_end": the beginning of their prompt is cut (BOS stays). A completion is never cut and never loses its
-            EOS, so a row whose completion is too long is left out.
+            EOS, so a row whose completion is too long is left out. "keep_start": the end of their completions is cut,
+            EOS with it. A row of whose completions nothing would be left, or no difference, is left out.
         on_invalid: what happens to rows with missing fields, wrong types, empty completions or identical pairs.
             "error": they are refused. "drop": they are left out.
         num_proc: how many worker processes to use. A fast tokenizer uses all cores already, so more processes help
@@ -88,6 +98,8 @@ def tokenize(
         wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
             are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
             the label true, the rejected one with the label false. None takes rows of any format.
+        score_all_of: formats ("messages", "prompt-completion") of whose rows every token is scored behind BOS, the
+            prompt and the user's turns too. Without it, completions and the assistant's turns are.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -120,7 +132,10 @@ def tokenize(
         fmt = _checked_format(converted, wanted)
         fmt = _as_chat(fmt) if apply_chat_template else fmt
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+        work = partial(
+            _tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate,
+            score_all=fmt.name in score_all_of,
+        )  # fmt: skip
     _check_tokenizer(tokenizer, fmt)
     # Fewer rows are tokenised fast enough that one error can name everything that is wrong.
     if on_invalid == "error" and isinstance(fmt, Format) and len(converted.rows) > BATCH_ROWS:
@@ -203,7 +218,7 @@ def _check_options(max_length: int | None, on_truncate: str, on_invalid: str, wa
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ConfigError(f"max_length must be an integer of at least 2 or None, found {max_length!r}.")
     if on_truncate not in get_args(OnTruncate):
-        raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
+        raise ConfigError(f"on_truncate must be one of {', '.join(get_args(OnTruncate))}, found {on_truncate!r}.")
     if on_invalid not in get_args(OnInvalid):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
     if wanted is not None and wanted not in NEEDS:
@@ -246,6 +261,7 @@ def _tokenize_rows(
     tokenizer,
     max_length: int | None,
     on_truncate: str,
+    score_all: bool,
 ) -> _Outcome:
     """Tokenises some rows, given as (how many rows are before them, columns)."""
     outcome = _Outcome()
@@ -257,6 +273,8 @@ def _tokenize_rows(
         if problem := _token_problem(tokens):
             outcome.problems.append((number, *problem))
         else:
+            if score_all:
+                score_everything(tokens, prefix)
             _take(outcome, number, tokens, example.label, prefix, max_length, on_truncate)
     outcome.problems.sort()
     return outcome
@@ -283,7 +301,8 @@ def _take(
     """Adds a row to the outcome: to its rows, or to those that are too long."""
     length = tokens.length
     if max_length and length > max_length and not (
-        on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
+        (on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length))
+        or (on_truncate == "keep_start" and truncate_completions(tokens, max_length))
     ):  # fmt: skip
         outcome.too_long.append((number, length))
         return
@@ -358,8 +377,8 @@ def _raise_if_refused(outcome: _Outcome, usable: int, rows: int, max_length, on_
     if outcome.too_long and on_truncate == "error":
         raise DataError(
             f"{len(outcome.too_long):,} of {rows:,} rows are longer than max_length={max_length:,} tokens (the longest "
-            f'has {longest:,}): raise max_length, or pass on_truncate="drop" to leave them out or "keep_end" to cut '
-            "the beginning of their prompts."
+            f'has {longest:,}): raise max_length, or pass on_truncate="drop" to leave them out, "keep_end" to cut '
+            'the beginning of their prompts, or "keep_start" to cut the end of their completions.'
         )
     if not usable:
         reason = (

@@ -168,7 +168,11 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
+        return _tokenized(rows, tokenizer, args, self._wanted(args), name, **self._data_options(args))
+
+    def _data_options(self, args: Any) -> dict[str, Any]:
+        """Further options of `fastalign.data.tokenize` that the method has."""
+        return {}
 
     def _collator(self) -> Collator:
         return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
@@ -277,12 +281,14 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
     return Totals(*totals.unbind())
 
 
-def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+def _tokenized(
+    rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str, **further: Any
+):
     """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
     names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
     try:
         return tokenization.tokenize(
-            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
+            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}, **further
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
