@@ -17,6 +17,7 @@ class SFTObjective:
     """
 
     needs_reference = False
+    needs_statistics = False
 
     def __init__(self, dft: bool = False):
         self.dft = dft

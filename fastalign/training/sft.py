@@ -15,7 +15,7 @@ from fastalign.data.loading import Rows, load_rows
 from fastalign.errors import DataError
 from fastalign.objectives.sft import SFTObjective
 from fastalign.training.preflight import check_config
-from fastalign.training.trainer import AlignmentTrainer
+from fastalign.training.trainer import AlignmentTrainer, tokenized
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
@@ -66,11 +66,11 @@ class SFTTrainer(AlignmentTrainer):
         return "completions"
 
     def _tokenize(self, rows, tokenizer, args: SFTConfig, name: str = "train"):
-        return super()._tokenize(_as_texts(rows, self._formatting_func), tokenizer, args, name)
-
-    def _data_options(self, args: SFTConfig) -> dict[str, Any]:
-        scored_apart = {"messages": args.assistant_only_loss, "prompt-completion": args.completion_only_loss}
-        return {"score_all_of": [name for name, apart in scored_apart.items() if not apart]}
+        answers_only = {"messages": args.assistant_only_loss, "prompt-completion": args.completion_only_loss}
+        return tokenized(
+            _as_texts(rows, self._formatting_func), tokenizer, args, self._wanted(args), name,
+            score_all_of=[layout for layout, only in answers_only.items() if not only],
+        )  # fmt: skip
 
 
 def _as_texts(rows: Rows, formatting_func: Callable[[dict[str, Any]], str] | None) -> Rows:
