@@ -93,8 +93,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         ModelError: The model cannot be loaded or trained.
     """
 
-    # Trainer.training_step would divide the loss by the number of micro-batches. The objective has divided it by the
-    # totals of the accumulated batch already, see `Totals`.
+    # transformers reads this: without it Trainer.training_step divides the loss by the number of micro-batches. The
+    # objective has divided it by the totals of the accumulated batch already, see `Totals`.
     loss_is_scaled_for_ga = True
 
     args: AlignmentConfig  # this type and those below are wider in transformers.Trainer
@@ -174,7 +174,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
 
     def _prepare_reference(self) -> Reference:
-        """The reference of an objective that needs one: a copy of the weights, scored at every step."""
+        """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
 
     def _with_reference(self, dataset: Dataset) -> Dataset:
@@ -243,7 +243,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
         reference = None
         if self.reference is not None:
-            # The check of the first step compares without what training draws at random.
+            # The first step checks that the reference gives what the model gives without noise and dropout.
             drawn = self.at_start and _draws(model, self.args)
             policy = score_with(None)[0].logprobs if drawn else scores.logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
@@ -264,7 +264,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
     """The totals of the micro-batches of one optimiser step, over all processes."""
     columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
-    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # (3,)
+    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # one number per field of Totals
     if accelerator.num_processes > 1:
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
@@ -329,7 +329,7 @@ def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
 
 
 def row_multiple(device: torch.device) -> int:
-    """What the length of a packed row is a multiple of. On a GPU a new length costs a search for its kernels."""
+    """What the length of a packed row is a multiple of. On a GPU, cuBLAS picks its kernels anew for each new length."""
     return 64 if device.type == "cuda" else 1
 
 
