@@ -252,7 +252,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.sums.add("train", metrics)
         step = Step(
             model, batch, scores, loss, totals, first=self._micro_batches == 0, rows=self._step_rows or len(batch.rows),
-            epoch=self.state.epoch or 0.0, at_start=lambda: score_with(self._start),
+            epoch=self.state.epoch or 0.0, score_start=lambda: score_with(self._start),
         )  # fmt: skip
         self._micro_batches += 1
         loss = _with_terms(step, self.terms, self.sums)
