@@ -57,8 +57,8 @@ class Step:
         first: whether this is the first micro-batch of the step.
         rows: rows of all micro-batches of the step, on this process.
         epoch: the current epoch, as a fraction.
-        score_start: computes the batch's scores and the output layer under the weights that training started from. Terms
-            share one computation.
+        score_start: computes the batch's scores and the output layer under the weights that training started from.
+            Terms share one computation.
     """
 
     model: nn.Module
