@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ from transformers import Trainer
 
 from fastalign.data.batch import Batch
 from fastalign.data.processes import gather_objects, process_count
+from fastalign.errors import TrainingError
 from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import output_head, token_divergence
@@ -47,7 +50,7 @@ class MetricSums:
         self.sums[mode].clear()
 
     def take_means(self, mode: Mode, prefix: str = "") -> dict[str, float]:
-        """The means over all processes since the last call. Every process must call it. Their names start with `prefix`.
+        """The means over all processes since the last call, which all of them make. Their names start with `prefix`.
 
         Losses over labelled rows give rewards of chosen and of rejected rows, but no pairs. Their margin is the
         difference of both means.
@@ -133,6 +136,21 @@ def held_out(
     return loss, {**metrics, **of_objective, "loss": (loss * weight, weight)}
 
 
+def check_same_gradients(norms: Sequence[float | None]) -> None:
+    """Checks that the processes average their gradients, by the norm of each process's.
+
+    Raises:
+        TrainingError: The norms differ, so that every process trains a model of its own.
+    """
+    finite = [norm for norm in norms if norm is not None and math.isfinite(norm)]
+    if any(not math.isclose(norm, finite[0], rel_tol=0.01) for norm in finite):
+        listed = ", ".join("none" if norm is None else f"{norm:.4g}" for norm in norms)
+        raise TrainingError(
+            f"The processes have different gradients (norms {listed}), so each trains a model of its own: leave out "
+            "what wraps the model in place of DDP or FSDP, and start again from the last checkpoint before this run."
+        )
+
+
 class LoggedMetrics(Trainer):
     """The part of `AlignmentTrainer` that logs: metrics gathered since the last line, tokens per second, memory."""
 
@@ -155,9 +173,11 @@ class LoggedMetrics(Trainer):
         if "loss" in logs or "train_runtime" in logs:  # the second is the last line of a run
             logs = {**logs, **self.sums.take_means("train")}
             tokens = self.throughput
-            mine = (tokens.per_second(), tokens.total, measure.peak_bytes(self.args.device) / 1e9)
-            speeds, totals, peaks = zip(*gather_objects(mine), strict=True)
+            peak = measure.peak_bytes(self.args.device) / 1e9
+            mine = (tokens.per_second(), tokens.total, peak, logs.get("grad_norm"))
+            speeds, totals, peaks, norms = zip(*gather_objects(mine), strict=True)
             tokens.of_all = sum(totals)
+            check_same_gradients(norms)
             if "loss" in logs:
                 logs |= {"tokens_per_second": sum(speeds), "memory_gb": max(peaks)}  # memory of the fullest process
         if "loss" in logs and (norm := adapter_norm(self.model)) is not None:
