@@ -210,7 +210,7 @@ class AtomicCheckpoints(Trainer):
             if best == self.state.global_step or folder.exists():
                 self.state.best_model_checkpoint = str(folder)
         # Whoever stops a run wants to go on with it, so that checkpoint holds everything.
-        if not self.args.save_only_model or self.stopping.received is not None:
+        if not self.args.save_only_model or self.stopping.agreed is not None:
             save_state(aside, f"process-{self.args.process_index}", self._process_state())
             if self.args.should_save:
                 save_state(aside, "optimizer", self.optimizer.state_dict())

@@ -9,10 +9,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from fastalign.data.batch import Batch
+from fastalign.data.collate import Collator
 from fastalign.data.loading import Rows, of_each
+from fastalign.data.processes import process_count, process_index
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
 from fastalign.objectives.base import Objective
+from fastalign.training.checkpoint import random_state, set_random_state
 from fastalign.training.metrics import MetricSums, held_out
 from fastalign.training.reference import Reference
 
@@ -25,6 +29,7 @@ class HeldOutEvaluation(Trainer):
     objective: Objective
     reference: Reference | None
     sums: MetricSums
+    data_collator: Collator
     _tokenize: Callable[..., Any]
     _with_reference: Callable[[Dataset], Dataset]
 
@@ -41,10 +46,26 @@ class HeldOutEvaluation(Trainer):
             (loss, None, None): a scalar, and neither predictions nor labels.
         """
         weights = self.reference.weights if self.reference else None
+        batch: Batch = inputs["batch"]
+        rows = self._rows_of_data_set(len(batch.rows))
+        if 0 < rows < len(batch.rows):
+            batch = self.data_collator(batch.rows[:rows])["batch"].to(self.args.device)
+        # A batch of repeated rows alone is computed too: under FSDP the other processes wait for this one's part.
         with self.compute_loss_context_manager():
-            loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
-        self.sums.add("eval", metrics)
+            loss, metrics = held_out(model, batch, self.objective, weights)
+        if rows:
+            self.sums.add("eval", metrics)
         return loss.detach(), None, None
+
+    def _rows_of_data_set(self, rows: int) -> int:
+        """How many rows of a batch count. In the last one accelerate repeats rows, so that all processes have as many.
+
+        The processes' batches follow one another in the data set, so the rows that are left over come first.
+        """
+        state = self.accelerator.gradient_state
+        if process_count() == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - process_index() * rows, 0), rows)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         """`transformers.Trainer.evaluate`.
@@ -78,9 +99,15 @@ class HeldOutEvaluation(Trainer):
         return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
+        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix.
+
+        Random states are afterwards as they were: a run that was stopped before an evaluation, and that goes on without
+        it, draws the same dropout as one that never stopped.
+        """
         self.sums.clear("eval")
+        random = random_state()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        set_random_state(random)
         means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
         return output._replace(metrics={**(output.metrics or {}), **means})
 

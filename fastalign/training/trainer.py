@@ -212,6 +212,18 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         finally:
             self._trained |= self.state.global_step > 0
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
+
+        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
+        process would train by itself, without a word.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
+            wrapped._is_accelerate_prepared = False
+            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
+        return wrapped
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
         optimizer = super().create_optimizer(model)
