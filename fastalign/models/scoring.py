@@ -105,7 +105,8 @@ def restore(model: nn.Module) -> None:
         del base.forward
         if getattr(forward, "__func__", None) is not type(base).forward:  # someone had exchanged it before
             base.forward = forward
-        attention = vars(base).pop("_fastalign_attention")
+        attention = base._fastalign_attention
+        del base._fastalign_attention
         if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
     for module in model.modules():
