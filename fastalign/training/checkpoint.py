@@ -112,6 +112,9 @@ class AtomicCheckpoints(Trainer):
     stopping: Any  # the callback `StopOnSignal`
     sums: Any
     throughput: Any
+    begin_record: Any
+    given: Any
+    _rows: dict[str, Any] | None = None
     _random: Mapping[str, Any] | None = None  # the random state of a checkpoint, until it is set
     _logging: Mapping[str, Any] | None = None  # sums of a checkpoint, likewise
 
@@ -144,6 +147,7 @@ class AtomicCheckpoints(Trainer):
             check_writable("output_dir", run)
             check_space(run, self.model, OptimizerNames(self.args.optim).value)
         try:
+            self.begin_record()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
             if error.errno not in _DISK:
