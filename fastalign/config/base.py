@@ -58,6 +58,7 @@ class AlignmentConfig(TrainingArguments):
     # The learning rates where none is given. They are no options.
     adapter_rate = 1e-4
     full_rate = 1e-6
+    method = "sft"  # the command that has these options; with a loss_type that names it. It is no option either.
     logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
     report_to: str | list[str] | None = help_field(
         "none", "Experiment trackers. The default is none, so nothing leaves the machine."

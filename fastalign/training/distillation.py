@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.distillation import DistillationConfig
+from fastalign.config.record import absolute
 from fastalign.data.batch import Batch
 from fastalign.data.loading import Rows
 from fastalign.errors import ConfigError, DataError
@@ -80,6 +81,12 @@ class DistillationTrainer(SFTTrainer):
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
+        if isinstance(teacher, str):
+            self.given.options["teacher"] = absolute(teacher)
+            if not regularizers:
+                self.given.objects.remove("regularizers")
+        else:
+            self.given.objects.append("teacher")
 
     def _tokenize(self, rows, tokenizer, args: DistillationConfig, name: str = "train"):
         dataset, report = super()._tokenize(rows, tokenizer, args, name)

@@ -45,12 +45,12 @@ from fastalign.options import GivenAdapter
 from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
-from fastalign.training.checkpoint import AtomicCheckpoints
 from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
 from fastalign.training.out_of_memory import SplitsMicroBatches
 from fastalign.training.preflight import check_options, report_lines
+from fastalign.training.record import RecordedRuns, given_options
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
 from fastalign.training.stopping import StopOnSignal, StoppableRuns
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
@@ -127,12 +127,13 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         if train_dataset is None:
             raise ConfigError("train_dataset is None; pass the rows, or the path of a file of them")
         check_options(args, has_eval_rows=eval_dataset is not None)
+        way = way_of(adapter, peft_config)
+        self.given = given_options(locals(), trainer_options)  # what the caller gave, before it is loaded or changed
         tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        way = way_of(adapter, peft_config)
         model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
@@ -149,14 +150,13 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.layout: Layout = _layout_of(model, args)
         self.data_collator = self._collator()
         self.writer = install_callbacks(self)
-        self.guard = FiniteGuard(self)
+        self.guard, self.stopping = FiniteGuard(self), StopOnSignal(self)
         self.add_callback(self.guard)
-        self.stopping = StopOnSignal(self)
         self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
-        self._micro_batches, self._step_rows = 0, 0
-        self._trained = False  # by a call of `train` that is over
+        # `_trained`: by a call of `train` that is over.
+        self._micro_batches, self._step_rows, self._trained = 0, 0, False
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
