@@ -21,7 +21,7 @@ from datasets import Features, List, Value
 
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
-from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt
+from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt, words_of
 from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import Rows, load_rows
@@ -29,6 +29,7 @@ from fastalign.data.messages import RowProblem
 from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths
 from fastalign.data.unpairing import labelled_from_pairs
+from fastalign.data.words import Words
 from fastalign.errors import ConfigError, DataError, ModelError
 from fastalign.options import OnInvalid, OnTruncate
 
@@ -120,7 +121,10 @@ def tokenize(
         fmt = _checked_format(converted, wanted)
         fmt = _as_chat(fmt) if apply_chat_template else fmt
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+        work = partial(
+            _tokenize_rows, read=read, tokenizer=tokenizer, words=words_of(tokenizer), max_length=max_length,
+            on_truncate=on_truncate,
+        )  # fmt: skip
     _check_tokenizer(tokenizer, fmt)
     # Fewer rows are tokenised fast enough that one error can name everything that is wrong.
     if on_invalid == "error" and isinstance(fmt, Format) and len(converted.rows) > BATCH_ROWS:
@@ -244,6 +248,7 @@ def _tokenize_rows(
     batch: tuple[int, dict[str, list]],
     read: Callable[[dict], Example],
     tokenizer,
+    words: Words | None,
     max_length: int | None,
     on_truncate: str,
 ) -> _Outcome:
@@ -251,7 +256,7 @@ def _tokenize_rows(
     outcome = _Outcome()
     examples = _read_examples(batch, read, outcome)
     prefix = special_prefix(tokenizer)
-    encoded = encode_examples(list(examples.values()), tokenizer)
+    encoded = encode_examples(list(examples.values()), tokenizer, words)
     for (number, example), tokens in zip(examples.items(), encoded, strict=True):
         add_bos_and_eos(tokens, example, prefix, tokenizer.eos_token_id)
         if problem := _token_problem(tokens):
