@@ -33,8 +33,10 @@ def with_split(tokenizer, pattern, normalizer=None):
 
 @pytest.fixture(scope="module")
 def tokenizers(byte_level):
+    """Tokenizers that have learnt tokens of several spaces, digits and marks, where a wrong cut would show."""
     splits = [with_split(byte_level(), pattern, normalizers.NFC()) for pattern in PATTERNS]
-    return [byte_level(), *splits]
+    sentences = ["the 1234   \n\n  it's....\t\t a  \u00a0\u00a0 b\u2003\u2003 é漢漢 \r\n\r\n!!! IT'LL   "] * 50
+    return [one.train_new_from_iterator(sentences, 500, show_progress=False) for one in (byte_level(), *splits)]
 
 
 @pytest.mark.parametrize("number", range(4))
