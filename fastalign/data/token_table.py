@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -70,15 +70,63 @@ def dataset_of(tables: Iterable[pa.Table], columns: list[str]) -> datasets.Datas
     return datasets.Dataset(InMemoryTable(pa.concat_tables(tables).select(columns)))
 
 
-def lengths(tokens: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths in tokens of the prompts, (N,), and of the k completions of each row, (N, k), both int64.
+class TokenLengths(NamedTuple):
+    """Lengths of N tokenised rows with C completions in all, as int64 arrays.
 
-    They are read from the table as it lies there. To make Python's lists of all tokens would take minutes and
-    gigabytes.
+    Attributes:
+        prompts: (N,) tokens of each prompt.
+        completions: (C,) tokens of each completion, row by row.
+        counts: (N,) completions of each row, at least 1.
     """
-    prompts = np.concatenate([np.zeros(0, np.int64), *map(_lengths, chunks(tokens, "prompt_ids"))])
-    completions = [_lengths(chunk.flatten()) for chunk in chunks(tokens, "completion_ids")]
-    return prompts, np.concatenate([np.zeros(0, np.int64), *completions]).reshape(len(prompts) or 1, -1)
+
+    prompts: np.ndarray
+    completions: np.ndarray
+    counts: np.ndarray
+
+    def per_row(self, *, share_prompts: bool = True) -> np.ndarray:
+        """(N,) tokens of each row: its prompt once, or once per completion, and all its completions."""
+        prompts = self.prompts if share_prompts else self.prompts * self.counts
+        return prompts + self._reduced(np.add)
+
+    def longest(self) -> np.ndarray:
+        """(N,) tokens of each row's prompt together with its longest completion."""
+        return self.prompts + self._reduced(np.maximum)
+
+    def with_prompt(self) -> np.ndarray:
+        """(C,) tokens of each completion together with its prompt."""
+        return np.repeat(self.prompts, self.counts) + self.completions
+
+    def _reduced(self, operation: np.ufunc) -> np.ndarray:
+        if not len(self.counts):
+            return self.counts
+        return operation.reduceat(self.completions, np.cumsum([0, *self.counts[:-1]]))
+
+
+def lengths(rows: datasets.Dataset | Sequence[Mapping]) -> TokenLengths:
+    """Lengths in tokens of tokenised rows.
+
+    Those of a data set are read from its table as it lies there. To make Python's lists of all tokens would take
+    minutes and gigabytes.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        completions = [len(ids) for row in rows for ids in row["completion_ids"]]
+        parts = [[len(row["prompt_ids"]) for row in rows], completions, [len(row["completion_ids"]) for row in rows]]
+        return TokenLengths(*(np.array(part, np.int64) for part in parts))
+    prompts = map(_lengths, chunks(rows, "prompt_ids"))
+    pairs = [(_lengths(chunk.flatten()), _lengths(chunk)) for chunk in chunks(rows, "completion_ids")]
+    parts = [prompts, (completions for completions, _ in pairs), (counts for _, counts in pairs)]
+    return TokenLengths(*(np.concatenate([np.zeros(0, np.int64), *part]) for part in parts))
+
+
+def largest_token(rows: datasets.Dataset | Sequence[Mapping]) -> int:
+    """The largest token id in some tokenised rows; 0 if there is none."""
+    if not isinstance(rows, datasets.Dataset):
+        return max(
+            (token for row in rows for ids in (row["prompt_ids"], *row["completion_ids"]) for token in ids), default=0
+        )
+    values = [chunk.flatten() for chunk in chunks(rows, "prompt_ids")]
+    values += [chunk.flatten().flatten() for chunk in chunks(rows, "completion_ids")]
+    return max((pc.call_function("max", [part]).as_py() or 0 for part in values), default=0)
 
 
 def chunks(tokens: datasets.Dataset, column: str, rows: int = 10_000) -> Iterator[pa.Array]:

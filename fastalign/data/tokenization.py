@@ -406,8 +406,8 @@ def _describe(problems: list[tuple[int, str, str]]) -> str:
 def _report(
     tokens: datasets.Dataset, outcome: _Outcome, fmt: Format | TokenFormat, rows: int, max_length: int | None
 ) -> DataReport:
-    prompts, completions = lengths(tokens)  # (N,) and (N, k)
-    in_all = scored(tokens) if "completion_mask" in tokens.column_names else int(completions.sum())
+    found = lengths(tokens)
+    in_all = scored(tokens) if "completion_mask" in tokens.column_names else int(found.completions.sum())
     left_out = [(kind, number) for number, kind, _ in outcome.problems] + [("too long", n) for n, _ in outcome.too_long]
     left_out += outcome.left_out
     counts: dict[str, Any] = {name: count for name, count in outcome.counts.items() if name != "masked"}
@@ -417,13 +417,13 @@ def _report(
         rows_kept=len(tokens),
         dropped=dict(Counter(kind for kind, _ in left_out)),
         dropped_rows={kind: [n for other, n in left_out if other == kind][:NAMED_ROWS] for kind, _ in left_out},
-        prompt_length=Lengths.of(prompts),
-        completion_length=Lengths.of(completions),
-        completions=completions.size,
-        tokens_shared=int(prompts.sum() + completions.sum()),
-        tokens_unshared=int((prompts[:, None] + completions).sum()),
+        prompt_length=Lengths.of(found.prompts),
+        completion_length=Lengths.of(found.completions),
+        completions=len(found.completions),
+        tokens_shared=int(found.per_row().sum()),
+        tokens_unshared=int(found.with_prompt().sum()),
         # Nothing predicts the first token of a completion without a prompt.
-        scored_tokens=in_all - int((prompts == 0).sum()) * completions.shape[1],
+        scored_tokens=in_all - int(found.counts[found.prompts == 0].sum()),
         max_length=max_length,
         **counts,
     )
