@@ -29,6 +29,7 @@ from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
+from fastalign.data.keys import cache_folder
 from fastalign.data.loading import Rows, of_each
 from fastalign.data.packing import Layout
 from fastalign.errors import ConfigError, DataError, printable
@@ -286,10 +287,13 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
 def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
     """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
     names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+    folder = cache_folder(args.token_cache_dir) / "tokens"
     try:
-        return tokenization.tokenize(
-            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
-        )
+        # Of several processes the first one makes the tokens, and the others find them in the cache.
+        with args.main_process_first(desc="tokens"):
+            return tokenization.tokenize(
+                rows, tokenizer, wanted=wanted, cache_dir=folder, **{option: getattr(args, option) for option in names}
+            )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
