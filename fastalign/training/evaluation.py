@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from fastalign.data.batch import Batch
@@ -15,10 +17,13 @@ from fastalign.data.loading import Rows, of_each
 from fastalign.data.processes import process_count, process_index
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
-from fastalign.objectives.base import Objective
+from fastalign.objectives.base import Metrics, Objective
 from fastalign.training.checkpoint import random_state, set_random_state
 from fastalign.training.metrics import MetricSums, held_out
+from fastalign.training.out_of_memory import check_splittable, halves, in_parts, size_of, why_unsplittable
 from fastalign.training.reference import Reference
+
+logger = logging.getLogger("fastalign")
 
 
 class HeldOutEvaluation(Trainer):
@@ -44,18 +49,42 @@ class HeldOutEvaluation(Trainer):
 
         Returns:
             (loss, None, None): a scalar, and neither predictions nor labels.
+
+        Raises:
+            TrainingError: Memory ran out on one row, or on a batch whose rows the loss compares.
         """
         weights = self.reference.weights if self.reference else None
         batch: Batch = inputs["batch"]
         rows = self._rows_of_data_set(len(batch.rows))
         if 0 < rows < len(batch.rows):
             batch = self.data_collator(batch.rows[:rows])["batch"].to(self.args.device)
+
+        def score(batch: Batch) -> tuple[Tensor, Metrics]:
+            with self.compute_loss_context_manager():
+                return held_out(model, batch, self.objective, weights)
+
+        losses, pairs = [], []
         # A batch of repeated rows alone is computed too: under FSDP the other processes wait for this one's part.
-        with self.compute_loss_context_manager():
-            loss, metrics = held_out(model, batch, self.objective, weights)
-        if rows:
-            self.sums.add("eval", metrics)
-        return loss.detach(), None, None
+        for _, (loss, metrics) in in_parts(batch, score, self._halves_of_held_out):
+            if rows:
+                self.sums.add("eval", metrics)
+            losses.append(loss.detach())
+            pairs.append(torch.stack([part.detach().double() for part in metrics["loss"]]))  # (2,) sum and count
+        if len(losses) == 1:
+            return losses[0], None, None
+        total, count = torch.stack(pairs).sum(0)
+        return (total / count).to(losses[0].dtype), None, None
+
+    def _halves_of_held_out(self, batch: Batch) -> list[Batch]:
+        rows, tokens = batch.rows, size_of(batch)
+        why_not = why_unsplittable(self.objective, self.args.world_size)
+        check_splittable("Evaluation", rows, tokens, self.processing_class, why_not)
+        logger.warning(
+            "Evaluation: memory ran out on a batch of %d rows and %d tokens. It is computed in parts.",
+            len(rows),
+            tokens,
+        )
+        return halves(batch, self.data_collator)
 
     def _rows_of_data_set(self, rows: int) -> int:
         """How many rows of a batch count. In the last one accelerate repeats rows, so that all processes have as many.

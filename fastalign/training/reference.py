@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from fastalign.data.batch import Batch
-from fastalign.data.batching import batch_rows
+from fastalign.data.batching import batch_rows, token_count
 from fastalign.data.keyed_parts import own_part, write_parts
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import PackedBatch
@@ -38,6 +39,7 @@ from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import Scores
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training.out_of_memory import check_splittable, in_parts
 
 logger = logging.getLogger("fastalign")
 
@@ -189,6 +191,7 @@ def precompute(
     fingerprint: str,
     cache_dir: str | Path | None = None,
     *,
+    tokenizer: Any = None,
     show: bool = True,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
@@ -200,7 +203,11 @@ def precompute(
         score: Takes rows, returns their batch and its (S,) log-probs.
         fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        tokenizer: Shows the prompt of a row that does not fit into memory.
         show: Whether a bar shows the progress.
+
+    Raises:
+        TrainingError: Memory ran out on one row. Batches of several rows are computed in parts.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
@@ -214,15 +221,21 @@ def precompute(
         missing = sorted(set().union(*gather_objects(missing)))
     if missing:
         check_writable("ref_cache_dir", path.parent)
+
+        def halve(part: list[int]) -> list[list[int]]:
+            shown = [dataset[i] for i in part]
+            check_splittable("Reference log-probs", shown, sum(map(token_count, shown)), tokenizer, None)
+            return [part[: len(part) // 2], part[len(part) // 2 :]]
+
         batches, new = own_part(list(batch_rows(dataset, missing))), {}
         for rows in tqdm(batches, desc="reference log-probs", unit="batch", leave=False, disable=not show):
-            batch, logprobs = score([dataset[i] for i in rows])
-            values = logprobs.float().cpu().numpy()
-            bounds = batch.cu_seqlens.tolist()
-            # A key per completion, from its token ids and its prompt's. The batch has the completions in this order.
-            flat = [key for i in rows for key in keys[i]]
-            for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
-                new[key] = values[start:end]
+            for part, (batch, logprobs) in in_parts(rows, lambda part: score([dataset[i] for i in part]), halve):
+                values = logprobs.float().cpu().numpy()
+                bounds = batch.cu_seqlens.tolist()
+                # A key per completion, from its tokens and its prompt's. The batch has the completions in this order.
+                flat = [key for i in part for key in keys[i]]
+                for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
+                    new[key] = values[start:end]
         known = _store(path, known, new)
     column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
     return dataset.add_column("ref_logprobs", column)
