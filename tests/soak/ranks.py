@@ -1,4 +1,4 @@
-"""Small runs of every trainer, which `torchrun` starts in two processes and a test in one: updates must be the same.
+"""Small runs of every trainer. `torchrun` starts them in two processes, a test in one: the updates must be equal.
 
     torchrun --nproc_per_node 2 tests/soak/ranks.py FOLDER [CASE ...]
 

@@ -65,10 +65,10 @@ def shared_reference(folder: Path, rank: int) -> Any:
     return {"scored": scored[0], "column": str(column), "files": len(files)}
 
 
-def evaluation(folder: Path, rank: int) -> Any:
+def evaluation(folder: Path, rank: int, names: tuple[str, ...] = ("dpo, LoRA", "kto")) -> Any:
     """Seven held-out rows, of which the second process has no whole last batch."""
     numbers = {}
-    for name in ("sft", "dpo, LoRA", "kto", "dpo, stored reference"):
+    for name in names:
         trainer = make_trainer(CASES[name], folder / name, held_out=7, per_device_eval_batch_size=2)
         numbers[name] = trainer.evaluate()
         trainer.train()
@@ -127,11 +127,11 @@ class Kill(TrainerCallback):
 
 # When the signal comes: in the second step, after the processes agreed at the end of the second, or after the last one.
 MOMENTS = {"step": 1, "epoch": 2, "end": 3}
-STOPPED = {"sft, LoRA": ("epoch",), "bco": ("end",), "dpo, EWC + KL + replay": ("step",)}
+STOPPED = {"bco": ("epoch",), "dpo, EWC + KL + replay": ("step",)}
 STOPPED_ALWAYS = {
     name: tuple(MOMENTS)
-    for name in (*STOPPED, "dpo, stored reference", "dpo, moving reference", "kto", "orpo", "distillation, stored",
-                 "distillation, live", "distillation from the start", "sft, layer-wise")
+    for name in ("sft, LoRA", *STOPPED, "dpo, stored reference", "dpo, moving reference", "kto", "orpo",
+                 "distillation, stored", "distillation, live", "distillation from the start", "sft, layer-wise")
 }  # fmt: skip
 
 
@@ -218,5 +218,8 @@ SCENARIOS = {
     "signals": lambda folder, rank: stopped(folder, STOPPED),
     "other count": other_count,
     "one fails": one_fails,
+    "all evaluations": lambda folder, rank: evaluation(
+        folder, rank, ("sft", "dpo, LoRA", "kto", "dpo, stored reference")
+    ),
     "all signals": lambda folder, rank: stopped(folder, STOPPED_ALWAYS),
 }
