@@ -14,6 +14,11 @@ from fastalign.data.batch import Batch
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
+# The column of a batch with log p(y) - log sum_v p(v)^2 of each target. The trainer adds it where the model was called
+# with `statistics=True`.
+ALIGNED = "aligned_logprobs"
+
+
 class Totals(NamedTuple):
     """What a loss is divided by: counts over all micro-batches of one optimiser step.
 

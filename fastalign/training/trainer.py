@@ -41,7 +41,7 @@ from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.models.vocabulary import fill_token
-from fastalign.objectives.base import Objective, Totals
+from fastalign.objectives.base import ALIGNED, Objective, Totals
 from fastalign.options import GivenAdapter
 from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
@@ -174,6 +174,10 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
     def _collator(self) -> Collator:
         return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
 
+    def _forward_options(self) -> dict[str, Any]:
+        """The options that every forward of training takes."""
+        return {"memory_budget": self.args.memory_budget, "noise": self.args.neftune_noise_alpha}
+
     def _prepare_reference(self) -> Reference:
         """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
@@ -253,7 +257,9 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
+        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **self._forward_options())
+        if scores.log_sum_sq_probs is not None:
+            batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs
         reference = None
         if self.reference is not None:
             # The first step checks that the reference gives what the model gives without noise and dropout.
@@ -327,11 +333,6 @@ def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentCon
 def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
-
-
-def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
-    """The options that every forward of training takes."""
-    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha}
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
