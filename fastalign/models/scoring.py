@@ -29,7 +29,6 @@ from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import use_training_product
 from fastalign.models.vocabulary import embedding_rows
-from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
 
 
@@ -97,8 +96,7 @@ def _forward(
         return Scores(None, None, hidden)
     head = output_head(self)
     # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
-    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
-    out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
+    out = head.logprobs(hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, hidden if keep_hidden else None)
 
@@ -126,7 +124,7 @@ def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):
         hidden = model(packed=batch, keep_hidden=True).hidden
-        head = output_head(model)
+        head = output_head(model).dense()
         ours = linear_logits(hidden, head.weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)
