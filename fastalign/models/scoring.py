@@ -31,7 +31,7 @@ from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import restore_product, use_training_product
 from fastalign.models.vocabulary import embedding_rows
-from fastalign.ops import linear_logprobs, linear_token_statistics
+from fastalign.ops import linear_token_statistics
 from fastalign.reference import linear_logits
 
 
@@ -133,13 +133,14 @@ def _forward(
     if packed.targets is None:
         return Scores(None, None, hidden)
     head = output_head(self)
-    options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
     kept = hidden if keep_hidden else None
     if statistics:
-        values = linear_token_statistics(hidden, head.weight, packed.targets, **options)
+        weight: Any = head.dense().weight
+        options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
+        values = linear_token_statistics(hidden, weight, packed.targets, **options)
         return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
     # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
-    out: Any = linear_logprobs(hidden, head.weight, packed.targets, ignore_index=None, **options)
+    out = head.logprobs(hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, kept)
 
@@ -167,7 +168,7 @@ def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):
         hidden = model(packed=batch, keep_hidden=True).hidden
-        head = output_head(model)
+        head = output_head(model).dense()
         ours = linear_logits(hidden, head.weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)
