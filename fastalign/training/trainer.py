@@ -171,7 +171,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
+        device = self.args.device
+        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(device), device=device)
 
     def _prepare_reference(self) -> Reference:
         """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
@@ -264,7 +265,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
     """The totals of the micro-batches of one optimiser step, over all processes."""
     columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
-    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # one number per field of Totals
+    totals = torch.stack([torch.stack(column).sum() for column in columns])
+    totals = totals.to(device, non_blocking=True)  # one number per field of Totals
     if accelerator.num_processes > 1:
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
