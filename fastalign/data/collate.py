@@ -25,7 +25,7 @@ class Collator:
         pad_token_id: The token that fills padded rows.
         score_prompts: Score the tokens of the prompts too. Needs a packed layout.
         multiple: Make the length of a packed row a multiple of this number of tokens.
-        device: Where the batches will go. For a GPU the index tensors of its attention kernels are made here, on the CPU.
+        device: Where the batches will go. For a GPU the index tensors of its attention are made here, on the CPU.
     """
 
     def __init__(

@@ -171,8 +171,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        device = self.args.device
-        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(device), device=device)
+        return _collator(self.layout, fill_token(self.processing_class), self.args.device)
 
     def _prepare_reference(self) -> Reference:
         """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
@@ -260,6 +259,10 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.guard.check_loss(loss, batch.rows)
         self.throughput.add(batch)
         return (loss, {}) if return_outputs else loss
+
+
+def _collator(layout: Layout, fill: int, device: torch.device) -> Collator:
+    return Collator(layout, fill, multiple=row_multiple(device), device=device)
 
 
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
