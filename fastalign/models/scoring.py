@@ -6,6 +6,8 @@ call does what it did before.
 
 This happens inside the model's own forward because wrappers (DDP, FSDP, peft, accelerate) hook into that call. Had the
 trainer called the body and the output layer itself, their gradients would stay unsynchronised without any error.
+
+`restore(model)` takes back everything that `prepare(model)` changed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
-from fastalign.models.quantization import use_training_product
+from fastalign.models.quantization import restore_product, use_training_product
 from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_logprobs
 from fastalign.reference import linear_logits
@@ -54,7 +56,7 @@ def prepare(model: nn.Module) -> Layout:
 
     Args:
         model: a transformers causal language model with its weights loaded, or a PeftModel around one. It is changed
-            in place; preparing it again changes nothing.
+            in place; preparing it again changes nothing, and `restore` takes everything back.
 
     Returns:
         "shared", "packed" or "padded", for `fastalign.data.packing.lay_out`. `fastalign.models.layout.prepare_model`
@@ -73,14 +75,46 @@ def prepare(model: nn.Module) -> Layout:
     use_training_product(model)
     speed_up_linear(model)
     speed_up_body(model)
-    layout = prepare_model(model)
     base: Any = causal_lm(model)
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    layout = prepare_model(model)
     if not hasattr(base, "_fastalign_forward"):
+        base._fastalign_attention = attention
         base._fastalign_forward = base.forward
         # Not a bound method: that is pickled as the name of an attribute, which the class does not have.
         base.forward = functools.partial(_forward, base)
     _check_head(base, layout)
     return layout
+
+
+def restore(model: nn.Module) -> None:
+    """Takes back what `prepare` changed: forwards, attention and the products of quantised layers, in place.
+
+    Hooks on every module fire again. The weights stay as training left them. Other things that a trainer changes stay
+    too: dropout that is turned off, the special tokens of the configuration, and the adapter.
+
+    Args:
+        model: A model that `prepare` or a trainer has prepared, or a PeftModel around one. On any other model this
+            does nothing.
+    """
+    base: Any = causal_lm(model)
+    forward = vars(base).pop("_fastalign_forward", None)
+    if forward is not None:
+        # A wrapper that accelerate put around ours for mixed precision goes too: it calls ours.
+        vars(base).pop("_original_forward", None)
+        del base.forward
+        if getattr(forward, "__func__", None) is not type(base).forward:  # someone had exchanged it before
+            base.forward = forward
+        attention = base._fastalign_attention
+        del base._fastalign_attention
+        if base.config._attn_implementation != attention:
+            base.set_attn_implementation(attention)
+    for module in model.modules():
+        patched = vars(module).get("forward")
+        function = getattr(patched, "func", None) or getattr(patched, "__func__", None)
+        if getattr(function, "__module__", "").startswith("fastalign.models."):
+            del module.forward
+    restore_product(model)
 
 
 def _forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from datasets import Dataset
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.packing import Layout
+from fastalign.data.token_table import lengths
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm
@@ -87,10 +89,10 @@ def _check_hub(args: AlignmentConfig) -> None:
         ) from error
 
 
-def row_tokens(row: dict, layout: Layout) -> int:
-    """Tokens of one tokenised row in a layout. Only the shared layout has the prompt once for all completions."""
-    prompts = 1 if layout == "shared" else len(row["completion_ids"])
-    return prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
+def largest_batch(dataset: Dataset, layout: Layout, rows: int) -> int:
+    """Tokens of the longest rows in a layout. Only the shared layout has a prompt once for all completions."""
+    sizes = lengths(dataset).per_row(share_prompts=layout == "shared")
+    return int(np.sort(sizes)[-rows:].sum())
 
 
 def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layout: Layout) -> list[tuple[str, str]]:
@@ -105,7 +107,7 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
         layout: "shared", "packed" or "padded".
     """
     size = args.per_device_train_batch_size
-    tokens = sum(sorted(row_tokens(dataset[i], layout) for i in range(len(dataset)))[-size:])
+    tokens = largest_batch(dataset, layout, size)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     predicted = measure.predict(model, tokens=tokens, checkpointing=bool(args.gradient_checkpointing))
