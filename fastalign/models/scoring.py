@@ -127,7 +127,7 @@ def _forward(
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
         return self._fastalign_forward(*args, **kw)
-    with packed_attention(packed.layout), noisy_embeddings(self, packed, noise):
+    with packed_attention(packed.layout, packed.keys), noisy_embeddings(self, packed, noise):
         hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
     if packed.targets is None:

@@ -48,7 +48,7 @@ class UnpairedObjective:
     def totals(self, batch: Batch) -> Totals:
         """Rows, and scored tokens twice: there is no NLL of a part of them."""
         bounds = batch.packed.cu_seqlens
-        return Totals(bounds.new_tensor(batch.columns["label"].numel()), bounds[-1], bounds[-1])
+        return Totals(bounds.new_full((), batch.columns["label"].numel()), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """The weight of this batch's loss when batch losses are averaged: its rows."""

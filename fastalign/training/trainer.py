@@ -172,7 +172,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         return _tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
+        return _collator(self.layout, fill_token(self.processing_class), self.args.device)
 
     def _forward_options(self) -> dict[str, Any]:
         """The options that every forward of training takes."""
@@ -280,10 +280,15 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         return (loss, {}) if return_outputs else loss
 
 
+def _collator(layout: Layout, fill: int, device: torch.device) -> Collator:
+    return Collator(layout, fill, multiple=row_multiple(device), device=device)
+
+
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
     """The totals of the micro-batches of one optimiser step, over all processes."""
     columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
-    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # one number per field of Totals
+    totals = torch.stack([torch.stack(column).sum() for column in columns])
+    totals = totals.to(device, non_blocking=True)  # one number per field of Totals
     if accelerator.num_processes > 1:
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
