@@ -46,6 +46,8 @@ class DistillationConfig(SFTConfig):
         ConfigError: An option has a value out of its range, or two options exclude each other.
     """
 
+    method = "distill"
+
     teacher: str | None = help_field(
         None,
         "The teacher: a model, `start` (the weights before training), or a .safetensors file of its log-probs.",

@@ -48,7 +48,7 @@ class PreferenceObjective:
         bounds = batch.packed.cu_seqlens  # (2 * pairs + 1,)
         lengths = bounds.diff()
         tokens = lengths[0::2].sum() + batch.prompt_tokens
-        return Totals(lengths.new_tensor(lengths.numel() // 2), tokens, bounds[-1])
+        return Totals(lengths.new_full((), lengths.numel() // 2), tokens, bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """The weight of this batch's loss when batch losses are averaged: its pairs."""

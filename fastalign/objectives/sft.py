@@ -25,7 +25,7 @@ class SFTObjective:
     def totals(self, batch: Batch) -> Totals:
         """Completions, and scored tokens twice: the NLL is over all of them."""
         bounds = batch.packed.cu_seqlens  # (C + 1,)
-        return Totals(bounds.new_tensor(bounds.numel() - 1), bounds[-1], bounds[-1])
+        return Totals(bounds.new_full((), bounds.numel() - 1), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """The weight of this batch's loss when batch losses are averaged: its tokens."""

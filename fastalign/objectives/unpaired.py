@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.batch import Batch
+from fastalign.data.processes import process_count, sum_over_processes
 from fastalign.errors import ConfigError
 from fastalign.losses import UNPAIRED, implicit_rewards, kto_baseline
 from fastalign.objectives.base import Metrics, Totals, mean_of, share_above
@@ -35,7 +36,7 @@ class UnpairedObjective:
         self.config, self.loss = config, UNPAIRED[config.unpaired]
         self.has_baseline = config.unpaired == "kto"
         self.has_shift = config.unpaired == "bco"
-        # KTO's baseline and BCO's shift are of all rows of a micro-batch.
+        # KTO's baseline and BCO's shift are of all rows of a micro-batch, in all processes.
         self.compares_rows = self.has_baseline or self.has_shift
         # BCO shifts rewards by running means: (sum, count) of the rewards of undesirable and of desirable rows.
         self.running = torch.zeros(2, 2, dtype=torch.float64)
@@ -48,7 +49,7 @@ class UnpairedObjective:
     def totals(self, batch: Batch) -> Totals:
         """Rows, and scored tokens twice: there is no NLL of a part of them."""
         bounds = batch.packed.cu_seqlens
-        return Totals(bounds.new_tensor(batch.columns["label"].numel()), bounds[-1], bounds[-1])
+        return Totals(bounds.new_full((), batch.columns["label"].numel()), bounds[-1], bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """The weight of this batch's loss when batch losses are averaged: its rows."""
@@ -65,7 +66,7 @@ class UnpairedObjective:
         matched, ref_matched = sums[::completions], ref_sums[::completions]  # (B,)
         rewards = implicit_rewards(matched.detach(), ref_matched, config.reward_beta)
         if self.has_baseline:
-            shift = kto_baseline(sums[1::2], ref_sums[1::2])
+            shift = self._baseline(sums[1::2], ref_sums[1::2])
         elif not self.has_shift:
             shift = matched.new_zeros(())
         else:
@@ -78,11 +79,20 @@ class UnpairedObjective:
         metrics["rewards/accuracies"] = share_above(torch.where(labels, rewards, -rewards))
         return losses.sum() / totals.items, metrics
 
+    def _baseline(self, mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
+        """KTO's baseline over the rows of all processes. A held-out batch is by itself, as with one process."""
+        if process_count() == 1 or not mismatched.requires_grad:
+            return kto_baseline(mismatched, ref_mismatched)
+        log_ratios = (mismatched.detach() - ref_mismatched).double()
+        total, count = sum_over_processes(torch.stack([log_ratios.sum(), torch.ones_like(log_ratios).sum()]))
+        return (total / count).clamp(min=0).to(mismatched.dtype)
+
     def _reward_shift(self, rewards: Tensor, labels: Tensor, training: bool) -> Tensor:
         """BCO's delta: half the sum of the running mean rewards of the two labels. Only training updates the means."""
         self.running = self.running.to(rewards.device)
         if training:
-            for row, mask in enumerate((~labels, labels)):
-                self.running[row] += torch.stack([(rewards * mask).sum().double(), mask.sum().double()])
+            # Every process adds the rewards of all, so that all of them have the same means.
+            sums = [torch.stack([(rewards * mask).sum().double(), mask.sum().double()]) for mask in (~labels, labels)]
+            self.running += sum_over_processes(torch.stack(sums))
         means = self.running[:, 0] / self.running[:, 1].clamp(min=1)
         return means.mean().to(rewards.dtype)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +27,19 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from fastalign.data.batch import Batch
-from fastalign.data.batching import batch_rows
+from fastalign.data.batching import batch_rows, token_count
+from fastalign.data.keyed_parts import own_part, write_parts
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import PackedBatch
+from fastalign.data.processes import gather_objects, process_count, process_index
 from fastalign.errors import DataError, ModelError
-from fastalign.files import KeyedTensors, check_writable, write_keyed
+from fastalign.files import KeyedTensors, check_writable
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import Scores
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training.out_of_memory import check_splittable, in_parts
 
 logger = logging.getLogger("fastalign")
 
@@ -187,16 +191,23 @@ def precompute(
     fingerprint: str,
     cache_dir: str | Path | None = None,
     *,
+    tokenizer: Any = None,
     show: bool = True,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
+
+    Several processes compute a part of the rows each, and all of them read the file.
 
     Args:
         dataset: Tokenised rows.
         score: Takes rows, returns their batch and its (S,) log-probs.
         fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        tokenizer: Shows the prompt of a row that does not fit into memory.
         show: Whether a bar shows the progress.
+
+    Raises:
+        TrainingError: Memory ran out on one row. Batches of several rows are computed in parts.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
@@ -206,23 +217,39 @@ def precompute(
     known = _read(path)
     keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
     missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]
+    if process_count() > 1:  # the same rows for all, also where the machines have cache folders of their own
+        missing = sorted(set().union(*gather_objects(missing)))
     if missing:
         check_writable("ref_cache_dir", path.parent)
-        batches = list(batch_rows(dataset, missing))
+
+        def halve(part: list[int]) -> list[list[int]]:
+            shown = [dataset[i] for i in part]
+            check_splittable("Reference log-probs", shown, sum(map(token_count, shown)), tokenizer, None)
+            return [part[: len(part) // 2], part[len(part) // 2 :]]
+
+        batches, new = own_part(list(batch_rows(dataset, missing))), {}
         for rows in tqdm(batches, desc="reference log-probs", unit="batch", leave=False, disable=not show):
-            batch, logprobs = score([dataset[i] for i in rows])
-            values = logprobs.float().cpu().numpy()
-            bounds = batch.cu_seqlens.tolist()
-            # A key per completion, from its token ids and its prompt's. The batch has the completions in this order.
-            flat = [key for i in rows for key in keys[i]]
-            for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
-                known[key] = values[start:end]
-        try:
-            write_keyed(path, list(known), {"logprobs": list(known.values())})
-        except (OSError, SafetensorError) as error:  # this run has them in memory
-            logger.warning("The reference log-probs cannot be stored, so the next run computes them anew: %s.", error)
+            for part, (batch, logprobs) in in_parts(rows, lambda part: score([dataset[i] for i in part]), halve):
+                values = logprobs.float().cpu().numpy()
+                bounds = batch.cu_seqlens.tolist()
+                # A key per completion, from its tokens and its prompt's. The batch has the completions in this order.
+                flat = [key for i in part for key in keys[i]]
+                for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
+                    new[key] = values[start:end]
+        known = _store(path, known, new)
     column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
     return dataset.add_column("ref_logprobs", column)
+
+
+def _store(path: Path, known: dict[bytes, np.ndarray], new: dict[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
+    """Writes the log-probs that were stored before and those that every process has computed; returns all of them."""
+    if process_index() == 0:
+        new = {**known, **new}
+    try:
+        write_parts(path, list(new), {"logprobs": list(new.values())})
+    except (OSError, SafetensorError) as error:  # this run has them in memory
+        logger.warning("The reference log-probs cannot be stored, so the next run computes them anew: %s.", error)
+    return new if process_count() == 1 else _read(path)
 
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:

@@ -69,3 +69,33 @@ def test_divergence_of_two_models_with_different_output_layers():
     ours, theirs = 0.5 * (hidden @ weight.T + bias), 2.0 * torch.tanh(others @ other_weight.T / 2.0)
     expected = logits_divergence(ours, theirs, divergence="reverse_kl")
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-9)
+
+
+def test_an_adapter_on_the_output_layer_is_not_folded_into_the_weight():
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    head = output_head(model.get_base_model())
+    assert isinstance(head.weight, torch.Tensor) and head.lora is not None
+    hidden, targets = torch.randn(4, 32), torch.tensor([1, 2, 3, 4])
+    dense = head.dense()
+    found, expected = head.logprobs(hidden, targets), dense.logprobs(hidden, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    factors = [head.lora[0], head.lora[1]]
+    for a, e in zip(*(torch.autograd.grad(t.sum(), factors) for t in (found, expected)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    part = head.first(40).detach()
+    torch.testing.assert_close(part.dense().weight, dense.weight[:40].detach())
+    assert not part.lora[1].requires_grad
+    model.get_base_model().lm_head.base_layer.weight.requires_grad_()  # then both get their gradient from the sum
+    assert output_head(model.get_base_model()).lora is None
+    with model.disable_adapter():
+        assert output_head(model.get_base_model()).lora is None
+
+
+def test_two_adapters_add_up():
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, lora_alpha=5))
+    model.base_model.set_adapter(["default", "second"])
+    head = output_head(model.get_base_model())
+    assert head.lora[0].shape == (5, 32)
+    layer, hidden = model.get_base_model().lm_head, torch.randn(4, 32)
+    torch.testing.assert_close(hidden @ head.dense().weight.T, layer(hidden), rtol=1e-5, atol=1e-5)
