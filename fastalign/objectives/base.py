@@ -38,15 +38,17 @@ class Totals(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a trainer minimises. A new method implements these three methods and the flag.
+    """What a trainer minimises. A new method implements these three methods and the flags.
 
     An objective that changes while it is trained also has `state`, a dictionary of the tensors to save in checkpoints.
 
     Attributes:
         needs_reference: Whether the loss compares with log-probs under the reference.
+        needs_statistics: Whether the loss reads the column `ALIGNED`.
     """
 
     needs_reference: bool
+    needs_statistics: bool
 
     def totals(self, batch: Batch) -> Totals:
         """The counts of one micro-batch, which the trainer adds up over the accumulated batch."""

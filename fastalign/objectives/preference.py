@@ -40,6 +40,7 @@ class PreferenceObjective:
     def __init__(self, config: PreferenceConfig):
         self.config = config
         self.needs_reference = config.needs_reference
+        self.needs_statistics = config.use_weighting
         self.compares_rows = any(name in ("aot", "aot_unpaired") for name in config.pairwise)  # these sort the pairs
 
     def totals(self, batch: Batch) -> Totals:

@@ -28,6 +28,7 @@ class UnpairedObjective:
     """
 
     needs_reference = True
+    needs_statistics = False
 
     def __init__(self, config: PreferenceConfig):
         if config.unpaired is None:

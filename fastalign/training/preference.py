@@ -87,9 +87,6 @@ class PreferenceTrainer(AlignmentTrainer):
             raise ConfigError("nll_over='prompt_and_completion' needs a model that can be packed; use 'completion'")
         return collator
 
-    def _forward_options(self) -> dict[str, Any]:
-        return super()._forward_options() | ({"statistics": True} if self.args.use_weighting else {})
-
     def _prepare_reference(self) -> Reference:
         """Keeps the weights in hand as the reference.
 

@@ -169,14 +169,10 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
+        return tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
         return _collator(self.layout, fill_token(self.processing_class), self.args.device)
-
-    def _forward_options(self) -> dict[str, Any]:
-        """The options that every forward of training takes."""
-        return {"memory_budget": self.args.memory_budget, "noise": self.args.neftune_noise_alpha}
 
     def _prepare_reference(self) -> Reference:
         """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
@@ -257,9 +253,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **self._forward_options())
-        if scores.log_sum_sq_probs is not None:
-            batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs
+        scores = _scores(model, batch, self.args, self.objective, keep_hidden=bool(self.terms))
         reference = None
         if self.reference is not None:
             # The first step checks that the reference gives what the model gives without noise and dropout.
@@ -295,16 +289,17 @@ def _step_totals(objective: Objective, batches: list[Batch], device: torch.devic
     return Totals(*totals.unbind())
 
 
-def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+def tokenized(
+    rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str, **further: Any
+):
     """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
     names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
     folder = cache_folder(args.token_cache_dir) / "tokens"
     try:
         # Of several processes the first one makes the tokens, and the others find them in the cache.
         with args.main_process_first(desc="tokens"):
-            return tokenization.tokenize(
-                rows, tokenizer, wanted=wanted, cache_dir=folder, **{option: getattr(args, option) for option in names}
-            )
+            options = {option: getattr(args, option) for option in names}
+            return tokenization.tokenize(rows, tokenizer, wanted=wanted, cache_dir=folder, **options, **further)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
@@ -338,6 +333,17 @@ def _with_learning_rate(args: AlignmentConfig, model: nn.Module) -> AlignmentCon
 def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     """Whether training draws at random on purpose: NEFTune's noise, or the dropout of an adapter."""
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
+
+
+def _scores(model: Any, batch: Batch, args: AlignmentConfig, objective: Objective, *, keep_hidden: bool) -> Any:
+    """The `Scores` of a micro-batch; an objective that reads the column `ALIGNED` gets it."""
+    scores = model(
+        packed=batch.packed, keep_hidden=keep_hidden, statistics=objective.needs_statistics,
+        memory_budget=args.memory_budget, noise=args.neftune_noise_alpha,
+    )  # fmt: skip
+    if objective.needs_statistics:
+        batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs
+    return scores
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
