@@ -77,6 +77,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
         double_quantization: Likewise.
+        quantize_head: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -120,6 +121,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         regularizers: Sequence[Regularizer] = (),
         quantization: Quantization = "none",
         double_quantization: bool = False,
+        quantize_head: bool = False,
         **trainer_options: Any,
     ):
         limit_onednn_cache()
@@ -133,7 +135,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         way = way_of(adapter, peft_config)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
+        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -284,11 +286,11 @@ def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, 
 
 def _loaded(
     model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool,
+    quantization: Quantization, double_quantization: bool, quantize_head: bool,
 ) -> nn.Module:  # fmt: skip
     """The model that training starts from, loaded if it is given by its name."""
     if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
     if quantization != "none":
         raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
     return model
