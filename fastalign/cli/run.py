@@ -75,6 +75,7 @@ def run_training(
     trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
+        quantize_head=options.quantize_head,
     )  # fmt: skip
     if first:
         write_json(folder / "run.json", run_record(options, trainer.args))
