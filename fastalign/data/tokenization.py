@@ -103,7 +103,8 @@ def tokenize(
         wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
             are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
             the label true, the rejected one with the label false. None takes rows of any format.
-        score_all_of: formats ("messages", "prompt-completion") of whose rows every token behind BOS is scored.
+        score_all_of: formats ("messages", "prompt-completion") of whose rows every token is scored behind BOS, the
+            prompt and the user's turns too. Without it, completions and the assistant's turns are.
         cache_dir: a folder where the tokens of many rows are stored, to be found by the next call with the same rows,
             tokenizer and options; None: they are held in memory, and not stored.
 
@@ -166,10 +167,8 @@ def _tokenized(
         fmt = _checked_format(converted, wanted)
         fmt = _as_chat(fmt) if apply_chat_template else fmt
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-        work = partial(
-            _tokenize_rows, read=read, tokenizer=tokenizer, words=words_of(tokenizer),
-            score_all=fmt.name in score_all_of, **limits,
-        )  # fmt: skip
+        limits |= {"words": words_of(tokenizer), "score_all": fmt.name in score_all_of}
+        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, **limits)
     _check_tokenizer(tokenizer, fmt)
     cells, starts = partial(_cells, converted.rows, fmt), range(0, len(converted.rows), BATCH_ROWS)
     workers = worker_count(len(starts), 1 if num_proc is None and len(starts) <= MANY_BATCHES else num_proc)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
-from fastalign.models.adapters import Lora, unwrap_layer
+from fastalign.models.adapters import Lora, trained_rows, unwrap_layer
 from fastalign.models.quantization import QuantizedWeight, float_weight, is_quantized_layer, quantized_weight
 from fastalign.ops.head.weights import ComposedWeight
 from fastalign.ops.linear_divergence import linear_divergence
@@ -25,6 +25,7 @@ class Head(NamedTuple):
         logit_scale: factor of the logits, applied before the soft cap.
         softcap: bound of the logits' absolute value; None for no bound.
         lora: the adapters on the layer, as `linear_logprobs` takes them; None for no adapter.
+        new_rows: token ids (k,) and rows (k, H) that take the place of those of the weight; None for no such rows.
     """
 
     weight: Tensor | QuantizedWeight
@@ -32,6 +33,7 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
     lora: tuple[Tensor, Tensor, float] | None = None
+    new_rows: tuple[Tensor, Tensor] | None = None
 
     def detach(self) -> Head:
         """The same numbers without a gradient."""
@@ -39,15 +41,17 @@ class Head(NamedTuple):
             weight=self.weight.detach() if isinstance(self.weight, Tensor) else self.weight,
             bias=None if self.bias is None else self.bias.detach(),
             lora=None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2]),
+            new_rows=None if self.new_rows is None else (self.new_rows[0], self.new_rows[1].detach()),
         )
 
     def dense(self) -> Head:
         """The same layer with one weight in floating point, (V, H), for what cannot read it in parts."""
-        if self.lora is None and isinstance(self.weight, Tensor):
+        if self.lora is None and self.new_rows is None and isinstance(self.weight, Tensor):
             return self
         dtype = self.weight.dtype or torch.float32
         a, b, scale = self.lora or (None, None, 1.0)
-        return self._replace(weight=ComposedWeight(self.weight, b, scale).dense(a, dtype), lora=None)
+        weight = ComposedWeight(self.weight, b, scale, self.new_rows).dense(a, dtype)
+        return self._replace(weight=weight, lora=None, new_rows=None)
 
     def first(self, count: int) -> Head:
         """The layer of the first `count` entries of the vocabulary, or of all where there are fewer."""
@@ -57,6 +61,7 @@ class Head(NamedTuple):
             weight=self.weight[:count] if isinstance(self.weight, Tensor) else self.weight.first(count),
             bias=None if self.bias is None else self.bias[:count],
             lora=None if self.lora is None else (self.lora[0], self.lora[1][:count], self.lora[2]),
+            new_rows=_first_rows(self.new_rows, count),
         )
 
     def options(self) -> dict[str, Any]:
@@ -71,7 +76,9 @@ class Head(NamedTuple):
             targets: (S,) token ids.
             options: those of `linear_logprobs` that do not describe the output layer.
         """
-        return linear_logprobs(hidden, self.weight, targets, lora=self.lora, **self.options(), **options)
+        return linear_logprobs(
+            hidden, self.weight, targets, lora=self.lora, new_rows=self.new_rows, **self.options(), **options
+        )
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -96,9 +103,9 @@ def output_head(model: PreTrainedModel) -> Head:
     packed = quantized_weight(plain) if is_quantized_layer(plain) else None
     weight, bias = packed or float_weight(plain.weight), getattr(plain, "bias", None)
     bias, softcap = bias if isinstance(bias, Tensor) else None, getattr(config, "final_logit_softcapping", None)
-    head = Head(weight, bias, scale, softcap, _joined(adapters))
+    head = Head(weight, bias, scale, softcap, _joined(adapters), trained_rows(layer))
     # Where the weight is trained beside its adapter, only their sum passes the gradient on to both.
-    return head.dense() if adapters and isinstance(weight, Tensor) and weight.requires_grad else head
+    return head.dense() if isinstance(weight, Tensor) and weight.requires_grad else head
 
 
 def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options: Any) -> Tensor:
@@ -118,6 +125,14 @@ def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher
     of_teacher = {f"teacher_{name}": value for name, value in teacher.options().items()}
     weights: Any = head.dense().weight, teacher.dense().weight
     return linear_divergence(hidden, weights[0], teacher_hidden, weights[1], **head.options(), **of_teacher, **options)
+
+
+def _first_rows(rows: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """Those of the rows (ids, values) whose token is among the first `count`."""
+    if rows is None:
+        return None
+    kept = rows[0] < count
+    return (rows[0][kept], rows[1][kept]) if kept.any() else None
 
 
 def _joined(adapters: list[Lora]) -> tuple[Tensor, Tensor, float] | None:

@@ -57,23 +57,28 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def quantization_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+def quantization_config(
+    quantization: str, double_quantization: bool, dtype: torch.dtype, *, quantize_head: bool = False
+) -> Any:
     """The `BitsAndBytesConfig` of transformers for the options of `load_model`.
 
     Args:
         quantization: "nf4", "fp4" or "int8".
         double_quantization: whether the scales of 4-bit weights are quantised too.
         dtype: what products of 4-bit weights are computed in. Products of 8-bit weights are in the input's dtype.
+        quantize_head: whether the output layer is quantised too, which transformers leaves out by default.
     """
     from transformers import BitsAndBytesConfig
 
+    skipped = [] if quantize_head else None
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 

@@ -78,6 +78,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
         double_quantization: Likewise.
+        quantize_head: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -121,6 +122,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         regularizers: Sequence[Regularizer] = (),
         quantization: Quantization = "none",
         double_quantization: bool = False,
+        quantize_head: bool = False,
         **trainer_options: Any,
     ):
         limit_onednn_cache()
@@ -135,7 +137,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
+        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -298,21 +300,19 @@ def tokenized(
     try:
         # Of several processes the first one makes the tokens, and the others find them in the cache.
         with args.main_process_first(desc="tokens"):
-            return tokenization.tokenize(
-                rows, tokenizer, wanted=wanted, cache_dir=folder, **{option: getattr(args, option) for option in names},
-                **further,
-            )  # fmt: skip
+            options = {option: getattr(args, option) for option in names}
+            return tokenization.tokenize(rows, tokenizer, wanted=wanted, cache_dir=folder, **options, **further)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
 def _loaded(
     model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool,
+    quantization: Quantization, double_quantization: bool, quantize_head: bool,
 ) -> nn.Module:  # fmt: skip
     """The model that training starts from, loaded if it is given by its name."""
     if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
     if quantization != "none":
         raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
     return model

@@ -21,8 +21,10 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.diagonal import fisher_diagonal
 from fastalign.models import linear
 from fastalign.models.fit import check_fit
+from fastalign.models.head import output_head
 from fastalign.models.loading import load_model
 from fastalign.models.quantization import (
+    QuantizedWeight,
     check_order,
     float_weight,
     import_bitsandbytes,
@@ -487,3 +489,23 @@ def test_a_product_that_bitsandbytes_gets_wrong_is_refused():
     layer.to("cpu")(torch.zeros(1, 48))  # quantises
     with pytest.raises(ModelError, match="has 48 inputs, no multiple of its blocks of 64"):
         linear._quantized_linear(layer, torch.zeros(1, 48, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_output_layer_trains_as_its_dequantised_copy(plain_dir, kind):
+    base = load_model(plain_dir, dtype="float32", quantization=kind, quantize_head=True)
+    assert "lm_head" in quantized_layers(base)
+    assert "lm_head" not in quantized_layers(load_model(plain_dir, dtype="float32", quantization=kind))
+    copied = adapted(dequantized(plain_dir, base))
+    model = adapted(base)
+    layouts = [prepare(m) for m in (model, copied)]
+    assert output_head(model.get_base_model()).lora is None  # peft leaves the output layer out of all-linear
+    assert isinstance(output_head(model.get_base_model()).weight, QuantizedWeight)
+    assert_same_step(step(model, layouts[0]), step(copied, layouts[1]))
+
+
+def test_a_tied_output_layer_cannot_be_quantised(model_dir, plain_dir):
+    with pytest.raises(ConfigError, match=r"quantize_head is True, but the output layer of .* is tied"):
+        load_model(model_dir, quantization="nf4", quantize_head=True)
+    with pytest.raises(ConfigError, match="quantize_head is True and quantization 'none'"):
+        load_model(plain_dir, quantize_head=True)
