@@ -83,7 +83,7 @@ def half_noise(seed: int) -> list[dict]:
 
 
 def free_choice(seed: int) -> list[dict]:
-    """Answers of one of five words, whatever the prompt. Which words is learnt in a few steps, and nothing else can be."""
+    """Answers of one of five words, whatever the prompt: which words is learnt in a few steps, nothing else can be."""
     rng = _rng(seed)
     words = ["amber", "river", "stone", "cloud", "green"]
     return [{"prompt": _prompt(rng), "completion": f" try {rng.choice(words)}"} for _ in range(1280)]
