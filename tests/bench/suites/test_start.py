@@ -1,4 +1,4 @@
-"""The rows of a start, and the memory of all its processes. The start itself takes as long as its imports: see bench."""
+"""The rows of a start, and the memory of all its processes. A start takes as long as its imports: see bench."""
 
 import json
 import os
