@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,11 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> None:
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     weights = [1 / (n + 2) for n in range(len(letters))]
     words = ["".join(draw.choices(letters, weights, k=draw.randint(2, 7))) for _ in range(WORDS)]
-    frequent = [1 / (n + 5) for n in range(WORDS)]
+    frequent = list(accumulate(1 / (n + 5) for n in range(WORDS)))
 
     def text(tokens: int) -> str:
         return " ".join(
-            draw.choices(words, frequent, k=round(tokens / 1.9))
+            draw.choices(words, cum_weights=frequent, k=round(tokens / 1.9))
         )  # SmolLM2 takes 1.9 tokens a word of these
 
     def turn(role: str, tokens: int) -> list[dict]:
