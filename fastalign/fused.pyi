@@ -629,8 +629,9 @@ def fused_linear_ipo(
 
         L = (m - 1 / (2 beta))^2
 
-    The paper writes sums of log-probabilities. Its authors used averages per token in their code, and so does TRL.
-    This function takes either. `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
+    The paper writes sums of log-probabilities. TRL uses averages per token. This function computes the formula on what
+    it is given, and a target that suits averages is far too small for sums. The trainer and `pairwise_loss` give it
+    averages unless `length_normalised` says otherwise.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="ipo"`.
     `fastalign.losses.ipo` describes the options of the loss and names its paper.

@@ -97,7 +97,9 @@ class PreferenceConfig(AlignmentConfig):
     desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto, apo_zero_unpaired).")
     undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto, apo_zero_unpaired).")
     f_divergence_type: FDivergence = help_field(
-        "reverse_kl", "Divergence from the reference, for losses of the margin: " + ", ".join(F_DIVERGENCES) + "."
+        "reverse_kl",
+        "Divergence from the reference, for losses of the margin: reverse_kl, forward_kl, js_divergence, "
+        "alpha_divergence.",
     )
     f_alpha_divergence_coef: float = help_field(0.5, "Coefficient of alpha_divergence: 0 forward KL, 1 reverse KL.")
     ld_alpha: float | None = help_field(
