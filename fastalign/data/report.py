@@ -65,6 +65,7 @@ class DataReport:
         answers_cut: answers before the last one of a conversation from which the chat template leaves out thoughts or
             other words. They are scored as the template writes them.
         thoughts_kept: last answers whose thoughts the chat template leaves out. They were put in.
+        foreign_thoughts: completions with thoughts in <think>, where the chat template writes thoughts in another way.
         unstopped_answers: answers before the last one behind which the chat template writes no special token.
         shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
         unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
@@ -98,6 +99,7 @@ class DataReport:
     template_mismatch: int = 0
     answers_cut: int = 0
     thoughts_kept: int = 0
+    foreign_thoughts: int = 0
     unstopped_answers: int = 0
     shared_words: int = 0
     unmarked_prompts: int = 0
@@ -217,6 +219,11 @@ class DataReport:
                 self.thoughts_kept,
                 f"of {completions} are scored with the thoughts of their last answer, which the chat template leaves "
                 "out.",
+            ),
+            (
+                self.foreign_thoughts,
+                f"of {completions} have their thoughts in <think> tags, which are scored as words: the chat template "
+                "writes thoughts in another way. Give them under the key 'reasoning_content' of the answer.",
             ),
             (
                 self.unstopped_answers,

@@ -108,7 +108,7 @@ def load_model(
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_reason(error, folder)}") from error
     if gguf is not None:
-        _forget_quantization(model)
+        forget_quantization(model)
     use_training_product(model)
     if quantized_layers(model):
         release_freed_memory()
@@ -300,13 +300,21 @@ def _check_head(source: str | Path, folder: Path | str, quantize_head: bool) -> 
         )
 
 
-def _forget_quantization(model: Any) -> None:
+def forget_quantization(model: Any) -> None:
     """Removes the marks of a quantised model, which forbid saving and training: its weights are plain floats by now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
+    # What reads packed weights from a file has no reverse, and saving would look for it.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [c for c in conversions if not _unpacks(c)]
+
+
+def _unpacks(conversion: Any) -> bool:
+    """Whether a conversion of transformers, from tensors of a file to a weight, is bitsandbytes' own."""
+    return any("bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", ()))
 
 
 def _reason(error: Exception, folder: Path | str) -> str:

@@ -21,7 +21,7 @@ import copy
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -248,6 +248,42 @@ def _eight_bit_parts(layer: Any) -> tuple[Any, Any]:
     """An 8-bit layer's packed weight (out, in) and scales (out,). Its first call moves both to the layer's `state`."""
     holder = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
     return holder.CB, holder.SCB
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Lets a model with quantised layers compute in float32: what is unquantised, and the products of the layers."""
+    model.float()
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if _is_four_bit(module):
+            module.compute_dtype = torch.float32
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Puts a linear layer in float32 in the place of every quantised one; the model is changed in place.
+
+    Raises:
+        ModelError: bitsandbytes has rearranged the weights of a layer.
+    """
+    check_order(model)
+    for name, layer in [(name, module) for name, module in model.named_modules() if is_quantized_layer(module)]:
+        weight = quantized_weight(layer)
+        assert weight is not None  # `check_order` refuses what has none
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+        plain.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue] - a layer of bitsandbytes is an nn.Linear
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def stored_quantization(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load_model` with which a model was quantised, from `quantization_config` of its config.json."""
+    if stored.get("load_in_8bit"):
+        return {"quantization": "int8", "double_quantization": False}
+    return {
+        "quantization": stored.get("bnb_4bit_quant_type", "fp4"),
+        "double_quantization": bool(stored.get("bnb_4bit_use_double_quant")),
+    }
 
 
 def check_order(model: nn.Module) -> None:
