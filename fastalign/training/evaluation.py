@@ -38,6 +38,18 @@ class HeldOutEvaluation(Trainer):
     _tokenize: Callable[..., Any]
     _with_reference: Callable[[Dataset], Dataset]
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
+
+        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
+        process would train by itself, without a word.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
+            wrapped._is_accelerate_prepared = False
+            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
+        return wrapped
+
     def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
         """The loss of one held-out batch. Its metrics wait for `log`, which the Trainer calls after the last batch.
 

@@ -133,8 +133,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         way = way_of(adapter, peft_config)
         self.given = given_options(locals(), trainer_options)  # what the caller gave, before it is loaded or changed
         tokenizer = _tokenizer(model, processing_class)
-        # The data comes before the model: a mistake in it should show before a large model is loaded.
-        # Held-out rows come first, because they are fewer.
+        # Rows before the model, so that a mistake shows before it is loaded; held-out rows first, which are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
@@ -215,18 +214,6 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         finally:
             self._trained |= self.state.global_step > 0
 
-    def _wrap_model(self, model, training=True, dataloader=None):
-        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
-
-        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
-        process would train by itself, without a word.
-        """
-        wrapped = super()._wrap_model(model, training, dataloader)
-        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
-            wrapped._is_accelerate_prepared = False
-            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
-        return wrapped
-
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
         optimizer = super().create_optimizer(model)
@@ -253,14 +240,13 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
                 the micro-batch counts as a step by itself.
         """
         batch: Batch = inputs["batch"]
-        # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
+        # Reference and regularisers may need scores under the same weights: each copy runs once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
         scores = _scores(model, batch, self.args, self.objective, keep_hidden=bool(self.terms))
         reference = None
         if self.reference is not None:
             # The first step checks that the reference gives what the model gives without noise and dropout.
-            drawn = self.at_start and _draws(model, self.args)
-            policy = score_with(None)[0].logprobs if drawn else scores.logprobs
+            policy = score_with(None)[0].logprobs if self.at_start and _draws(model, self.args) else scores.logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
