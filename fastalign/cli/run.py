@@ -13,7 +13,7 @@ from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.cli.trl import Translation
 from fastalign.config.base import AlignmentConfig
-from fastalign.data.loading import load_rows, of_each
+from fastalign.data.loading import Source, load_rows, of_each
 from fastalign.errors import DataError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import write_json, write_jsonl, write_text
@@ -55,7 +55,8 @@ def run_training(
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = _load("train", options.train, options.columns, translation)
+    # The rows to train on are not read here: their tokens may be stored.
+    train_rows = Source(options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     if options.memory_limit is not None:
         return_freed_memory_at_once()  # the plan counts on it
@@ -74,6 +75,7 @@ def run_training(
     trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
+        quantize_head=options.quantize_head,
     )  # fmt: skip
     if first:
         write_json(folder / "run.json", run_record(options, trainer.args))
@@ -145,14 +147,11 @@ def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers,
     return rows + comparison({}, {}, answers)
 
 
-def _load(name: str, source: Any, columns: Any, translation: Translation | None = None) -> Any:
+def _load(name: str, source: Any, columns: Any) -> Any:
     try:
-        rows = load_rows(source, columns)
+        return load_rows(source, columns)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    if translation is not None:
-        translation.check_columns(rows.column_names)
-    return rows
 
 
 def _preflight(trainer: Any, translation: Translation | None) -> str:

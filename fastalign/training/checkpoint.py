@@ -107,6 +107,17 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def check_process_count(checkpoint: Path, count: int) -> None:
+    """ConfigError if a checkpoint was saved by another number of processes: each has a random state of its own."""
+    saved = len(list(checkpoint.glob("process-*.json")))
+    if saved and saved != count:
+        raise ConfigError(
+            f"{checkpoint} was saved by {saved} {'process' if saved == 1 else 'processes'}, and now there "
+            f"{'is 1' if count == 1 else f'are {count}'}, which would train on other rows at each step: go on with as "
+            f"many as before (torchrun --nproc_per_node={saved}), or start a new run with model={checkpoint}"
+        )
+
+
 class AtomicCheckpoints(Trainer):
     """The part of `AlignmentTrainer` that saves and loads checkpoints."""
 
@@ -136,6 +147,8 @@ class AtomicCheckpoints(Trainer):
         again = getattr(self, "_trained", False)  # a second call goes on with the weights in hand
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None and not again else None
         checkpoint = find_checkpoint(run, given if resume_from_checkpoint is None else resume_from_checkpoint)
+        if checkpoint is not None:
+            check_process_count(checkpoint, self.args.world_size)
         resumes = given is not None or resume_from_checkpoint not in (None, False)
         if not (resumes or again):
             check_unused(run, self.args.overwrite_output_dir)
@@ -215,7 +228,7 @@ class AtomicCheckpoints(Trainer):
             if best == self.state.global_step or folder.exists():
                 self.state.best_model_checkpoint = str(folder)
         # Whoever stops a run wants to go on with it, so that checkpoint holds everything.
-        if not self.args.save_only_model or self.stopping.received is not None:
+        if not self.args.save_only_model or self.stopping.agreed is not None:
             save_state(aside, f"process-{self.args.process_index}", self._process_state())
             if self.args.should_save:
                 save_state(aside, "optimizer", self.optimizer.state_dict())
@@ -306,10 +319,6 @@ class AtomicCheckpoints(Trainer):
             ) from error
         self.lr_scheduler.load_state_dict(scheduler)
         state = load_state(folder, f"process-{self.args.process_index}")
-        if state is None:
-            raise ConfigError(
-                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
-            )
         self._random, self._logging = state["random"], state["logging"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
