@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
+
+from fastalign.errors import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -15,6 +18,9 @@ def add(commands: Any) -> None:
         "--dtype", default="float32", help="of the saved weights: float32, bfloat16, float16 (default: %(default)s)"
     )
     parser.add_argument(
+        "--gguf", metavar="FILE", help="not written here: says how llama.cpp makes it of the merged model"
+    )
+    parser.add_argument(
         "--requantise", action="store_true",
         help="quantise the merged weights again, as they were in training; the difference to the adapter is printed",
     )  # fmt: skip
@@ -22,7 +28,19 @@ def add(commands: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merges, saves, loads again, and says how far the result is from the model with its adapter."""
+    """Merges, saves, loads again, and says how far the result is from the model with its adapter.
+
+    Raises:
+        ConfigError: A GGUF is asked for. llama.cpp's converter knows every architecture and tokenizer, so it is named.
+    """
+    if args.gguf:
+        out, file = shlex.quote(args.out), shlex.quote(args.gguf)
+        raise ConfigError(
+            f"--gguf is {args.gguf!r}, but fastalign writes no GGUF: merge without --gguf, then let llama.cpp convert "
+            "the folder, by `git clone https://github.com/ggml-org/llama.cpp`, `pip install -r "
+            f"llama.cpp/requirements.txt` and `python llama.cpp/convert_hf_to_gguf.py {out} --outfile {file} "
+            "--outtype bf16`"
+        )
     from fastalign.models.merging import merge_run
 
     merged = merge_run(args.run, args.out, dtype=args.dtype, requantise=args.requantise)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from fastalign.errors import ConfigError, ModelError
+from fastalign.errors import ConfigError, ModelError, disk_error
 from fastalign.files import read_json
 from fastalign.models.adapters import adapter_base, load_adapter, merge_adapter
 from fastalign.models.loading import forget_quantization, load_model, load_tokenizer, load_with_adapter
@@ -152,8 +153,9 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror or error}; name another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = disk_error(error) or " ".join(str(error).split())
+        raise ConfigError(f"{out} cannot be written: {reason}; name another folder") from error
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Tensor]:

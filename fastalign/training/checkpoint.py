@@ -36,7 +36,7 @@ from transformers.training_args import OptimizerNames
 
 from fastalign.data.keys import rows_fingerprint
 from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
-from fastalign.files import check_writable, read_json, write_json
+from fastalign.files import check_writable, read_json
 from fastalign.training.run_folder import (
     aside_of,
     check_space,
@@ -237,7 +237,7 @@ class AtomicCheckpoints(Trainer):
                     save_state(aside, "scaler", self.accelerator.scaler.state_dict())
         if self.args.should_save:
             save_extra_state(aside, extra_state(self))
-            write_json(aside / ROWS, self._rows_facts())
+            (aside / ROWS).write_text(json.dumps(self._rows_facts()) + "\n", encoding="utf-8")
             self._export_callbacks()
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
 

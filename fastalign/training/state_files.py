@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastalign.errors import ConfigError
-from fastalign.files import write_text
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
-    """Writes nested state into `folder`.
+    """Writes nested state into `folder`, which is flushed to the disk later, as a whole.
+
+    Each flush waits for all that the disk has to write, so one for each small file would cost more than the bytes.
 
     Args:
         folder: An existing folder.
@@ -42,7 +43,7 @@ def save_state(folder: Path, name: str, state: Any) -> None:
     text = json.dumps(_to_json(state, name, tensors), indent=1)
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
-    write_text(folder / f"{name}.json", text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_state(folder: Path, name: str) -> Any:

@@ -56,6 +56,9 @@ def test_what_is_refused(trained, refused, tmp_path):
     assert "holds something already" in refused("merge", trained("dpo"), "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years"
     assert "dtype is 'int3'" in refused("merge", trained("dpo"), "--out", tmp_path / "a", "--dtype", "int3")
+    said = refused("merge", trained("dpo"), "--out", tmp_path / "a b", "--gguf", "model.gguf")
+    assert f"convert_hf_to_gguf.py '{tmp_path}/a b' --outfile model.gguf --outtype bf16" in said
+    assert not (tmp_path / "a b").exists()
     assert "nowhere" in refused("merge", tmp_path / "nowhere", "--out", tmp_path / "a")
 
 
