@@ -19,7 +19,7 @@ from fastalign import reference
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
 from fastalign.ops.backends.pick import Backend
-from fastalign.ops.head import logprobs_tiles
+from fastalign.ops.head import anchored, logprobs_tiles
 from fastalign.ops.head.checks import (
     check_devices,
     check_ignore_index,
@@ -34,6 +34,7 @@ from fastalign.ops.head.rows import find_rows_with_target, gather_rows, scatter_
 from fastalign.ops.head.tiling import pad_rows
 from fastalign.ops.head.transform import LogitTransform
 
+BACKENDS: tuple[Backend, ...] = (*pick.BACKENDS, "anchored")
 # Bytes of probability tiles that are cached for a trainable output layer when the caller names no budget.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
@@ -67,6 +68,10 @@ def _linear_logprobs(
         return cpu_head.linear_logprobs(
             hidden, weight, targets, scored.rows, bias, transform, grads=grads, entropy=entropy, cache_rows=cache_rows
         )
+    if backend == "anchored":
+        return anchored.linear_logprobs(
+            hidden, weight, scored, scored_targets, bias, transform, grads=grads, entropy=entropy, cache_rows=cache_rows
+        )
     out = logprobs_tiles.forward(
         gather_rows(hidden, scored),
         weight,
@@ -98,16 +103,20 @@ def _linear_logprobs_fake(
     n, width = hidden.shape
     new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
     vocab = weight.shape[0]
-    on_cpu = backend == "cpu"
-    shifts = cpu_head.cache_shifts(vocab) if on_cpu else logprobs_tiles.cache_shifts(vocab, hidden.device)
+    columns = anchored.padded_columns(vocab) if backend == "anchored" else vocab
+    if backend == "anchored":
+        shifts = 0
+    else:
+        on_cpu = backend == "cpu"
+        shifts = cpu_head.cache_shifts(vocab) if on_cpu else logprobs_tiles.cache_shifts(vocab, hidden.device)
     return (
         new.new_empty(n),
         new.new_empty(n if entropy else 0),
         new.new_empty((n, width) if grads else 0),
         new.new_empty((n, width) if grads and entropy else 0),
         new.new_empty(n, len(Stats._fields)),
-        hidden.new_empty((cache_rows, vocab) if cache_rows else 0),
-        new.new_empty((cache_rows, shifts) if cache_rows else 0),
+        hidden.new_empty((cache_rows, columns) if cache_rows else 0),
+        new.new_empty((cache_rows, shifts) if cache_rows and shifts else 0),
     )
 
 
@@ -124,6 +133,10 @@ def _linear_logprobs_backward(
             needs,
         )  # fmt: skip
         return tuple(empty.clone() if g is None else g for g in grads)
+    if backend == "anchored":
+        return anchored.linear_logprobs_backward(
+            grad_logprobs, grad_entropy, hidden, weight, scored, scored_targets, bias, transform, stats, cache, needs
+        )
     row_stats = Stats(*gather_rows(stats, scored).t().contiguous().unbind(0))
     # Padding rows have stats of 0, which would give 0/0 and 0*inf. So they get harmless values here.
     padding = (row_stats.others + row_stats.target) == 0
@@ -191,7 +204,7 @@ class _LogprobsCall(NamedTuple):
     ignore_index: int | None
     entropy: bool
     cache_rows: int
-    frozen: bool  # whether hidden needs a gradient, and weight and bias need none
+    frozen: bool  # whether hidden needs a gradient, weight and bias need none, and the forward pass makes it
     backend: Backend
 
 
@@ -341,9 +354,12 @@ def linear_logprobs(
         backend: One of
             "torch": the tiled driver, on any device and dtype;
             "triton", "cuda": the same on a GPU, with fastalign's kernels between the products;
+            "anchored": whole products over the vocabulary, on a GPU of compute capability 9.0 or more, for bfloat16 and
+            float16 whose width is a multiple of 8 (see fastalign/ops/head/anchored.py);
             "cpu": C++;
             "reference": materialises the logits;
-            "auto": on a GPU "triton" or "cuda", where either runs; on the CPU "cpu" where it is faster; else "torch".
+            "auto": on a GPU the first of "anchored", "triton" and "cuda" that runs; on the CPU "cpu" where it is
+            faster; else "torch".
 
     Returns:
         logprobs shaped like targets, or (logprobs, entropies): float32, or float64 for float64 inputs.
@@ -364,7 +380,10 @@ def linear_logprobs(
     check_temperature(temperature)
     check_memory_budget(memory_budget)
     check_ignore_index(ignore_index)
-    backend = pick.resolve("linear_logprobs", backend, hidden, weight, bias, cpu_kernel="forward", prefer="triton")
+    backend = pick.resolve(
+        "linear_logprobs", backend, hidden, weight, bias, backends=BACKENDS, cpu_kernel="forward",
+        prefer=("anchored", "triton"),
+    )  # fmt: skip
     if backend == "reference":
         check_target_ids(targets, weight.shape[0], ignore_index, op="linear_logprobs")
         return reference.linear_logprobs(
@@ -377,13 +396,15 @@ def linear_logprobs(
     needs_grad = torch.is_grad_enabled()
     trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     cache_rows = 0
-    if trainable and not entropy:
+    # The anchored driver forms some gradients in the backward pass even where the output layer is frozen.
+    at_once = backend != "anchored" or anchored.keeps_exponentials(hidden.dtype, bias, entropy=entropy)
+    if trainable and not entropy and at_once:
         budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
         row_bytes = weight.shape[0] * hidden.element_size()
         cache_rows = _cacheable_rows(targets, ignore_index, hidden.dtype, row_bytes, budget, backend)
     call = _LogprobsCall(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
-        cache_rows, needs_grad and not trainable and hidden.requires_grad, backend,
+        cache_rows, at_once and needs_grad and not trainable and hidden.requires_grad, backend,
     )  # fmt: skip
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, call)
