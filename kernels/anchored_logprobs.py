@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 
 # Where the kernels of this process run: Triton decides it when a kernel is decorated.
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"

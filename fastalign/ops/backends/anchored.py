@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,9 @@ def why_not(*tensors: Tensor | None) -> str | None:
     """Why the driver cannot take these tensors, hidden states and the output layer's weight first, or None."""
     if why := triton.why_not(*tensors):
         return why
-    import triton as library
-
-    if tuple(int(part) for part in library.__version__.split(".")[:2]) < TRITON:
-        return f"triton is {library.__version__}; it needs {TRITON[0]}.{TRITON[1]} or newer: pip install -U triton"
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < TRITON:
+        return f"triton is {found}; it needs {TRITON[0]}.{TRITON[1]} or newer: pip install -U triton"
     hidden, weight = tensors[0], tensors[1] if len(tensors) > 1 else None
     if hidden is None or weight is None:
         return "it takes hidden states and the output layer's weight"
@@ -101,16 +101,13 @@ def _tiles_of(layer: Layer) -> tuple[Any, int]:
 
 def _launch_scan(layer: Layer, e: Tensor | None, anchor: Tensor, first: int, tensors: tuple, **constants) -> None:
     """Launches `scan`; tensors: base, partial, zpartial, slope_1, slope_2 and at_target."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     (rows, width), vocab = layer.hidden.shape, layer.weight.shape[0]
-    tiles, programs = _tiles_of(layer)
+    kernels, (tiles, programs) = _kernels(), _tiles_of(layer)
     # Where nothing is kept, the descriptor is of memory that nothing is written to.
     out = layer.hidden.new_empty(tiles.m, tiles.n, dtype=torch.bfloat16) if e is None else e
     blocks = (layer.hidden, tiles.m, tiles.k), (layer.weight, tiles.n, tiles.k), (out, tiles.m, tiles.n // tiles.parts)
-    descriptors = [TensorDescriptor.from_tensor(t, [height, across]) for t, height, across in blocks]
+    descriptors = [kernels.TensorDescriptor.from_tensor(t, [height, across]) for t, height, across in blocks]
     base, *rest = tensors
-    kernels = _kernels()
     programs = min(programs, _cdiv(rows, tiles.m) * _cdiv(vocab, tiles.n))
     kernels.scan[(programs,)](
         *descriptors, anchor, base, layer.targets, first, layer.bias, *layer.numbers(), *rest, rows, vocab, width,
