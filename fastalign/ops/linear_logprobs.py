@@ -29,10 +29,12 @@ from fastalign.ops.head.checks import (
     check_targets,
     check_temperature,
 )
+from fastalign.ops.head.chunked_logprobs import chunked_logprobs
 from fastalign.ops.head.epilogue import TORCH, Epilogue, Stats
 from fastalign.ops.head.rows import find_rows_with_target, gather_rows, scatter_rows
 from fastalign.ops.head.tiling import pad_rows
 from fastalign.ops.head.transform import LogitTransform
+from fastalign.ops.head.weights import ComposedWeight, Lora, NewRows, PackedWeight, check_composed
 
 BACKENDS: tuple[Backend, ...] = (*pick.BACKENDS, "anchored")
 # Bytes of probability tiles that are cached for a trainable output layer when the caller names no budget.
@@ -103,12 +105,9 @@ def _linear_logprobs_fake(
     n, width = hidden.shape
     new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
     vocab = weight.shape[0]
-    columns = anchored.padded_columns(vocab) if backend == "anchored" else vocab
-    if backend == "anchored":
-        shifts = 0
-    else:
-        on_cpu = backend == "cpu"
-        shifts = cpu_head.cache_shifts(vocab) if on_cpu else logprobs_tiles.cache_shifts(vocab, hidden.device)
+    columns, shifts = vocab, logprobs_tiles.cache_shifts(vocab, hidden.device)
+    if backend in ("cpu", "anchored"):
+        columns, shifts = (vocab, cpu_head.cache_shifts(vocab)) if backend == "cpu" else anchored.cache_shape(vocab)
     return (
         new.new_empty(n),
         new.new_empty(n if entropy else 0),
@@ -252,10 +251,12 @@ class _LinearLogprobs(torch.autograd.Function):
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -269,10 +270,12 @@ def linear_logprobs(
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -286,10 +289,12 @@ def linear_logprobs(
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -302,10 +307,12 @@ def linear_logprobs(
 
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
+    new_rows: NewRows | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -333,14 +340,25 @@ def linear_logprobs(
     d logprob / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer, loss and
     gradient therefore need one pass over the vocabulary instead of two.
 
+    **Heads that are no single matrix.** A packed weight is dequantised one tile of the vocabulary at a time, into one
+    buffer. A LoRA adapter on the output layer widens hidden states and tiles, `[h, h a'] [W, scale * b]'`, so that its
+    sum with W is neither formed nor rounded: see `head/weights.py` and `head/chunked_logprobs.py`. One pass gives the
+    gradients in hidden and in a, and that of b forms the probabilities again. Such calls are not traced by
+    torch.compile.
+
     While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Args:
         hidden: (..., H) floating.
         weight: (V, H) floating, the output layer's. Where its dtype differs from hidden's, both are
-            converted to torch's common dtype (`torch.promote_types`): float32 for bfloat16 and float16.
+            converted to torch's common dtype (`torch.promote_types`): float32 for bfloat16 and float16. Or a frozen
+            weight in 4 or 8 bits (`PackedWeight`), such as `fastalign.models.quantized_weight(layer)`.
         targets: (...) int64 in [0, V) or `ignore_index`.
         bias: (V,) floating. An entry of -inf rules its token out.
+        lora: (a (r, H), b (V, r), scale) of an adapter that adds `scale * b a` to a frozen weight. Both factors may be
+            trained. In 16-bit products they are rounded to 16 bits, as autocast does.
+        new_rows: (ids (k,) int64, rows (k, H)): rows that take the place of those of a frozen weight, and may be
+            trained.
         logit_scale: Multiplies `h W' + b`.
         softcap: Bounds the logits before the temperature, as Gemma does; above 0, or None.
         temperature: Divides the logits; above 0.
@@ -380,15 +398,31 @@ def linear_logprobs(
     check_temperature(temperature)
     check_memory_budget(memory_budget)
     check_ignore_index(ignore_index)
+    is_composed = lora is not None or new_rows is not None or not isinstance(weight, Tensor)
+    if is_composed:
+        check_composed(weight, lora, new_rows)
+        check_devices(hidden, *(lora or ())[:2], *(new_rows or ()))
+    dense = weight if isinstance(weight, Tensor) else None
     backend = pick.resolve(
-        "linear_logprobs", backend, hidden, weight, bias, backends=BACKENDS, cpu_kernel="forward",
+        "linear_logprobs", backend, hidden, dense, bias, backends=BACKENDS, cpu_kernel="forward",
         prefer=("anchored", "triton"),
+        why_not=lambda name: "it takes a dense weight alone" if is_composed and name == "anchored" else None,
     )  # fmt: skip
+    if is_composed and backend == "reference":
+        weight = ComposedWeight(weight, *(lora or (None, None, 1.0))[1:], new_rows).dense(
+            None if lora is None else lora[0], reference.compute_dtype(hidden)
+        )
     if backend == "reference":
         check_target_ids(targets, weight.shape[0], ignore_index, op="linear_logprobs")
         return reference.linear_logprobs(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,
+        )  # fmt: skip
+    if is_composed:
+        transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+        return chunked_logprobs(
+            hidden, weight, targets, bias, lora, new_rows, transform, ignore_index=ignore_index, entropy=entropy,
+            backend=backend,
         )  # fmt: skip
     if hidden.dtype != weight.dtype:
         common = torch.promote_types(hidden.dtype, weight.dtype)
@@ -401,7 +435,10 @@ def linear_logprobs(
     if trainable and not entropy and at_once:
         budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
         row_bytes = weight.shape[0] * hidden.element_size()
-        cache_rows = _cacheable_rows(targets, ignore_index, hidden.dtype, row_bytes, budget, backend)
+        if backend == "cpu":
+            cache_rows = cpu_head.cacheable_scored_rows(targets, ignore_index, hidden.dtype, row_bytes, budget)
+        else:  # counting the scored rows would wait for the GPU
+            cache_rows = logprobs_tiles.cacheable_rows(targets.numel(), row_bytes, budget)
     call = _LogprobsCall(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
         cache_rows, at_once and needs_grad and not trainable and hidden.requires_grad, backend,
@@ -410,15 +447,3 @@ def linear_logprobs(
     logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, call)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropies.view(targets.shape)) if entropy else logprobs
-
-
-def _cacheable_rows(
-    targets: Tensor, ignore_index: int | None, dtype: torch.dtype, row_bytes: int, budget: int, backend: str
-) -> int:
-    """How many rows of probabilities the budget allows to cache."""
-    rows = targets.numel()
-    if backend != "cpu":  # counting the scored rows would wait for the GPU
-        return logprobs_tiles.cacheable_rows(rows, row_bytes, budget)
-    if ignore_index is not None and not torch.compiler.is_compiling():  # a compiler cannot know how many are scored
-        rows = int(targets.ne(ignore_index).sum())
-    return cpu_head.cacheable_rows(rows, dtype, row_bytes, budget)

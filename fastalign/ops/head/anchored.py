@@ -67,6 +67,11 @@ def padded_columns(vocab: int) -> int:
     return vocab + -vocab % 8
 
 
+def cache_shape(vocab: int) -> tuple[int, int]:
+    """How many entries and how many shifts a row of the cache has. There are no shifts: a row has one anchor."""
+    return padded_columns(vocab), 0
+
+
 def block_rows(vocab: int) -> int:
     """How many rows' exponentials fit `EXPONENTIALS` bytes, in whole tiles, and at least one tile."""
     return max(EXPONENTIALS // (2 * padded_columns(vocab)) // _BLOCK, 1) * _BLOCK
