@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastalign.ops.head.anchored import block_rows, part_columns
 from fastalign.ops.head.tiling import gpu_tile_shape
 
 MODES = ("frozen", "cached", "recomputed")
@@ -67,6 +68,38 @@ def linear_logprobs(
     absorb = Step(calls, 0, 0, logits + probabilities)
     again = {"logits": product, "softmax_gradient": Step(calls, 0, 0, logits + probabilities)}
     return {"logits": product, "absorb": absorb, "finish": Step(rows)}, again | ends
+
+
+def anchored_logprobs(n: int, h: int, v: int, mode: str, element: int = 2) -> tuple[dict[str, Step], dict[str, Step]]:
+    """Steps of the forward and the backward pass of the anchored driver, without an entropy; names as in its head.
+
+    Args:
+        n: rows. A frozen head takes them in blocks of `block_rows(v)`.
+        h: width of the hidden states.
+        v: vocabulary entries.
+        mode: as for `linear_logprobs`.
+        element: bytes per number of the inputs. Exponentials have 2.
+
+    Returns:
+        (forward, backward), each name -> step.
+    """
+    blocks = -(-n // block_rows(v)) if mode == "frozen" else 1
+    u, hidden, weight, e = 2 * n * v * h, n * h * element, v * h * element, 2 * n * v
+    partial = 4 * n * -(-v // 256)
+    ends = {"anchor": Step(blocks, 0, 2 * hidden), "rescue": Step(blocks, 0, partial)}
+    finish = Step(blocks, 0, partial + (hidden + 2 * 4 * n * h if mode == "frozen" else 0))
+    scan = Step(blocks, u, hidden + blocks * weight, partial + (0 if mode == "recomputed" else e))
+    if mode == "frozen":  # e is written once and read once
+        return {**ends, "scan": scan, "product": Step(blocks, u, blocks * weight + 4 * n * h, e), "finish": finish}, {}
+    parts = 1 if mode == "cached" else -(-v // part_columns(n, 0))
+    both = {
+        "hidden": Step(parts, u, weight + 4 * n * h * (2 * parts - 1), e),
+        "weight": Step(parts, u, hidden * parts + weight, e),
+    }
+    if mode == "cached":  # e is read twice; the coefficients go into the hidden states
+        return {**ends, "scan": scan, "finish": finish}, {"scaled": Step(1, 0, 2 * hidden)} | both
+    again = {"scan": Step(parts, u, hidden * parts + weight, e)}
+    return {**ends, "scan": scan, "finish": finish}, again | both
 
 
 def linear_divergence(
@@ -142,6 +175,15 @@ PUBLISHED = {
 }
 
 
+# (N, H, V) -> milliseconds of the tiled driver on an H200, forward and backward, frozen and trainable, host included
+# (docs/explanation/gpu.md). Then those of two and of three bare products there.
+MEASURED = {
+    (2048, 576, 49152): (1.83, 4.13, 0.448, 0.53),
+    (2048, 2048, 49152): (2.15, 5.07, 1.22, 1.67),
+    (1024, 4096, 128256): (3.85, 9.49, 2.99, 4.35),
+}
+
+
 def seconds(step: Step, device: Device) -> float:
     """The predicted seconds of a step, including the gaps between its calls."""
     rate = device.peak * PRODUCT_SHARE
@@ -152,6 +194,26 @@ def predict(n: int, h: int, v: int, mode: str, device: Device) -> tuple[float, f
     """The predicted seconds of (forward, backward)."""
     passes = linear_logprobs(n, h, v, gpu_tile_shape(device.memory_bytes), mode)
     return tuple(sum(seconds(step, device) for step in steps.values()) for steps in passes)
+
+
+def anchored_table(device: Device) -> list[str]:
+    """The predictions for the anchored driver as lines, beside what was measured of the tiled one."""
+    lines = [
+        "PREDICTIONS for the anchored driver (bfloat16, compute capability 9.0 on), which has not run on a GPU yet.",
+        "Beside them: what the tiled driver took on an H200, and bare products there; forward and backward.",
+        "",
+        "| N | H | V | head | predicted | exponentials moved | tiled, measured | bare products, measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (n, h, v), measured in MEASURED.items():
+        for i, (head, mode) in enumerate((("frozen, 2U", "frozen"), ("trainable, 3U", "cached"))):
+            steps = [step for steps in anchored_logprobs(n, h, v, mode) for step in steps.values()]
+            total, moved = sum(seconds(step, device) for step in steps) * 1e3, sum(step.tiles for step in steps)
+            lines.append(
+                f"| {n} | {h} | {v} | {head} | {total:.2f} ms | {moved >> 20} MiB | {measured[i]} ms | "
+                f"{measured[2 + i]} ms |"
+            )
+    return [*lines, ""]
 
 
 def table(name: str) -> str:
@@ -177,7 +239,8 @@ def table(name: str) -> str:
                 f"| {n} | {h} | {v} | {mode} | {forward * 1e3:.1f} ms | {(forward + backward) * 1e3:.1f} ms | "
                 f"{(forward + backward) / (count * product):.2f} x {count} | {epilogues * 1e3:.1f} ms |"
             )
-    lines += ["", "Published for an H100, forward and backward:"]
+    lines += ["", *(anchored_table(device) if device.peak > 900e12 else [])]
+    lines += ["Published for an H100, forward and backward:"]
     lines += [f"- N={n}, H={h}, V={v}: {ms} ms ({whose})" for (n, h, v), (ms, whose) in PUBLISHED.items()]
     lines.append("The share of the peak is what the second of them comes to for three products.")
     return "\n".join(lines)

@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -49,6 +49,7 @@ class Budget(NamedTuple):
         loads: fewest wide loads.
         stores: fewest wide stores.
         tensor_cores: whether a tensor-core instruction must appear.
+        hgmma: the shape that every tensor-core instruction of Hopper must have, such as 64x256x16; "" for any.
     """
 
     registers: int
@@ -56,6 +57,7 @@ class Budget(NamedTuple):
     loads: int = 0
     stores: int = 0
     tensor_cores: bool = False
+    hgmma: str = ""
 
 
 class Built(NamedTuple):
@@ -71,6 +73,7 @@ class Built(NamedTuple):
         loads: 16-byte loads from global memory, asynchronous copies to shared memory included.
         stores: 16-byte stores to global memory.
         products: tensor-core instructions.
+        shapes: the shapes of Hopper's tensor-core instructions.
         budget: the budget of the kernel.
     """
 
@@ -84,6 +87,7 @@ class Built(NamedTuple):
     stores: int
     products: int
     budget: Budget
+    shapes: tuple[str, ...] = ()
 
     @property
     def occupancy(self) -> float:
@@ -112,6 +116,8 @@ class Built(NamedTuple):
             found.append(f"{self.stores} wide stores, {self.budget.stores} needed")
         if self.budget.tensor_cores and not self.products:
             found.append("no tensor-core instruction")
+        if self.budget.hgmma and self.shapes != (self.budget.hgmma,):
+            found.append(f"tensor-core instructions of {', '.join(self.shapes) or 'no shape'}, not {self.budget.hgmma}")
         return found
 
 
@@ -134,7 +140,7 @@ def _disassemble(what: str, path: Path) -> str:
     return _run(knobs.nvidia.cuobjdump.path, what, path)
 
 
-def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
+def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(function, its numbers as `Built` names them) of each kernel in a cubin."""
     usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.+)", _disassemble("--dump-resource-usage", path)))
     bodies = re.split(r"Function : (\S+)", _disassemble("--dump-sass", path))
@@ -150,6 +156,7 @@ def read_cubin(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
                 "loads": _wide(r"\b(?:LDG|LDGSTS)\.\S*?\b(128|256)\b|\bUTMALDG", sass),
                 "stores": _wide(r"\bSTG\.\S*?\b(128|256)\b|\bUTMASTG", sass),
                 "products": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
+                "shapes": tuple(sorted(set(re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", sass)))),
             },
         )
 
@@ -195,10 +202,12 @@ def _source(check: dict):
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
-    words = [word.strip() for word in check["signature"].split(",")]
+    words = [word.strip() for word in re.split(r",(?![^<]*>)", check["signature"])]  # a descriptor's shape has commas
     for number, (name, word) in enumerate(zip(check["kernel"].arg_names, words, strict=True)):
         kind, _, divisor = word.partition(":")
-        if re.fullmatch(r"\*?(fp64|fp32|bf16|fp16|i64|i32|i8)", kind):
+        if word.startswith("tensordesc"):
+            signature[name] = word
+        elif re.fullmatch(r"\*?(fp64|fp32|bf16|fp16|i64|i32|i8)", kind):
             signature[name] = kind
             if divisor:
                 attributes[number,] = [["tt.divisibility", int(divisor)]]
@@ -303,7 +312,7 @@ def build_cuda(path: Path, target: str) -> Iterator[Built]:
 def build(targets: tuple[str, ...], only: str = "") -> Iterator[Built]:
     """Builds every kernel whose name, `triton FILE.KERNEL` or `cuda FILE`, contains `only`, for every target."""
     for name, check in triton_checks():
-        for target in targets if only in name else ():
+        for target in (t for t in targets if only in name and t in check.get("targets", TARGETS)):
             yield build_triton(name, check, target)
     for path in sorted(SOURCES.glob("*.cu")):
         for target in (t for t in targets if t in CUDA and only in f"cuda {path.stem}"):

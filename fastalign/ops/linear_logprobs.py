@@ -19,7 +19,7 @@ from fastalign import reference
 from fastalign.ops.backends import cpu_head, pick
 from fastalign.ops.backends.launch import without_autocast
 from fastalign.ops.backends.pick import Backend
-from fastalign.ops.head import logprobs_tiles
+from fastalign.ops.head import anchored, logprobs_tiles
 from fastalign.ops.head.checks import (
     check_devices,
     check_ignore_index,
@@ -36,6 +36,7 @@ from fastalign.ops.head.tiling import pad_rows
 from fastalign.ops.head.transform import LogitTransform
 from fastalign.ops.head.weights import ComposedWeight, Lora, NewRows, PackedWeight, check_composed
 
+BACKENDS: tuple[Backend, ...] = (*pick.BACKENDS, "anchored")
 # Bytes of probability tiles that are cached for a trainable output layer when the caller names no budget.
 DEFAULT_MEMORY_BUDGET = 1 << 30
 
@@ -69,6 +70,10 @@ def _linear_logprobs(
         return cpu_head.linear_logprobs(
             hidden, weight, targets, scored.rows, bias, transform, grads=grads, entropy=entropy, cache_rows=cache_rows
         )
+    if backend == "anchored":
+        return anchored.linear_logprobs(
+            hidden, weight, scored, scored_targets, bias, transform, grads=grads, entropy=entropy, cache_rows=cache_rows
+        )
     out = logprobs_tiles.forward(
         gather_rows(hidden, scored),
         weight,
@@ -100,16 +105,17 @@ def _linear_logprobs_fake(
     n, width = hidden.shape
     new = torch.empty_like(targets, dtype=reference.compute_dtype(hidden, weight))
     vocab = weight.shape[0]
-    on_cpu = backend == "cpu"
-    shifts = cpu_head.cache_shifts(vocab) if on_cpu else logprobs_tiles.cache_shifts(vocab, hidden.device)
+    columns, shifts = vocab, logprobs_tiles.cache_shifts(vocab, hidden.device)
+    if backend in ("cpu", "anchored"):
+        columns, shifts = (vocab, cpu_head.cache_shifts(vocab)) if backend == "cpu" else anchored.cache_shape(vocab)
     return (
         new.new_empty(n),
         new.new_empty(n if entropy else 0),
         new.new_empty((n, width) if grads else 0),
         new.new_empty((n, width) if grads and entropy else 0),
         new.new_empty(n, len(Stats._fields)),
-        hidden.new_empty((cache_rows, vocab) if cache_rows else 0),
-        new.new_empty((cache_rows, shifts) if cache_rows else 0),
+        hidden.new_empty((cache_rows, columns) if cache_rows else 0),
+        new.new_empty((cache_rows, shifts) if cache_rows and shifts else 0),
     )
 
 
@@ -126,6 +132,10 @@ def _linear_logprobs_backward(
             needs,
         )  # fmt: skip
         return tuple(empty.clone() if g is None else g for g in grads)
+    if backend == "anchored":
+        return anchored.linear_logprobs_backward(
+            grad_logprobs, grad_entropy, hidden, weight, scored, scored_targets, bias, transform, stats, cache, needs
+        )
     row_stats = Stats(*gather_rows(stats, scored).t().contiguous().unbind(0))
     # Padding rows have stats of 0, which would give 0/0 and 0*inf. So they get harmless values here.
     padding = (row_stats.others + row_stats.target) == 0
@@ -193,7 +203,7 @@ class _LogprobsCall(NamedTuple):
     ignore_index: int | None
     entropy: bool
     cache_rows: int
-    frozen: bool  # whether hidden needs a gradient, and weight and bias need none
+    frozen: bool  # whether hidden needs a gradient, weight and bias need none, and the forward pass makes it
     backend: Backend
 
 
@@ -362,9 +372,12 @@ def linear_logprobs(
         backend: One of
             "torch": the tiled driver, on any device and dtype;
             "triton", "cuda": the same on a GPU, with fastalign's kernels between the products;
+            "anchored": whole products over the vocabulary, on a GPU of compute capability 9.0 or more, for bfloat16 and
+            float16 whose width is a multiple of 8 (see fastalign/ops/head/anchored.py);
             "cpu": C++;
             "reference": materialises the logits;
-            "auto": on a GPU "triton" or "cuda", where either runs; on the CPU "cpu" where it is faster; else "torch".
+            "auto": on a GPU the first of "anchored", "triton" and "cuda" that runs; on the CPU "cpu" where it is
+            faster; else "torch".
 
     Returns:
         logprobs shaped like targets, or (logprobs, entropies): float32, or float64 for float64 inputs.
@@ -390,7 +403,11 @@ def linear_logprobs(
         check_composed(weight, lora, new_rows)
         check_devices(hidden, *(lora or ())[:2], *(new_rows or ()))
     dense = weight if isinstance(weight, Tensor) else None
-    backend = pick.resolve("linear_logprobs", backend, hidden, dense, bias, cpu_kernel="forward", prefer="triton")
+    backend = pick.resolve(
+        "linear_logprobs", backend, hidden, dense, bias, backends=BACKENDS, cpu_kernel="forward",
+        prefer=("anchored", "triton"),
+        why_not=lambda name: "it takes a dense weight alone" if is_composed and name == "anchored" else None,
+    )  # fmt: skip
     if is_composed and backend == "reference":
         weight = ComposedWeight(weight, *(lora or (None, None, 1.0))[1:], new_rows).dense(
             None if lora is None else lora[0], reference.compute_dtype(hidden)
@@ -413,27 +430,20 @@ def linear_logprobs(
     needs_grad = torch.is_grad_enabled()
     trainable = needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     cache_rows = 0
-    if trainable and not entropy:
+    # The anchored driver forms some gradients in the backward pass even where the output layer is frozen.
+    at_once = backend != "anchored" or anchored.keeps_exponentials(hidden.dtype, bias, entropy=entropy)
+    if trainable and not entropy and at_once:
         budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
         row_bytes = weight.shape[0] * hidden.element_size()
-        cache_rows = _cacheable_rows(targets, ignore_index, hidden.dtype, row_bytes, budget, backend)
+        if backend == "cpu":
+            cache_rows = cpu_head.cacheable_scored_rows(targets, ignore_index, hidden.dtype, row_bytes, budget)
+        else:  # counting the scored rows would wait for the GPU
+            cache_rows = logprobs_tiles.cacheable_rows(targets.numel(), row_bytes, budget)
     call = _LogprobsCall(
         float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, entropy,
-        cache_rows, needs_grad and not trainable and hidden.requires_grad, backend,
+        cache_rows, at_once and needs_grad and not trainable and hidden.requires_grad, backend,
     )  # fmt: skip
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropies = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), bias, call)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropies.view(targets.shape)) if entropy else logprobs
-
-
-def _cacheable_rows(
-    targets: Tensor, ignore_index: int | None, dtype: torch.dtype, row_bytes: int, budget: int, backend: str
-) -> int:
-    """How many rows of probabilities the budget allows to cache."""
-    rows = targets.numel()
-    if backend != "cpu":  # counting the scored rows would wait for the GPU
-        return logprobs_tiles.cacheable_rows(rows, row_bytes, budget)
-    if ignore_index is not None and not torch.compiler.is_compiling():  # a compiler cannot know how many are scored
-        rows = int(targets.ne(ignore_index).sum())
-    return cpu_head.cacheable_rows(rows, dtype, row_bytes, budget)

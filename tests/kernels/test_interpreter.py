@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_interpreted():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER],
-        capture_output=True, text=True, check=False, timeout=600, env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False, timeout=900, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
 

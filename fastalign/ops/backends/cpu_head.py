@@ -275,3 +275,13 @@ def linear_divergence(
         None if d_weight is None else d_weight[:, :width].contiguous(),
         None if d_bias is None else d_bias.sum(1),
     )
+
+
+def cacheable_scored_rows(
+    targets: Tensor, ignore_index: int | None, dtype: torch.dtype, row_bytes: int, budget: int
+) -> int:
+    """How many rows of probabilities the budget allows to cache, of those that have a target."""
+    rows = targets.numel()
+    if ignore_index is not None and not torch.compiler.is_compiling():  # a compiler cannot know how many are scored
+        rows = int(targets.ne(ignore_index).sum())
+    return cacheable_rows(rows, dtype, row_bytes, budget)

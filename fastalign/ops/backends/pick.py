@@ -10,6 +10,7 @@ A backend that the caller names runs, or a BackendError says why it cannot. Noth
 "cuda" comes before "triton" because its kernels took 0.4 to 1.1 of the time of Triton's on an H200, forward and
 backward (docs/explanation/gpu.md). Either is 1.0 to 4 times as fast as the same steps in torch. The exception is
 `linear_logprobs`, which prefers "triton": at three shapes it took 1.83, 2.15 and 4.03 ms, CUDA 2.03, 2.34 and 3.85.
+Before both it takes "anchored" where that runs, which by its accounting needs a half of that (not measured yet).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import BackendError
-from fastalign.ops.backends import cpu, cuda, triton
+from fastalign.ops.backends import anchored, cpu, cuda, triton
 
-Backend = Literal["auto", "reference", "torch", "cpu", "triton", "cuda"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
-GPU_KERNELS: Mapping[Any, ModuleType] = {"cuda": cuda, "triton": triton}
+Backend = Literal["auto", "reference", "torch", "cpu", "triton", "cuda", "anchored"]
+# Those of most ops. `linear_logprobs` alone has "anchored".
+BACKENDS: tuple[Backend, ...] = tuple(name for name in get_args(Backend) if name != "anchored")
+GPU_KERNELS: Mapping[Any, ModuleType] = {"cuda": cuda, "triton": triton, "anchored": anchored}
 # The modules whose functions are the ops' forward and backward passes, by backend.
 KERNELS: Mapping[Any, ModuleType] = {"cpu": cpu, **GPU_KERNELS}
 # Why the kernels of a backend cannot take an op's arguments, or None.
@@ -40,7 +42,7 @@ def resolve(
     backends: Sequence[Backend] = BACKENDS,
     cpu_kernel: str | None = None,
     only_if_fast: bool = True,
-    prefer: str = "cuda",
+    prefer: tuple[str, ...] = ("cuda",),
     why_not: WhyNot | None = None,
 ) -> Backend:
     """The name of the backend that runs the op: one of `backends`, never "auto".
@@ -52,7 +54,7 @@ def resolve(
         backends: Those that the op has.
         cpu_kernel: A name that the native module must have for "cpu", such as that of the kernel.
         only_if_fast: Whether "auto" takes "cpu" only where `cpu.is_fast` says so for the first tensor's dtype.
-        prefer: Which GPU kernels "auto" tries first.
+        prefer: Which GPU kernels "auto" tries first, in this order.
         why_not: Why the kernels of a backend cannot take the arguments for reasons of this op alone, or None.
 
     Raises:
@@ -94,7 +96,7 @@ def _refuse_transforms(op: str) -> None:
 def pick_gpu_kernels(
     *tensors: Tensor | None,
     backends: Sequence[Backend] = BACKENDS,
-    prefer: str = "cuda",
+    prefer: tuple[str, ...] = ("cuda",),
     why_not: WhyNot | None = None,
 ) -> Backend | None:
     """The name of the GPU kernels that take these tensors, `prefer` before others.
@@ -104,7 +106,7 @@ def pick_gpu_kernels(
     first = tensors[0]
     if first is None or first.device.type != "cuda":
         return None
-    for name in sorted(GPU_KERNELS, key=lambda name: name != prefer):
+    for name in dict.fromkeys([*prefer, *GPU_KERNELS]):
         if name in backends and _why_not(name, tensors, None, why_not) is None:
             return name
     return None

@@ -71,11 +71,12 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def gather_rows(t: Tensor, scored: ScoredRows) -> Tensor:
-    """The scored rows of t (N, ...), padded with zero rows as the products need it."""
+def gather_rows(t: Tensor, scored: ScoredRows, *, pad: bool = True) -> Tensor:
+    """The scored rows of t (N, ...), padded with zero rows as the tiled products need it unless `pad` is False."""
     if scored.ignored is not None:
         t = t.masked_fill(scored.ignored.view(-1, *[1] * (t.dim() - 1)), 0)
-    return pad_rows(t if scored.rows is None else t[scored.rows])
+    t = t if scored.rows is None else t[scored.rows]
+    return pad_rows(t) if pad else t
 
 
 def scatter_rows(values: Tensor, scored: ScoredRows, n: int) -> Tensor:

@@ -86,6 +86,17 @@ def test_the_driver_does_what_is_stated(mode, counted):
     assert counted == ([forward, backward] if backward else [forward])
 
 
+@pytest.mark.parametrize(("mode", "products", "reads"), [("frozen", 2, 1), ("cached", 3, 2), ("recomputed", 4, 3)])
+def test_the_anchored_driver_writes_exponentials_once_and_no_float32_logits(mode, products, reads):
+    n, h, v = 1024, 4096, 128256
+    steps = [step for steps in model.anchored_logprobs(n, h, v, mode) for step in steps.values()]
+    assert sum(step.flop for step in steps) == products * 2 * n * v * h
+    moved = sum(step.tiles for step in steps)
+    assert moved == (1 + reads) * 2 * n * v + 4 * n * 501 - (2 * n * v if mode == "recomputed" else 0)
+    tiled = [step for steps in model.linear_logprobs(n, h, v, (2048, 16384), mode) for step in steps.values()]
+    assert moved < 0.5 * sum(step.tiles + step.operands for step in tiled if step.tiles)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_driver_of_divergences_does_what_is_stated(kind, monkeypatch):
     """Its products and tiles are counted; what an epilogue leaves in them does not matter here."""

@@ -98,7 +98,7 @@ def test_auto_on_a_gpu_takes_the_kernels_that_are_there(monkeypatch):
     with torch._subclasses.fake_tensor.FakeTensorMode():
         monkeypatch.setattr(cuda, "module", Built)
         assert pick.resolve("op", "auto", tensor(), None, tensor()) == "cuda"
-        assert pick.resolve("op", "auto", tensor(), None, tensor(), prefer="triton") == "triton"
+        assert pick.resolve("op", "auto", tensor(), None, tensor(), prefer=("triton",)) == "triton"
         assert pick.resolve("op", "auto", tensor(), backends=("auto", "torch", "triton")) == "triton"
         assert pick.resolve("op", "auto", tensor(), why_not=lambda name: "no" if name == "cuda" else None) == "triton"
         assert pick.pick_gpu_kernels(tensor("cpu")) is None
@@ -107,15 +107,15 @@ def test_auto_on_a_gpu_takes_the_kernels_that_are_there(monkeypatch):
         monkeypatch.setattr(triton, "why_not", lambda *tensors: "no")
         assert pick.resolve("op", "auto", tensor()) == "torch"
         monkeypatch.setattr(cuda, "module", Built)
-        assert pick.resolve("op", "auto", tensor(), prefer="triton") == "cuda"
+        assert pick.resolve("op", "auto", tensor(), prefer=("triton",)) == "cuda"
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_auto_prefers_triton_for_log_probs_and_cuda_for_the_rest(op, monkeypatch):
+def test_auto_prefers_the_anchored_driver_for_log_probs_and_cuda_for_the_rest(op, monkeypatch):
     asked = []
     monkeypatch.setattr(pick, "pick_gpu_kernels", lambda *tensors, prefer, **options: asked.append(prefer))
     CALLS[op]()
-    assert asked == ["triton" if op == "linear_logprobs" else "cuda"]
+    assert asked == [("anchored", "triton") if op == "linear_logprobs" else ("cuda",)]
 
 
 ON_THE_CPU = CALLS | {
