@@ -38,7 +38,7 @@ ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensor
 ONLY |= {
     "kernels": {"torch", "triton"},
     "stats": {"numpy", "scipy"},
-    "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
+    "data": {"torch", "numpy", "datasets", "transformers", "pyarrow", "safetensors"},
     "config": {"torch", "transformers"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy"},
 }
