@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastalign.config import PreferenceConfig as PreferenceConfig
     from fastalign.config import SFTConfig as SFTConfig
     from fastalign.evaluation import Suite as Suite
+    from fastalign.evaluation import check_contamination as check_contamination
     from fastalign.evaluation import evaluate as evaluate
     from fastalign.fisher import Fisher as Fisher
     from fastalign.fisher import fisher_diagonal as fisher_diagonal
@@ -63,6 +64,7 @@ lazy_exports(
         "Suite": "fastalign.evaluation",
         "UnpairedOutput": "fastalign.fused",
         "accumulate_fisher_": "fastalign.ops",
+        "check_contamination": "fastalign.evaluation",
         "evaluate": "fastalign.evaluation",
         "ewc_penalty": "fastalign.ops",
         "ewc_penalty_": "fastalign.ops",

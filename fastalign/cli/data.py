@@ -8,6 +8,7 @@ from typing import Any
 
 from fastalign.errors import ConfigError
 
+ITEMS_SHOWN = 20  # of a suite that are in the rows
 SHOWN_CHARACTERS = 1200  # of a part of a row; the middle of a longer one is left out
 
 
@@ -38,11 +39,14 @@ def add(commands: Any) -> None:
     )
     check.add_argument("--rows", type=int, default=2, help="how many rows are shown (default: %(default)s)")
     check.add_argument("--out", metavar="FILE", help="a .jsonl file for the rows as they were understood")
+    check.add_argument(
+        "--against", nargs="+", default=[], metavar="SUITE", help="suites whose items must not be among the rows"
+    )
     check.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the report and some rows."""
+    """Prints the report and some rows. With --against, the exit status is 1 if a suite is contaminated."""
     columns = dict(_column(word) for word in args.columns)
     if args.out and Path(args.out).suffix != ".jsonl":
         raise ConfigError(f"--out is {args.out!r}: name a .jsonl file")
@@ -53,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
     from fastalign.data.tokenization import tokenize
     from fastalign.models.loading import load_tokenizer
 
+    suites = _suites(args.against)
     rows = load_rows(args.file if len(args.file) > 1 else args.file[0], columns)
     tokenizer = load_tokenizer(args.model)
     # Rows that training would refuse are dropped here, so that the report can count all of them.
@@ -65,7 +70,38 @@ def main(args: argparse.Namespace) -> int:
         _show(console, number + 1, tokens[number], tokenizer)
     if args.out:
         _write(rows, args.wanted, Path(args.out))
-    return 0
+    return _contamination(rows, suites) if suites else 0
+
+
+def _suites(names: list[str]) -> list[Any]:
+    if not names:
+        return []
+    from fastalign.evaluation.suite import Suite
+
+    return [Suite.read(name) for name in names]
+
+
+def _contamination(rows: Any, suites: list[Any]) -> int:
+    """Prints which items of suites are among the rows. 1 if there are too many, else 0."""
+    from fastalign.errors import printable
+    from fastalign.evaluation.contamination import check_contamination
+    from fastalign.evaluation.ngrams import row_text
+
+    found = check_contamination([row_text(row) for row in rows.to_list()], suites)
+    for name, suite in found["suites"].items():
+        short, near = len(suite["not_checkable"]), suite["rephrased"]
+        print(
+            f"\nSuite {printable(name)}: {len(suite['verbatim'])} of {suite['items'] - short} items are in the rows "
+            f"word by word ({suite['share']:.1%}, at most 1 % is accepted), and {len(near)} may be rephrased "
+            f"(about 1 % by mistake). {short} items are too short to check."
+        )
+        for kind, value in (("verbatim", "overlap"), ("rephrased", "similarity")):
+            for item in suite[kind][:ITEMS_SHOWN]:
+                print(f"  {kind}: item {printable(item['id'])} in row {item['text'] + 1} ({value} {item[value]:.2f})")
+            if (more := len(suite[kind]) - ITEMS_SHOWN) > 0:
+                print(f"  {kind}: {more} more")
+    print("\nContaminated: leave those rows out." if found["contaminated"] else "\nNot contaminated.")
+    return int(found["contaminated"])
 
 
 def _column(word: str) -> tuple[str, str]:

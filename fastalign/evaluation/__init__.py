@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastalign.evaluation.answers import Answers as Answers
     from fastalign.evaluation.answers import answer as answer
     from fastalign.evaluation.answers import comparison as comparison
+    from fastalign.evaluation.contamination import check_contamination as check_contamination
     from fastalign.evaluation.run import evaluate as evaluate
     from fastalign.evaluation.suite import Item as Item
     from fastalign.evaluation.suite import Suite as Suite
@@ -21,6 +22,7 @@ lazy_exports(
         "Item": "fastalign.evaluation.suite",
         "Suite": "fastalign.evaluation.suite",
         "answer": "fastalign.evaluation.answers",
+        "check_contamination": "fastalign.evaluation.contamination",
         "comparison": "fastalign.evaluation.answers",
         "evaluate": "fastalign.evaluation.run",
         "measure_tax": "fastalign.evaluation.tax",

@@ -70,3 +70,15 @@ def test_data_check_refuses_rows_for_another_use_and_bad_words(refused, rows, mo
     assert "text, messages, or prompt" in refused("data", "check", rows, "--model", model_dir, "--for", "completions")
     assert "FIELD=COLUMN" in refused("data", "check", rows, "--model", model_dir, "--columns", "prompt")
     assert "name a .jsonl file" in refused("data", "check", rows, "--model", model_dir, "--out", "a.csv")
+
+
+def test_items_of_a_suite_among_the_rows(tmp_path, write_rows, model_dir, capsys):
+    question = "How many windows did the old traveller from the north count in the seven streets of that little town?"
+    rows = [{"prompt": question.upper(), "completion": "Many."}, {"prompt": "Another one.", "completion": "No."}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "suite.jsonl", [{"id": "a", "prompt": question, "answer": "7"}])
+    command = ["data", "check", str(tmp_path / "rows.jsonl"), "--model", str(model_dir), "--rows", "0", "--against"]
+    assert main([*command, str(tmp_path / "suite.jsonl")]) == 1
+    assert "verbatim: item a in row 1" in capsys.readouterr().out
+    assert main([*command, "formats"]) == 0
+    assert "Not contaminated" in capsys.readouterr().out
