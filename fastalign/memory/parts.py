@@ -13,7 +13,8 @@ queries and of keys, V the vocabulary, r the rank of an adapter, L layers, a byt
   neither gate nor up has one, I where down has none,
 - in float32: one number per norm, and one per head.
 
-With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest.
+With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest. With
+`mlp_tile` the MLP's inner vectors are kept for one tile of one layer.
 
 **When the peak occurs.** Activations shrink during the backward pass while gradients grow. Both are linear in the
 number of layers, so the most is held at one of the ends: before the first layer of the backward pass, or after the
@@ -46,6 +47,7 @@ class Setting(NamedTuple):
         targets: Names of the layers with an adapter, "lm_head" may be among them. None: every linear layer of the
             decoder layers.
         quantize_head: Whether the output layer is quantised too.
+        mlp_tile: Tokens that MLPs compute at a time. None: all.
         size: Bytes of an unquantised weight, and of an activation.
         checkpointing: Whether activations are recomputed in the backward pass.
         quantization: "none", "nf4", "fp4" or "int8".
@@ -73,6 +75,7 @@ class Setting(NamedTuple):
     bounded: bool = False
     targets: tuple[str, ...] | None = None
     quantize_head: bool = False
+    mlp_tile: int | None = None
 
 
 def weight_bytes(shapes: Shapes, setting: Setting) -> int:
@@ -110,13 +113,20 @@ def _unkept_inputs(shapes: Shapes, setting: Setting) -> int:
     readers = {"qkv": shapes.hidden, "gate up": shapes.hidden, "down": shapes.inner}
     names = {"qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "gate up": ("gate_proj", "up_proj", "gate_up_proj"),
              "down": ("down_proj",)}  # fmt: skip
+    if setting.mlp_tile:  # then nothing of the inner vectors is kept
+        readers["down"] = 0
     return sum(size for part, size in readers.items() if not set(names[part]) & set(setting.targets))
+
+
+def _inner(shapes: Shapes) -> int:
+    """How many numbers per token an MLP keeps for its own backward pass."""
+    return (4 if shapes.fused else 3) * shapes.inner
 
 
 def layer_bytes(shapes: Shapes, setting: Setting) -> int:
     """Bytes that one layer keeps for the backward pass without checkpointing."""
     h, q, k = shapes.hidden, shapes.queries, shapes.keys
-    inner = (4 if shapes.fused else 3) * shapes.inner
+    inner = 0 if setting.mlp_tile else _inner(shapes)
     heads = q + k if shapes.head_norms else 0  # their norms keep their inputs
     per_token = inner + 4 * h + 2 * q + 2 * k + heads
     per_token += setting.rank * len(adapted(shapes, setting)) - _unkept_inputs(shapes, setting)
@@ -130,7 +140,9 @@ def backward_bytes(shapes: Shapes, setting: Setting) -> int:
     the hidden state that passes by (H) exist at one time, beside copies of one weight: with an adapter the CPU
     appends its factor to the weight, which copies it, and a packed weight is dequantised before.
     """
-    rows = setting.tokens * (3 * shapes.inner + 2 * shapes.hidden) * setting.size
+    tile = min(setting.mlp_tile or setting.tokens, setting.tokens)
+    kept = _inner(shapes) if setting.mlp_tile else 0  # of one tile
+    rows = (tile * (3 * shapes.inner + kept) + setting.tokens * 2 * shapes.hidden) * setting.size
     weight = max(i * o for i, o in shapes.linear)
     copies = (setting.rank > 0 and setting.size == 2 and setting.device == "cpu") + (setting.quantization != "none")
     return rows + copies * weight * setting.size

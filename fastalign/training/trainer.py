@@ -39,6 +39,7 @@ from fastalign.models.loading import load_tokenizer
 from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.models.tiled_mlp import tile_mlps
 from fastalign.models.vocabulary import fill_token
 from fastalign.objectives.base import Objective, Totals
 from fastalign.options import GivenAdapter
@@ -130,8 +131,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
             raise ConfigError("train_dataset is None; pass the rows, or the path of a file of them")
         check_options(args, has_eval_rows=eval_dataset is not None)
         tokenizer = _tokenizer(model, processing_class)
-        # The data comes before the model: a mistake in it should show before a large model is loaded.
-        # Held-out rows come first, because they are fewer.
+        # The data comes before the model: a mistake in it should show early. Held-out rows come first: they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         way = way_of(adapter, peft_config)
@@ -299,6 +299,7 @@ def _loaded(
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> Layout:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
+    tile_mlps(model, args.mlp_tile)
     return "packed" if layout == "shared" and not args.share_prompts else layout
 
 

@@ -67,3 +67,11 @@ def test_a_quantised_output_layer_is_no_longer_in_the_other_weights():
     for kind, size in (("nf4", 1 / 2 + 4 / 64), ("int8", 1 + 4 / 576)):
         plain, packed = (weight_bytes(untied, Setting(1, quantization=kind, quantize_head=q)) for q in (False, True))
         assert plain - packed == 49152 * 576 * (2 - size)
+
+
+def test_mlps_in_tiles_keep_no_inner_vectors():
+    whole, tiled = (parts(SHAPES, Setting(2048, mlp_tile=tile, **LORA)) for tile in (None, 256))
+    assert whole["kept activations"] - tiled["kept activations"] == 30 * 2048 * 3 * 1536 * 2
+    assert whole["backward's temporaries"] - tiled["backward's temporaries"] == (2048 * 3 - 256 * 6) * 1536 * 2
+    one = Setting(2048, mlp_tile=256, targets=("q_proj",), **LORA)  # without an adapter on down its input is not kept
+    assert layer_bytes(SHAPES, one) > 0
