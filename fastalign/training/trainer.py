@@ -134,18 +134,17 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         # The data comes before the model: a mistake in it should show early. Held-out rows come first: they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        way = way_of(adapter, peft_config)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
+        way, quantised = way_of(adapter, peft_config), (quantization, double_quantization, quantize_head)
+        model = _loaded(model, dtype, way, peft_config, *quantised)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
-        self.objective = objective(args)
-        self.sums, self.throughput = MetricSums(), Throughput()
-        of_transformers = {"callbacks": callbacks, **trainer_options}
-        super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
+        self.objective, self.sums, self.throughput = objective(args), MetricSums(), Throughput()
+        trainer_options["callbacks"] = callbacks
+        super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **trainer_options)
         self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout: Layout = _layout_of(model, args)

@@ -1,6 +1,6 @@
 import pytest
 
-from fastalign.memory.parts import Setting, head_bytes, layer_bytes, parts, trained_parameters, weight_bytes
+from fastalign.memory.parts import LEFT_OVER, Setting, head_bytes, layer_bytes, parts, trained_parameters, weight_bytes
 from fastalign.memory.shapes import read_shapes
 
 SHAPES = read_shapes("smollm2-135m-instruct")[0]
@@ -9,23 +9,27 @@ LORA = {"rank": 16, "size": 2}
 QLORA = {**LORA, "quantization": "nf4", "double": True}
 
 
+TILED = {**LORA, "mlp_tile": 128}
+
+
 # (options, tokens, checkpointing, MB)
 MEASURED = [
-    (FULL, 512, False, 2314),
-    (FULL, 512, True, 2287),
-    (FULL, 1024, False, 2884),
-    (LORA, 512, False, 629),
-    (LORA, 1024, False, 881),
-    (LORA, 1024, True, 412),
-    (QLORA, 512, False, 474),
-    (QLORA, 1024, False, 731),
-    (QLORA, 1024, True, 260),
+    (FULL, 512, False, 2427),
+    (FULL, 512, True, 2296),
+    (FULL, 1024, False, 2893),
+    (LORA, 512, False, 690),
+    (LORA, 1024, False, 920),
+    (LORA, 1024, True, 451),
+    (TILED, 512, False, 555),
+    (QLORA, 512, False, 526),
+    (QLORA, 1024, False, 771),
+    (QLORA, 1024, True, 306),
 ]
 
 
 @pytest.mark.parametrize(("options", "tokens", "checkpointing", "measured"), MEASURED)
 def test_prediction_is_within_a_tenth_of_what_was_measured(options, tokens, checkpointing, measured):
-    """Peaks less libraries of SmolLM2-135M, half of the tokens scored; docs/how-to/what-fits.md says how."""
+    """Peaks of SmolLM2-135M less what is resident after imports; docs/how-to/what-fits.md says how."""
     setting = Setting(tokens, tokens // 2, checkpointing=checkpointing, bounded=True, **options)
     found = parts(SHAPES, setting)
     assert abs((sum(found.values()) - found["libraries"]) / 1e6 / measured - 1) < 0.1
@@ -41,8 +45,8 @@ def test_quantised_weights_count_their_scales():
 
 def test_a_bound_on_freed_memory_is_part_of_the_plan():
     held = parts(SHAPES, Setting(512, **FULL))
-    assert held["allocator"] > 0
-    assert parts(SHAPES, Setting(512, bounded=True, **FULL))["allocator"] == 0
+    assert held["allocator"] > LEFT_OVER
+    assert parts(SHAPES, Setting(512, bounded=True, **FULL))["allocator"] == LEFT_OVER
     assert parts(SHAPES, Setting(512, device="cuda", **FULL))["allocator"] == 0
 
 
