@@ -347,7 +347,7 @@ def fusible_lora(layer: Any) -> Lora | None:
     if not lora.is_plain or (layer.training and lora.dropout > 0):
         return None
     parts = (layer.base_layer, layer.lora_A[lora.name], layer.lora_B[lora.name])
-    return None if any(map(_is_hooked, parts)) else lora
+    return None if any(map(is_hooked, parts)) else lora
 
 
 def is_disabled(layer: Any) -> bool:
@@ -365,7 +365,7 @@ def _lora(layer: Any, name: str) -> Lora:
     )  # fmt: skip
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether a hook waits for the module's calls or gradients."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     return bool(before or after or module._backward_pre_hooks or module._backward_hooks)

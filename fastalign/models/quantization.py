@@ -99,9 +99,21 @@ def use_training_product(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if _is_four_bit(module):
+            vars(module).setdefault("_fastalign_avx512bf16", module.support_avx512bf16_for_cpu)
             module.support_avx512bf16_for_cpu = False
         elif _is_eight_bit(module) and "forward" not in vars(module):
             module.forward = types.MethodType(training_product, module)
+
+
+def restore_product(model: nn.Module) -> None:
+    """Takes back what `use_training_product` changed. The forwards themselves are `restore`'s in scoring.py."""
+    base: Any = causal_lm(model)
+    if vars(base).get("resize_token_embeddings") is _refuse_to_resize:
+        del base.resize_token_embeddings
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if "_fastalign_avx512bf16" in vars(module):
+            module.support_avx512bf16_for_cpu = vars(module).pop("_fastalign_avx512bf16")
 
 
 def training_product(self: nn.Module, x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Distillation:
 
 
 def _from_start(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
-    scores, start_head = step.at_start()
+    scores, start_head = step.score_start()
     return mean_divergence(hidden, head, step.completion_hidden(scores), start_head, step, 1.0, **options)
 
 

@@ -12,12 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.distillation import DistillationConfig
+from fastalign.config.record import absolute
 from fastalign.data.batch import Batch
 from fastalign.data.loading import Rows
+from fastalign.data.token_table import lengths
 from fastalign.errors import ConfigError, DataError
 from fastalign.regularizers.base import Regularizer
 from fastalign.regularizers.distillation import Distillation
-from fastalign.rollout.in_process import generate
+from fastalign.rollout.engine import Engine, Sampling
+from fastalign.rollout.in_process import InProcess
 from fastalign.training.preflight import check_config
 from fastalign.training.sft import SFTTrainer
 
@@ -54,6 +57,7 @@ class DistillationTrainer(SFTTrainer):
     """
 
     args: DistillationConfig
+    _engine: Engine | None = None
 
     def __init__(
         self,
@@ -80,10 +84,16 @@ class DistillationTrainer(SFTTrainer):
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
+        if isinstance(teacher, str):
+            self.given.options["teacher"] = absolute(teacher)
+            if not regularizers:
+                self.given.objects.remove("regularizers")
+        else:
+            self.given.objects.append("teacher")
 
     def _tokenize(self, rows, tokenizer, args: DistillationConfig, name: str = "train"):
         dataset, report = super()._tokenize(rows, tokenizer, args, name)
-        if args.on_policy > 0 and not all(dataset["prompt_ids"]):
+        if args.on_policy > 0 and not lengths(dataset).prompts.all():
             raise DataError(
                 f"{name}: The data set is '{report.format}'; on_policy samples from prompts: give prompt and "
                 "completion."
@@ -107,7 +117,8 @@ class DistillationTrainer(SFTTrainer):
         samples, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and self._on_policy(self.state.global_step):
             self.restore_random_state()  # a resumed run draws its first samples here
-            samples = [{"batch": self._sampled(sample["batch"])} for sample in samples]
+            engine = self._synced_engine()
+            samples = [{"batch": self._sampled(sample["batch"], engine)} for sample in samples]
             totals = self._get_num_items_in_batch(samples, device)
         return samples, totals
 
@@ -116,16 +127,18 @@ class DistillationTrainer(SFTTrainer):
         share = round(self.args.on_policy * _MILLION)
         return (step + 1) * share // _MILLION > step * share // _MILLION
 
-    def _sampled(self, batch: Batch) -> Batch:
+    def _synced_engine(self) -> Engine:
+        """What samples from the student, with its present weights. It is made at the first on-policy step."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._engine is None:
+            self._engine = InProcess(model, self.processing_class)
+        else:
+            self._engine.sync(model)
+        return self._engine
+
+    def _sampled(self, batch: Batch, engine: Engine) -> Batch:
         """The batch with one sample of the student after each prompt instead of the completion."""
         prompts = [row["prompt_ids"] for row in batch.rows]
-        model = self.accelerator.unwrap_model(self.model)
-        completions = generate(
-            model, self.processing_class, prompts, max_new_tokens=self.args.sample_tokens,
-            temperature=self.args.sample_temperature,
-        )  # fmt: skip
-        rows = [
-            {"prompt_ids": prompt, "completion_ids": [completion]}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        rollouts = engine.generate(prompts, 1, Sampling(self.args.sample_tokens, self.args.sample_temperature))
+        rows = [{"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids} for r in rollouts]
         return replace(self.data_collator(rows)["batch"], sampled=True)

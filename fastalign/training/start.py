@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from torch import nn
 
 from fastalign.config.quantization import Quantization
+from fastalign.data.processes import wait_for_all
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import adapter_base, add_adapter, causal_lm, has_adapter, merge_adapter, train_adapter
 from fastalign.models.loading import load_model, load_with_adapter
@@ -130,6 +131,8 @@ def start_model(
     else:
         model = merge_adapter(model)
         base, as_given = f"{base} with the adapter it came with, merged into its weights", "the base"
+        if peft_config is not None:
+            wait_for_all()  # another process may still read the folder that is replaced
         if peft_config is not None and args.should_save:
             causal_lm(model).name_or_path = str(_save_merged(model, tokenizer, Path(str(args.output_dir))))
     if peft_config is None:

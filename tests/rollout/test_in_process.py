@@ -9,7 +9,8 @@ import copy
 import pytest
 import torch
 
-from fastalign.rollout.in_process import generate, stop_tokens
+from fastalign.rollout.engine import Sampling
+from fastalign.rollout.in_process import InProcess, generate, stop_tokens
 
 PROMPTS = [[40, 41, 42, 43, 44], [50], [60, 61], [70, 71, 72]]
 
@@ -76,3 +77,25 @@ def test_every_token_that_the_generation_config_lists_ends_a_completion(tiny_lla
     assert stop_tokens(model, tokenizer) == [tokenizer.eos_token_id, other]
     short = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=4)
     assert short == [ids[: ids.index(other) + 1] if other in ids else ids for ids in long]
+
+
+def test_an_engine_has_the_weights_of_its_last_sync(tiny_llama, tokenizer):
+    model = tiny_llama(tied=False)
+    engine = InProcess(model, tokenizer, rows=4)
+    before = [r.completion_ids for r in engine.generate(PROMPTS, 2, Sampling(5, None))]
+    other = tiny_llama(tied=False, seed=5)
+    model.load_state_dict(other.state_dict())
+    engine.close()
+    engine.sync(model)
+    after = [r.completion_ids for r in engine.generate(PROMPTS, 2, Sampling(5, None))]
+    assert engine.reason is None and before != after
+    assert after == [[ids, ids] for ids in generate(other, tokenizer, PROMPTS, max_new_tokens=5)]
+
+
+def test_the_same_state_of_the_generator_gives_the_same_answers(model, tokenizer):
+    engine = InProcess(model, tokenizer)
+    with torch.random.fork_rng():
+        found = [(torch.manual_seed(4), engine.generate(PROMPTS, 3, Sampling(6)))[1] for _ in range(2)]
+        other = engine.generate(PROMPTS, 3, Sampling(6))
+    assert found[0] == found[1] != other
+    assert all(len(set(map(tuple, r.completion_ids))) > 1 for r in found[0])
