@@ -19,6 +19,7 @@ from typing import Any
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"rank": 0, "size": 4},
     "lora": {"rank": 16, "size": 2},
+    "tiled": {"rank": 16, "size": 2, "mlp_tile": 128},
     "qlora": {"rank": 16, "size": 2, "quantization": "nf4", "double": True},
 }
 CELLS = {
@@ -54,18 +55,20 @@ def measure(kind: str, tokens: int, checkpointing: bool) -> int:
     if kind != "full":
         model = add_adapter(model, lora_config(rank=16, alpha=32), 0)
     release_freed_memory()
-    return _steps(model, tokens, checkpointing) - libraries
+    return _steps(model, tokens, checkpointing, KINDS[kind].get("mlp_tile")) - libraries
 
 
-def _steps(model: Any, tokens: int, checkpointing: bool) -> int:
+def _steps(model: Any, tokens: int, checkpointing: bool, mlp_tile: int | None = None) -> int:
     """Two steps of AdamW; the most that was resident during the second one."""
     import torch
 
     from fastalign.data.packing import lay_out
     from fastalign.models.adapters import causal_lm
     from fastalign.models.scoring import prepare
+    from fastalign.models.tiled_mlp import tile_mlps
 
     layout = prepare(model)
+    tile_mlps(model, mlp_tile)
     if checkpointing:
         causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

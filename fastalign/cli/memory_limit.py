@@ -83,6 +83,7 @@ def settings(
         double=run.double_quantization, optimizer=_optimizer(str(option("optim"))), device=device,
         reference=option("precompute_ref_log_probs") is False, accumulates=option("gradient_accumulation_steps") > 1,
         targets=_targets(run, shapes) if run.lora_rank else None, quantize_head=run.quantize_head,
+        mlp_tile=option("mlp_tile"),
         memory_budget=parts.CACHE_BYTES if option("memory_budget") is None else option("memory_budget"),
     ), rows  # fmt: skip
 

@@ -41,6 +41,8 @@ class AlignmentConfig(TrainingArguments):
         memory_budget: Bytes of probability tiles that the forward pass may keep for the backward pass when the output
             layer is trained. None: 1 GiB.
         share_prompts: Compute each prompt once for all of its completions.
+        mlp_tile: Tokens of a tile, in which MLP layers compute: a layer then keeps its input for the backward pass,
+            not its three inner vectors, which are computed again. None: all tokens at once.
         dataloader_pin_memory: Put batches into page-locked memory, from where a GPU copies faster. None: only if CUDA
             is available.
         logging_nan_inf_filter: Always False: True would log a loss of NaN as if it were the mean of the losses before.
@@ -89,6 +91,9 @@ class AlignmentConfig(TrainingArguments):
         None, "Bytes of probability tiles that are stored for a trained output layer. None: 1 GiB."
     )
     share_prompts: bool = help_field(True, "Compute each prompt once for all of its completions.")
+    mlp_tile: int | None = help_field(
+        None, "Tokens that MLP layers compute at a time, their inner vectors again in the backward pass: less memory."
+    )
     dataloader_pin_memory: bool | None = help_field(
         None, "Put batches into page-locked memory, for faster copies to a GPU. None: if CUDA is available."
     )

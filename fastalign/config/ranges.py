@@ -56,6 +56,7 @@ TRAINING = {
     "seed": Range(0, 2**32 - 1),
     "data_seed": Range(0, 2**32 - 1),
     "memory_budget": NOT_NEGATIVE,
+    "mlp_tile": COUNT,
 }
 
 

@@ -13,7 +13,8 @@ queries and of keys, V the vocabulary, r the rank of an adapter, L layers, a byt
   neither gate nor up has one, I where down has none,
 - in float32: one number per norm, and one per head.
 
-With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest.
+With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest. With
+`mlp_tile` the MLP's inner vectors are kept for one tile of one layer.
 
 **When the peak occurs.** Activations shrink during the backward pass while gradients grow. Both are linear in the
 number of layers, so the most is held at one of the ends: before the first layer of the backward pass, or after the
@@ -29,6 +30,9 @@ from fastalign.memory.shapes import Shapes
 # Resident before any tensor is made. On the CPU: the interpreter, torch, transformers, peft (measured: 513 to 521 MB).
 # On a GPU: the CUDA context with its libraries, which differs between drivers (assumed).
 LIBRARIES = {"cpu": 520_000_000, "cuda": 600_000_000}
+# What loading and the first step leave in a CPU's heap: fragments, and the products that oneDNN has compiled (measured
+# with SmolLM2-135M: 49 to 100 MB).
+LEFT_OVER = 60_000_000
 # Bytes that an optimiser keeps per trained parameter. Those in 8 bits keep a float32 scale per 256 numbers.
 _8_BIT = 1 + 4 / 256
 STATES = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adamw_8bit": 2 * _8_BIT, "lion_8bit": _8_BIT}
@@ -46,6 +50,7 @@ class Setting(NamedTuple):
         targets: Names of the layers with an adapter, "lm_head" may be among them. None: every linear layer of the
             decoder layers.
         quantize_head: Whether the output layer is quantised too.
+        mlp_tile: Tokens that MLPs compute at a time. None: all.
         size: Bytes of an unquantised weight, and of an activation.
         checkpointing: Whether activations are recomputed in the backward pass.
         quantization: "none", "nf4", "fp4" or "int8".
@@ -73,6 +78,7 @@ class Setting(NamedTuple):
     bounded: bool = False
     targets: tuple[str, ...] | None = None
     quantize_head: bool = False
+    mlp_tile: int | None = None
 
 
 def weight_bytes(shapes: Shapes, setting: Setting) -> int:
@@ -110,13 +116,20 @@ def _unkept_inputs(shapes: Shapes, setting: Setting) -> int:
     readers = {"qkv": shapes.hidden, "gate up": shapes.hidden, "down": shapes.inner}
     names = {"qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "gate up": ("gate_proj", "up_proj", "gate_up_proj"),
              "down": ("down_proj",)}  # fmt: skip
+    if setting.mlp_tile:  # then nothing of the inner vectors is kept
+        readers["down"] = 0
     return sum(size for part, size in readers.items() if not set(names[part]) & set(setting.targets))
+
+
+def _inner(shapes: Shapes) -> int:
+    """How many numbers per token an MLP keeps for its own backward pass."""
+    return (4 if shapes.fused else 3) * shapes.inner
 
 
 def layer_bytes(shapes: Shapes, setting: Setting) -> int:
     """Bytes that one layer keeps for the backward pass without checkpointing."""
     h, q, k = shapes.hidden, shapes.queries, shapes.keys
-    inner = (4 if shapes.fused else 3) * shapes.inner
+    inner = 0 if setting.mlp_tile else _inner(shapes)
     heads = q + k if shapes.head_norms else 0  # their norms keep their inputs
     per_token = inner + 4 * h + 2 * q + 2 * k + heads
     per_token += setting.rank * len(adapted(shapes, setting)) - _unkept_inputs(shapes, setting)
@@ -130,7 +143,9 @@ def backward_bytes(shapes: Shapes, setting: Setting) -> int:
     the hidden state that passes by (H) exist at one time, beside copies of one weight: with an adapter the CPU
     appends its factor to the weight, which copies it, and a packed weight is dequantised before.
     """
-    rows = setting.tokens * (3 * shapes.inner + 2 * shapes.hidden) * setting.size
+    tile = min(setting.mlp_tile or setting.tokens, setting.tokens)
+    kept = _inner(shapes) if setting.mlp_tile else 0  # of one tile
+    rows = (tile * (3 * shapes.inner + kept) + setting.tokens * 2 * shapes.hidden) * setting.size
     weight = max(i * o for i, o in shapes.linear)
     copies = (setting.rank > 0 and setting.size == 2 and setting.device == "cpu") + (setting.quantization != "none")
     return rows + copies * weight * setting.size
@@ -181,8 +196,8 @@ def parts(
         "backward's temporaries": work,
         "head": tiles,
         "reference": (4 if setting.rank else setting.size) * trained if setting.reference else 0,
-        # On a CPU the heap keeps what one phase has freed, and the next phase asks for blocks of other sizes: gradients
+        # A CPU's heap also keeps what one phase has freed, and the next phase asks for blocks of other sizes: gradients
         # that the step has freed stay resident beside the activations of the next one.
-        "allocator": min(kept, 4 * trained) if setting.device == "cpu" and not setting.bounded else 0,
+        "allocator": LEFT_OVER + (0 if setting.bounded else min(kept, 4 * trained)) if setting.device == "cpu" else 0,
         "libraries": LIBRARIES[setting.device],
     }

@@ -52,7 +52,9 @@ def given_options(arguments: Mapping[str, Any], of_transformers: Mapping[str, An
     """
     model, train, held_out = (arguments[name] for name in ("model", "train_dataset", "eval_dataset"))
     peft_config, way, dtype = (arguments[name] for name in ("peft_config", "way", "dtype"))
-    options: dict[str, Any] = {name: arguments[name] for name in ("quantization", "double_quantization")}
+    options: dict[str, Any] = {
+        name: arguments[name] for name in ("quantization", "double_quantization", "quantize_head")
+    }
     options |= {"model": _name_of(model), "train": as_names(train), "eval": as_names(held_out)}
     options["dtype"] = str(dtype).removeprefix("torch.")
     objects = [] if isinstance(model, str | Path) else ["model"]

@@ -124,8 +124,8 @@ def write_completions():
 
 ARGUMENTS = {
     "model": "m", "train_dataset": "a.jsonl", "eval_dataset": None, "peft_config": None, "way": "merge",
-    "dtype": "auto", "quantization": "none", "double_quantization": False, "processing_class": None,
-    "regularizers": (), "callbacks": None,
+    "dtype": "auto", "quantization": "none", "double_quantization": False, "quantize_head": False,
+    "processing_class": None, "regularizers": (), "callbacks": None,
 }  # fmt: skip
 
 
