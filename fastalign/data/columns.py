@@ -76,21 +76,9 @@ def optional_columns(found: Mapping[str, str], filled: Collection[str]) -> dict[
 
 
 def unread_columns(rows: datasets.Dataset, read: Mapping[str, str]) -> list[str]:
-    """The columns that hold text, or lists, but are not read."""
-    kinds = rows.features
-    return [
-        name
-        for name in rows.column_names
-        if name not in read.values() and _holds_text(kinds[name]) and first_filled(rows, name) is not None
-    ]
-
-
-def _holds_text(feature) -> bool:
-    if isinstance(feature, datasets.Value):
-        return feature.dtype in ("string", "large_string", "string_view")
-    if isinstance(feature, datasets.List):
-        return _holds_text(feature.feature)
-    return isinstance(feature, (dict, datasets.Json))  # structs, as in a list of messages
+    """The columns that hold something and are not read. A number may mean as much as a text: a rating, or a winner."""
+    names = [name for name in rows.column_names if name not in read.values()]
+    return [name for name in names if first_filled(rows, name) is not None]
 
 
 def refuse_changed_meaning(rows: datasets.Dataset, fields: Mapping[str, str]) -> None:

@@ -72,7 +72,7 @@ class DataReport:
         rows_made: how many rows they were converted to; None if they were not.
         unpaired: whether each pair became two rows with a label.
         plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
-        unread_columns: columns that hold text, or lists, and are not read.
+        unread_columns: columns that hold something and are not read.
     """
 
     format: str
