@@ -148,3 +148,13 @@ def test_numbers_and_truth_values_that_are_not_read_are_named(tokenizer, column,
     rows = [{key: "paris", column: value} | ({} if key == "text" else {"prompt": "q"})]
     _, report = tokenize(rows, tokenizer)
     assert report.unread_columns == [column]
+
+
+@pytest.mark.parametrize("names", [("score_chosen", "score_rejected"), ("Chosen_Rating", "Rejected_Rating")])
+def test_pairs_whose_chosen_answer_has_the_lower_score_are_counted(tokenizer, names):
+    scores = [(9, 1), (1, 9.5), (3, 3), (None, 2)]
+    rows = [{"question": "what?", **PAIR, **dict(zip(names, pair, strict=True))} for pair in scores]
+    as_text = [{key: str(value) for key, value in row.items()} for row in rows]
+    assert tokenize(as_text, tokenizer)[1].lower_scores == 1
+    _, report = tokenize(rows, tokenizer)
+    assert report.lower_scores == 1 and "1 pairs have a chosen answer with a lower score" in str(report)
