@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
 from fastalign.data.processes import gather_objects, process_count, process_index
 from fastalign.errors import DataError
@@ -57,7 +56,7 @@ def _error_of(write) -> str | None:
     """What went wrong, if anything: all processes have to know it, so nothing is raised here."""
     try:
         write()
-    except (OSError, SafetensorError, DataError) as error:
+    except Exception as error:  # whatever it is, the others must not wait for this process
         return " ".join(str(error).split())
     return None
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# How gloo says it, which raises a plain RuntimeError.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "imed out waiting")
+
 
 def process_count() -> int:
     """How many processes train together."""
@@ -47,6 +50,12 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[Any] = [None] * process_count()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the group is gone, or did not answer in time."""
+    known = process_count() > 1 and isinstance(error, RuntimeError)
+    return known and (isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST))
 
 
 def _reduced(values: Tensor, operation: Any) -> Tensor:

@@ -59,6 +59,7 @@ class DataReport:
         token_merges: completions whose first characters would merge with the last ones of the prompt into one token if
             both were tokenised as one text.
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
+        completions_cut: completions that lost their end, EOS with it (on_truncate="keep_start").
         prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
         template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
         answers_cut: answers before the last one of a conversation from which the chat template leaves out thoughts or
@@ -96,6 +97,7 @@ class DataReport:
     eos_missing: int = 0
     token_merges: int = 0
     duplicate_bos: int = 0
+    completions_cut: int = 0
     prompts_cut: int = 0
     template_mismatch: int = 0
     answers_cut: int = 0
@@ -161,7 +163,7 @@ class DataReport:
         ]
 
     def _end_line(self) -> str:
-        ended = self.completions - self.eos_missing
+        ended = self.completions - self.eos_missing - self.completions_cut
         line = (
             f"exactly one EOS ends each of {ended:,} completions: {self.eos_present:,} had it already, and it was "
             f"added to {self.eos_added:,}"
@@ -191,6 +193,11 @@ class DataReport:
                 self.eos_missing,
                 f"of {completions} do not end with EOS: the model does not learn from them to stop. Token ids are "
                 "taken as they are given.",
+            ),
+            (
+                self.completions_cut,
+                f'of {completions} lost their end to max_length, EOS with it (on_truncate="keep_start"): the model '
+                "does not learn from them to stop.",
             ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (

@@ -17,7 +17,6 @@ reference that moves, the position in a replayed text, and the sums of the metri
 
 from __future__ import annotations
 
-import errno
 import json
 import random
 import shutil
@@ -36,7 +35,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
 from fastalign.data.keys import rows_fingerprint
-from fastalign.errors import ConfigError, DataError, TrainingError
+from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
 from fastalign.files import check_writable, read_json, write_json
 from fastalign.training.run_folder import (
     aside_of,
@@ -58,8 +57,6 @@ from fastalign.training.state_files import load_state, save_state
 
 FILE_NAME = "fastalign.safetensors"
 ROWS = "rows.json"
-# Errors of a disk that is full, read-only or broken.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def extra_state(trainer: Any) -> dict[str, Tensor]:
@@ -110,6 +107,17 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def check_process_count(checkpoint: Path, count: int) -> None:
+    """ConfigError if a checkpoint was saved by another number of processes: each has a random state of its own."""
+    saved = len(list(checkpoint.glob("process-*.json")))
+    if saved and saved != count:
+        raise ConfigError(
+            f"{checkpoint} was saved by {saved} {'process' if saved == 1 else 'processes'}, and now there "
+            f"{'is 1' if count == 1 else f'are {count}'}, which would train on other rows at each step: go on with as "
+            f"many as before (torchrun --nproc_per_node={saved}), or start a new run with model={checkpoint}"
+        )
+
+
 class AtomicCheckpoints(Trainer):
     """The part of `AlignmentTrainer` that saves and loads checkpoints."""
 
@@ -139,6 +147,8 @@ class AtomicCheckpoints(Trainer):
         again = getattr(self, "_trained", False)  # a second call goes on with the weights in hand
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None and not again else None
         checkpoint = find_checkpoint(run, given if resume_from_checkpoint is None else resume_from_checkpoint)
+        if checkpoint is not None:
+            check_process_count(checkpoint, self.args.world_size)
         resumes = given is not None or resume_from_checkpoint not in (None, False)
         if not (resumes or again):
             check_unused(run, self.args.overwrite_output_dir)
@@ -154,7 +164,7 @@ class AtomicCheckpoints(Trainer):
             self.begin_record()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
-            if error.errno not in _DISK:
+            if disk_error(error) is None:
                 raise
             raise _unsaved("The run", run, error) from error
 
@@ -309,10 +319,6 @@ class AtomicCheckpoints(Trainer):
             ) from error
         self.lr_scheduler.load_state_dict(scheduler)
         state = load_state(folder, f"process-{self.args.process_index}")
-        if state is None:
-            raise ConfigError(
-                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
-            )
         self._random, self._logging = state["random"], state["logging"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -340,5 +346,5 @@ def _unsaved(what: str, run: Path, error: Exception) -> TrainingError:
     remains = f"{older[-1]} is as it was" if older else "there is no checkpoint yet"
     return TrainingError(
         f"{what} cannot be written into {run} ({reason}), and {remains}: make room or mend the folder, then "
-        " go on with resume_from_checkpoint=last."
+        "go on with resume_from_checkpoint=last."
     )

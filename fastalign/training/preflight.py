@@ -45,6 +45,7 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
             or does not know the user, an evaluation is set without rows for it, or the optimiser cannot run here.
     """
     check_config(args, AlignmentConfig)
+    _check_processes(args)
     _check_trackers(args)
     _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":
@@ -58,6 +59,19 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         raise ConfigError(f"optim is {name!r}, and cannot run here: {' '.join(str(error).split())}") from error
     except ValueError:  # some optimisers want the model here, which is not loaded yet
         return
+
+
+def _check_processes(args: AlignmentConfig) -> None:
+    """ConfigError for options that would give the processes other rows, or other numbers of them, than we count on."""
+    if args.world_size <= 1:
+        return
+    for name, needed in (("even_batches", True), ("split_batches", False), ("dispatch_batches", None)):
+        value = getattr(args.accelerator_config, name)
+        if value != needed and not (name == "dispatch_batches" and value is False):
+            raise ConfigError(
+                f"{name} of accelerator_config is {value}; with {args.world_size} processes each must get as many "
+                "micro-batches of its own as the others, or they would wait for one another: leave it out"
+            )
 
 
 def _check_trackers(args: AlignmentConfig) -> None:
@@ -111,12 +125,16 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     predicted = measure.predict(model, tokens=tokens, checkpointing=bool(args.gradient_checkpointing))
+    processes = f" x {args.world_size} processes" if args.world_size > 1 else ""
     lines = [
-        ("batches", f"{size} x {args.gradient_accumulation_steps} rows per step, {_LAYOUTS[layout]}"),
+        ("batches", f"{size} x {args.gradient_accumulation_steps}{processes} rows per step, {_LAYOUTS[layout]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("learning rate", f"{args.learning_rate:g}"),
         ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({tokens:,} tokens)"),
     ]
+    repeated = -len(dataset) % (size * args.world_size)
+    if processes and repeated and not args.dataloader_drop_last:
+        lines.append(("repeated rows", f"{repeated} at the end of each epoch, so that all processes have as many"))
     if check_router(causal_lm(model)):
         lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
     return lines

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from fastalign.data.processes import largest_of_processes
+from fastalign.data.processes import is_lost_process, largest_of_processes
+from fastalign.errors import TrainingError
 from fastalign.models.adapters import has_adapter
 from fastalign.report.page import write_report
 
@@ -146,9 +147,19 @@ class StoppableRuns(Trainer):
         Raises:
             KeyboardInterrupt: Ctrl-C, after a checkpoint, the model and the report were saved.
             SystemExit: SIGTERM, likewise; its status is 143.
+            TrainingError: Another process that trains with this one is gone.
         """
         with self.stopping.handling():
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            except RuntimeError as error:
+                if not is_lost_process(error):
+                    raise
+                raise TrainingError(
+                    f"Another process stopped or did not answer at step {self.state.global_step + 1}, so process "
+                    f"{self.args.process_index} stops too: mend what that one says, then go on with "
+                    "resume_from_checkpoint=last."
+                ) from error
             if self.stopping.agree() is not None:
                 self._save_stopped()
         if self.stopping.received is not None:

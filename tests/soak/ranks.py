@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -120,8 +121,11 @@ TRAINERS = {
 STEPS = 3
 
 
-def make_trainer(case: Case, folder: Path, **options: Any) -> Any:
-    """The trainer of a case, whose files lie in `folder`."""
+def make_trainer(
+    case: Case, folder: Path, *, rows: list[dict] | None = None, held_out: int = 0, lora_dropout: float = 0.0,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The trainer of a case, whose files lie in `folder`; its last `held_out` rows are for evaluation too."""
     kind, config = TRAINERS[case.method]
     cache = {} if case.method == "sft" else {"ref_cache_dir": str(folder / "cache")}
     if case.method == "distillation":
@@ -131,11 +135,14 @@ def make_trainer(case: Case, folder: Path, **options: Any) -> Any:
         "logging_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
         "lr_scheduler_type": "constant", "ddp_timeout": 60, **cache, **case.options, **options,
     }  # fmt: skip
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if case.adapter else None
+    lora = None
+    if case.adapter:
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=lora_dropout)
+    rows = rows or ROWS_OF[case.rows]
     teacher = {"teacher": tiny_model(1)} if case.method == "distillation" else {}
     return kind(
-        tiny_model(), config(**given), ROWS_OF[case.rows], processing_class=byte_tokenizer(), peft_config=lora,
-        regularizers=case.regularizers(), **teacher,
+        tiny_model(), config(**given), rows, rows[-held_out:] if held_out else None,
+        processing_class=byte_tokenizer(), peft_config=lora, regularizers=case.regularizers(), **teacher,
     )  # fmt: skip
 
 
@@ -169,18 +176,31 @@ def train_rank(name: str, folder: Path) -> None:
     (folder / f"rank-{rank}.json").write_text(json.dumps(record))
 
 
+def run_rank(name: str, folder: Path) -> None:
+    """Runs a case, or a scenario of `scenarios.py`, in this process and the others of its group."""
+    from scenarios import SCENARIOS
+
+    if name in CASES:
+        train_rank(name, folder)
+        return
+    rank = int(os.environ["RANK"])
+    found = SCENARIOS[name](folder, rank)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
 def main() -> int:
-    """Trains the cases named on the command line, or all."""
+    """Runs the cases and scenarios named on the command line, or all cases."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastalign").setLevel(logging.ERROR)
+    PartialState(cpu=True)  # joins the group of processes
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     for name in sys.argv[2:] or CASES:
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         try:
-            train_rank(name, place)
+            run_rank(name, place)
         except BaseException:
             (place / f"error-{rank}.txt").write_text(traceback.format_exc())
             print(f"{name}, process {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

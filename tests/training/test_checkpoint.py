@@ -346,7 +346,7 @@ def test_a_cache_that_cannot_be_written_is_said_before_the_reference_pass(
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastalign.training.reference.write_keyed", full)
+    monkeypatch.setattr("fastalign.data.keyed_parts.write_keyed", full)
     make_trainer(tiny_llama(), pairs).train()
     assert "cannot be stored, so the next run computes them anew" in caplog.text
 

@@ -17,13 +17,16 @@ import ranks
 import scenarios
 import two_processes
 
+from fastalign.errors import ConfigError
+
 CASES = [
     "sft, LoRA", "sft, two micro-batches", "dpo, stored reference", "orpo", "kto", "bco", "distillation, stored",
     "dpo, EWC + KL + replay", "sft, layer-wise",
 ]  # fmt: skip
 
 
-SCENARIOS = ["keyed parts", "shared reference", "evaluation", "not finite", "signals"]
+# The last one breaks the group of processes.
+SCENARIOS = ["keyed parts", "shared reference", "evaluation", "not finite", "signals", "other count", "one fails"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def trained(tmp_path_factory):
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, output[-4000:]
+    assert (folder / "two" / SCENARIOS[-1] / "rank-1.json").exists(), output[-4000:]
     return folder / "two", one
 
 
@@ -91,3 +94,19 @@ def test_a_signal_in_one_process_stops_both_and_both_go_on_to_the_same_bits(of_p
     for name, found in one.items():
         step = 3 if name.endswith("end") else 2
         assert found == [143, step, ["checkpoint-2", "checkpoint-3"], True, True], name
+
+
+def test_another_number_of_processes_cannot_go_on(trained, of_processes):
+    one, two = of_processes("other count")
+    assert one == two and "was saved by 1 process, and now there are 2" in one
+    place = trained[0] / "other count"
+    alone = ranks.make_trainer(ranks.CASES["sft, LoRA"], place, resume_from_checkpoint="last", save_strategy="steps")
+    with pytest.raises(ConfigError, match="was saved by 2 processes, and now there is 1, which would train on other"):
+        alone.train()
+
+
+def test_a_process_that_fails_alone_stops_the_other_with_a_sentence(of_processes):
+    one, two = of_processes("one fails")
+    assert "Step 2: memory ran out" in two["said"] and "several processes wait for each other" in two["said"]
+    assert "Another process stopped or did not answer at step 2, so process 0 stops too" in one["said"]
+    assert one["steps"] == two["steps"] == 1
