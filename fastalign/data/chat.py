@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text, writes_thoughts_elsewhere
 from fastalign.data.messages import RowProblem, read_json, read_messages
@@ -184,11 +185,17 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
         _answer_spans(prompt, completion, whole, start, template, counts)
         for completion, whole in zip(completions, wholes, strict=True)
     ]
+    counts["answers_in_a_row"] += sum(_has_answers_in_a_row(prompt + completion) for completion in completions)
     counts["foreign_thoughts"] += sum(_has_foreign_thoughts(completion, template) for completion in completions)
     # Templates write a newline between turns. After the last turn it belongs to nothing.
     texts = [whole.rstrip()[start:] for whole in wholes]
     head = wholes[0][:start]
     return Example(head, texts, spans, template_mismatch=head != generation, counts=counts)
+
+
+def _has_answers_in_a_row(turns: list[dict]) -> bool:
+    roles = [turn["role"] for turn in turns]
+    return any(pair == ("assistant", "assistant") for pair in pairwise(roles))
 
 
 def _has_foreign_thoughts(completion: list[dict], template: Template) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -29,6 +30,11 @@ ALIASES = {
     "tools": ("tools",),
     "chat_template_kwargs": ("chat_template_kwargs",),
 }
+# Pairs of columns that hold the scores of the two answers.
+SCORES = tuple(
+    (pattern.format("chosen"), pattern.format("rejected"))
+    for pattern in ("score_{}", "{}_score", "{}_rating", "rating_{}", "{}_reward", "reward_{}")
+)
 # Fields that a format reads where the column is there.
 OPTIONAL = ("system", "context", "tools", "chat_template_kwargs")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -76,21 +82,29 @@ def optional_columns(found: Mapping[str, str], filled: Collection[str]) -> dict[
 
 
 def unread_columns(rows: datasets.Dataset, read: Mapping[str, str]) -> list[str]:
-    """The columns that hold text, or lists, but are not read."""
-    kinds = rows.features
-    return [
-        name
-        for name in rows.column_names
-        if name not in read.values() and _holds_text(kinds[name]) and first_filled(rows, name) is not None
-    ]
+    """The columns that hold something and are not read. A number may mean as much as a text: a rating, or a winner."""
+    names = [name for name in rows.column_names if name not in read.values()]
+    return [name for name in names if first_filled(rows, name) is not None]
 
 
-def _holds_text(feature) -> bool:
-    if isinstance(feature, datasets.Value):
-        return feature.dtype in ("string", "large_string", "string_view")
-    if isinstance(feature, datasets.List):
-        return _holds_text(feature.feature)
-    return isinstance(feature, (dict, datasets.Json))  # structs, as in a list of messages
+def lower_scores(rows: datasets.Dataset) -> int:
+    """How many pairs have a chosen answer with a lower score than the rejected one, by columns of the data set."""
+    for names in SCORES:
+        chosen, rejected = (column_of(name, rows.column_names) for name in names)
+        if chosen is None or rejected is None:
+            continue
+        return sum(
+            _number(low) < _number(high) for low, high in zip(_cells(rows, chosen), _cells(rows, rejected), strict=True)
+        )
+    return 0
+
+
+def _number(cell: Any) -> float:
+    """A cell as a number; NaN, which is below no number, if it is none. The cells of a CSV file are strings."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def refuse_changed_meaning(rows: datasets.Dataset, fields: Mapping[str, str]) -> None:

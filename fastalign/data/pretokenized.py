@@ -50,10 +50,12 @@ class TokenFormat:
     Attributes:
         gives: "pairs", "labelled" or "completions".
         sources: from each field that is read to its column.
+        completions: how many completions each row has.
     """
 
     gives: str
     sources: Mapping[str, str]
+    completions: int = 1
     name = "tokens"
     chat = False
 
@@ -69,9 +71,11 @@ def token_format(rows: datasets.Dataset) -> TokenFormat | None:
         if not all(field in found for field in needed):
             continue
         gives = "pairs" if "chosen" in found else "labelled" if "label" in found else "completions"
-        if gives == "completions" and "completion" in found and _completions(rows[0][found["completion"]]) == 2:
-            gives = "pairs"
-        return TokenFormat(gives, found)
+        count = 2 if gives == "pairs" else 1
+        if gives == "completions" and "completion" in found:
+            count = _completions(rows[0][found["completion"]])
+            gives = "pairs" if count == 2 else gives
+        return TokenFormat(gives, found, count)
     return None
 
 
@@ -99,6 +103,10 @@ def read_tokens(row: dict, fmt: TokenFormat, vocabulary: int, eos: int) -> tuple
     row = {field: row[name] for field, name in fmt.sources.items()}
     prompt, completions, masks = _by_ids(row) if "ids" in row else _by_completion(row)
     counts = Counter()
+    if len(completions) != fmt.completions:
+        raise RowProblem(
+            "wrong number of completions", f"has {len(completions)} completions, where {fmt.completions} are expected"
+        )
     for ids in (prompt, *completions):
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
             raise RowProblem("wrong token", f"token ids must be integers from 0 to {vocabulary - 1}, found {ids!r:.60}")

@@ -71,9 +71,12 @@ class DataReport:
         unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
         layout: the layout that the rows had before they were converted, and what decided; empty if they were not.
         rows_made: how many rows they were converted to; None if they were not.
+        lower_scores: pairs whose chosen answer has a lower score than the rejected one, by columns such as
+            `score_chosen` and `score_rejected`.
+        answers_in_a_row: completions, or prompts with them, in which one answer follows another one.
         unpaired: whether each pair became two rows with a label.
         plain_on_chat: whether plain strings are not written with the chat template that the tokenizer has.
-        unread_columns: columns that hold text, or lists, and are not read.
+        unread_columns: columns that hold something and are not read.
     """
 
     format: str
@@ -101,6 +104,8 @@ class DataReport:
     thoughts_kept: int = 0
     foreign_thoughts: int = 0
     unstopped_answers: int = 0
+    lower_scores: int = 0
+    answers_in_a_row: int = 0
     shared_words: int = 0
     unmarked_prompts: int = 0
     layout: str = ""
@@ -219,6 +224,16 @@ class DataReport:
                 self.thoughts_kept,
                 f"of {completions} are scored with the thoughts of their last answer, which the chat template leaves "
                 "out.",
+            ),
+            (
+                self.lower_scores,
+                "pairs have a chosen answer with a lower score than the rejected one: are the columns of scores, or of "
+                "answers, mixed up? They are trained on as they are.",
+            ),
+            (
+                self.answers_in_a_row,
+                f"of {completions} have an assistant turn right after another one, as where a prompt ends with the "
+                "beginning of the answer. It is trained on as a turn of its own: join the two turns if they are one.",
             ),
             (
                 self.foreign_thoughts,

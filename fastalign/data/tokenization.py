@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import datasets
 
 from fastalign.data.chat import Example
-from fastalign.data.columns import unread_columns
+from fastalign.data.columns import lower_scores, unread_columns
 from fastalign.data.encoding import (
     Tokens,
     add_bos_and_eos,
@@ -189,6 +189,7 @@ def _tokenized(
         layout=converted.name,
         rows_made=len(converted.rows) if converted.name else None,
         unpaired=unpaired,
+        lower_scores=lower_scores(rows) if fmt.gives == "pairs" and not converted.name else 0,
         unread_columns=unread_columns(rows, converted.read if converted.name else fmt.sources),
         plain_on_chat=bool(
             not fmt.chat and fmt.name not in ("text", "tokens") and getattr(tokenizer, "chat_template", None)

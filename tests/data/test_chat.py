@@ -240,3 +240,12 @@ def test_a_template_that_ignores_tools_or_tool_calls_is_refused(byte_level):
         tokenize([{"messages": conversation({"x": 1})}], byte_level())
     with pytest.raises(DataError, match="the chat template leaves out the tools"):
         tokenize([{"messages": [user("hello"), assistant("fine")], "tools": TOOLS}], byte_level())
+
+
+def test_answers_right_after_an_answer_are_counted(byte_level):
+    tokenizer, answer = byte_level(), assistant("dog")
+    pair = {"prompt": [user("the"), answer], "chosen": [assistant("fox")], "rejected": [assistant("cat")]}
+    assert tokenize([pair], tokenizer)[1].answers_in_a_row == 2
+    _, report = tokenize([{"messages": [user("the"), answer, answer]}], tokenizer)
+    assert report.answers_in_a_row == 1 and "right after another one" in str(report)
+    assert not tokenize([{"messages": [user("the"), answer, user("the"), answer]}], tokenizer)[1].answers_in_a_row

@@ -63,11 +63,11 @@ def test_system_becomes_a_turn_where_the_rows_hold_messages(tokenizer):
         tokenize([other], tokenizer)
 
 
-def test_text_columns_that_are_not_read_are_named(tokenizer):
+def test_columns_that_are_not_read_are_named(tokenizer):
     row = {"question": "what?", "prompt_id": "7", "notes": "x", "score": 3.5, **PAIR}
     _, report = tokenize([row], tokenizer)
-    assert report.unread_columns == ["prompt_id", "notes"]
-    assert "not read: prompt_id, notes" in str(report)
+    assert report.unread_columns == ["prompt_id", "notes", "score"]
+    assert "not read: prompt_id, notes, score." in str(report)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +140,21 @@ def test_weights_of_turns_other_than_0_and_1_are_refused(tokenizer):
 def test_a_flat_export_of_a_message_tree_is_not_text(tokenizer, more):
     with pytest.raises(DataError, match="one message per row"):
         tokenize([{"text": "hello", **more}], tokenizer)
+
+
+@pytest.mark.parametrize(("column", "value"), [("is_chosen", False), ("rating", 1), ("tie", True), ("label", 0.5)])
+def test_numbers_and_truth_values_that_are_not_read_are_named(tokenizer, column, value):
+    key = "text" if column == "label" else "completion"
+    rows = [{key: "paris", column: value} | ({} if key == "text" else {"prompt": "q"})]
+    _, report = tokenize(rows, tokenizer)
+    assert report.unread_columns == [column]
+
+
+@pytest.mark.parametrize("names", [("score_chosen", "score_rejected"), ("Chosen_Rating", "Rejected_Rating")])
+def test_pairs_whose_chosen_answer_has_the_lower_score_are_counted(tokenizer, names):
+    scores = [(9, 1), (1, 9.5), (3, 3), (None, 2)]
+    rows = [{"question": "what?", **PAIR, **dict(zip(names, pair, strict=True))} for pair in scores]
+    as_text = [{key: str(value) for key, value in row.items()} for row in rows]
+    assert tokenize(as_text, tokenizer)[1].lower_scores == 1
+    _, report = tokenize(rows, tokenizer)
+    assert report.lower_scores == 1 and "1 pairs have a chosen answer with a lower score" in str(report)

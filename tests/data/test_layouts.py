@@ -192,7 +192,7 @@ def test_a_row_that_has_been_chosen_already_is_not_rated_again(tokenizer):
     row = {"prompt": "what?", "chosen": " good", "rejected": " bad", "completions": ["a", "b"], "scores": [1, 2]}
     tokens, report = tokenize([row], tokenizer)
     assert texts(tokenizer, tokens) == [("what?", " good", " bad")]
-    assert report.unread_columns == ["completions"]
+    assert report.unread_columns == ["completions", "scores"]
 
 
 def test_a_call_of_a_tool_may_be_a_turn_of_its_own(byte_level, chatml):

@@ -98,3 +98,20 @@ def test_lengths_and_kinds_are_checked(tokenizer):
         tokenize([row], tokenizer, wanted="pairs")
     pair = {"prompt_ids": [5], "chosen_ids": [6, EOS], "rejected_ids": [7, EOS]}
     assert tokenize([pair], tokenizer, wanted="labelled")[0]["label"][:] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([[[2], [3]], [[2]]], 2),
+        ([[[2]], [[2], [3]]], 1),
+    ],
+)
+def test_a_row_with_more_or_fewer_completions_than_the_first_is_refused(tokenizer, rows, wanted):
+    """Objectives take completions in pairs: one that is missing would shift all pairs after it."""
+    given = [{"prompt_ids": [1], "completion_ids": completions} for completions in rows]
+    with pytest.raises(DataError, match=rf"row 2: has {3 - wanted} completions, where {wanted} are expected"):
+        tokenize(given, tokenizer)
+    labelled = [{"prompt_ids": [1], "completion_ids": [[2], [3]], "label": True}]
+    with pytest.raises(DataError, match="has 2 completions, where 1 are expected"):
+        tokenize(labelled, tokenizer)

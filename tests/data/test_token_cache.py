@@ -7,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 
 from fastalign.data import token_cache, token_keys, tokenization
-from fastalign.data.loading import Source
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import DataError
 
@@ -57,40 +55,6 @@ def test_the_second_call_reads_the_same_tokens(rows, wanted, tokenizer, tmp_path
     assert same(plain, first) and same(plain, second)
     assert len(made) == 2 and second[0].cache_files  # the file is mapped, and not read into memory
     assert {path.suffix for path in tmp_path.iterdir()} == {".arrow", ".json"}
-
-
-def test_everything_that_decides_on_tokens_is_in_the_key(file, tokenizer, byte_level, tmp_path, made):
-    def new(rows=file, tokenizer=tokenizer, **options):
-        before = len(made)
-        tokenize(rows, tokenizer, cache_dir=tmp_path / "cache", **options)
-        return len(made) > before
-
-    assert new() and not new()
-    assert not new(num_proc=2) and not new(Source(str(file)))
-    assert new(max_length=100) and new(on_truncate="drop") and new(on_invalid="drop") and new(wanted="pairs")
-    assert new(allow_empty_prompt=True) and new(apply_chat_template=True)
-    assert new(Source(str(file), {"prompt": "chosen", "chosen": "prompt"}))
-    assert new([{"path": str(file), "weight": 2}]) and new([str(file), str(file)])
-    other = byte_level()
-    assert new(tokenizer=other)
-    other.chat_template = "{{ messages }}"
-    assert new(tokenizer=other) and not new(tokenizer=other)
-    other.eos_token = "<s>"
-    assert new(tokenizer=other)
-    other.add_tokens(["dog"])
-    assert new(tokenizer=other)
-    data = datasets.Dataset.from_list(PAIRS)
-    assert new(data) and not new(data.select(range(6))) and new(data.select([1, 0])) and not new(PAIRS)
-    file.write_text(file.read_text().replace("dog 3", "dog 4"))
-    assert new()
-
-
-def test_code_of_other_origin_and_random_tokens_are_not_stored(byte_level, tmp_path):
-    class Own(type(byte_level())):
-        """May tokenise in its own way."""
-
-    tokenize(PAIRS, Own(tokenizer_object=byte_level().backend_tokenizer, eos_token="<s>"), cache_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "json", "report"])
