@@ -17,12 +17,27 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastalign import __version__
-from fastalign.cli import chat, compare, data, diagnose, fisher, generate, info, merge, plan, report, table, tax, train
+from fastalign.cli import (
+    chat,
+    compare,
+    data,
+    diagnose,
+    evaluate,
+    fisher,
+    generate,
+    info,
+    merge,
+    plan,
+    report,
+    table,
+    tax,
+    train,
+)
 from fastalign.cli.methods import commands as training_commands
-from fastalign.errors import ConfigError, FastAlignError, printable
+from fastalign.errors import ConfigError, FastAlignError, printable, resource_sentence
 from fastalign.options import closest
 
-COMMANDS = (train, plan, report, diagnose, generate, chat, compare, merge, data, tax, fisher, info)
+COMMANDS = (train, plan, report, diagnose, generate, chat, compare, evaluate, merge, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}
@@ -82,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         return _stopped("stopped", 130)
     except Terminated:
         return _stopped("stopped", 143)
-    except Exception as error:  # nothing foresaw it: the traceback is for whoever mends it, not for the terminal
+    except Exception as error:
+        if sentence := resource_sentence(error):
+            return _stopped(sentence, 2)
+        # Nothing foresaw it: the traceback is for whoever mends it, not for the terminal.
         where = _write_traceback(error, getattr(args, "run_folder", None) or getattr(args, "out", None))
         said = " ".join(str(error).split())[:300]
         return _stopped(f"stopped by {type(error).__name__}: {said} ({where})", 2)

@@ -55,7 +55,8 @@ def run_training(
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = _train_rows(options, translation)
+    # The rows to train on are not read here: their tokens may be stored.
+    train_rows = Source(options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     if options.memory_limit is not None:
         return_freed_memory_at_once()  # the plan counts on it
@@ -74,6 +75,7 @@ def run_training(
     trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
+        quantize_head=options.quantize_head,
     )  # fmt: skip
     if first:
         write_json(folder / "run.json", run_record(options, trainer.args))
@@ -143,15 +145,6 @@ def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers,
                      if key.startswith(f"eval_{name}_")} for metrics in (before, after))  # fmt: skip
         rows += [{**row, "metric": f"{row['metric']} ({name})"} for row in comparison(old, new, None)]
     return rows + comparison({}, {}, answers)
-
-
-def _train_rows(options: RunOptions, translation: Translation | None) -> Any:
-    """The rows to train on. They are not read here where that is not needed, since their tokens may be stored."""
-    if translation is None:
-        return Source(options.train, options.columns)
-    rows = _load("train", options.train, options.columns)
-    translation.check_columns(rows.column_names)
-    return rows
 
 
 def _load(name: str, source: Any, columns: Any) -> Any:

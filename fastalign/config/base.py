@@ -29,7 +29,8 @@ class AlignmentConfig(TrainingArguments):
         logging_steps: Optimiser steps between two logged lines.
         report_to: Experiment trackers. The default is none, so that nothing leaves the machine.
         max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
-        on_truncate: What happens to longer rows: "error", "drop", or "keep_end", which cuts the start of the prompt.
+        on_truncate: What happens to longer rows: "error", "drop", "keep_end", which cuts the start of the prompt, or
+            "keep_start", which cuts the end of the completions, EOS with it (TRL's default).
         on_invalid: What happens to rows with empty, missing or identical fields: "error" or "drop".
         allow_empty_prompt: Accept rows of plain strings without a prompt. They are refused otherwise: as a rule the
             prompt is in a column of an unknown name.
@@ -69,7 +70,9 @@ class AlignmentConfig(TrainingArguments):
         1024, "The most tokens of a prompt together with one completion. None: no limit."
     )
     on_truncate: OnTruncate = help_field(
-        "error", "What happens to rows that are too long: error, drop, or keep_end (cut the start of the prompt)."
+        "error",
+        "What happens to rows that are too long: error, drop, keep_end (cut the start of the prompt), or "
+        "keep_start (cut the end of the completions).",
     )
     on_invalid: OnInvalid = help_field(
         "error", "What happens to rows with empty, missing or identical fields: error or drop."

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text
+from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text, writes_thoughts_elsewhere
 from fastalign.data.messages import RowProblem, read_json, read_messages
 from fastalign.data.template import Template, shared_length, stop_text
 
@@ -184,10 +184,17 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
         _answer_spans(prompt, completion, whole, start, template, counts)
         for completion, whole in zip(completions, wholes, strict=True)
     ]
+    counts["foreign_thoughts"] += sum(_has_foreign_thoughts(completion, template) for completion in completions)
     # Templates write a newline between turns. After the last turn it belongs to nothing.
     texts = [whole.rstrip()[start:] for whole in wholes]
     head = wholes[0][:start]
     return Example(head, texts, spans, template_mismatch=head != generation, counts=counts)
+
+
+def _has_foreign_thoughts(completion: list[dict], template: Template) -> bool:
+    """Whether a scored answer has its thoughts in <think>, while the template writes thoughts in another way."""
+    written = any("</think>" in str(turn["content"]) for turn in completion if _is_scored(turn))
+    return written and writes_thoughts_elsewhere(template)
 
 
 def _answer_without_system(prompt: list[dict], completion: list[dict], template: Template) -> str:

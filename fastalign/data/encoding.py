@@ -242,6 +242,41 @@ def _length_of_repeats(ids: list[int], prefix: list[int]) -> int:
     return length
 
 
+def score_everything(tokens: Tokens, prefix: list[int]) -> None:
+    """Makes every token of an example with one completion count, those of its prompt behind BOS too.
+
+    Args:
+        tokens: what is changed, in place: the prompt moves into the completion.
+        prefix: the tokens that the tokenizer puts first, BOS as a rule, which nothing predicts; may be empty.
+    """
+    (completion,) = tokens.completions
+    ids = tokens.prompt[len(prefix) :] + completion
+    tokens.prompt, tokens.completions, tokens.masks = tokens.prompt[: len(prefix)], [ids], [[1] * len(ids)]
+    tokens.counts["masked"] = 0
+
+
+def truncate_completions(tokens: Tokens, max_length: int) -> bool:
+    """Cuts the end of the completions until the example fits; they lose their EOS.
+
+    Args:
+        tokens: what is changed, in place.
+        max_length: the most tokens of the prompt together with its longest completion.
+
+    Returns:
+        Whether a scored token is left of each completion, and two completions still differ.
+    """
+    room, counts = max(max_length - len(tokens.prompt), 0), tokens.counts
+    for ids, mask in zip(tokens.completions, tokens.masks, strict=True):
+        if len(ids) > room:
+            del ids[room:], mask[room:]
+            counts["completions_cut"] += 1
+            ended = next((name for name in ("eos_added", "eos_present", "eos_missing") if counts[name]), "eos_missing")
+            counts[ended] -= 1
+    identical = len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]
+    # Nothing predicts the first token of a row without a prompt.
+    return not identical and all(any(mask[not tokens.prompt :]) for mask in tokens.masks)
+
+
 def truncate_prompt(tokens: Tokens, prefix: list[int], max_length: int) -> bool:
     """Cuts the beginning of the prompt, behind BOS, until the example fits.
 

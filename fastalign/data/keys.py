@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastalign.files import KEY_BYTES
+
+_ROWS_AT_A_TIME = 10_000
 
 
 def row_keys(row: dict) -> list[bytes]:
@@ -69,6 +73,40 @@ def _add_array(digest: Any, array: Any) -> None:
         digest.update(values.astype(np.int64 if values.dtype.kind in "iu" else np.float64).tobytes())
     else:
         digest.update(repr(array.to_pylist()).encode())
+
+
+def dataset_keys(tokens: Any) -> list[list[bytes]]:
+    """The `row_keys` of each row of a tokenised data set, without lists of all its tokens."""
+    names = ("prompt_ids", "completion_ids", "completion_mask")
+    columns = [name for name in names if name in tokens.column_names]
+    keys: list[list[bytes]] = []
+    tables: Any = tokens.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME)
+    for table in tables:
+        batch = table.combine_chunks()
+        prompts, completions, *masks = (batch.column(name).combine_chunks() for name in columns)
+        if masks and 0 < masks[0].null_count < len(batch):  # some rows with a mask, and some without
+            keys += [row_keys(row) for row in batch.to_pylist()]
+            continue
+        owners = np.diff(completions.offsets.to_numpy()).tolist()
+        of_completions, of_masks = _parts(completions.flatten()), repeat(b"\0" * 8)
+        if masks and not masks[0].null_count:
+            of_masks = _parts(masks[0].flatten())
+        for prompt, count in zip(_parts(prompts), owners, strict=True):
+            row = zip(islice(of_completions, count), of_masks, strict=False)
+            keys.append([_digest(prompt, completion, mask) for completion, mask in row])
+    return keys
+
+
+def _parts(lists: Any) -> Iterator[bytes]:
+    """Each list of numbers as int64, with its length in front."""
+    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    ends = np.cumsum(np.diff(lists.offsets.to_numpy())).tolist()
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        yield (end - start).to_bytes(8, sys.byteorder) + values[start:end].tobytes()
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"".join(parts), digest_size=KEY_BYTES).digest()
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

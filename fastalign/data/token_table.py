@@ -144,3 +144,15 @@ def scored(tokens: datasets.Dataset) -> int:
 
 def _lengths(lists: pa.Array) -> np.ndarray:
     return pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def with_values(tokens: datasets.Dataset, name: str, rows: Sequence[Sequence[np.ndarray]]) -> datasets.Dataset:
+    """The data set with a column of float32 numbers: for each row, and each of its completions, an array of them."""
+    tables = []
+    for start in range(0, len(rows), 10_000):
+        some = rows[start : start + 10_000]
+        arrays = list(chain.from_iterable(some))
+        values = pa.array(np.concatenate(arrays).astype(np.float32))
+        inner = pa.ListArray.from_arrays(_offsets(arrays), values)
+        tables.append(pa.table({name: pa.ListArray.from_arrays(_offsets(some), inner)}))
+    return datasets.concatenate_datasets([tokens, dataset_of(tables, [name])], axis=1)

@@ -9,7 +9,7 @@ Nothing here reaches the network. A cache is written only where the caller names
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,16 @@ import datasets
 
 from fastalign.data.chat import Example
 from fastalign.data.columns import unread_columns
-from fastalign.data.encoding import Tokens, add_bos_and_eos, encode_examples, special_prefix, truncate_prompt, words_of
+from fastalign.data.encoding import (
+    Tokens,
+    add_bos_and_eos,
+    encode_examples,
+    score_everything,
+    special_prefix,
+    truncate_completions,
+    truncate_prompt,
+    words_of,
+)
 from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import Rows, load_rows
@@ -62,6 +71,7 @@ def tokenize(
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
     wanted: str | None = None,
+    score_all_of: Collection[str] = (),
     cache_dir: str | Path | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
@@ -81,7 +91,8 @@ def tokenize(
         max_length: the most tokens of a prompt together with its longest completion; None sets no limit.
         on_truncate: what happens to rows that are longer. "error": they are refused. "drop": they are left out.
             "keep_end": the beginning of their prompt is cut (BOS stays). A completion is never cut and never loses its
-            EOS, so a row whose completion is too long is left out.
+            EOS, so a row whose completion is too long is left out. "keep_start": the end of their completions is cut,
+            EOS with it. A row of whose completions nothing would be left, or no difference, is left out.
         on_invalid: what happens to rows with missing fields, wrong types, empty completions or identical pairs.
             "error": they are refused. "drop": they are left out.
         num_proc: how many processes to use; None: for some thousand rows one per processor, for fewer rows this one.
@@ -92,6 +103,8 @@ def tokenize(
         wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
             are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
             the label true, the rejected one with the label false. None takes rows of any format.
+        score_all_of: formats ("messages", "prompt-completion") of whose rows every token is scored behind BOS, the
+            prompt and the user's turns too. Without it, completions and the assistant's turns are.
         cache_dir: a folder where the tokens of many rows are stored, to be found by the next call with the same rows,
             tokenizer and options; None: they are held in memory, and not stored.
 
@@ -116,6 +129,7 @@ def tokenize(
     options = {
         "max_length": max_length, "on_truncate": on_truncate, "on_invalid": on_invalid, "wanted": wanted,
         "allow_empty_prompt": allow_empty_prompt, "apply_chat_template": apply_chat_template,
+        "score_all_of": sorted(score_all_of),
     }  # fmt: skip
     if cache_dir is not None and files_of_rows(rows) is None:
         rows = load_rows(rows)  # the key is made of the values
@@ -136,6 +150,7 @@ def _tokenized(
     wanted: str | None,
     allow_empty_prompt: bool,
     apply_chat_template: bool,
+    score_all_of: Collection[str],
 ) -> tuple[datasets.Dataset, DataReport]:
     """As `tokenize`; the tokens are collected in `sink`."""
     rows = load_rows(rows).with_format(None)
@@ -152,7 +167,8 @@ def _tokenized(
         fmt = _checked_format(converted, wanted)
         fmt = _as_chat(fmt) if apply_chat_template else fmt
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, words=words_of(tokenizer), **limits)
+        limits |= {"words": words_of(tokenizer), "score_all": fmt.name in score_all_of}
+        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, **limits)
     _check_tokenizer(tokenizer, fmt)
     cells, starts = partial(_cells, converted.rows, fmt), range(0, len(converted.rows), BATCH_ROWS)
     workers = worker_count(len(starts), 1 if num_proc is None and len(starts) <= MANY_BATCHES else num_proc)
@@ -254,7 +270,7 @@ def _check_options(max_length: int | None, on_truncate: str, on_invalid: str, wa
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ConfigError(f"max_length must be an integer of at least 2 or None, found {max_length!r}.")
     if on_truncate not in get_args(OnTruncate):
-        raise ConfigError(f'on_truncate must be "error", "drop" or "keep_end", found {on_truncate!r}.')
+        raise ConfigError(f"on_truncate must be one of {', '.join(get_args(OnTruncate))}, found {on_truncate!r}.")
     if on_invalid not in get_args(OnInvalid):
         raise ConfigError(f'on_invalid must be "error" or "drop", found {on_invalid!r}.')
     if wanted is not None and wanted not in NEEDS:
@@ -301,6 +317,7 @@ def _tokenize_rows(
     words: Words | None,
     max_length: int | None,
     on_truncate: str,
+    score_all: bool,
 ) -> _Outcome:
     """Tokenises some rows, given as (how many rows are before them, columns)."""
     outcome = _Outcome()
@@ -312,6 +329,8 @@ def _tokenize_rows(
         if problem := _token_problem(tokens):
             outcome.problems.append((number, *problem))
         else:
+            if score_all:
+                score_everything(tokens, prefix)
             _take(outcome, number, tokens, example.label, prefix, max_length, on_truncate)
     return outcome
 
@@ -336,7 +355,8 @@ def _take(
     """Adds a row to the outcome: to its rows, or to those that are too long."""
     length = tokens.length
     if max_length and length > max_length and not (
-        on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length)
+        (on_truncate == "keep_end" and truncate_prompt(tokens, prefix, max_length))
+        or (on_truncate == "keep_start" and truncate_completions(tokens, max_length))
     ):  # fmt: skip
         outcome.too_long.append((number, length))
         return
@@ -381,8 +401,8 @@ def _raise_if_refused(outcome: _Outcome, rows: int, max_length, on_truncate: str
     if outcome.too_long and on_truncate == "error":
         raise DataError(
             f"{len(outcome.too_long):,} of {rows:,} rows are longer than max_length={max_length:,} tokens (the longest "
-            f'has {longest:,}): raise max_length, or pass on_truncate="drop" to leave them out or "keep_end" to cut '
-            "the beginning of their prompts."
+            f'has {longest:,}): raise max_length, or pass on_truncate="drop" to leave them out, "keep_end" to cut '
+            'the beginning of their prompts, or "keep_start" to cut the end of their completions.'
         )
     if not outcome.kept:
         reason = (

@@ -17,6 +17,8 @@ from itertools import chain
 from typing import Any
 
 _CUT = re.compile(r"(?<=\S)(?= )")  # before each space that follows another character
+_MARK = "\0"
+_UNUSUAL = re.compile(rf"\s |{_MARK}")  # a space that is no cut, or the mark itself
 MAX_PIECES = 100_000  # how many are remembered, about 25 MB
 MAX_CHARACTERS = 40  # of a piece that is remembered; code and Chinese text have longer ones, which rarely come again
 
@@ -53,14 +55,17 @@ class Words:
 
     def pieces(self, text: str) -> list[str]:
         """The text, cut before each space that follows another character."""
-        return _CUT.split(text)
+        if _UNUSUAL.search(text):
+            return _CUT.split(text)
+        pieces = text.replace(" ", f"{_MARK} ").split(_MARK)  # the same, in a third of the time
+        return pieces[1:] if text[:1] == " " else pieces
 
     def ids(self, texts: list[list[str]]) -> list[list[int]]:
         """The token ids of texts that are given by their pieces."""
         if len(self._known) > MAX_PIECES:
             self._known.clear()
         known = self._known
-        new = list({piece for pieces in texts for piece in pieces if piece not in known})
+        new = list(set(chain.from_iterable(texts)) - known.keys())
         found = dict(zip(new, self._tokenize(new), strict=True))
         known.update(found)
         ids = [list(chain.from_iterable(map(known.__getitem__, pieces))) for pieces in texts]

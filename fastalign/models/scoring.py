@@ -32,7 +32,7 @@ from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import restore_product, use_training_product
 from fastalign.models.sharding import gather_layer
 from fastalign.models.vocabulary import embedding_rows
-from fastalign.ops import linear_logprobs
+from fastalign.ops import linear_token_statistics
 from fastalign.reference import linear_logits
 
 
@@ -43,11 +43,14 @@ class Scores(NamedTuple):
         logprobs: (S,) float32, in nats, of `batch.targets`; None if the batch has no targets.
         entropy: (S,) float32, in nats, of the distributions that predict them; None unless called with `entropy=True`.
         hidden: (S, H), the input of the output layer; None unless called with `keep_hidden=True` or without targets.
+        log_sum_sq_probs: (S,) float32, log sum_v p(v)^2 of those distributions, without gradient; None unless called
+            with `statistics=True`.
     """
 
     logprobs: Tensor | None
     entropy: Tensor | None
     hidden: Tensor | None
+    log_sum_sq_probs: Tensor | None = None
 
 
 def prepare(model: nn.Module) -> Layout:
@@ -119,24 +122,29 @@ def restore(model: nn.Module) -> None:
 
 
 def _forward(
-    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None,
-    noise: float | None = None, **kw,
+    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, statistics=False,
+    memory_budget=None, noise: float | None = None, **kw,
 ):  # fmt: skip
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
         return self._fastalign_forward(*args, **kw)
-    with packed_attention(packed.layout), noisy_embeddings(self, packed, noise):
+    with packed_attention(packed.layout, packed.keys), noisy_embeddings(self, packed, noise):
         hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
     if packed.targets is None:
         return Scores(None, None, hidden)
     gather_layer(self.get_output_embeddings())
     head = output_head(self)
+    kept = hidden if keep_hidden else None
+    if statistics:
+        weight: Any = head.dense().weight
+        options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
+        values = linear_token_statistics(hidden, weight, packed.targets, **options)
+        return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
     # `score_index` left out every hidden state without a target, so none needs to be compared with ignore_index.
-    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
-    out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
+    out = head.logprobs(hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget)
     logprobs, entropies = out if entropy else (out, None)
-    return Scores(logprobs, entropies, hidden if keep_hidden else None)
+    return Scores(logprobs, entropies, kept)
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -162,7 +170,7 @@ def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):
         hidden = model(packed=batch, keep_hidden=True).hidden
-        head = output_head(model)
+        head = output_head(model).dense()
         ours = linear_logits(hidden, head.weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)

@@ -154,6 +154,7 @@ def store_topk(
 @torch.no_grad()
 def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The k largest log-probs (S, k) float32 of each row, and their entries (S, k) int32, on the CPU."""
+    head = head.dense()
     parts = [
         linear_logits(part, head.weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
         for part in hidden.split(_ROWS)

@@ -76,7 +76,8 @@ def linear_token_statistics(
         temperature: Divides the logits; above 0.
         entropy: Whether the entropies are wanted.
         memory_budget: As for `linear_logprobs`.
-        backend: "auto", "cpu", "torch" or "reference", as for `linear_logprobs`.
+        backend: "auto", "cpu", "torch" or "reference", as for `linear_logprobs`. On a GPU "auto" takes the log-probs
+            from the fastest kernels, and the rest from a second pass in torch.
 
     Returns:
         The statistics.
@@ -97,14 +98,14 @@ def linear_token_statistics(
     check_temperature(temperature)
     check_memory_budget(memory_budget)
     check_target_ids(targets, weight.shape[0], None, op="linear_token_statistics")
-    backend = pick.resolve(
+    resolved = pick.resolve(
         "linear_token_statistics", backend, hidden, weight, bias,
         backends=("auto", "reference", "torch", "cpu"), cpu_kernel="details",
     )  # fmt: skip
     common = torch.promote_types(hidden.dtype, weight.dtype)
     transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
     flat, flat_targets = hidden.to(common).reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()
-    if backend == "cpu":
+    if resolved == "cpu":
         budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
         out = _Statistics.apply(flat, weight.to(common), flat_targets, bias, transform, entropy, budget)
         values = TokenStatistics(*out)

@@ -125,7 +125,12 @@ def check_share(name: str, **values: Any) -> None:
 
 def count_of(values: Tensor) -> Tensor:
     """The length of `values` as a tensor on its device, for the count of a metric."""
-    return torch.tensor(values.shape[0], device=values.device)
+    return number_on(values.device, values.shape[0])
+
+
+def number_on(device: torch.device, value: int) -> Tensor:
+    """A whole number as a tensor () on a device, filled in there: a copy from the host would make a GPU's host wait."""
+    return torch.full((), value, device=device)
 
 
 def once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:

@@ -140,6 +140,7 @@ def _from_store(path: str | Path, temperature: float, trainer: Any) -> Divergenc
     def divergence(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
         indices, logprobs = stored(step.batch.rows or [])  # (S, k)
         weights = (1 / step.totals.scored).expand(hidden.shape[0])
+        head = head.dense()
         return sparse_divergence(
             hidden, head.weight, indices.to(hidden.device), logprobs.to(hidden.device), token_weights=weights,
             **head.options(), **options,

@@ -15,7 +15,7 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import causal_lm
 from fastalign.objectives.base import Metrics
 from fastalign.options import help_field
-from fastalign.regularizers.base import Step, Term, check_positive
+from fastalign.regularizers.base import Step, Term, check_positive, number_on
 
 
 @dataclass
@@ -183,7 +183,7 @@ class _Freezer(TrainerCallback):
 
     def term(self, step: Step) -> tuple[Tensor, Metrics]:
         """Adds nothing to the loss; the metric is the number of layers that are trained."""
-        trained = torch.tensor(self.trained, device=step.loss.device)
+        trained = number_on(step.loss.device, self.trained)
         return step.loss.new_zeros(()), {"layers_trained": (trained, torch.ones_like(trained))}
 
 

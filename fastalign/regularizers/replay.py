@@ -18,7 +18,7 @@ from fastalign.models.fit import check_fit
 from fastalign.objectives.base import Metrics
 from fastalign.ops import segment_sum
 from fastalign.options import help_field
-from fastalign.regularizers.base import Step, Term, check_positive
+from fastalign.regularizers.base import Step, Term, check_positive, number_on
 
 # Shares are integers, in millionths: sums of them stay exact, however long training is.
 _ONE = 1_000_000
@@ -147,8 +147,8 @@ class _Replayed:
         del self.waiting[: world * alignment_rows]
         rows = self.draw(sum(counts))[before : before + count]
         device = step.loss.device
-        all_rows = torch.tensor(alignment_rows + count, device=device)
-        share = {"replay/share": (torch.tensor(count, device=device), all_rows)}
+        all_rows = number_on(device, alignment_rows + count)
+        share = {"replay/share": (number_on(device, count), all_rows)}
         if count == 0:
             return step.loss.new_zeros(()), share
         trainer = self.trainer

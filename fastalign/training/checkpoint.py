@@ -17,7 +17,6 @@ reference that moves, the position in a replayed text, and the sums of the metri
 
 from __future__ import annotations
 
-import errno
 import json
 import random
 import shutil
@@ -36,7 +35,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
 from fastalign.data.keys import rows_fingerprint
-from fastalign.errors import ConfigError, DataError, TrainingError
+from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
 from fastalign.files import check_writable, read_json, write_json
 from fastalign.models.sharding import gathered
 from fastalign.training.run_folder import (
@@ -59,8 +58,6 @@ from fastalign.training.state_files import load_state, save_state
 
 FILE_NAME = "fastalign.safetensors"
 ROWS = "rows.json"
-# Errors of a disk that is full, read-only or broken.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def extra_state(trainer: Any) -> dict[str, Tensor]:
@@ -172,7 +169,7 @@ class AtomicCheckpoints(Trainer):
             self.begin_record()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
-            if error.errno not in _DISK:
+            if disk_error(error) is None:
                 raise
             raise _unsaved("The run", run, error) from error
 
@@ -349,5 +346,5 @@ def _unsaved(what: str, run: Path, error: Exception) -> TrainingError:
     remains = f"{older[-1]} is as it was" if older else "there is no checkpoint yet"
     return TrainingError(
         f"{what} cannot be written into {run} ({reason}), and {remains}: make room or mend the folder, then "
-        " go on with resume_from_checkpoint=last."
+        "go on with resume_from_checkpoint=last."
     )

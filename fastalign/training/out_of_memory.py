@@ -23,22 +23,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fastalign.data.batch import Batch
-from fastalign.errors import TrainingError
+from fastalign.errors import TrainingError, is_out_of_memory
 from fastalign.training.checkpoint import random_state, set_random_state
 
 logger = logging.getLogger("fastalign")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-# How the allocators of torch, of its libraries and of C++ say it, where they raise a plain RuntimeError.
-_SAID = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
 
 
 def halves(batch: Batch, collate: Callable[[list[dict]], dict[str, Batch]]) -> list[Batch]:

@@ -69,6 +69,7 @@ def load_start(
     peft_config: PeftConfig | None,
     quantization: Quantization = "none",
     double_quantization: bool = False,
+    quantize_head: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Loads a model, or the model and the adapter of an adapter folder.
 
@@ -79,12 +80,16 @@ def load_start(
         peft_config: The new adapter; None: there is none.
         quantization: As for `load_model`.
         double_quantization: As for `load_model`.
+        quantize_head: As for `load_model`.
 
     Raises:
         ConfigError: The weights would be quantised and the folder's adapter merged into them.
         ModelError: The model cannot be loaded.
     """
-    options = {"dtype": dtype, "quantization": quantization, "double_quantization": double_quantization}
+    options = {
+        "dtype": dtype, "quantization": quantization, "double_quantization": double_quantization,
+        "quantize_head": quantize_head,
+    }  # fmt: skip
     if adapter_base(source) is None:
         return load_model(source, for_adapter=peft_config is not None, **options)
     if way == "merge" and quantization != "none":

@@ -41,7 +41,7 @@ from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.models.vocabulary import fill_token
-from fastalign.objectives.base import Objective, Totals
+from fastalign.objectives.base import ALIGNED, Objective, Totals
 from fastalign.options import GivenAdapter
 from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
@@ -81,6 +81,7 @@ class AlignmentTrainer(
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
         double_quantization: Likewise.
+        quantize_head: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -124,6 +125,7 @@ class AlignmentTrainer(
         regularizers: Sequence[Regularizer] = (),
         quantization: Quantization = "none",
         double_quantization: bool = False,
+        quantize_head: bool = False,
         **trainer_options: Any,
     ):
         limit_onednn_cache()
@@ -138,7 +140,7 @@ class AlignmentTrainer(
         # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
+        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -175,10 +177,10 @@ class AlignmentTrainer(
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
+        return tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
+        return _collator(self.layout, fill_token(self.processing_class), self.args.device)
 
     def _prepare_reference(self) -> Reference:
         """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
@@ -259,7 +261,7 @@ class AlignmentTrainer(
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
+        scores = _scores(model, batch, self.args, self.objective, keep_hidden=bool(self.terms))
         reference = None
         if self.reference is not None:
             # The first step checks that the reference gives what the model gives without noise and dropout.
@@ -280,37 +282,43 @@ class AlignmentTrainer(
         return (loss, {}) if return_outputs else loss
 
 
+def _collator(layout: Layout, fill: int, device: torch.device) -> Collator:
+    return Collator(layout, fill, multiple=row_multiple(device), device=device)
+
+
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
     """The totals of the micro-batches of one optimiser step, over all processes."""
     columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
-    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # one number per field of Totals
+    totals = torch.stack([torch.stack(column).sum() for column in columns])
+    totals = totals.to(device, non_blocking=True)  # one number per field of Totals
     if accelerator.num_processes > 1:
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
     return Totals(*totals.unbind())
 
 
-def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+def tokenized(
+    rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str, **further: Any
+):
     """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
     names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
     folder = cache_folder(args.token_cache_dir) / "tokens"
     try:
         # Of several processes the first one makes the tokens, and the others find them in the cache.
         with args.main_process_first(desc="tokens"):
-            return tokenization.tokenize(
-                rows, tokenizer, wanted=wanted, cache_dir=folder, **{option: getattr(args, option) for option in names}
-            )
+            options = {option: getattr(args, option) for option in names}
+            return tokenization.tokenize(rows, tokenizer, wanted=wanted, cache_dir=folder, **options, **further)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
 def _loaded(
     model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool,
+    quantization: Quantization, double_quantization: bool, quantize_head: bool,
 ) -> nn.Module:  # fmt: skip
     """The model that training starts from, loaded if it is given by its name."""
     if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
     if quantization != "none":
         raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
     return model
@@ -335,9 +343,15 @@ def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
 
 
-def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
-    """The options that every forward of training takes."""
-    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha}
+def _scores(model: Any, batch: Batch, args: AlignmentConfig, objective: Objective, *, keep_hidden: bool) -> Any:
+    """The `Scores` of a micro-batch; an objective that reads the column `ALIGNED` gets it."""
+    scores = model(
+        packed=batch.packed, keep_hidden=keep_hidden, statistics=objective.needs_statistics,
+        memory_budget=args.memory_budget, noise=args.neftune_noise_alpha,
+    )  # fmt: skip
+    if objective.needs_statistics:
+        batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs
+    return scores
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from fastalign.data.keys import cache_folder, row_keys, rows_fingerprint
+from fastalign.data.keys import cache_folder, dataset_keys, row_keys, rows_fingerprint
 from fastalign.files import KEY_BYTES
 
 ROW = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]]}
@@ -66,3 +66,16 @@ def test_a_fingerprint_sees_each_change():
         {**ROW, "label": None},
     ]
     assert len({rows_fingerprint(datasets.Dataset.from_list([row])) for row in rows}) == len(rows)
+
+
+def test_the_keys_of_a_data_set_are_those_of_its_rows():
+    rows = [
+        {"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5]], "completion_mask": [[1], [0, 1]]},
+        {"prompt_ids": [], "completion_ids": [[300_000]], "completion_mask": [[1]]},
+    ]
+    plain = [{name: row[name] for name in ("prompt_ids", "completion_ids")} for row in rows]
+    some = [rows[0], {**rows[1], "completion_mask": None}]
+    for given in (rows, plain, some):
+        tokens = datasets.Dataset.from_list(given)
+        assert dataset_keys(tokens) == [row_keys(row) for row in given]
+        assert dataset_keys(tokens.select([1, 0])) == [row_keys(row) for row in given[::-1]]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from fastalign.errors import TrainingError
+from fastalign.errors import TrainingError, is_out_of_memory
 from fastalign.regularizers import KLToStart, Replay
-from fastalign.training.out_of_memory import is_out_of_memory
 from fastalign.training.sft import SFTTrainer
 
 ROWS = [{"prompt": f"row {i}", "completion": "abc" * (1 + i % 3)} for i in range(12)]

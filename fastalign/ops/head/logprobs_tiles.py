@@ -246,7 +246,7 @@ def backward(
     d_hidden = torch.zeros_like(hidden, dtype=acc_dtype) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if bias is not None and needs[2] else None
-    coefficients = _coefficients(stats, grad_logprobs, grad_entropy)
+    coefficients = gradient_coefficients(stats, grad_logprobs, grad_entropy)
     kept, scales = 0, None
     if cache is not None and grad_entropy is None:
         kept = min(cache.tiles.shape[0], hidden.shape[0])
@@ -283,7 +283,7 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def _coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
+def gradient_coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
     """What `softmax_gradient` needs per row.
 
     The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but at the target it is
