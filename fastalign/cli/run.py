@@ -114,7 +114,7 @@ def run_training(
 
 def _prompts(trainer: Any, tokenizer: Any, rows: Any, count: int) -> tuple[list[list[int]], list[str]]:
     """The first `count` different prompts of the held-out rows: tokens, and the text of the last question."""
-    if trainer.eval_dataset is None:
+    if trainer.eval_dataset is None or trainer.is_fsdp_enabled:  # with FSDP each token would need all processes
         return [], []
     tokenized, rows = (next(iter(x.values())) if isinstance(x, dict) else x for x in (trainer.eval_dataset, rows))
     tokens = tokenized["prompt_ids"][:]

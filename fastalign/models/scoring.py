@@ -30,6 +30,7 @@ from fastalign.models.modes import evaluation_mode
 from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import restore_product, use_training_product
+from fastalign.models.sharding import gather_layer
 from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_token_statistics
 from fastalign.reference import linear_logits
@@ -132,6 +133,7 @@ def _forward(
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
     if packed.targets is None:
         return Scores(None, None, hidden)
+    gather_layer(self.get_output_embeddings())
     head = output_head(self)
     kept = hidden if keep_hidden else None
     if statistics:
@@ -139,7 +141,7 @@ def _forward(
         options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
         values = linear_token_statistics(hidden, weight, packed.targets, **options)
         return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
-    # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
+    # `score_index` left out every hidden state without a target, so none needs to be compared with ignore_index.
     out = head.logprobs(hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastalign.data.keys import KEY_BYTES
 from fastalign.models.adapters import adapter_settings, changes_nothing, is_adapter_name, plain_name
+from fastalign.models.sharding import free_gathered, own_part, sharded_like, swap_parts
 
 _FORMAT = "1"  # Part of every fingerprint. Raise it when the content of cached files changes: old ones are not read.
 
@@ -25,22 +26,42 @@ class ReferenceWeights:
     """
 
     def __init__(self, model: nn.Module):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self.values = [p.detach().clone() for p in self.parameters]
+        self._sharded: nn.Module | None = None
+
+    def shard(self, model: nn.Module) -> None:
+        """Follows the model after FSDP2 has replaced its parameters by sharded ones. The copies are sharded likewise.
+
+        Args:
+            model: The same model, whose parameters have the names that they had.
+        """
+        # The checkpointing of layers, where FSDP does it, adds a wrapper to their names.
+        parameters = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+        self.parameters = [parameters[name] for name in self.names]
+        self.values = [sharded_like(v, p) for v, p in zip(self.values, self.parameters, strict=True)]
+        self._sharded = model
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """A context in which the model computes with the copied weights. Use it under `torch.no_grad`.
 
         Model and copy exchange their storage, so nothing is copied, and they exchange it back after an error as well.
+        Sharded ones exchange their content, because FSDP holds on to the storage.
         """
-        self._swap()
-        try:
-            yield
-        finally:
+        with free_gathered(self._sharded) if self._sharded is not None else nullcontext():
             self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
 
     def _swap(self) -> None:
+        if self._sharded is not None:
+            for parameter, value in zip(self.parameters, self.values, strict=True):
+                swap_parts(parameter, value)
+            return
         for i, parameter in enumerate(self.parameters):
             parameter.data, self.values[i] = self.values[i], parameter.data
 
@@ -51,7 +72,7 @@ class ReferenceWeights:
             TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656.
         """
         for parameter, value in zip(self.parameters, self.values, strict=True):
-            value.lerp_(parameter.data, share)
+            own_part(value).lerp_(own_part(parameter.data), share)
 
 
 def fingerprint(model: Any, precision: str = "") -> str:

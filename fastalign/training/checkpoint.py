@@ -37,6 +37,7 @@ from transformers.training_args import OptimizerNames
 from fastalign.data.keys import rows_fingerprint
 from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
 from fastalign.files import check_writable, read_json
+from fastalign.models.sharding import gathered
 from fastalign.training.run_folder import (
     aside_of,
     check_space,
@@ -123,6 +124,9 @@ class AtomicCheckpoints(Trainer):
 
     stopping: Any  # the callback `StopOnSignal`
     sums: Any
+    optimizer_state: Any  # these three are of `ShardedTraining`
+    set_optimizer_state: Any
+    load_before_sharding: Any
     throughput: Any
     begin_record: Any
     given: Any
@@ -140,7 +144,6 @@ class AtomicCheckpoints(Trainer):
             **kwargs: Likewise.
         """
         run = Path(str(self.args.output_dir))
-        self._check_engine()
         if self.args.should_save:
             recover(run)
         self.accelerator.wait_for_everyone()
@@ -160,6 +163,8 @@ class AtomicCheckpoints(Trainer):
         if self.args.should_save and self.args.save_strategy != "no":
             check_writable("output_dir", run)
             check_space(run, self.model, OptimizerNames(self.args.optim).value)
+        if checkpoint is not None and self.is_fsdp_enabled:
+            self.load_before_sharding(checkpoint)
         try:
             self.begin_record()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
@@ -167,14 +172,6 @@ class AtomicCheckpoints(Trainer):
             if disk_error(error) is None:
                 raise
             raise _unsaved("The run", run, error) from error
-
-    def _check_engine(self) -> None:
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.save_strategy != "no":
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ConfigError(
-                f"{engine} shards the optimiser's state, and its checkpoints are pickles, which are not written: set "
-                "save_strategy=no"
-            )
 
     def _run_epoch(self, *args, **kwargs):
         # A checkpoint of the last step leaves nothing to do. transformers would make one step more before it notices.
@@ -230,13 +227,15 @@ class AtomicCheckpoints(Trainer):
         # Whoever stops a run wants to go on with it, so that checkpoint holds everything.
         if not self.args.save_only_model or self.stopping.agreed is not None:
             save_state(aside, f"process-{self.args.process_index}", self._process_state())
+            optimizer = self.optimizer_state()  # in all processes, since shards are gathered
             if self.args.should_save:
-                save_state(aside, "optimizer", self.optimizer.state_dict())
+                save_state(aside, "optimizer", optimizer)
                 save_state(aside, "scheduler", self.lr_scheduler.state_dict())
                 if self.accelerator.scaler is not None:
                     save_state(aside, "scaler", self.accelerator.scaler.state_dict())
+        extra = {name: gathered(value) for name, value in extra_state(self).items()}
         if self.args.should_save:
-            save_extra_state(aside, extra_state(self))
+            save_extra_state(aside, extra)
             (aside / ROWS).write_text(json.dumps(self._rows_facts()) + "\n", encoding="utf-8")
             self._export_callbacks()
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
@@ -273,7 +272,8 @@ class AtomicCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._check_rows(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # else they were read before the model was sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_state(resume_from_checkpoint, extra_state(self))
 
     def _rows_facts(self) -> dict[str, Any]:
@@ -312,7 +312,7 @@ class AtomicCheckpoints(Trainer):
                 "new run with it as the model"
             )
         try:
-            self.optimizer.load_state_dict(optimizer)
+            self.set_optimizer_state(optimizer)
         except ValueError as error:
             raise ConfigError(
                 f"{checkpoint} was saved with other options ({error}): go on with the options that it was saved with"

@@ -17,6 +17,7 @@ from fastalign.data.loading import Rows, of_each
 from fastalign.data.processes import process_count, process_index
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
+from fastalign.models.sharding import is_sharded
 from fastalign.objectives.base import Metrics, Objective
 from fastalign.training.checkpoint import random_state, set_random_state
 from fastalign.training.metrics import MetricSums, held_out
@@ -147,7 +148,12 @@ class HeldOutEvaluation(Trainer):
         """
         self.sums.clear("eval")
         random = random_state()
+        whole = self.is_fsdp_enabled and not is_sharded(self.model)
+        if whole:  # before training each process has the complete model, which the Trainer must not shard without AdamW
+            self.accelerator._models.append(self.model)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if whole:
+            self.accelerator._models.remove(self.model)
         set_random_state(random)
         means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
         return output._replace(metrics={**(output.metrics or {}), **means})

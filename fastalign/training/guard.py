@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastalign.data.processes import gather_objects, largest_of_processes
 from fastalign.errors import TrainingError
 from fastalign.files import write_jsonl
+from fastalign.models.sharding import own_part
 
 FILE_NAME = "nonfinite_rows.jsonl"
 _READ_EVERY = 10  # optimiser steps between two reads of a GPU's checks
@@ -79,7 +79,7 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Checks the gradients, and lets the optimiser skip the step if a check failed that was not read yet."""
         rows, self.rows = self.rows, []
-        gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
+        gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
         # With fp16 the scaler looks for inf in the gradients and skips the step, see `on_optimizer_step`.
         if gradients and not args.fp16:
             # The largest magnitude of each gradient is NaN or inf exactly if one of its elements is.
@@ -91,7 +91,8 @@ class FiniteGuard(TrainerCallback):
         if args.fp16 or not gradients:
             return
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-        if getattr(inner, "_step_supports_amp_scaling", False):
+        sharded = self.trainer.is_fsdp_enabled  # a fused step takes no plain flag beside shards
+        if getattr(inner, "_step_supports_amp_scaling", False) and not sharded:
             inner.found_inf = self.stopped
         else:  # this optimiser cannot skip a step on the device
             self.read()
@@ -188,8 +189,3 @@ class FiniteGuard(TrainerCallback):
 def _anywhere(check: _Check) -> Tensor:
     """() bool: whether a check has failed in any process."""
     return check.failed if check.anywhere is None else check.anywhere
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """The part of a gradient that lies on this process, where FSDP shards it."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -15,12 +15,11 @@ from fastalign.data.batch import Batch
 from fastalign.data.processes import gather_objects, process_count
 from fastalign.errors import TrainingError
 from fastalign.memory import measure
-from fastalign.models.adapters import causal_lm
-from fastalign.models.head import output_head, token_divergence
+from fastalign.models.head import token_divergence
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.objectives.base import Metrics, Objective
 from fastalign.regularizers.base import count_of
-from fastalign.training.reference import score_with_weights
+from fastalign.training.reference import detached_head, score_with_weights
 from fastalign.training.watch import adapter_norm
 
 Mode = Literal["train", "eval"]
@@ -127,7 +126,7 @@ def held_out(
         ref_scores, ref_head = score_with_weights(model, batch.packed, reference)
         assert ref_scores.logprobs is not None and ref_scores.hidden is not None, "it has targets and keeps them"
         ref_logprobs = ref_scores.logprobs[: scores.logprobs.shape[0] - batch.prompt_tokens]
-        head = output_head(causal_lm(model))
+        head = detached_head(model)
         kl = token_divergence(scores.hidden, head, ref_scores.hidden, ref_head, divergence="reverse_kl")
         metrics["kl"] = (kl.sum(dtype=torch.float64), count_of(kl))
     totals = objective.totals(batch)

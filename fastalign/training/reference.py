@@ -40,6 +40,7 @@ from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import Scores
+from fastalign.models.sharding import gathered, is_sharded
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.training.out_of_memory import check_splittable, in_parts
 
@@ -115,7 +116,17 @@ def score_with_weights(model: nn.Module, packed: PackedBatch, weights: Reference
     """
     with evaluation_mode(model), weights.in_place() if weights else nullcontext():
         scores = model(packed=packed, keep_hidden=True)
-        return scores, output_head(causal_lm(model)).detach()
+        return scores, detached_head(model)
+
+
+def detached_head(model: nn.Module) -> Head:
+    """The output layer without a graph. Of a sharded model it is a copy, because FSDP frees what it gathers."""
+    head = output_head(causal_lm(model)).detach()
+    if not is_sharded(model):
+        return head
+    weight, bias = (None if part is None else gathered(part).clone() for part in (head.weight, head.bias))
+    assert weight is not None, "an output layer has a weight"
+    return head._replace(weight=weight, bias=bias)
 
 
 def start_rounding(device: torch.device) -> float:

@@ -53,6 +53,7 @@ from fastalign.training.out_of_memory import SplitsMicroBatches
 from fastalign.training.preflight import check_options, report_lines
 from fastalign.training.record import RecordedRuns, given_options
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
+from fastalign.training.sharded import ShardedTraining
 from fastalign.training.start import load_start, start_model, way_of
 from fastalign.training.stopping import StopOnSignal, StoppableRuns
 
@@ -60,7 +61,9 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
-class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(
+    StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics, ShardedTraining
+):  # fmt: skip
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
 
     Args:
@@ -147,6 +150,9 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         self.sums, self.throughput = MetricSums(), Throughput()
         of_transformers = {"callbacks": callbacks, **trainer_options}
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
+        self.check_sharded(regularizers)
+        if self.is_fsdp_enabled:
+            model.to(self.args.device)  # the Trainer leaves that to FSDP, but the reference is scored before
         self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout: Layout = _layout_of(model, args)

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from fastalign.models.adapters import lora_layers
+from fastalign.models.sharding import gathered
 from fastalign.report.diagnostics import Finding, Logged, find
 
 logger = logging.getLogger("fastalign")
@@ -54,5 +55,5 @@ class Watch(TrainerCallback):
 @torch.no_grad()
 def adapter_norm(model: Any) -> float | None:
     """The norm of all B matrices of the model's LoRA adapters together, 0 in a new adapter; None without an adapter."""
-    norms = [lora.b.detach().float().norm() for _, lora in lora_layers(model)]
+    norms = [gathered(lora.b.detach()).float().norm() for _, lora in lora_layers(model)]
     return torch.stack(norms).norm().item() if norms else None

@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fastalign import (
     SFTConfig,
     SFTTrainer,
 )
+from fastalign.models.sharding import gathered
 from fastalign.regularizers import EWC, L2SP, Distillation, KLToStart, LayerWise, Replay
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,8 +58,10 @@ class Case:
         rows: Which rows it trains on.
         options: Of its configuration.
         regularizers: Makes its regularisers.
+        make: Makes the model.
         adapter: Whether an adapter is trained, with all weights otherwise.
         one: Options of one process that trains on the same rows.
+        two: Options of two processes alone.
         exact: Whether both runs add the same numbers in the same order, so that all bits agree.
     """
 
@@ -66,9 +69,22 @@ class Case:
     rows: str = "pairs"
     options: dict[str, Any] = field(default_factory=dict)
     regularizers: Callable[[], list] = list
+    make: Callable[[], torch.nn.Module] = tiny_model
     adapter: bool = False
     one: dict[str, Any] = field(default_factory=lambda: SPLIT)
+    two: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
+
+
+def gpt2(*, tied: bool = True) -> torch.nn.Module:
+    """A GPT-2 of two layers."""
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=2,
+            pad_token_id=0, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
 
 
 def ones() -> dict[str, torch.Tensor]:
@@ -113,6 +129,21 @@ CASES = {
     ),
     "sft, layer-wise": Case("sft", "completions", regularizers=lambda: [LayerWise([1, 2], decay=0.5)], exact=True),
 }  # fmt: skip
+# The same under FSDP2, whose sums are in another order.
+SHARDED = {"two": {"fsdp": True}, "exact": False}
+CASES |= {
+    f"fsdp, {name}": replace(CASES[name], options=CASES[name].options | SGD, **SHARDED)
+    for name in (
+        "sft", "sft, two micro-batches", "dpo, stored reference", "dpo, live reference", "dpo, moving reference", "ipo",
+        "orpo", "simpo",
+    )
+}  # fmt: skip
+CASES["fsdp, AdamW, clipped"] = Case(options={"learning_rate": 1e-3, "adam_epsilon": 1e-3}, **SHARDED)
+CASES["fsdp, output layer apart"] = Case(
+    options=SGD | {"precompute_ref_log_probs": False}, make=lambda: tiny_model(tied=False), **SHARDED
+)
+CASES["fsdp, GPT-2"] = Case(options=SGD | {"precompute_ref_log_probs": False}, make=gpt2, **SHARDED)
+CASES["fsdp, GPT-2, apart"] = Case(options=SGD, make=lambda: gpt2(tied=False), **SHARDED)
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig),
     "preference": (PreferenceTrainer, PreferenceConfig),
@@ -133,7 +164,7 @@ def make_trainer(
     given = {
         "output_dir": str(folder / "run"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
         "logging_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
-        "lr_scheduler_type": "constant", "ddp_timeout": 60, **cache, **case.options, **options,
+        "lr_scheduler_type": "constant", "ddp_timeout": 120, **cache, **case.options, **options,
     }  # fmt: skip
     lora = None
     if case.adapter:
@@ -141,7 +172,7 @@ def make_trainer(
     rows = rows or ROWS_OF[case.rows]
     teacher = {"teacher": tiny_model(1)} if case.method == "distillation" else {}
     return kind(
-        tiny_model(), config(**given), rows, rows[-held_out:] if held_out else None,
+        case.make(), config(**given), rows, rows[-held_out:] if held_out else None,
         processing_class=byte_tokenizer(), peft_config=lora, regularizers=case.regularizers(), **teacher,
     )  # fmt: skip
 
@@ -149,7 +180,7 @@ def make_trainer(
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """What was trained, by name."""
     return {
-        name: parameter.detach().clone().contiguous()
+        name: gathered(parameter.detach()).clone().contiguous()
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
@@ -165,7 +196,7 @@ def train_one(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], list[di
 
 def train_rank(name: str, folder: Path) -> None:
     """Trains a case in this process and the others of its group. The first one writes what came out."""
-    trainer = make_trainer(CASES[name], folder)
+    trainer = make_trainer(CASES[name], folder, **CASES[name].two)
     trainer.train()
     weights = weights_of(trainer)
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()

@@ -12,7 +12,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from ranks import CASES, Case, make_trainer, weights_of
+from safetensors.torch import load_file
 from soak import PAIRS
 from transformers import TrainerCallback
 
@@ -162,6 +164,40 @@ def stopped(folder: Path, cases: dict[str, tuple[str, ...]]) -> Any:
     return found
 
 
+def sharded(folder: Path, rank: int) -> Any:
+    """FSDP2: a run that stops and goes on, what it saves, and what is refused."""
+    case, found = CASES["fsdp, dpo, live reference"], {}
+    saving = {"save_strategy": "steps", "save_steps": 1, "held_out": 3, "eval_strategy": "epoch", "fsdp": True}
+    saving |= {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+    whole = make_trainer(case, folder / "whole", **saving)
+    before = whole.evaluate()
+    whole.train()
+    found["before"] = [before["eval_loss"], before["eval_kl"]]
+    found["weights"] = weights_of(whole)
+    make_trainer(case, folder / "again", **saving, num_train_epochs=1, max_steps=2).train()
+    for path in (folder / "again" / "run").glob("checkpoint-*"):
+        found.setdefault("files", sorted(file.suffix for file in path.iterdir()))
+    wait_for_all()
+    again = make_trainer(case, folder / "again", **saving, resume_from_checkpoint="last")
+    again.train()
+    found["same"] = digest(again) == digest(whole), logged(again)[-1] == logged(whole)[-1]
+    weights = found.pop("weights")
+    saved = load_file(folder / "whole" / "run" / "checkpoint-3" / "model.safetensors") if rank == 0 else {}
+    found["saved"] = all(torch.equal(value, weights[name]) for name, value in saved.items()) and len(saved)
+    for name in ("dpo, KL", "distillation, live", "dpo, LoRA", "kto"):
+        found[name] = refusal(CASES[name], folder / name, fsdp=True)
+    return found
+
+
+def refusal(case: Case, folder: Path, **options: Any) -> str:
+    """Why a trainer is refused."""
+    try:
+        make_trainer(case, folder, **options)
+    except FastAlignError as error:
+        return str(error)
+    return "nothing"
+
+
 def other_count(folder: Path, rank: int) -> Any:
     """A checkpoint of one process cannot be gone on from in two; one of two is left for a single process to try."""
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
@@ -216,6 +252,7 @@ SCENARIOS = {
     "evaluation": evaluation,
     "not finite": not_finite,
     "signals": lambda folder, rank: stopped(folder, STOPPED),
+    "sharded": sharded,
     "other count": other_count,
     "one fails": one_fails,
     "all evaluations": lambda folder, rank: evaluation(

@@ -83,13 +83,13 @@ CASES = {
 STEPS = 8
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
     """A Llama of two layers, the same each time."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=None,
             eos_token_id=2, pad_token_id=0,
         )
     )  # fmt: skip

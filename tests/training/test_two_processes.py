@@ -21,12 +21,21 @@ from fastalign.errors import ConfigError
 
 CASES = [
     "sft, LoRA", "sft, two micro-batches", "dpo, stored reference", "orpo", "kto", "bco", "distillation, stored",
-    "dpo, EWC + KL + replay", "sft, layer-wise",
+    "dpo, EWC + KL + replay", "sft, layer-wise", "fsdp, dpo, live reference",
 ]  # fmt: skip
 
 
 # The last one breaks the group of processes.
-SCENARIOS = ["keyed parts", "shared reference", "evaluation", "not finite", "signals", "other count", "one fails"]
+SCENARIOS = [
+    "keyed parts",
+    "shared reference",
+    "evaluation",
+    "not finite",
+    "signals",
+    "sharded",
+    "other count",
+    "one fails",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,7 @@ def trained(tmp_path_factory):
     process = two_processes.torchrun(folder / "two", [*CASES, *SCENARIOS])
     try:
         one = {name: ranks.train_one(name, folder / "one" / name) for name in CASES}
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
     assert (folder / "two" / SCENARIOS[-1] / "rank-1.json").exists(), output[-4000:]
@@ -94,6 +103,18 @@ def test_a_signal_in_one_process_stops_both_and_both_go_on_to_the_same_bits(of_p
     for name, found in one.items():
         step = 3 if name.endswith("end") else 2
         assert found == [143, step, ["checkpoint-2", "checkpoint-3"], True, True], name
+
+
+def test_a_sharded_model_is_saved_gathered_and_goes_on(of_processes):
+    for rank, found in enumerate(of_processes("sharded")):
+        assert found["before"] == [pytest.approx(math.log(2)), 0.0]  # evaluated before the model was sharded
+        assert set(found["files"]) == {".json", ".safetensors"}
+        assert found["same"] == [True, True]
+        assert found["saved"] == (20 if rank == 0 else 0)  # tensors that are those of the sharded model
+        assert "KLToStart cannot be combined with FSDP" in found["dpo, KL"]
+        assert "Distillation cannot be combined with FSDP" in found["distillation, live"]
+        assert "an adapter is trained, which is not supported" in found["dpo, LoRA"]
+        assert "the loss (aot, kto or bco) compares rows" in found["kto"]
 
 
 def test_another_number_of_processes_cannot_go_on(trained, of_processes):
