@@ -8,6 +8,7 @@ from fastalign.models.offline import guard_imports
 if TYPE_CHECKING:
     from fastalign.config import DistillationConfig as DistillationConfig
     from fastalign.config import PreferenceConfig as PreferenceConfig
+    from fastalign.config import RewardConfig as RewardConfig
     from fastalign.config import SFTConfig as SFTConfig
     from fastalign.fisher import Fisher as Fisher
     from fastalign.fisher import fisher_diagonal as fisher_diagonal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastalign.regularizers import Replay as Replay
     from fastalign.training import DistillationTrainer as DistillationTrainer
     from fastalign.training import PreferenceTrainer as PreferenceTrainer
+    from fastalign.training import RewardTrainer as RewardTrainer
     from fastalign.training import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
@@ -56,6 +58,8 @@ lazy_exports(
         "PreferenceOutput": "fastalign.fused",
         "PreferenceTrainer": "fastalign.training",
         "Replay": "fastalign.regularizers",
+        "RewardConfig": "fastalign.config",
+        "RewardTrainer": "fastalign.training",
         "SFTConfig": "fastalign.config",
         "SFTTrainer": "fastalign.training",
         "UnpairedOutput": "fastalign.fused",

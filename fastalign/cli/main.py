@@ -16,12 +16,27 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastalign import __version__
-from fastalign.cli import chat, compare, data, diagnose, fisher, generate, info, merge, plan, report, table, tax, train
+from fastalign.cli import (
+    chat,
+    compare,
+    data,
+    diagnose,
+    fisher,
+    generate,
+    info,
+    merge,
+    plan,
+    report,
+    score,
+    table,
+    tax,
+    train,
+)
 from fastalign.cli.methods import commands as training_commands
 from fastalign.errors import ConfigError, FastAlignError, printable
 from fastalign.options import closest
 
-COMMANDS = (train, plan, report, diagnose, generate, chat, compare, merge, data, tax, fisher, info)
+COMMANDS = (train, plan, report, diagnose, generate, chat, compare, score, merge, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}

@@ -24,6 +24,7 @@ class Method(NamedTuple):
         config: `module:class` of its options.
         trainer: `module:class` of its trainer.
         losses: Whether each preference loss is a command, which sets loss_type.
+        answers: Whether the trained model writes answers, which are compared before and after training.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Method(NamedTuple):
     config: str
     trainer: str
     losses: bool = False
+    answers: bool = True
 
 
 METHODS = {
@@ -53,6 +55,13 @@ METHODS = {
         trainer="fastalign.training.preference:PreferenceTrainer",
         losses=True,
     ),
+    "reward": Method(
+        title="reward model",
+        help="train a reward model on pairs",
+        config="fastalign.config.reward:RewardConfig",
+        trainer="fastalign.training.reward:RewardTrainer",
+        answers=False,
+    ),
 }
 
 # Names in a configuration file: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
@@ -73,7 +82,7 @@ def load_class(name: str) -> Any:
 
 
 def commands() -> dict[str, str]:
-    """Command -> its row in METHODS: sft, distill, and every preference loss by its name and by TRL's."""
+    """Command -> its row in METHODS: sft, distill, reward, and every preference loss by its name and by TRL's."""
     found = {}
     for name, method in METHODS.items():
         found.update(dict.fromkeys([*table.losses(), *table.aliases()] if method.losses else [name], name))

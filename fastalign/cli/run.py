@@ -79,7 +79,8 @@ def run_training(
         write_json(folder / "run.json", run_record(options, trainer.args))
         write_text(folder / "preflight.txt", _preflight(trainer, translation))
 
-    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
+    shown = options.samples if first and method_of(config).answers else 0
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, shown) if shown else ([], [])
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     trainer.how_to_go_on = command or trainer.how_to_go_on
     try:

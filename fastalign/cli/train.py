@@ -17,7 +17,7 @@ from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
 
 # The commands that `fastalign --help` lists. It names the other losses below that list.
-LISTED = ("sft", "distill", "dpo", "orpo", "kto")
+LISTED = ("sft", "distill", "dpo", "orpo", "kto", "reward")
 # What names a file by its ending, and must therefore be there.
 _FILES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".safetensors", ".gguf"}
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastalign.config.base import AlignmentConfig as AlignmentConfig
     from fastalign.config.distillation import DistillationConfig as DistillationConfig
     from fastalign.config.preference import PreferenceConfig as PreferenceConfig
+    from fastalign.config.reward import RewardConfig as RewardConfig
     from fastalign.config.sft import SFTConfig as SFTConfig
 
 lazy_exports(
@@ -16,6 +17,7 @@ lazy_exports(
         "AlignmentConfig": "fastalign.config.base",
         "DistillationConfig": "fastalign.config.distillation",
         "PreferenceConfig": "fastalign.config.preference",
+        "RewardConfig": "fastalign.config.reward",
         "SFTConfig": "fastalign.config.sft",
     },
 )

@@ -9,7 +9,7 @@ Nothing here reaches the network or writes a cache: data sets live in memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from fastalign.data.formats import Format, check_row, detect_format, to_example
 from fastalign.data.layouts import Converted, convert_rows
 from fastalign.data.loading import Rows, load_rows
 from fastalign.data.messages import RowProblem
+from fastalign.data.numbers import numbers_of, with_numbers
 from fastalign.data.pretokenized import TokenFormat, read_tokens, token_format
 from fastalign.data.report import DataReport, Lengths
 from fastalign.data.unpairing import labelled_from_pairs
@@ -58,6 +59,7 @@ def tokenize(
     allow_empty_prompt: bool = False,
     apply_chat_template: bool = False,
     wanted: str | None = None,
+    numbers: Sequence[str] = (),
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenises rows of any known format, and reports on it.
 
@@ -88,6 +90,7 @@ def tokenize(
         wanted: what the rows are for: "pairs", "labelled" (one completion with a label), or "completions". Other rows
             are refused before they are tokenised. Of pairs, "labelled" makes two rows each: the chosen completion with
             the label true, the rejected one with the label false. None takes rows of any format.
+        numbers: columns of numbers that are carried over where the rows have them, one finite number per row.
 
     Returns:
         The data set and its report. The columns of the data set:
@@ -96,6 +99,7 @@ def tokenize(
         - `completion_ids`: list of lists of int32; two lists for preference data, chosen first
         - `completion_mask`: as `completion_ids`, 1 for scored tokens; the column exists only if a token is not scored
         - `label`: bool; the column exists only for unpaired data
+        - the columns of `numbers`: float64
 
     Raises:
         ConfigError: an unknown option.
@@ -114,19 +118,21 @@ def tokenize(
     if fmt is not None:
         converted = Converted(rows)
         _check_wanted(fmt, wanted)
-        work = partial(_take_rows, fmt=fmt, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+        work = partial(_take_rows, fmt=fmt)
     else:
         converted = convert_rows(rows, wanted)
         fmt = _checked_format(converted, wanted)
         fmt = _as_chat(fmt) if apply_chat_template else fmt
         read = partial(to_example, fmt=fmt, tokenizer=tokenizer, allow_empty_prompt=allow_empty_prompt)
-        work = partial(_tokenize_rows, read=read, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
+        work = partial(_tokenize_rows, read=read)
+    numbers = [name for name in numbers if name in converted.rows.column_names]
+    work = partial(work, numbers=numbers, tokenizer=tokenizer, max_length=max_length, on_truncate=on_truncate)
     _check_tokenizer(tokenizer, fmt)
     # Fewer rows are tokenised fast enough that one error can name everything that is wrong.
     if on_invalid == "error" and isinstance(fmt, Format) and len(converted.rows) > BATCH_ROWS:
         _check_rows(converted, fmt, len(rows))
     outcome = _Outcome()
-    tokens = _to_dataset(_run(work, _batches(converted.rows, fmt), num_proc), outcome, fmt)
+    tokens = _to_dataset(_run(work, _batches(converted.rows, fmt, numbers), num_proc), outcome, fmt, numbers)
     _number_as_given(outcome, converted)
     _raise_if_refused(outcome, len(tokens), len(rows), max_length, on_truncate, on_invalid)
     if wanted == "labelled" and fmt.gives == "pairs":
@@ -175,8 +181,10 @@ def _check_wanted(fmt: Format | TokenFormat, wanted: str | None) -> None:
         raise DataError(f"The data set is '{fmt}'; {NEEDS[wanted]} are needed.")
 
 
-def _batches(rows: datasets.Dataset, fmt: Format | TokenFormat) -> Iterator[tuple[int, dict[str, list]]]:
-    rows = rows.select_columns(list(fmt.sources.values()))
+def _batches(
+    rows: datasets.Dataset, fmt: Format | TokenFormat, numbers: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, list]]]:
+    rows = rows.select_columns([*fmt.sources.values(), *numbers])
     return ((start, rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS))
 
 
@@ -243,13 +251,14 @@ def _run(work, batches, num_proc: int | None) -> Iterator[_Outcome]:
 def _tokenize_rows(
     batch: tuple[int, dict[str, list]],
     read: Callable[[dict], Example],
+    numbers: Sequence[str],
     tokenizer,
     max_length: int | None,
     on_truncate: str,
 ) -> _Outcome:
     """Tokenises some rows, given as (how many rows are before them, columns)."""
     outcome = _Outcome()
-    examples = _read_examples(batch, read, outcome)
+    examples = _read_examples(batch, partial(with_numbers, read=read, names=numbers), outcome)
     prefix = special_prefix(tokenizer)
     encoded = encode_examples(list(examples.values()), tokenizer)
     for (number, example), tokens in zip(examples.items(), encoded, strict=True):
@@ -257,29 +266,38 @@ def _tokenize_rows(
         if problem := _token_problem(tokens):
             outcome.problems.append((number, *problem))
         else:
-            _take(outcome, number, tokens, example.label, prefix, max_length, on_truncate)
+            columns = {"label": example.label, **numbers_of(batch, number, numbers)}
+            _take(outcome, number, tokens, columns, prefix, max_length, on_truncate)
     outcome.problems.sort()
     return outcome
 
 
 def _take_rows(
-    batch: tuple[int, dict[str, list]], fmt: TokenFormat, tokenizer, max_length: int | None, on_truncate: str
+    batch: tuple[int, dict[str, list]],
+    fmt: TokenFormat,
+    numbers: Sequence[str],
+    tokenizer,
+    max_length: int | None,
+    on_truncate: str,
 ) -> _Outcome:
     """Takes over some rows of token ids, given as (how many rows are before them, columns)."""
     outcome, prefix = _Outcome(), special_prefix(tokenizer)
     read = partial(read_tokens, fmt=fmt, vocabulary=len(tokenizer), eos=tokenizer.eos_token_id)
+    read = partial(with_numbers, read=read, names=numbers)
     for number, (tokens, label) in _read_examples(batch, read, outcome).items():
         if len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]:
             outcome.problems.append((number, "identical pair", "chosen and rejected are the same tokens"))
         else:
-            _take(outcome, number, tokens, label, prefix, max_length, on_truncate)
+            columns = {"label": label, **numbers_of(batch, number, numbers)}
+            _take(outcome, number, tokens, columns, prefix, max_length, on_truncate)
     outcome.problems.sort()
     return outcome
 
 
 def _take(
-    outcome: _Outcome, number: int, tokens: Tokens, label, prefix: list[int], max_length: int | None, on_truncate: str
-) -> None:
+    outcome: _Outcome, number: int, tokens: Tokens, columns: dict[str, Any], prefix: list[int], max_length: int | None,
+    on_truncate: str,
+) -> None:  # fmt: skip
     """Adds a row to the outcome: to its rows, or to those that are too long."""
     length = tokens.length
     if max_length and length > max_length and not (
@@ -293,7 +311,7 @@ def _take(
             "prompt_ids": tokens.prompt,
             "completion_ids": tokens.completions,
             "completion_mask": tokens.masks,
-            "label": label,
+            **columns,
         }
     )
 
@@ -325,7 +343,9 @@ def _token_problem(tokens: Tokens) -> tuple[str, str] | None:
 # The data set and its report
 
 
-def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format | TokenFormat) -> datasets.Dataset:
+def _to_dataset(
+    batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format | TokenFormat, numbers: Sequence[str] = ()
+) -> datasets.Dataset:
     """One data set of all batches. Problems and counts are added up in `outcome`.
 
     Each batch is converted as it comes: Python's lists take ten times the memory of Arrow's.
@@ -335,6 +355,7 @@ def _to_dataset(batches: Iterator[_Outcome], outcome: _Outcome, fmt: Format | To
         completion_ids=List(List(Value("int32"))),
         completion_mask=List(List(Value("int8"))),
         label=Value("bool"),
+        **{name: Value("float64") for name in numbers},
     )
     tables = []
     for batch in batches:

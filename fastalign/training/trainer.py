@@ -59,8 +59,20 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
+def _loaded(
+    model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
+    quantization: Quantization, double_quantization: bool,
+) -> nn.Module:  # fmt: skip
+    """The model that training starts from, loaded if it is given by its name."""
+    if isinstance(model, (str, Path)):
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+    if quantization != "none":
+        raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
+    return model
+
+
 class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
-    """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
+    """What the trainers share; use `PreferenceTrainer`, `SFTTrainer`, `DistillationTrainer` or `RewardTrainer`.
 
     Args:
         model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
@@ -96,7 +108,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
     # Trainer.training_step would divide the loss by the number of micro-batches. The objective has divided it by the
     # totals of the accumulated batch already, see `Totals`.
     loss_is_scaled_for_ga = True
-
+    _load = staticmethod(_loaded)
     args: AlignmentConfig  # this type and those below are wider in transformers.Trainer
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
@@ -133,7 +145,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         way = way_of(adapter, peft_config)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization)
+        model = self._load(model, dtype, way, peft_config, quantization, double_quantization)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -248,7 +260,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
             policy = score_with(None)[0].logprobs if drawn else scores.logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
-        loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
+        loss, metrics = self.objective(scores.of_objective, reference, batch, totals)
         self.sums.add("train", metrics)
         step = Step(
             model, batch, scores, loss, totals, first=self._micro_batches == 0, rows=self._step_rows or len(batch.rows),
@@ -280,18 +292,6 @@ def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, 
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-
-
-def _loaded(
-    model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool,
-) -> nn.Module:  # fmt: skip
-    """The model that training starts from, loaded if it is given by its name."""
-    if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
-    if quantization != "none":
-        raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-    return model
 
 
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> Layout:

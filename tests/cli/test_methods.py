@@ -23,7 +23,7 @@ def test_every_row_names_a_config_and_a_trainer(name):
 
 def test_each_method_and_each_loss_is_a_command():
     commands = methods.commands()
-    assert set(commands) == {"sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES}
+    assert set(commands) == {"sft", "distill", "reward", *PAIRWISE, *UNPAIRED, *ALIASES}
     assert (commands["sft"], commands["sigmoid"], commands["kto"]) == ("sft", "preference", "preference")
 
 

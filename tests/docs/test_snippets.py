@@ -100,7 +100,7 @@ def test_commands_and_their_options_exist(page, sources, known_options, options_
     from fastalign.cli import trl
     from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
 
-    methods = {"sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES}
+    methods = {"sft", "distill", "reward", *PAIRWISE, *UNPAIRED, *ALIASES}
     for line, words in commands(page):
         name = next((n for n in sources.commands() if words[: len(n.split())] == n.split()), words[0])
         assert name in methods | {*sources.commands(), "info", "--version", "--help"}, f"{page}:{line}: {name}"
