@@ -173,7 +173,7 @@ def _evaluate_and_answer(
 def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
     state, config, seconds = trainer.state, trainer.args, trainer.training_seconds
     method = method_of(config)
-    losses = " + ".join(config.loss_type) if method.losses else method.title
+    losses = " + ".join(config.loss_type) if method.losses else config.loss_type if method.names else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
     how = "all weights"
     if has_adapter(trainer.model):

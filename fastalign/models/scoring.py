@@ -99,7 +99,7 @@ def prepare(model: nn.Module) -> Layout:
 
 def _forward(
     self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None,
-    noise: float | None = None, **kw,
+    noise: float | None = None, temperature: float = 1.0, **kw,
 ):  # fmt: skip
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
@@ -111,7 +111,7 @@ def _forward(
         return Scores(None, None, hidden)
     head = output_head(self)
     # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
-    options = {"ignore_index": None, "memory_budget": memory_budget} | head.options()
+    options = {"ignore_index": None, "memory_budget": memory_budget, "temperature": temperature} | head.options()
     out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, hidden if keep_hidden else None)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastalign.objectives.base import Metrics as Metrics
     from fastalign.objectives.base import Objective as Objective
     from fastalign.objectives.base import Totals as Totals
+    from fastalign.objectives.policy import PolicyObjective as PolicyObjective
     from fastalign.objectives.preference import PreferenceObjective as PreferenceObjective
     from fastalign.objectives.reward import RewardObjective as RewardObjective
     from fastalign.objectives.sft import SFTObjective as SFTObjective
@@ -18,6 +19,7 @@ lazy_exports(
     {
         "Metrics": "fastalign.objectives.base",
         "Objective": "fastalign.objectives.base",
+        "PolicyObjective": "fastalign.objectives.policy",
         "PreferenceObjective": "fastalign.objectives.preference",
         "RewardObjective": "fastalign.objectives.reward",
         "SFTObjective": "fastalign.objectives.sft",

@@ -28,7 +28,7 @@ def check_config(args: object, expected: type[AlignmentConfig]) -> None:
     """ConfigError for options of another class, such as None or transformers.TrainingArguments."""
     if not isinstance(args, expected):
         name = (
-            "PreferenceConfig, SFTConfig, DistillationConfig or RewardConfig"
+            "PreferenceConfig, SFTConfig, DistillationConfig, RewardConfig or OnlineConfig"
             if expected is AlignmentConfig
             else expected.__name__
         )

@@ -251,7 +251,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         """
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
-        score_with = functools.cache(partial(score_with_weights, model, batch.packed))
+        score_with = functools.cache(partial(score_with_weights, model, batch.packed, **self.args.scoring_options))
         scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
         reference = None
         if self.reference is not None:
@@ -315,7 +315,7 @@ def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
 
 def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
     """The options that every forward of training takes."""
-    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha}
+    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha, **args.forward_options}
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
