@@ -32,9 +32,11 @@ test: $(VENV)/.dev  ## every test
 	$(STEP) "pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev  ## long checks: runs killed at random moments and resumed, then 20,000 generated inputs
+soak: $(VENV)/.dev  ## long checks: runs killed and resumed, full disks and memory limits, then 20,000 generated inputs
 	$(STEP) "runs of every trainer, killed and resumed"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py $(SOAK)
+	$(STEP) "full disks, read-only folders, memory limits"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/faults.py
 	$(STEP) "generated inputs to ops, losses, readers and options"
 	@$(BIN)/python tests/fuzz/soak.py --inputs 20000
 

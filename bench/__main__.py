@@ -14,12 +14,12 @@ import torch
 from bench.harness import machine, model
 from bench.harness.measure import load, save, say
 from bench.pages import readme, report
-from bench.suites import divergences, fisher, gpu, losses, ops, scale, selective, train
+from bench.suites import divergences, fisher, gpu, losses, ops, scale, selective, train, trl
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = {
     "machine": machine, "ops": ops, "selective": selective, "divergences": divergences, "losses": losses,
-    "train": train, "scale": scale, "fisher": fisher,
+    "train": train, "trl": trl, "scale": scale, "fisher": fisher,
 }  # fmt: skip
 
 

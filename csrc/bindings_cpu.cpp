@@ -175,6 +175,7 @@ void bind_problems(py::module_& m) {
         .def_property("grad_logprobs", nullptr, address(&F::grad_logprobs))
         .def_property("grad_entropy", nullptr, address(&F::grad_entropy))
         .def_property("stats", nullptr, address(&F::stats))
+        .def_property("details", nullptr, address(&F::details))
         .def_property("picked", nullptr, address(&F::picked));
     using B = BackwardProblem;
     py::class_<B, H>(m, "BackwardProblem", py::module_local())

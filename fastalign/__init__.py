@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fastalign.config import PreferenceConfig as PreferenceConfig
     from fastalign.config import RewardConfig as RewardConfig
     from fastalign.config import SFTConfig as SFTConfig
+    from fastalign.evaluation import Suite as Suite
+    from fastalign.evaluation import evaluate as evaluate
     from fastalign.fisher import Fisher as Fisher
     from fastalign.fisher import fisher_diagonal as fisher_diagonal
     from fastalign.fused import *  # noqa: F403 -- `fused_linear_<loss>` of every loss, as fused.pyi lists them
@@ -66,8 +68,10 @@ lazy_exports(
         "RewardTrainer": "fastalign.training",
         "SFTConfig": "fastalign.config",
         "SFTTrainer": "fastalign.training",
+        "Suite": "fastalign.evaluation",
         "UnpairedOutput": "fastalign.fused",
         "accumulate_fisher_": "fastalign.ops",
+        "evaluate": "fastalign.evaluation",
         "ewc_penalty": "fastalign.ops",
         "ewc_penalty_": "fastalign.ops",
         "fisher_diagonal": "fastalign.fisher",

@@ -6,10 +6,19 @@ from the built-in error of its kind, so that code which catches ValueError or Ru
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 # Control characters without line feed and tab, what turns the direction of writing, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# Errors of a disk that is full, read-only or broken, and of files that may not be touched or get too large.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_OS_ERROR = re.compile(r"os error (\d+)")  # how libraries in Rust, such as safetensors, write the number
+# How the allocators of torch, of its libraries, of C++ and of the kernel say it, where they raise a RuntimeError.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
 
 
 class FastAlignError(Exception):
@@ -48,3 +57,43 @@ def printable(text: object) -> str:
     A carriage return before a line break is dropped.
     """
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], str(text).replace("\r\n", "\n"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, MemoryError) or _number(error) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the system says of a disk that is full, read-only or broken; None if the error is another one."""
+    number = _number(error)
+    return os.strerror(number) if number in _DISK else None
+
+
+def _number(error: BaseException) -> int | None:
+    """The number that the system gave an error, also where a library in Rust has written it into its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def resource_sentence(error: BaseException) -> str | None:
+    """One sentence on an error that comes from a full or read-only disk or from missing memory; None for any other.
+
+    Such an error can come out of any library at any place. The errors that it was raised from are looked at too.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if is_out_of_memory(seen):
+            return (
+                "memory ran out: lower the batch size (per_device_train_batch_size, --batch-size) or max_length, take "
+                "a smaller model, or end other programs; `fastalign plan` says what a run needs"
+            )
+        if (reason := disk_error(seen)) is not None:
+            name = getattr(seen, "filename", None)
+            return f"{name or 'a file'} cannot be written or read: {reason}; make room, or name another folder"
+        seen = seen.__cause__ or seen.__context__
+    return None

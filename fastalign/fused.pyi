@@ -14,6 +14,7 @@ __all__ = [
     "fused_linear_aot_unpaired",
     "fused_linear_apo_down",
     "fused_linear_apo_zero",
+    "fused_linear_apo_zero_unpaired",
     "fused_linear_bco",
     "fused_linear_bco_pair",
     "fused_linear_cpo",
@@ -200,6 +201,41 @@ def fused_linear_apo_zero(
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="apo_zero"`.
     `fastalign.losses.apo_zero` describes the options of the loss and names its paper.
+    `fused_linear_preference` describes all other arguments.
+    """
+
+def fused_linear_apo_zero_unpaired(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    *,
+    kl: float | Tensor = 0.0,
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    memory_budget: int | None = None,
+    backend: Backend = "auto",
+) -> UnpairedOutput:
+    """Anchored preference optimisation (APO-zero) on single completions: KTO with its reference point at 0.
+
+        L = w_d (1 - s(beta u)) where desirable,
+            w_u s(beta u) where not
+
+    It needs no mismatched completions. On a pair, the sum of both is `apo_zero`.
+
+    Computed from hidden states: the mean over B completions.
+    `labels` is (B,) bool, True where the completion is desirable.
+    `fastalign.losses.apo_zero_unpaired` describes the options of the loss and names its paper.
     `fused_linear_preference` describes all other arguments.
     """
 
@@ -593,8 +629,9 @@ def fused_linear_ipo(
 
         L = (m - 1 / (2 beta))^2
 
-    The paper writes sums of log-probabilities. Its authors used averages per token in their code, and so does TRL.
-    This function takes either. `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
+    The paper writes sums of log-probabilities. TRL uses averages per token. This function computes the formula on what
+    it is given, and a target that suits averages is far too small for sums. The trainer and `pairwise_loss` give it
+    averages unless `length_normalised` says otherwise.
 
     Computed from hidden states: the mean over B pairs, as `fused_linear_preference` with `loss_type="ipo"`.
     `fastalign.losses.ipo` describes the options of the loss and names its paper.
@@ -662,7 +699,7 @@ def fused_linear_kto(
         L = w_d (1 - s(beta (u - kl))) where desirable,
             w_u (1 - s(beta (kl - u))) where not
 
-    With kl = 0 this is TRL's `apo_zero_unpaired`.
+    With kl = 0 this is `apo_zero_unpaired`.
 
     Computed from hidden states: the mean over B completions.
     `labels` is (B,) bool, True where the completion is desirable.

@@ -15,7 +15,7 @@ from fastalign.errors import ConfigError, FastAlignError
 _MOST_LISTED = 40  # names in an error, which is one sentence
 
 # What happens to rows that are too long, and to rows that cannot be used: options of the data and of each trainer.
-OnTruncate = Literal["error", "drop", "keep_end"]
+OnTruncate = Literal["error", "drop", "keep_end", "keep_start"]
 OnInvalid = Literal["error", "drop"]
 # What happens to the adapter that a model comes with: it becomes part of the weights, or it is trained further.
 GivenAdapter = Literal["merge", "continue"]

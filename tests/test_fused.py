@@ -311,7 +311,7 @@ def test_the_signature_shows_the_options_of_the_loss_and_every_other_argument(na
     parameters = inspect.signature(function).parameters
     shared = ["cu_seqlens", "bias", *([] if name in REFERENCE_FREE else REFERENCE)]
     if name in UNPAIRED:
-        expected = ["hidden", "weight", "targets", "labels", {"kto": "kl", "bco": "delta"}[name]]
+        expected = ["hidden", "weight", "targets", "labels", "delta" if name == "bco" else "kl"]
         expected += [*options_of(name), *shared, *HEAD]
     else:
         expected = ["hidden", "weight", "targets", *options_of(name)]

@@ -39,7 +39,7 @@ ONLY |= {"errors": set(), "options": set(), "lazy": set(), "files": {"safetensor
 ONLY |= {
     "kernels": {"torch", "triton"},
     "stats": {"numpy", "scipy"},
-    "data": {"torch", "numpy", "datasets", "transformers", "pyarrow"},
+    "data": {"torch", "numpy", "datasets", "transformers", "pyarrow", "safetensors"},
     "config": {"torch", "transformers"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy"},
 }
@@ -349,7 +349,9 @@ def _pickles(name: object, value: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / "examples").glob("*.py")], ids=str)
 def test_nothing_that_came_with_data_is_run(path):
-    assert not unsafe(path.read_text(encoding="utf-8"))
+    # The one program that runs a model's code has locked itself in before; tests/evaluation/test_code.py tries it.
+    allowed = ["exec"] if path == PACKAGE / "evaluation/sandbox.py" else []
+    assert unsafe(path.read_text(encoding="utf-8")) == allowed
 
 
 @pytest.mark.parametrize(

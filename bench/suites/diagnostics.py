@@ -82,6 +82,13 @@ def half_noise(seed: int) -> list[dict]:
     return [{**row, "completion": row["completion"] + _noise(rng, 8)} for row in completions(seed, 1280)]
 
 
+def free_choice(seed: int) -> list[dict]:
+    """Answers of one of five words, whatever the prompt: which words is learnt in a few steps, nothing else can be."""
+    rng = _rng(seed)
+    words = ["amber", "river", "stone", "cloud", "green"]
+    return [{"prompt": _prompt(rng), "completion": f" try {rng.choice(words)}"} for _ in range(1280)]
+
+
 def labelled(seed: int) -> list[dict]:
     """The same with a label each."""
     rows = pairs(seed)
@@ -163,8 +170,8 @@ PLANTED = (
          [*FULL, "learning_rate=3", "max_grad_norm=0", "optim=sgd", "max_steps=30",
           "lr_scheduler_type=constant_with_warmup", "warmup_steps=60"], "exploding_gradient"),
     Case("rate-of-10000", "sft", completions, [*LORA, "learning_rate=1e4", "max_steps=40"], "vanishing_gradient"),
-    Case("constant-rate", "sft", half_noise,
-         [*FULL, "learning_rate=4e-3", "lr_scheduler_type=constant", "num_train_epochs=1"], "plateau"),
+    Case("constant-rate", "sft", free_choice,
+         [*FULL, "learning_rate=2e-3", "lr_scheduler_type=constant", "num_train_epochs=1"], "plateau"),
     Case("rate-of-1e-7", "dpo", pairs, [*LORA, "learning_rate=1e-7", "max_steps=24"], "learning_rate_idle"),
     Case("sft-rate-of-1e-7", "sft", chosen, [*LORA, "learning_rate=1e-7", "max_steps=24"], "learning_rate_idle"),
     Case("rate-of-0", "dpo", pairs, [*LORA, "learning_rate=0", "max_steps=10"], "adapter_still"),

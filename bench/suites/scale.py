@@ -6,6 +6,8 @@ Each case is one curve:
 - `t`: forward and backward of a LoRA step on SmolLM2-135M-Instruct, with one pair of longer and longer completions
 - `batch`: the same step with more and more pairs
 - `prompt`: the same step with one pair of constant length, of which a larger and larger share is prompt
+- `start`: from the start of a process to the first step of `orpo`, with more and more pairs of 680 tokens, and a second
+  time with the tokens of the first start; its memory is the peak of all processes together (see `start.py`)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from bench.harness.measure import Checked, Measurement, WrongResult, environment, interleaved, quartiles, say
 from bench.harness.suite import by_name
-from bench.suites import ops
+from bench.suites import ops, start
 from bench.suites.train import LORA, MODEL
 from fastalign.data.packing import PackedBatch, pack
 
@@ -32,6 +34,7 @@ POINTS = {
     "t": (64, 128, 256, 512, 1024),
     "batch": (1, 2, 4, 8),
     "prompt": (0, 25, 50, 75, 90),
+    "start": (5_000, 20_000, 200_000),
 }
 WIDTH, TOKENS, VOCABULARY = 576, 512, 49152  # H, N of the curve over V, V of the curve over N
 PAIR = (120, 40)  # tokens of the prompt and of each completion, on the curve over the batch
@@ -76,6 +79,8 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
     case = (CASES | QUICK)[case_name]
     torch.set_num_threads(case.threads)
     points = case.points
+    if case.axis == "start":
+        return [record for rows in points for record in _starts(case_name, rows, case.threads)]
     make = _op if case.axis in ("n", "v") else _step
     runs, checked = {}, {}
     for point in points:
@@ -91,6 +96,20 @@ def run(case_name: str, rounds: int, limit_s: float) -> list[Measurement]:
         measured.append(Measurement(
             "scale", case_name, {case.axis: point}, f"{case.axis} = {point}", median, q1, q3, rounds, None,
             done.errors, done.scope, load=round(load_before, 2), **about,
+        ))  # fmt: skip
+    return measured
+
+
+def _starts(case_name: str, rows: int, cores: int) -> list[Measurement]:
+    """The first and the second start with some rows, each once: the first one takes minutes with many rows."""
+    about, load_before, measured = environment(), os.getloadavg()[0], []
+    for name, found in zip(("first", "second"), start.check(rows, cores), strict=True):
+        say(f"    {name} start, {rows:,} rows: {found.seconds:.1f} s, {found.cpu_seconds:.1f} s of processors, "
+            f"{found.peak_bytes / 1e9:.2f} GB in all processes")  # fmt: skip
+        measured.append(Measurement(
+            "scale", case_name, {"rows": rows}, f"{name} start, {rows:,} rows", *[found.seconds] * 3, 1,
+            found.peak_bytes, {"rows": float(abs(found.rows - rows))}, "all rows are trained on",
+            load=round(load_before, 2), **about,
         ))  # fmt: skip
     return measured
 

@@ -29,6 +29,19 @@ _INSTEAD = {
     "learning_rate_scheduler": "set lr_scheduler_type",
     "epochs": "set num_train_epochs",
     "batch_size": "set per_device_train_batch_size",
+    "micro_batch_size": "set per_device_train_batch_size",
+    "base_model": "set model",
+    "sequence_len": "set max_length",
+    "cutoff_len": "set max_length",
+    "max_seq_len": "set max_length",
+    "sample_packing": "rows are always packed: leave it out",
+    "finetuning_type": "set lora_rank (0 trains all weights)",
+    "lora_target": "set lora_targets",
+    "pref_loss": "set loss_type",
+    "pref_beta": "set beta",
+    "rl_beta": "set beta",
+    "pref_ftx": "set nll_weight",
+    "quantization_bit": "set quantization=nf4",
 }
 
 

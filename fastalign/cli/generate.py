@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.errors import ConfigError
+from fastalign.files import check_writable
 
 
 def add(commands: Any) -> None:
@@ -48,6 +49,8 @@ def check_out(path: str | None) -> None:
     folder = Path(path or ".").expanduser().parent
     if path and not (folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir()):
         raise ConfigError(f"--out {path} cannot be written; name a file in a folder that exists")
+    if path:
+        check_writable("--out's folder", folder)  # a disk may be full
 
 
 def main(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -21,6 +22,7 @@ from fastalign.cli import (
     compare,
     data,
     diagnose,
+    evaluate,
     fisher,
     generate,
     info,
@@ -33,10 +35,10 @@ from fastalign.cli import (
     train,
 )
 from fastalign.cli.methods import commands as training_commands
-from fastalign.errors import ConfigError, FastAlignError, printable
+from fastalign.errors import ConfigError, FastAlignError, printable, resource_sentence
 from fastalign.options import closest
 
-COMMANDS = (train, plan, report, diagnose, generate, chat, compare, score, merge, data, tax, fisher, info)
+COMMANDS = (train, plan, report, diagnose, generate, chat, compare, evaluate, score, merge, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}
@@ -81,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 done, or yes; 1 done, and the answer is no; 2 stopped by an error, which is said in one
         sentence; 130 and 143 stopped by SIGINT and SIGTERM.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Of several processes the first one warns; the others would say the same.
+    logging.basicConfig(format="%(message)s", level=logging.ERROR if _process_index() else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; users can do nothing about them
     warnings.filterwarnings("ignore", message="Could not find a config file")  # peft, of a model that is a GGUF file
     args = argparse.Namespace()
@@ -95,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         return _stopped("stopped", 130)
     except Terminated:
         return _stopped("stopped", 143)
-    except Exception as error:  # nothing foresaw it: the traceback is for whoever mends it, not for the terminal
+    except Exception as error:
+        if sentence := resource_sentence(error):
+            return _stopped(sentence, 2)
+        # Nothing foresaw it: the traceback is for whoever mends it, not for the terminal.
         where = _write_traceback(error, getattr(args, "run_folder", None) or getattr(args, "out", None))
         said = " ".join(str(error).split())[:300]
         return _stopped(f"stopped by {type(error).__name__}: {said} ({where})", 2)
@@ -136,8 +142,15 @@ def _wrap(names: list[str]) -> str:
     return textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
 
 
+def _process_index() -> int:
+    """The number of this process, from 0, as torchrun and accelerate say it."""
+    index = os.environ.get("RANK", "")
+    return int(index) if index.isdigit() else 0
+
+
 def _stopped(sentence: str, status: int) -> int:
-    print(printable(f"fastalign: {sentence}"), file=sys.stderr)
+    of_process = f" (process {_process_index()})" if _process_index() else ""
+    print(printable(f"fastalign{of_process}: {sentence}"), file=sys.stderr)
     return status
 
 

@@ -69,6 +69,8 @@ def settings(
         raise ConfigError(
             f"model {run.model} was saved quantised ({stored}), which plan does not read: name its original"
         )
+    if run.quantize_head and shapes.tied:
+        raise ConfigError(f"quantize_head is True, but the output layer of {run.model} is tied to the embedding")
     if device is None:
         device = "cpu" if option("use_cpu") or not Path("/dev/nvidia0").exists() else "cuda"
     rows = option("per_device_train_batch_size")
@@ -80,6 +82,7 @@ def settings(
         checkpointing=bool(option("gradient_checkpointing") or option("activation_checkpointing")),
         double=run.double_quantization, optimizer=_optimizer(str(option("optim"))), device=device,
         reference=option("precompute_ref_log_probs") is False, accumulates=option("gradient_accumulation_steps") > 1,
+        targets=_targets(run, shapes) if run.lora_rank else None, quantize_head=run.quantize_head,
         memory_budget=parts.CACHE_BYTES if option("memory_budget") is None else option("memory_budget"),
     ), rows  # fmt: skip
 
@@ -97,13 +100,32 @@ def _check_planned(run: RunOptions, option: Any, row: str) -> None:
         )
     if run.adapter is not None:
         raise ConfigError(f"adapter is {run.adapter!r}, whose rank plan does not read; leave it out and set lora_rank")
-    if run.lora_rank and run.lora_targets != "all-linear":
-        raise ConfigError(f"lora_targets is {run.lora_targets!r}; plan knows all-linear only")
     for name in ("bf16", "fp16", "torch_compile", "use_liger_kernel", "neftune_noise_alpha", "deepspeed", "fsdp"):
         if option(name) and name != "bf16":
             raise ConfigError(f"{name} is {option(name)!r}, which is not in the plan's formulas; leave it out to plan")
     if option("bf16") and not run.lora_rank:
         raise ConfigError("bf16 is True with all weights trained, whose copies are not in the plan's formulas")
+
+
+def _targets(run: RunOptions, shapes: Shapes) -> tuple[str, ...] | None:
+    """The names of the layers with an adapter; None for all-linear."""
+    if run.lora_targets == "all-linear":
+        return None
+    if run.lora_targets == "default":  # of peft, for the architectures that `shapes_of` knows
+        if not shapes.lora_default:
+            raise ConfigError(
+                "lora_targets is 'default', and peft has no default for this architecture; name the layers"
+            )
+        return "q_proj", "v_proj"
+    names = [name.strip() for name in run.lora_targets.split(",")]
+    known = [*shapes.names, "lm_head"]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"lora_targets is {run.lora_targets!r}, and {name!r} is no layer that plan knows; it knows all-linear, "
+                f"default and {', '.join(known)}"
+            )
+    return tuple(names)
 
 
 def _row_tokens(max_length: int | None, row: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign.cli import table
 from fastalign.cli.methods import METHODS, commands, method_of
 from fastalign.cli.run_options import RunOptions
+from fastalign.config.record import NOT_REPEATABLE, absolute, method_of_losses
 from fastalign.errors import ConfigError
 from fastalign.files import read_json
 from fastalign.options import nearest
@@ -28,25 +29,15 @@ def run_record(options: RunOptions, config: AlignmentConfig) -> dict[str, Any]:
         config: The options of the method. In the place of a token for the hub `to_dict` puts a word.
     """
     of_run = {
-        key: _absolute(value) if key in ("model", "train", "eval") else value for key, value in vars(options).items()
+        key: absolute(value) if key in ("model", "train", "eval") else value for key, value in vars(options).items()
     }
     method = method_of(config)
     name = next(key for key, row in METHODS.items() if row is method)
     if method.losses:
-        name = next(loss for loss in getattr(config, "loss_type") if loss != "sft")  # noqa: B009 -- not in the base class
+        name = method_of_losses(getattr(config, "loss_type"))  # noqa: B009 -- not in the base class
     if method.names:
         name = getattr(config, "loss_type")  # noqa: B009 -- likewise
     return {"method": name, **of_run, **config.to_dict()}
-
-
-def _absolute(value: Any) -> Any:
-    """The same value with each path of a file or folder that exists as a whole path, also inside lists and mappings."""
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
-    path = Path(value).expanduser() if isinstance(value, str) and value else None
-    return str(path.resolve()) if path is not None and path.exists() else value
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -59,6 +50,11 @@ def read_record(path: Path) -> dict[str, Any]:
     method = record.get("method")
     if method not in commands():
         raise ConfigError(f"{path}: method is {method!r}; {nearest(str(method), commands())}")
+    if why := record.get(NOT_REPEATABLE):
+        raise ConfigError(
+            f"{path} is of a trainer in Python that no command can repeat: {why}; run that program again, or give the "
+            "trainer the names of a model and of files"
+        )
     if not record.get("train"):
         raise ConfigError(f"{path} names no training file, since the rows were given in memory; add train=FILE")
     defaults = {f.name: f.default for f in fields(RunOptions)}

@@ -13,17 +13,17 @@ from fastalign.cli.record import run_record
 from fastalign.cli.run_options import RunOptions, paths_of
 from fastalign.cli.trl import Translation
 from fastalign.config.base import AlignmentConfig
-from fastalign.data.loading import load_rows, of_each
+from fastalign.data.loading import Source, load_rows, of_each
 from fastalign.errors import DataError, printable
 from fastalign.evaluation.answers import Answers, answer, comparison
 from fastalign.files import write_json, write_jsonl, write_text
-from fastalign.memory import measure
 from fastalign.models.adapters import adapter_base, has_adapter, lora_config
 from fastalign.models.freed import return_freed_memory_at_once
 from fastalign.models.loading import load_tokenizer
 from fastalign.report.page import write_report
-from fastalign.report.rendering import duration, format_number
+from fastalign.report.rendering import format_number
 from fastalign.training.preflight import check_options
+from fastalign.training.record import facts
 from fastalign.training.run_folder import check_folder
 from fastalign.training.stopping import model_folder
 
@@ -55,7 +55,8 @@ def run_training(
     given, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
     check_folder(folder, given, overwrite=overwrite, writes=config.should_save)
     check_options(config, has_eval_rows=bool(options.eval))  # the trainer would say it, but after the rows are read
-    train_rows = _load("train", options.train, options.columns, translation)
+    # The rows to train on are not read here: their tokens may be stored.
+    train_rows = Source(options.train, options.columns)
     eval_rows = of_each(options.eval or None, lambda source, name: _load(name, source, options.columns))
     if options.memory_limit is not None:
         return_freed_memory_at_once()  # the plan counts on it
@@ -74,10 +75,13 @@ def run_training(
     trainer = load_class(method_of(config).trainer)(
         model, config, train_rows, eval_rows, tokenizer, peft_config=lora, adapter=adapter, dtype=options.dtype,
         regularizers=regularizers, quantization=options.quantization, double_quantization=options.double_quantization,
+        quantize_head=options.quantize_head,
     )  # fmt: skip
     if first:
         write_json(folder / "run.json", run_record(options, trainer.args))
         write_text(folder / "preflight.txt", _preflight(trainer, translation))
+    trainer.recorded = True
+    trainer.given.options["train"] = options.train  # the trainer was given the rows of these files
 
     shown = options.samples if first and method_of(config).answers else 0
     prompts, questions = _prompts(trainer, tokenizer, eval_rows, shown) if shown else ([], [])
@@ -144,14 +148,11 @@ def _comparison(trainer: Any, before: dict, after: dict, answers: tuple[Answers,
     return rows + comparison({}, {}, answers)
 
 
-def _load(name: str, source: Any, columns: Any, translation: Translation | None = None) -> Any:
+def _load(name: str, source: Any, columns: Any) -> Any:
     try:
-        rows = load_rows(source, columns)
+        return load_rows(source, columns)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    if translation is not None:
-        translation.check_columns(rows.column_names)
-    return rows
 
 
 def _preflight(trainer: Any, translation: Translation | None) -> str:
@@ -171,7 +172,7 @@ def _evaluate_and_answer(
 
 
 def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
-    state, config, seconds = trainer.state, trainer.args, trainer.training_seconds
+    config = trainer.args
     method = method_of(config)
     losses = " + ".join(config.loss_type) if method.losses else config.loss_type if method.names else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
@@ -186,11 +187,7 @@ def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
         "rows": rows,
         "facts": {
             "method": f"{losses}, {how}, learning rate {config.learning_rate:g}",
-            "training": f"{len(trainer.train_dataset):,} rows, {state.epoch:.2g} epochs, {state.global_step} steps",
-            "training time": f"{duration(seconds)} on {config.device}",
-            "tokens/s": f"{trainer.tokens_seen / seconds:,.0f} (each prompt counted once)",
-            "rows/s": f"{len(trainer.train_dataset) * state.epoch / seconds:.2f}",
-            "peak memory": f"{measure.peak_bytes(config.device) / 1e9:.2f} GB, of the whole process",
+            **facts(trainer),
         },
     }
 

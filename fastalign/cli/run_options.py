@@ -53,6 +53,9 @@ class RunOptions:
         "none", "Quantises the frozen weights under a LoRA adapter: none, nf4, fp4 or int8 (needs bitsandbytes)."
     )
     double_quantization: bool = help_field(False, "Whether the scales of nf4 and fp4 weights are quantised too.")
+    quantize_head: bool = help_field(
+        False, "Whether the output layer is quantised too; not where it is tied to the embedding."
+    )
     adapter: GivenAdapter | None = help_field(
         None,
         "The adapter that the model comes with: merge (into its weights; the default, with a new adapter on top), or "
@@ -79,7 +82,7 @@ class RunOptions:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is missing; give {name}=... or set it in the configuration file")
         check_ranges(self, _RANGES)
-        check_quantization(self.quantization, self.double_quantization)
+        check_quantization(self.quantization, self.double_quantization, self.quantize_head)
         if self.quantization != "none" and not self.lora_rank:
             raise ConfigError(
                 f"quantization is {self.quantization!r} and lora_rank 0; quantised weights cannot be trained, "

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fastalign.errors import ConfigError
+from fastalign.files import check_writable
 
 
 def add(commands: Any) -> None:
@@ -32,6 +33,9 @@ def main(args: argparse.Namespace) -> int:
     for name in ("length", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 2:
             raise ConfigError(f"{name} is {value}; it must be 2 or more")
+
+    if args.out:
+        check_writable("--out", args.out)  # before the long measurement
 
     from fastalign.evaluation.tax import measure_tax
     from fastalign.report.tax import show_tax, write_tax

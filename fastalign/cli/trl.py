@@ -10,7 +10,7 @@ three things here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,27 +42,23 @@ _LORA = {
 }
 _QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
 _DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
-_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 
 # Key -> (the values that ask for nothing, what to do about any other).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_offloading": ((False,), "activations stay on the device: use gradient_checkpointing"),
     "bnb_4bit_quant_storage": ((None,), "leave it out"),
     "chat_template_path": ((None,), "put the template into the model's folder as chat_template.jinja"),
-    "completion_only_loss": ((None, True), "rows with a prompt are scored on their completion: leave it out"),
     "dataset_kwargs": ((None, {}), "leave it out, and change the rows instead"),
     "dataset_streaming": ((False,), "rows are read before training: leave it out"),
     "datasets": ((None, []), "name one data set by dataset_name, or write a fastalign configuration with train: [...]"),
     "eos_token": ((None,), "the tokenizer's own ends every answer: set it in the tokenizer"),
     "eval_packing": ((None, False), "evaluation counts rows: leave it out"),
-    "ld_alpha": ((None,), "there is no LD-DPO here: leave it out, or take loss_type sigmoid_norm against long answers"),
     "lora_modules_to_save": ((None, []), "only adapters or all weights are trained: leave it out"),
     "lora_target_parameters": ((None, []), "adapters go on linear layers: leave it out"),
     "lora_task_type": (("CAUSAL_LM", "SEQ_CLS"), "the method decides what the model is: leave it out"),
     "max_completion_length": ((None,), "TRL 1.16 has no such option: set max_length"),
     "max_prompt_length": ((None,), "TRL 1.16 has no such option: set max_length"),
     "max_seq_length": ((None,), "TRL 1.16 has no such option: set max_length"),
-    "model_init_kwargs": ((None, {}), "set dtype, and leave the others out"),
     "model_revision": (("main", None), "download that revision, and give its folder as model_name_or_path"),
     "packing": (
         (False,),
@@ -77,7 +73,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "shuffle_dataset": ((False,), "rows are shuffled in every epoch: leave it out"),
     "use_dora": ((False,), "adapters are plain LoRA: leave it out"),
     "use_rslora": ((False,), "set lora_alpha to lora_alpha * sqrt(lora_r), which is the same"),
-    "use_weighting": ((False,), "there is no WPO here: leave it out"),
 }
 NO_EFFECT = (
     "attn_implementation", "dataset_num_proc", "ignore_bias_buffers", "packing_strategy", "pad_to_multiple_of",
@@ -88,11 +83,11 @@ _ELSEWHERE = (
     "trust_remote_code",
     "lora_target_modules",
     "truncation_mode",
-    "assistant_only_loss",
     "dataset_text_field",
+    "model_init_kwargs",
 )
 # What only TRL has: a configuration with one of these is TRL's.
-ONLY_TRL = {*RENAMED, *_LORA, *_QUANTIZATION, *_DATA, *_DIVERGENCE, *REFUSED, *NO_EFFECT, *_ELSEWHERE} - {
+ONLY_TRL = {*RENAMED, *_LORA, *_QUANTIZATION, *_DATA, *REFUSED, *NO_EFFECT, *_ELSEWHERE} - {
     "lora_alpha",
     "lora_dropout",
 }
@@ -104,25 +99,10 @@ class Translation(NamedTuple):
     Attributes:
         options: fastalign's options, TRL's defaults among them.
         note: The first line of the report: what was read how, and what has no effect.
-        answers_only: Whether rows of messages are scored on the assistant's turns alone, as fastalign does.
     """
 
     options: dict[str, Any]
     note: str
-    answers_only: bool
-
-    def check_columns(self, names: Iterable[str]) -> None:
-        """Refuses rows of messages where TRL would score every turn.
-
-        Raises:
-            ConfigError: There is a column of messages, and `assistant_only_loss` is not set.
-        """
-        names = set(names)
-        if not self.answers_only and names & {"messages", "conversations"} and "completion" not in names:
-            raise ConfigError(
-                "the rows are messages, of which TRL scores every token, and fastalign the assistant's turns: set "
-                "assistant_only_loss: true, with which TRL does the same"
-            )
 
 
 def is_trl(options: Mapping[str, Any]) -> bool:
@@ -154,9 +134,8 @@ def translate(given: Mapping[str, Any], cuda: Callable[[], bool]) -> Translation
     """
     options, problems, idle = dict(given), [], []
     method = _method(options)
-    answers_only = method != "sft" or options.pop("assistant_only_loss", False) is True
     result = {"method": method, **DEFAULTS[method]}
-    for part in (_refused, _data, _adapter, _quantization, _loss, _truncation):
+    for part in (_refused, _data, _adapter, _quantization, _loss, _scored, _truncation, _model, _speed):
         part(options, result, problems, idle)
     for key, name in RENAMED.items():
         if key in options:
@@ -169,9 +148,7 @@ def translate(given: Mapping[str, Any], cuda: Callable[[], bool]) -> Translation
     if problems:
         raise ConfigError("this configuration of TRL cannot be run as it is: " + "; ".join(problems))
     note = f"Read as a configuration of TRL 1.16 for {method}, with TRL's defaults"
-    if result["on_truncate"] == "error":
-        note += "; rows longer than max_length are refused, where TRL cuts their end"
-    return Translation(result, note + (f"; without effect here: {', '.join(idle)}" if idle else ""), answers_only)
+    return Translation(result, note + (f"; without effect here: {', '.join(idle)}" if idle else ""))
 
 
 def _method(options: dict) -> str:
@@ -240,32 +217,56 @@ def _quantization(options: dict, result: dict, problems: list[str], idle: list[s
 
 
 def _loss(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
-    kind, coefficient = options.pop("f_divergence_type", "reverse_kl"), options.pop("f_alpha_divergence_coef", 0.5)
     loss = options.get("loss_type", result.get("loss_type"))
     names = [loss] if isinstance(loss, str) else list(loss or [])
+    if options.get("f_divergence_type", "reverse_kl") != "alpha_divergence":
+        options.pop("f_alpha_divergence_coef", None)  # TRL reads it with that divergence only
     if result["method"] == "sft":
-        if options.pop("loss_type", "nll") not in ("nll", "chunked_nll"):
-            problems.append(f"loss_type is {loss!r}: sft has the NLL alone, leave it out")
+        result["loss_type"] = {"chunked_nll": "nll"}.get(options.get("loss_type"), options.pop("loss_type", "nll"))
     elif result["method"] == "kto":
-        if names != ["kto"]:
-            problems.append(f"loss_type is {loss!r}: fastalign kto has kto alone, leave it out")
+        if names not in (["kto"], ["apo_zero_unpaired"]):
+            problems.append(f"loss_type is {loss!r}: TRL's KTO has kto and apo_zero_unpaired")
     elif names == ["sft"]:
-        problems.append("loss_type is 'sft' alone: use `fastalign sft`")
-    elif kind != "reverse_kl":
-        if names != ["sigmoid"]:
-            problems.append(
-                f"f_divergence_type is {kind!r} with loss_type {loss!r}: only sigmoid has other divergences"
-            )
-            return
-        options["loss_type"] = [kind]
-        if kind == "alpha_divergence":
-            result["alpha"] = 1 - coefficient
+        # TRL computes rewards for the log alone; fastalign refuses a beta that no loss reads.
+        idle += [key for key in ("beta",) if key in options]
+        options.pop("beta", None)
+        del result["beta"]
+
+
+def _scored(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
+    """Which tokens sft scores: all of messages and text, and completions without their prompts, if nothing is set."""
+    if result["method"] != "sft":
+        return
+    result["assistant_only_loss"] = options.pop("assistant_only_loss", False)
+    if options.get("completion_only_loss", True) is None:
+        del options["completion_only_loss"]
 
 
 def _truncation(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
     mode = options.pop("truncation_mode", "keep_start")
     if mode not in ("keep_start", "keep_end"):
         problems.append(f"truncation_mode is {mode!r}: TRL has keep_start and keep_end")
-    result["on_truncate"] = "keep_end" if mode == "keep_end" else "error"
-    if result["method"] == "reward":
-        result["on_truncate"] = "drop"  # as TRL's RewardTrainer does
+    result["on_truncate"] = "drop" if result["method"] == "reward" else mode  # TRL's RewardTrainer leaves long rows out
+
+
+def _model(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
+    """The arguments that TRL passes on to transformers when it loads the model."""
+    given = options.pop("model_init_kwargs", None) or {}
+    if not isinstance(given, Mapping):
+        problems.append(f"model_init_kwargs is {given!r}: write a mapping, such as {{dtype: bfloat16}}")
+        return
+    for key, value in given.items():
+        if key in ("dtype", "torch_dtype"):
+            result["dtype"] = value
+        elif key in ("attn_implementation", "use_cache", "low_cpu_mem_usage", "device_map"):
+            idle.append(f"model_init_kwargs.{key}")
+        elif value not in (None, False) and (key, value) != ("revision", "main"):
+            problems.append(f"model_init_kwargs has {key}: {value!r}: only its dtype can be honoured, leave it out")
+
+
+def _speed(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:
+    """What only makes TRL faster, by the names that transformers has for it."""
+    if options.get("train_sampling_strategy") == "group_by_length":
+        options["train_sampling_strategy"] = "random"
+        idle.append("train_sampling_strategy: group_by_length")
+    idle += [key for key in ("group_by_length", "use_liger_kernel", "liger_kernel_config") if options.pop(key, None)]

@@ -29,11 +29,14 @@ class AlignmentConfig(TrainingArguments):
         logging_steps: Optimiser steps between two logged lines.
         report_to: Experiment trackers. The default is none, so that nothing leaves the machine.
         max_length: The most tokens that a prompt may have together with one of its completions. None: no limit.
-        on_truncate: What happens to longer rows: "error", "drop", or "keep_end", which cuts the start of the prompt.
+        on_truncate: What happens to longer rows: "error", "drop", "keep_end", which cuts the start of the prompt, or
+            "keep_start", which cuts the end of the completions, EOS with it (TRL's default).
         on_invalid: What happens to rows with empty, missing or identical fields: "error" or "drop".
         allow_empty_prompt: Accept rows of plain strings without a prompt. They are refused otherwise: as a rule the
             prompt is in a column of an unknown name.
         apply_chat_template: Make a chat of plain strings: the prompt a user's turn, each completion an answer.
+        token_cache_dir: The folder where the tokens of many rows are stored, for the next run with the same rows,
+            tokenizer and options. None: ~/.cache/fastalign.
         disable_dropout: Turn off the dropout of the model itself. The dropout of LoRA stays as it is configured.
         memory_budget: Bytes of probability tiles that the forward pass may keep for the backward pass when the output
             layer is trained. None: 1 GiB.
@@ -58,6 +61,7 @@ class AlignmentConfig(TrainingArguments):
     # The learning rates where none is given. They are no options.
     adapter_rate = 1e-4
     full_rate = 1e-6
+    method = "sft"  # the command that has these options; with a loss_type that names it. It is no option either.
     logging_steps: float = help_field(10, "Optimiser steps between two logged lines.")
     report_to: str | list[str] | None = help_field(
         "none", "Experiment trackers. The default is none, so nothing leaves the machine."
@@ -66,7 +70,9 @@ class AlignmentConfig(TrainingArguments):
         1024, "The most tokens of a prompt together with one completion. None: no limit."
     )
     on_truncate: OnTruncate = help_field(
-        "error", "What happens to rows that are too long: error, drop, or keep_end (cut the start of the prompt)."
+        "error",
+        "What happens to rows that are too long: error, drop, keep_end (cut the start of the prompt), or "
+        "keep_start (cut the end of the completions).",
     )
     on_invalid: OnInvalid = help_field(
         "error", "What happens to rows with empty, missing or identical fields: error or drop."
@@ -74,6 +80,9 @@ class AlignmentConfig(TrainingArguments):
     allow_empty_prompt: bool = help_field(False, "Accept rows of plain strings that have no prompt.")
     apply_chat_template: bool = help_field(
         False, "Make a chat of plain strings: the prompt a user's turn, each completion an answer."
+    )
+    token_cache_dir: str | None = help_field(
+        None, "Where tokens of many rows are stored for later runs. None: ~/.cache/fastalign.", path=True
     )
     disable_dropout: bool = help_field(True, "Turn off the model's dropout. LoRA's dropout is not changed.")
     memory_budget: int | None = help_field(

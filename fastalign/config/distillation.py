@@ -46,6 +46,8 @@ class DistillationConfig(SFTConfig):
         ConfigError: An option has a value out of its range, or two options exclude each other.
     """
 
+    method = "distill"
+
     teacher: str | None = help_field(
         None,
         "The teacher: a model, `start` (the weights before training), or a .safetensors file of its log-probs.",
@@ -69,6 +71,13 @@ class DistillationConfig(SFTConfig):
         super().__post_init__()
         check_ranges(self, _RANGES)
         one_of("divergence", self.divergence, DIVERGENCES)
+        if self.loss_type != "nll":
+            raise ConfigError(f"loss_type is {self.loss_type!r}, but distillation adds to the NLL: leave it out")
+        if self.on_policy and not (self.completion_only_loss and self.assistant_only_loss):
+            raise ConfigError(
+                "completion_only_loss or assistant_only_loss is False, but on_policy samples the completions: leave "
+                "both out"
+            )
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is {self.on_policy}; it is a share of the steps: set a number from 0 to 1")
         if self.on_policy and (self.top_k or str(self.teacher).endswith(".safetensors")):

@@ -9,9 +9,18 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastalign.config.base import AlignmentConfig
-from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE, check_ranges
+from fastalign.config.ranges import COUNT, NOT_NEGATIVE, SHARE, Range, check_ranges
 from fastalign.errors import ConfigError, InputError
-from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED, canonical, options_of, pairwise_loss
+from fastalign.losses import (
+    ALIASES,
+    F_DIVERGENCES,
+    PAIRWISE,
+    UNPAIRED,
+    FDivergence,
+    canonical,
+    options_of,
+    pairwise_loss,
+)
 from fastalign.options import help_field, nearest, one_of
 
 NllOver = Literal["completion", "prompt_and_completion"]
@@ -21,9 +30,13 @@ _RANGES = {
     "undesirable_weight": NOT_NEGATIVE,
     "ref_model_mixup_alpha": SHARE,
     "ref_model_sync_steps": COUNT,
+    "ld_alpha": SHARE,
+    "f_alpha_divergence_coef": Range(-math.inf, math.inf),
 }
 _ONLY_WITH = {
-    "kto": ("desirable_weight", "undesirable_weight"),
+    "kto or apo_zero_unpaired": ("desirable_weight", "undesirable_weight"),
+    "f_divergence_type=alpha_divergence": ("f_alpha_divergence_coef",),
+    "a loss over pairs": ("ld_alpha", "use_weighting", "f_divergence_type"),
     "sync_ref_model=True": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
 }
 
@@ -37,7 +50,8 @@ class PreferenceConfig(AlignmentConfig):
 
     Attributes:
         loss_type: One loss or several (a mixture, as in MPO): names of `fastalign.losses.PAIRWISE` or TRL's names for
-            them, "sft" for an NLL term, or one name of `fastalign.losses.UNPAIRED` by itself.
+            them, "sft" for an NLL term, or one name of `fastalign.losses.UNPAIRED` by itself. "sft" alone trains on the
+            chosen completions, and looks at the rejected ones for the metrics only.
         loss_weights: One weight per loss of a mixture. None: 1 each.
         beta: Strength of the pull to the reference. None: the default of each loss, mostly 0.1.
         label_smoothing: Probability that a preference label is wrong (dpo, robust and others).
@@ -45,8 +59,17 @@ class PreferenceConfig(AlignmentConfig):
         tau: Target of the scaled margin (ipo_tau).
         discopop_tau: Temperature of the log-ratio modulation (discopop).
         gamma_beta_ratio: Target margin over beta (simpo).
-        desirable_weight: Weight of desirable rows (kto).
-        undesirable_weight: Weight of undesirable rows (kto).
+        desirable_weight: Weight of desirable rows (kto, apo_zero_unpaired).
+        undesirable_weight: Weight of undesirable rows (kto, apo_zero_unpaired).
+        f_divergence_type: The divergence that holds the policy to its reference, for losses of the margin: "reverse_kl"
+            (the usual one), "forward_kl", "js_divergence" or "alpha_divergence" (f-DPO, arXiv:2309.16240). See
+            `fastalign.losses.divergence_scores`.
+        f_alpha_divergence_coef: The coefficient of "alpha_divergence": 0 is the forward KL, 1 the reverse KL.
+        ld_alpha: Weight of the tokens by which one completion of a pair is longer than the other, from 0 to 1 (LD-DPO,
+            arXiv:2409.06411). It counts in the sums under the policy and the reference, not in the NLL. None: 1.
+        use_weighting: Weigh the loss of each pair by how likely the policy is to write it (WPO, arXiv:2406.11827):
+            `w(chosen) w(rejected)` with `w = exp(mean over tokens of (log p(y_t) - log sum_v p(v)^2))`, without
+            gradient. It suits pairs that the policy did not write itself.
         nll_weight: Weight of the chosen completions' NLL in nats per token (RPO's alpha). None: the default of the
             losses, mostly 0.
         nll_over: Which tokens the NLL counts: "completion" or "prompt_and_completion".
@@ -71,8 +94,18 @@ class PreferenceConfig(AlignmentConfig):
     tau: float | None = help_field(None, "Target of the scaled margin (ipo_tau).")
     discopop_tau: float | None = help_field(None, "Temperature of the log-ratio modulation (discopop).")
     gamma_beta_ratio: float | None = help_field(None, "Target margin over beta (simpo).")
-    desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto).")
-    undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto).")
+    desirable_weight: float = help_field(1.0, "Weight of desirable rows (kto, apo_zero_unpaired).")
+    undesirable_weight: float = help_field(1.0, "Weight of undesirable rows (kto, apo_zero_unpaired).")
+    f_divergence_type: FDivergence = help_field(
+        "reverse_kl",
+        "Divergence from the reference, for losses of the margin: reverse_kl, forward_kl, js_divergence, "
+        "alpha_divergence.",
+    )
+    f_alpha_divergence_coef: float = help_field(0.5, "Coefficient of alpha_divergence: 0 forward KL, 1 reverse KL.")
+    ld_alpha: float | None = help_field(
+        None, "Weight of the tokens by which a completion is longer than the other, 0 to 1 (LD-DPO). None: 1."
+    )
+    use_weighting: bool = help_field(False, "Weigh each pair by how likely the policy is to write it (WPO).")
     nll_weight: float | None = help_field(
         None, "Weight of the chosen completions' NLL per token (RPO's alpha); None: the loss's own, mostly 0."
     )
@@ -97,14 +130,14 @@ class PreferenceConfig(AlignmentConfig):
         unpaired = [name for name in self.loss_type if name in UNPAIRED]
         if unpaired and len(names) > 1:
             raise ConfigError(f"loss_type is {names}; {unpaired[0]} takes labelled rows, not pairs, and stands alone")
-        if self.loss_type == ["sft"]:
-            raise ConfigError("loss_type is sft alone; use SFTTrainer, or `fastalign sft`")
         one_of("nll_over", self.nll_over, get_args(NllOver))
+        one_of("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
         check_ranges(self, _RANGES)
         if not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
             raise ConfigError(f"loss_weights is {weights}; they must be finite and at least 0, and one above 0")
         self._check_loss_options()
         self._check_unused()
+        self._check_variants()
         if self.sync_ref_model:
             self._check_sync()
 
@@ -126,7 +159,7 @@ class PreferenceConfig(AlignmentConfig):
         try:
             if self.unpaired:
                 UNPAIRED[self.unpaired](logp, logp, one.bool(), 0.0, **self.unpaired_options)
-            else:
+            elif self.pairwise:
                 pairwise_loss(
                     list(self.pairwise), list(self.pairwise.values()), logp, logp, logp, logp,
                     lengths_chosen=one, lengths_rejected=one, options=self.loss_options,
@@ -136,7 +169,12 @@ class PreferenceConfig(AlignmentConfig):
 
     def _check_unused(self) -> None:
         """ConfigError for options that were set and that nothing would read."""
-        used = {"kto": "kto" in self.loss_type, "sync_ref_model=True": self.sync_ref_model}
+        used = {
+            "kto or apo_zero_unpaired": bool(self.unpaired) and "weights" in options_of(str(self.unpaired)),
+            "sync_ref_model=True": self.sync_ref_model,
+            "f_divergence_type=alpha_divergence": self.f_divergence_type == "alpha_divergence",
+            "a loss over pairs": self.unpaired is None,
+        }
         for needed, names in _ONLY_WITH.items():
             for name in names:
                 default = type(self).__dataclass_fields__[name].default
@@ -144,6 +182,23 @@ class PreferenceConfig(AlignmentConfig):
                     raise ConfigError(
                         f"{name} is {getattr(self, name)}, but only {needed} reads it: leave it out, or set that"
                     )
+
+    def _check_variants(self) -> None:
+        """ConfigError for variants of DPO that a chosen loss does not have."""
+        if self.f_divergence_type != "reverse_kl":
+            others = [name for name in self.pairwise if not PAIRWISE[name].of_margin]
+            if others or not self.pairwise:
+                known = ", ".join(name for name, row in PAIRWISE.items() if row.of_margin)
+                raise ConfigError(
+                    f"f_divergence_type is {self.f_divergence_type!r} with loss_type {others or self.loss_type}; other "
+                    f"divergences than reverse_kl go with {known} and sft: leave it out, or take one of these"
+                )
+        sorting = [name for name in self.pairwise if name in ("aot", "aot_unpaired")]
+        if self.use_weighting and sorting:
+            raise ConfigError(
+                f"use_weighting is True, but {sorting[0]} sorts the batch, and its losses are not those of single "
+                "pairs: leave one of them out"
+            )
 
     def _check_sync(self) -> None:
         if self.precompute_ref_log_probs:
@@ -207,7 +262,7 @@ class PreferenceConfig(AlignmentConfig):
     @property
     def reward_beta(self) -> float:
         """The beta of the rewards that are logged: the default of the first loss where `beta` is not set."""
-        first = next(name for name in self.loss_type if name != "sft")
+        first = next((name for name in self.loss_type if name != "sft"), "dpo")
         return options_of(first)["beta"] if self.beta is None else self.beta
 
 
@@ -215,10 +270,6 @@ def _loss_name(name: str) -> str:
     """The name of a loss in the table, from that name or TRL's; ConfigError with the nearest name for any other."""
     if name in UNPAIRED or name == "sft":
         return name
-    if name == "apo_zero_unpaired":
-        raise ConfigError(
-            f"loss_type is {name!r}, which is kto with a KL of 0 and not offered: set kto, or apo_zero on pairs"
-        )
     try:
         return canonical(name)
     except InputError:

@@ -111,7 +111,7 @@ ARGUMENTS_REFUSED = {
         "reference as `model`"
     ),
     "quantization_config": "pass quantization='nf4', 'fp4' or 'int8' with the model's folder",
-    "formatting_func": "map the rows to prompt and completion, or to messages, before you pass them",
+    "formatting_func": "only SFTTrainer has it: map the rows before you pass them",
     "tokenizer": "pass it as processing_class",
 }
 

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from fastalign.data.batch import Batch as Batch
     from fastalign.data.collate import Collator as Collator
     from fastalign.data.loading import load_rows as load_rows
-    from fastalign.data.packing import Group as Group
     from fastalign.data.packing import PackedBatch as PackedBatch
     from fastalign.data.packing import lay_out as lay_out
     from fastalign.data.packing import pack as pack
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from fastalign.data.packing import pad_to_multiple as pad_to_multiple
     from fastalign.data.report import DataReport as DataReport
     from fastalign.data.report import Lengths as Lengths
+    from fastalign.data.segments import Group as Group
     from fastalign.data.text import text_windows as text_windows
     from fastalign.data.tokenization import tokenize as tokenize
 
@@ -25,7 +25,7 @@ lazy_exports(
         "Batch": "fastalign.data.batch",
         "Collator": "fastalign.data.collate",
         "DataReport": "fastalign.data.report",
-        "Group": "fastalign.data.packing",
+        "Group": "fastalign.data.segments",
         "Lengths": "fastalign.data.report",
         "PackedBatch": "fastalign.data.packing",
         "lay_out": "fastalign.data.packing",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 
 from fastalign.data.messages import RowProblem
 from fastalign.data.template import Template
@@ -38,6 +39,22 @@ def _called(turn: dict) -> list[str]:
     calls = turn.get("tool_calls") or []
     functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     return [f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
+
+
+def writes_thoughts_elsewhere(template: Template) -> bool:
+    """Whether the chat template knows thoughts, but writes them without <think>, as into a channel of their own."""
+    return _thoughts_elsewhere(template.tokenizer, str(template.tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _thoughts_elsewhere(tokenizer, chat_template: str) -> bool:
+    del chat_template  # a new one goes with a new entry
+    answer = {"role": "assistant", "content": "answer", **dict.fromkeys(THOUGHTS, _PLACEHOLDER)}
+    try:
+        text = Template(tokenizer)([{"role": "user", "content": "question"}, answer])
+    except RowProblem:
+        return False
+    return _PLACEHOLDER in text and "</think>" not in text
 
 
 def whole_text(text: str, start: int, turns: list[dict], template: Template, counts: Counter) -> str:

@@ -38,11 +38,16 @@ class Batch:
 
         Args:
             device: Where the tensors go.
-            non_blocking: Accepted because accelerate passes it. It has no effect: `PackedBatch.to` never blocks.
+            non_blocking: Accepted because accelerate passes it. It has no effect: a copy to a GPU never blocks here.
 
         Returns:
             A new batch.
         """
         del non_blocking
-        columns = {name: value.to(device) for name, value in self.columns.items()}
+        columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
         return replace(self, packed=self.packed.to(device), columns=columns)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory: a data loader with `pin_memory=True` calls this."""
+        columns = {name: value.pin_memory() for name, value in self.columns.items()}
+        return replace(self, packed=self.packed.pin_memory(), columns=columns)

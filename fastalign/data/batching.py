@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
+from fastalign.data.token_table import lengths
+
 TOKENS_PER_BATCH = 2048
 
 Item = TypeVar("Item")
@@ -50,5 +54,6 @@ def batch_rows(dataset, rows: Sequence[int], tokens: int = TOKENS_PER_BATCH) -> 
         rows: the numbers of the rows to batch.
         tokens: the most tokens of a batch; a longer row is a batch by itself.
     """
-    lengths = {i: token_count(dataset[i]) for i in rows}
-    return batches_within(sorted(rows, key=lengths.__getitem__), lengths.__getitem__, tokens)
+    sizes = lengths(dataset).per_row()
+    in_order = np.asarray(rows, np.int64)[np.argsort(sizes[rows], kind="stable")]
+    return batches_within(in_order.tolist(), sizes.tolist().__getitem__, tokens)

@@ -2,6 +2,13 @@
 
 A chat template is code from elsewhere, and it may leave things out or write a turn differently once another one
 follows. So everything here is found by rendering conversations and comparing the texts, never by reading the template.
+
+Words used here:
+
+- an *answer*: one assistant turn
+- a *completion*: the turns after the prompt; it may hold several answers, with user turns between them
+- a *whole*: the text of a conversation, prompt and completion, as the template writes it
+- the *generation* text: the prompt as the template writes it when the model shall answer
 """
 
 from __future__ import annotations
@@ -9,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text
+from fastalign.data.answers import missing_parts, refuse_ignored_tools, whole_text, writes_thoughts_elsewhere
 from fastalign.data.messages import RowProblem, read_json, read_messages
 from fastalign.data.template import Template, shared_length, stop_text
 
@@ -28,7 +35,7 @@ class Example:
         completions: the texts of the completions, chosen before rejected.
         spans: for each completion the ranges of its characters that are scored, or None if all of it is scored.
         label: of an unpaired row, whether the completion is desirable.
-        template_mismatch: whether the chat template's answers start differently than its generation prompt does.
+        template_mismatch: whether `prompt` is another text than the chat template writes for generation.
         counts: what else this example adds to the fields of `DataReport`.
     """
 
@@ -100,18 +107,31 @@ def _with_system(prompt: list[dict], system) -> list[dict]:
 
 
 def _repeats_prompt(prompt: list[dict], prompt_is_string: bool, completions: list[list[dict]]) -> bool:
-    """Whether the completions are whole conversations, which repeat the prompt."""
-    # The prompt as a string, and conversations that start with a system or user turn: the string is in them.
+    """Whether the completions are whole conversations, which repeat the prompt.
+
+    A prompt that is a string and conversations that start with a system or user turn are two sources for the same
+    words. The string must then be in one of the turns before each answer, else it would be lost.
+    """
     if prompt_is_string and all(completion[0]["role"] != "assistant" for completion in completions):
+        if not all(_is_in(prompt[0]["content"], completion[:-1]) for completion in completions):
+            raise RowProblem(
+                "two prompts", "the prompt is not in the conversations, which begin with another question: keep one"
+            )
         return True
     return all(completion[: len(prompt)] == prompt for completion in completions)
+
+
+def _is_in(text: str, turns: list[dict]) -> bool:
+    """Whether one of the turns holds the text."""
+    return any(isinstance(turn["content"], str) and text.strip() in turn["content"] for turn in turns)
 
 
 def _shared_turns(completions: list[list[dict]]) -> int:
     """How many turns are the prompt.
 
-    Of one conversation these are all turns before its first answer. Of two these are all turns before the last answer
-    up to which both are equal.
+    - Of one conversation, the turns before its first answer.
+    - Of two, the turns that both have in common, up to the last place where an answer follows in both. Where they
+      differ in the third answer, the prompt holds the first two questions, their answers, and the third question.
     """
     answers = [n for n in range(min(map(len, completions))) if all(c[n]["role"] == "assistant" for c in completions)]
     same = [n for n in answers if all(c[:n] == completions[0][:n] for c in completions)]
@@ -137,7 +157,7 @@ def _up_to_last_answer(turns: list[dict]) -> list[dict]:
 
 
 def _render(prompt: list[dict], completions: list[list[dict]], template: Template) -> Example:
-    """The texts of prompt and completions: what the chat template writes for them together, cut behind the prompt.
+    """The texts of prompt and completions: what the chat template writes for them together, cut after the prompt.
 
     The prompt's text should be what the template writes for generation, which ends where an answer starts. Some
     templates add more there (a tag that makes the model think, for example) than they write before an answer that is
@@ -164,17 +184,24 @@ def _render(prompt: list[dict], completions: list[list[dict]], template: Templat
         _answer_spans(prompt, completion, whole, start, template, counts)
         for completion, whole in zip(completions, wholes, strict=True)
     ]
-    # Templates write a newline between turns; behind the last turn it belongs to nothing.
+    counts["foreign_thoughts"] += sum(_has_foreign_thoughts(completion, template) for completion in completions)
+    # Templates write a newline between turns. After the last turn it belongs to nothing.
     texts = [whole.rstrip()[start:] for whole in wholes]
     head = wholes[0][:start]
     return Example(head, texts, spans, template_mismatch=head != generation, counts=counts)
+
+
+def _has_foreign_thoughts(completion: list[dict], template: Template) -> bool:
+    """Whether a scored answer has its thoughts in <think>, while the template writes thoughts in another way."""
+    written = any("</think>" in str(turn["content"]) for turn in completion if _is_scored(turn))
+    return written and writes_thoughts_elsewhere(template)
 
 
 def _answer_without_system(prompt: list[dict], completion: list[dict], template: Template) -> str:
     """What the template writes for an answer when no system turn stands before it.
 
     Some templates write the system's words into the last question, and only while no answer follows it. The model sees
-    them there in generation, so the answer is put behind that text.
+    them there in generation, so the answer is put after that text.
     """
     turns = prompt[1:]
     whole = template(turns + completion) if turns else ""
@@ -202,12 +229,12 @@ def _start_in(wholes: list[str], turns: list[dict], template: Template) -> int:
 
 
 def _answer_start(wholes: list[str], generation: str, turns: list[dict], template: Template) -> int | None:
-    """Where the answer behind some turns starts in texts that go on behind it; None if they write the turns otherwise.
+    """Where in each text the answer after `turns` starts; None if a text begins otherwise than the turns do alone.
 
     Text that the generation prompt shares with every answer is not a part of the answer.
 
     Args:
-        wholes: the texts.
+        wholes: the texts of conversations that begin with `turns` and go on with an answer.
         generation: what the template writes for the turns, with the generation prompt.
         turns: the turns before the answer.
         template: the chat template.
@@ -225,7 +252,8 @@ def _answer_spans(
 ) -> list[tuple[int, int]] | None:
     """Where the scored turns are in `whole[offset:]`, end-of-turn included; None if there is just one turn.
 
-    Earlier answers that lack words, or an end, are counted.
+    Earlier answers from which the template left out words, and those without a stop token, are added to `counts`, which
+    the report on the data shows.
     """
     if len(completion) == 1:
         return None
@@ -245,7 +273,7 @@ def _answer_spans(
 
 
 def _answer_end(whole: str, start: int, turns: list[dict], template: Template) -> int:
-    """Where the answer that starts at `start` ends. It is the last of `turns`, but others follow it in the text."""
+    """Where the answer that starts at `start` ends. `turns` end with it, while `whole` holds the turns after it too."""
     so_far = template(turns).rstrip()
     if whole.startswith(so_far):
         return len(so_far)

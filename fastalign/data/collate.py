@@ -25,10 +25,20 @@ class Collator:
         pad_token_id: The token that fills padded rows.
         score_prompts: Score the tokens of the prompts too. Needs a packed layout.
         multiple: Make the length of a packed row a multiple of this number of tokens.
+        device: Where the batches will go. For a GPU the index tensors of its attention are made here, on the CPU.
     """
 
-    def __init__(self, layout: Layout, pad_token_id: int, *, score_prompts: bool = False, multiple: int = 1):
+    def __init__(
+        self,
+        layout: Layout,
+        pad_token_id: int,
+        *,
+        score_prompts: bool = False,
+        multiple: int = 1,
+        device: torch.device | None = None,
+    ):
         self.layout: Layout = layout
+        self.on_gpu = device is not None and device.type == "cuda"
         self.pad_token_id, self.score_prompts, self.multiple = pad_token_id, score_prompts, multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, Batch]:
@@ -37,6 +47,7 @@ class Collator:
         if self.score_prompts:
             packed, prompt_tokens = _with_prompts(packed, len(rows))
         packed = pad_to_multiple(packed, self.multiple)
+        packed = packed.with_keys() if self.on_gpu else packed
         names = [name for name in rows[0] if name not in _TOKENS]
         columns = {name: torch.tensor([v for row in rows for v in _flat(row[name])]) for name in names}
         return {"batch": Batch(packed, columns, prompt_tokens, rows)}

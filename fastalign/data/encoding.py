@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from fastalign.data.chat import Example
+from fastalign.data.words import Words
 
 
 class _Encoded(NamedTuple):
@@ -38,7 +40,7 @@ class Tokens:
         return len(self.prompt) + max(map(len, self.completions))
 
 
-def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
+def encode_examples(examples: list[Example], tokenizer, words: Words | None = None) -> list[Tokens]:
     """Tokens of the prompts, and of the completions as their continuation. BOS and EOS are not added here.
 
     In generation the model gets the tokens of the prompt alone, so training must use those too. Tokenising
@@ -51,29 +53,32 @@ def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
     Args:
         examples: texts of prompts and completions.
         tokenizer: the model's tokenizer.
+        words: `words_of` the tokenizer; None: every text is tokenised as a whole.
 
     Returns:
         One `Tokens` per example.
     """
-    prompts = [example.prompt for example in examples]
-    prompt_ids = [encoded.ids for encoded in _tokenize_texts(tokenizer, prompts)]
+    prompts = _encode_prompts([example.prompt for example in examples], tokenizer, words)
     # One entry per completion from here on; `owner` is the example that each belongs to.
     owner = [row for row, example in enumerate(examples) for _ in example.completions]
     texts = [_strip_after_eos(text, tokenizer.eos_token) for example in examples for text in example.completions]
     spans = [span for example in examples for span in example.spans]
-    with_starts = any(span is not None for span in spans)
 
-    wholes = _tokenize_texts(
-        tokenizer, [prompts[row] + text for row, text in zip(owner, texts, strict=True)], with_starts
-    )
-    parts = [
-        _drop_prompt_tokens(prompt_ids[row], len(prompts[row]), whole)
-        for row, whole in zip(owner, wholes, strict=True)
-    ]  # fmt: skip
+    parts: list[_Encoded | None] = [None] * len(texts)
+    for with_starts in (False, True):
+        some = [n for n, span in enumerate(spans) if (span is not None) is with_starts]
+        # A completion of which all is scored needs only the end of its prompt, which `words` has found.
+        heads = [prompts[owner[n]] for n in some]
+        heads = [replace(head, end=head.text, end_ids=head.ids) for head in heads] if with_starts else heads
+        wholes = [head.end + texts[n] for n, head in zip(some, heads, strict=True)]
+        encoded = _tokenize_texts(tokenizer, wholes, True) if with_starts else _encode(tokenizer, wholes, words)
+        for n, head, whole in zip(some, heads, encoded, strict=True):
+            parts[n] = _drop_prompt_tokens(head.end_ids, len(head.end), whole)
     merged = [n for n, part in enumerate(parts) if part is None]
+    with_starts = any(spans[n] is not None for n in merged)
     apart = dict(zip(merged, _encode_apart(tokenizer, [texts[n] for n in merged], with_starts), strict=True))
 
-    tokens = [Tokens(ids, [], [], Counter()) for ids in prompt_ids]
+    tokens = [Tokens(prompt.ids, [], [], Counter()) for prompt in prompts]
     for n, (row, part, span) in enumerate(zip(owner, parts, spans, strict=True)):
         ids, starts = part or apart[n]
         tokens[row].completions.append(ids)
@@ -81,6 +86,46 @@ def encode_examples(examples: list[Example], tokenizer) -> list[Tokens]:
     for n in merged:
         tokens[owner[n]].counts["token_merges"] += 1
     return tokens
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt, and its end from where tokens may depend on the completion behind it: all of it without `words`."""
+
+    text: str
+    ids: list[int]
+    end: str
+    end_ids: list[int]
+
+
+def words_of(tokenizer) -> Words | None:
+    """What tokenises texts by their pieces; None if the tokenizer needs texts as a whole."""
+    return Words.of(tokenizer, partial(_ids_of_pieces, tokenizer))
+
+
+def _ids_of_pieces(tokenizer, pieces: list[str]) -> list[list[int]]:
+    """Tokens of many short texts. transformers takes longer to wrap each of them than to find its tokens."""
+    # transformers sets the options of the tokenizer below it in each call. So the first piece goes through it.
+    first = [encoded.ids for encoded in _tokenize_texts(tokenizer, pieces[:1])]
+    rest = tokenizer.backend_tokenizer.encode_batch_fast(pieces[1:], add_special_tokens=False)
+    return first + [encoding.ids for encoding in rest]
+
+
+def _encode_prompts(texts: list[str], tokenizer, words: Words | None) -> list[_Prompt]:
+    if words is None:
+        encoded = _tokenize_texts(tokenizer, texts)
+        return [_Prompt(text, ids, text, ids) for text, (ids, _) in zip(texts, encoded, strict=True)]
+    pieces = [words.pieces(text) for text in texts]
+    ends = [some[-1] for some in pieces]
+    ids, end_ids = words.ids(pieces), words.ids([[end] for end in ends])
+    return [_Prompt(*parts) for parts in zip(texts, ids, ends, end_ids, strict=True)]
+
+
+def _encode(tokenizer, texts: list[str], words: Words | None) -> list[_Encoded]:
+    """Tokens of each text, without starts."""
+    if words is None:
+        return _tokenize_texts(tokenizer, texts)
+    return [_Encoded(ids, []) for ids in words.ids([words.pieces(text) for text in texts])]
 
 
 def _mask(starts: list[int], spans: list[tuple[int, int]]) -> list[int]:
@@ -195,6 +240,41 @@ def _length_of_repeats(ids: list[int], prefix: list[int]) -> int:
     while prefix and ids[length : length + len(prefix)] == prefix:
         length += len(prefix)
     return length
+
+
+def score_everything(tokens: Tokens, prefix: list[int]) -> None:
+    """Makes every token of an example with one completion count, those of its prompt behind BOS too.
+
+    Args:
+        tokens: what is changed, in place: the prompt moves into the completion.
+        prefix: the tokens that the tokenizer puts first, BOS as a rule, which nothing predicts; may be empty.
+    """
+    (completion,) = tokens.completions
+    ids = tokens.prompt[len(prefix) :] + completion
+    tokens.prompt, tokens.completions, tokens.masks = tokens.prompt[: len(prefix)], [ids], [[1] * len(ids)]
+    tokens.counts["masked"] = 0
+
+
+def truncate_completions(tokens: Tokens, max_length: int) -> bool:
+    """Cuts the end of the completions until the example fits; they lose their EOS.
+
+    Args:
+        tokens: what is changed, in place.
+        max_length: the most tokens of the prompt together with its longest completion.
+
+    Returns:
+        Whether a scored token is left of each completion, and two completions still differ.
+    """
+    room, counts = max(max_length - len(tokens.prompt), 0), tokens.counts
+    for ids, mask in zip(tokens.completions, tokens.masks, strict=True):
+        if len(ids) > room:
+            del ids[room:], mask[room:]
+            counts["completions_cut"] += 1
+            ended = next((name for name in ("eos_added", "eos_present", "eos_missing") if counts[name]), "eos_missing")
+            counts[ended] -= 1
+    identical = len(tokens.completions) == 2 and tokens.completions[0] == tokens.completions[1]
+    # Nothing predicts the first token of a row without a prompt.
+    return not identical and all(any(mask[not tokens.prompt :]) for mask in tokens.masks)
 
 
 def truncate_prompt(tokens: Tokens, prefix: list[int], max_length: int) -> bool:

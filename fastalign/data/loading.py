@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,21 @@ _SPLITS: dict[str, str] = dict.fromkeys(("valid", "val", "dev", "eval"), "valida
 _NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json")  # written by `datasets`
 
 
+@dataclass(frozen=True)
+class Source:
+    """Rows that are not read yet. `load_rows` reads them.
+
+    Attributes:
+        where: what `load_rows` takes.
+        columns: its `columns`.
+    """
+
+    where: Any
+    columns: Mapping[str, str] | None = None
+
+
 # What `load_rows` takes; further kinds of objects are described there.
-Rows = str | Path | list | Mapping | datasets.Dataset | datasets.IterableDataset
+Rows = str | Path | list | Mapping | datasets.Dataset | datasets.IterableDataset | Source
 
 
 def load_rows(source: Any, columns: Mapping[str, str] | None = None) -> datasets.Dataset:
@@ -47,8 +61,31 @@ def load_rows(source: Any, columns: Mapping[str, str] | None = None) -> datasets
         DataError: a file is missing, empty, damaged or of an unknown type (the error names the damaged line, counted
             from 1); the list holds something other than dicts; a value fits into no table; or a column is missing.
     """
+    if isinstance(source, Source):
+        return load_rows(source.where, source.columns)
     rows = _rows(source)
     return _renamed(rows, columns) if columns else rows
+
+
+def files_of(source: Any) -> list[tuple[Path, float]] | None:
+    """The files that hold all that a source has, in order and with their weights; None for other sources.
+
+    Raises:
+        DataError: as for `load_rows`, for a folder whose files are of several splits.
+    """
+    items = source if isinstance(source, list) else [source]
+    if not items or not all(map(_is_source, items)):
+        return None
+    found: list[tuple[Path, float]] = []
+    for item in items:
+        path, weight = Path(_name(item)).expanduser(), item.get("weight", 1) if isinstance(item, dict) else 1
+        if path.is_file():
+            found.append((path, weight))
+        elif path.is_dir() and not _is_saved(path):
+            found += [(file, weight) for file in _files_in(path)]
+        else:
+            return None
+    return found
 
 
 def of_each(rows: Any, work: Callable[[Any, str], Any]) -> Any:
@@ -127,9 +164,18 @@ def _from_path(text: str) -> datasets.Dataset:
 
 def _from_folder(folder: Path) -> datasets.Dataset:
     """All files of a folder in the order of their names, or what `save_to_disk` wrote."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if _is_saved(folder):
         saved = datasets.load_from_disk(str(folder))
         return _rows(saved) if isinstance(saved, datasets.Dataset) else _rows(_only_split(saved, f"{folder}/..."))
+    return _joined([(str(path), read_file(path)) for path in _files_in(folder)])
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of rows in a folder, in the order of their names."""
     files = sorted(path for path in folder.rglob("*") if _is_data_file(path.relative_to(folder)) and path.is_file())
     if not files:
         raise DataError(f"{folder} holds no files of rows, which end with one of {', '.join(EXTENSIONS)}.")
@@ -142,7 +188,7 @@ def _from_folder(folder: Path) -> datasets.Dataset:
             f"{folder} holds files of several splits, {' and '.join(path.name for path in [*found.values()][:2])}: "
             "name the files of one split in a list."
         )
-    return _joined([(str(path), read_file(path)) for path in files])
+    return files
 
 
 def _is_data_file(path: Path) -> bool:

@@ -28,32 +28,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import compress
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.data.segments import Group, Varlen, gathered_keys, segments_of
 from fastalign.errors import InputError
 
 # What `lay_out` takes, from the fewest tokens to the most.
 Layout = Literal["shared", "packed", "padded"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-
-
-class Group(NamedTuple):
-    """One prompt and its completions as ranges `(start, stop)` in the row, one after another without gaps.
-
-    A token of the prompt sees the prompt up to itself. A token of a completion sees the whole prompt, and that
-    completion up to itself.
-
-    Attributes:
-        prompt: the prompt's range.
-        completions: one range per completion.
-    """
-
-    prompt: tuple[int, int]
-    completions: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -75,6 +61,8 @@ class PackedBatch:
             completions.
         completion_lengths: (C,) int64, tokens of each completion, scored or not.
         filling: how many tokens at the end of a packed row are fillers that `pad_to_multiple` added.
+        keys: which keys each segment of a packed row sees, as the attention kernels of a GPU take it; None until
+            `with_keys` has made it.
     """
 
     input_ids: Tensor
@@ -86,16 +74,31 @@ class PackedBatch:
     cu_seqlens: Tensor
     completion_lengths: Tensor
     filling: int = 0
+    keys: Varlen | None = None
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for the model's forward: `input_ids`, and `position_ids` or `attention_mask`."""
         inputs = {n: getattr(self, n) for n in ("input_ids", "position_ids", "attention_mask")}
         return {name: value for name, value in inputs.items() if value is not None}
 
+    def with_keys(self) -> PackedBatch:
+        """The same batch with `keys`, which attention on a GPU needs. Padded rows have none."""
+        if self.layout is None or self.keys is not None:
+            return self
+        return replace(self, keys=gathered_keys(segments_of(self.layout)))
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on a device. The copy to a GPU does not wait for its end."""
+        batch = self.with_keys() if torch.device(device).type == "cuda" else self
+        values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if torch.is_tensor(v)}
+        return replace(batch, **moved, keys=None if batch.keys is None else batch.keys.to(device))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory: a data loader with `pin_memory=True` calls this."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in values.items() if torch.is_tensor(v)})
+        movable = (Tensor, Varlen)
+        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, movable)})
 
 
 def pack(examples: Sequence[Mapping], *, share_prompts: bool = True) -> PackedBatch:
@@ -164,6 +167,7 @@ def pad_to_multiple(batch: PackedBatch, multiple: int) -> PackedBatch:
         position_ids=F.pad(batch.position_ids, (0, more)),
         layout=(*batch.layout, Group((length, length), ((length, length + more),))),
         filling=more,
+        keys=None,
     )
 
 

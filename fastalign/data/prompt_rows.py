@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.loading import Rows, load_rows
+from fastalign.data.numbers import with_numbers
 from fastalign.data.report import DataReport
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import DataError
@@ -48,14 +50,15 @@ def tokenize_prompts(
     texts = datasets.Dataset.from_dict(
         {"prompt": prompts, "completion": [answer] * len(prompts), "row": list(range(len(prompts)))}
     )
-    options = {"wanted": "completions", "numbers": ("row",), **options}
+    options = {"wanted": "completions", **options}
     placeholder = 0
     if max_prompt_length is not None and len(texts):
         first, _ = tokenize(texts.select([0]), tokenizer, **options)
         placeholder = len(first[0]["completion_ids"][0])
         options["max_length"] = max_prompt_length + placeholder
     try:
-        tokens, report = tokenize(texts, tokenizer, on_truncate=on_truncate, **options)
+        work = partial(tokenize, tokenizer=tokenizer, on_truncate=on_truncate, **options)
+        tokens, report = with_numbers(texts, work, ["row"])
     except DataError as error:
         if "longer than max_length" not in str(error):
             raise

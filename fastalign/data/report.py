@@ -59,11 +59,13 @@ class DataReport:
         token_merges: completions whose first characters would merge with the last ones of the prompt into one token if
             both were tokenised as one text.
         duplicate_bos: rows whose text started with the BOS that the tokenizer adds. It is there once now.
+        completions_cut: completions that lost their end, EOS with it (on_truncate="keep_start").
         prompts_cut: rows whose prompt lost its beginning (on_truncate="keep_end").
         template_mismatch: rows whose chat template starts an answer differently than its generation prompt does.
         answers_cut: answers before the last one of a conversation from which the chat template leaves out thoughts or
             other words. They are scored as the template writes them.
         thoughts_kept: last answers whose thoughts the chat template leaves out. They were put in.
+        foreign_thoughts: completions with thoughts in <think>, where the chat template writes thoughts in another way.
         unstopped_answers: answers before the last one behind which the chat template writes no special token.
         shared_words: pairs without a prompt column, whose answers begin with the same words behind a turn marker.
         unmarked_prompts: pairs without a prompt column and without a turn marker: their prompt is all they share.
@@ -92,10 +94,12 @@ class DataReport:
     eos_missing: int = 0
     token_merges: int = 0
     duplicate_bos: int = 0
+    completions_cut: int = 0
     prompts_cut: int = 0
     template_mismatch: int = 0
     answers_cut: int = 0
     thoughts_kept: int = 0
+    foreign_thoughts: int = 0
     unstopped_answers: int = 0
     shared_words: int = 0
     unmarked_prompts: int = 0
@@ -154,7 +158,7 @@ class DataReport:
         ]
 
     def _end_line(self) -> str:
-        ended = self.completions - self.eos_missing
+        ended = self.completions - self.eos_missing - self.completions_cut
         line = (
             f"exactly one EOS ends each of {ended:,} completions: {self.eos_present:,} had it already, and it was "
             f"added to {self.eos_added:,}"
@@ -185,6 +189,11 @@ class DataReport:
                 f"of {completions} do not end with EOS: the model does not learn from them to stop. Token ids are "
                 "taken as they are given.",
             ),
+            (
+                self.completions_cut,
+                f'of {completions} lost their end to max_length, EOS with it (on_truncate="keep_start"): the model '
+                "does not learn from them to stop.",
+            ),
             (self.prompts_cut, f'of {rows} lost the beginning of their prompt to max_length (on_truncate="keep_end").'),
             (
                 self.template_mismatch,
@@ -210,6 +219,11 @@ class DataReport:
                 self.thoughts_kept,
                 f"of {completions} are scored with the thoughts of their last answer, which the chat template leaves "
                 "out.",
+            ),
+            (
+                self.foreign_thoughts,
+                f"of {completions} have their thoughts in <think> tags, which are scored as words: the chat template "
+                "writes thoughts in another way. Give them under the key 'reasoning_content' of the answer.",
             ),
             (
                 self.unstopped_answers,

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.table import InMemoryTable
 
 
-def labelled_from_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
+def labelled_from_pairs(pairs: pa.Table) -> pa.Table:
     """Two rows of each pair: the chosen completion with the label true, then the rejected one with the label false.
 
     Args:
-        pairs: tokenised rows with two completions each.
+        pairs: tokenised rows with two completions each, with the columns of `fastalign.data.token_table.SCHEMA`.
 
     Returns:
         Rows with one completion and `label`; both rows of a pair have its prompt.
     """
-    table = pairs.data.table.combine_chunks()
-    names = [name for name in ("prompt_ids", "completion_ids", "completion_mask") if name in table.column_names]
-    both = np.repeat(np.arange(len(pairs)), 2)  # (2 N,)
-    columns = {}
-    for name in names:
-        column = table.column(name).combine_chunks()
-        columns[name] = column.take(pa.array(both)) if name == "prompt_ids" else _one_each(column)
-    columns["label"] = pa.array(np.tile([True, False], len(pairs)))
-    return datasets.Dataset(InMemoryTable(pa.table(columns)))
+    both = pa.array(np.repeat(np.arange(len(pairs)), 2))  # (2 N,)
+    columns = [
+        pairs["prompt_ids"].combine_chunks().take(both),
+        _one_each(pairs["completion_ids"].combine_chunks()),
+        _one_each(pairs["completion_mask"].combine_chunks()),
+        pa.array(np.tile([True, False], len(pairs))),
+    ]
+    return pa.table(columns, schema=pairs.schema)
 
 
 def _one_each(column: pa.Array) -> pa.Array:
-    """Lists of two items as twice as many lists of one item."""
+    """Lists of two items as twice as many lists of one item; null stays null."""
+    if column.null_count:
+        return pa.nulls(2 * len(column), column.type)
     items = column.flatten()
     return pa.ListArray.from_arrays(pa.array(np.arange(len(items) + 1, dtype=np.int32)), items)

@@ -57,7 +57,7 @@ def answer(
     *,
     max_new_tokens: int = 160,
     batch_size: int = 32,
-    label: str = "answers",
+    label: str | None = "answers",
     temperature: float | None = None,
 ) -> Answers:
     """Answers to tokenised prompts, until EOS: greedy ones, with the most likely token at every step, unless drawn.
@@ -68,7 +68,7 @@ def answer(
         prompts: token ids of each prompt.
         max_new_tokens: the most tokens of an answer, EOS included.
         batch_size: how many prompts share a batch; it does not change the answers beyond rounding.
-        label: the name of the progress bar.
+        label: the name of the progress bar; None shows none.
         temperature: of answers that are drawn; None: greedy.
 
     Returns:

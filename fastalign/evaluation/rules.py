@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastalign.errors import ConfigError, DataError
+from fastalign.evaluation.matching import is_right
 from fastalign.options import nearest
 from fastalign.stats.paired import mcnemar
 
@@ -56,21 +57,7 @@ def _is_right(answer: str, row: Mapping[str, Any]) -> bool:
     expected = row.get("answer")
     if expected is None or not str(expected).strip():
         raise DataError("The rule 'answer' needs a column `answer` with the right answer in every row of the prompts.")
-    number = _number(str(expected))
-    if number is not None:
-        found = _NUMBER.findall(answer)
-        return bool(found) and _number(found[-1]) == number
-    words = r"\s+".join(re.escape(word) for word in str(expected).split())
-    return re.search(rf"(?<!\w){words}(?!\w)", answer, re.IGNORECASE) is not None
-
-
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-
-def _number(text: str) -> float | None:
-    """The value of a text that is a number, with or without commas between thousands; None for other text."""
-    text = text.strip()
-    return float(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    return is_right(answer, str(expected))
 
 
 def compare_answers(

@@ -131,8 +131,8 @@ def model_scorer(model: nn.Module, context: Callable[[], AbstractContextManager]
 
     def score(packed: PackedBatch) -> TokenScores:
         with evaluation_mode(model), context():
-            logprobs, entropy, hidden = model(packed=packed, entropy=True, keep_hidden=True)
-            return TokenScores(logprobs, entropy, hidden, output_head(causal_lm(model)).detach())
+            scores = model(packed=packed, entropy=True, keep_hidden=True)
+            return TokenScores(scores.logprobs, scores.entropy, scores.hidden, output_head(causal_lm(model)).detach())
 
     return score
 

@@ -197,7 +197,7 @@ class _Pass:
         hidden = self.model(packed=replace(batch, targets=None)).hidden  # (N, H); no logits: nothing is scored yet
         # The graph is cut at the hidden states: the body's backward pass needs their gradient, and the output layer's
         # part needs them as plain numbers.
-        leaf, head = hidden.detach().requires_grad_(), output_head(self.base).detach()
+        leaf, head = hidden.detach().requires_grad_(), output_head(self.base).dense().detach()
         targets: Any = self._sample(leaf.detach(), head) if self.estimator == "sampled" else batch.targets
         logprobs: Any = linear_logprobs(leaf, head.weight, targets, ignore_index=None, **head.options())
         scored = int(batch.cu_seqlens.diff().gt(0).sum())

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastalign.errors import ModelError
 from fastalign.fisher.eight_bit import ByteSums, add_products_, add_rows_
-from fastalign.models.adapters import unwrap_layer
+from fastalign.models.adapters import is_trained_rows_name, unwrap_layer
 from fastalign.models.head import Head
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.head.transform import LogitTransform
@@ -39,6 +40,12 @@ class HeadFisher:
     def __init__(self, layer: nn.Module, names: Mapping[int, str], fisher: Mapping[str, Tensor | ByteSums]):
         self.layer = layer
         plain, adapters = unwrap_layer(layer)
+        rows = [name for name in names.values() if is_trained_rows_name(name)]
+        if rows:
+            raise ModelError(
+                f"{rows[0]} holds trained rows of an embedding (trainable_token_indices), whose Fisher information is "
+                "not computed: freeze them to measure the other parameters."
+            )
 
         def accumulator(parameter: Tensor | None) -> Tensor | ByteSums | None:
             return fisher.get(names.get(id(parameter), ""))

@@ -22,6 +22,9 @@ What the losses of the table have in common:
 
 from typing import TYPE_CHECKING
 
+from fastalign.losses.divergence import F_DIVERGENCES as F_DIVERGENCES
+from fastalign.losses.divergence import FDivergence as FDivergence
+from fastalign.losses.divergence import divergence_scores as divergence_scores
 from fastalign.losses.mixture import pairwise_loss as pairwise_loss
 from fastalign.losses.numerics import log1mexp as log1mexp
 from fastalign.losses.preference import implicit_rewards as implicit_rewards
@@ -34,6 +37,7 @@ from fastalign.losses.table import PairLoss as PairLoss
 from fastalign.losses.table import canonical as canonical
 from fastalign.losses.table import loss_function as loss_function
 from fastalign.losses.table import options_of as options_of
+from fastalign.losses.unpaired import apo_zero_unpaired as apo_zero_unpaired
 from fastalign.losses.unpaired import bco as bco
 from fastalign.losses.unpaired import kto as kto
 from fastalign.losses.unpaired import kto_baseline as kto_baseline

@@ -13,6 +13,7 @@ common.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor
 from fastalign.errors import InputError
 from fastalign.losses.checks import check_logprobs
 from fastalign.losses.numerics import logistic_loss
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -34,6 +38,44 @@ def _expm1(x: Tensor) -> Tensor:
     # autograd computes the gradient of expm1 as result + 1. Below -1 that sum would lose its digits, so exp is used.
     inside = torch.where(capped > -1, torch.expm1(capped), torch.exp(capped) - 1)
     return inside + math.exp(top) * torch.relu(x - top)
+
+
+def divergence_scores(log_ratios: Tensor, divergence: FDivergence, coefficient: float = 0.5) -> Tensor:
+    """What takes the place of log-ratios to the reference under another divergence than the reverse KL.
+
+        reverse_kl         a                              a = log of the ratio r of policy and reference
+        forward_kl         1 - exp(-a)                    f'(r) = 1 - 1 / r
+        js_divergence      log 2 + log s(a)               f'(r) = log(2 r / (1 + r))
+        alpha_divergence   (exp((c - 1) a) - 1) / (c - 1)  f'(r) = (r^(c - 1) - 1) / (c - 1), a at c = 1
+
+    A loss of the margin u - v becomes that loss under the divergence when it is given the scores of u and v instead,
+    with 0 for the reference.
+
+    Args:
+        log_ratios: (B,) log-probability sums under the policy minus those under the reference.
+        divergence: The name, as TRL's `f_divergence_type` has it.
+        coefficient: c of the alpha divergence; TRL's `f_alpha_divergence_coef`.
+
+    Returns:
+        (B,) the scores.
+
+    Raises:
+        InputError: The divergence is unknown, or the coefficient is not finite.
+
+    References:
+        Wang et al. 2023, arXiv:2309.16240.
+    """
+    if divergence == "reverse_kl":
+        return log_ratios
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(log_ratios)
+    if divergence not in F_DIVERGENCES or not math.isfinite(coefficient):
+        raise InputError(
+            f"divergence is {divergence!r} with coefficient {coefficient!r}; expected one of "
+            f"{', '.join(F_DIVERGENCES)} and a finite number."
+        )
+    order = -1.0 if divergence == "forward_kl" else coefficient - 1
+    return log_ratios if abs(order) < 1e-6 else _expm1(order * log_ratios) / order
 
 
 def dpo_alpha(

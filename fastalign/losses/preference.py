@@ -6,7 +6,7 @@ The formulas use these symbols:
     s(x) = 1 / (1 + exp(-x))                                 the logistic sigmoid
     eps                                                      `label_smoothing`, the share of pairs whose label is wrong
 
-The head of `fastalign.losses` says what all losses have in common.
+The docstring of `fastalign.losses` says what all losses have in common.
 """
 
 from __future__ import annotations
@@ -91,15 +91,16 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
 
         L = (m - 1 / (2 beta))^2
 
-    The paper writes sums of log-probabilities. Its authors used averages per token in their code, and so does TRL.
-    This function takes either. `pairwise_loss` gives it averages unless `length_normalised` says otherwise.
+    The paper writes sums of log-probabilities. TRL uses averages per token. This function computes the formula on what
+    it is given, and a target that suits averages is far too small for sums. The trainer and `pairwise_loss` give it
+    averages unless `length_normalised` says otherwise.
 
     Args:
         chosen: (B,) log-probabilities of the chosen completions under the policy, sums or averages per token.
         rejected: (B,) those of the rejected completions.
         ref_chosen: (B,) `chosen` under the reference.
         ref_rejected: (B,) `rejected` under the reference.
-        beta: Above 0; the target margin is 1 / (2 beta). The paper writes tau.
+        beta: Above 0; the target margin is 1 / (2 beta). The paper calls it tau, which is not the `tau` of `ipo_tau`.
 
     Returns:
         (B,) the loss of each pair.
@@ -149,7 +150,7 @@ def ipo_tau(
     """
     check_logprobs(beta, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if not math.isfinite(tau):
-        raise InputError(f"tau is {tau!r}; expected a finite number: 0.5 is the paper's target.")
+        raise InputError(f"tau is {tau!r}; expected a finite number: 0.5 gives the loss of the paper.")
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (beta * margin - tau).square()
 
@@ -217,8 +218,9 @@ def robust(
         beta, label_smoothing, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
     x = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    # With log s(-x) = log s(x) - x the formula becomes -log s(x) - eps x / (1 - 2 eps). At x << 0 the two logarithms of
-    # the formula are nearly equal, and their difference would lose its digits; this form has no such difference.
+    # With log s(-x) = log s(x) - x the formula becomes -log s(x) - eps x / (1 - 2 eps). With x near 0 and eps near 1/2
+    # the two terms of the formula nearly cancel, and their difference would lose its digits. The terms of this form do
+    # not cancel.
     return -F.logsigmoid(x) - label_smoothing / (1 - 2 * label_smoothing) * x
 
 

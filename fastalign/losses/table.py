@@ -25,6 +25,7 @@ class PairLoss:
         function: `f(chosen, rejected, ref_chosen, ref_rejected, *, beta=..., ...) -> (B,)`. Every loss has a `beta`.
         reference: Whether the function takes `ref_chosen` and `ref_rejected`.
         averaged: Whether the loss is given averages per token by default, instead of sums.
+        of_margin: Whether the loss depends on the margin alone, so that other f-divergences apply to it.
         nll_weight: Weight of the NLL of the chosen completions that belongs to the loss.
         aliases: The names that TRL has for the loss.
     """
@@ -32,6 +33,7 @@ class PairLoss:
     function: Callable[..., Tensor]
     reference: bool = True
     averaged: bool = False
+    of_margin: bool = False
     nll_weight: float = 0.0
     aliases: tuple[str, ...] = ()
 
@@ -39,16 +41,16 @@ class PairLoss:
 # `reverse_kl`, `forward_kl`, `js_divergence` and `alpha_divergence` are values of TRL's `f_divergence_type`, as TRL
 # applies them to `sigmoid`. All other aliases are values of TRL's `loss_type`. IPO is averaged as in TRL.
 PAIRWISE: dict[str, PairLoss] = {
-    "dpo": PairLoss(preference.dpo, aliases=("sigmoid", "reverse_kl")),
-    "dpo_norm": PairLoss(preference.dpo, averaged=True, aliases=("sigmoid_norm",)),
+    "dpo": PairLoss(preference.dpo, of_margin=True, aliases=("sigmoid", "reverse_kl")),
+    "dpo_norm": PairLoss(preference.dpo, averaged=True, of_margin=True, aliases=("sigmoid_norm",)),
     "dpo_alpha": PairLoss(divergence.dpo_alpha, aliases=("alpha_divergence",)),
     "dpo_forward_kl": PairLoss(divergence.dpo_forward_kl, aliases=("forward_kl",)),
     "dpo_js": PairLoss(divergence.dpo_js, aliases=("js_divergence",)),
-    "ipo": PairLoss(preference.ipo, averaged=True),
-    "ipo_tau": PairLoss(preference.ipo_tau, averaged=True),
-    "hinge": PairLoss(preference.hinge),
-    "robust": PairLoss(preference.robust),
-    "exo": PairLoss(preference.exo, aliases=("exo_pair",)),
+    "ipo": PairLoss(preference.ipo, averaged=True, of_margin=True),
+    "ipo_tau": PairLoss(preference.ipo_tau, averaged=True, of_margin=True),
+    "hinge": PairLoss(preference.hinge, of_margin=True),
+    "robust": PairLoss(preference.robust, of_margin=True),
+    "exo": PairLoss(preference.exo, of_margin=True, aliases=("exo_pair",)),
     "nca": PairLoss(pointwise.nca, aliases=("nca_pair",)),
     "bco_pair": PairLoss(pointwise.bco_pair),
     "sppo": PairLoss(pointwise.sppo, aliases=("sppo_hard",)),
@@ -56,13 +58,17 @@ PAIRWISE: dict[str, PairLoss] = {
     "apo_down": PairLoss(pointwise.apo_down),
     "aot": PairLoss(transport.aot),
     "aot_unpaired": PairLoss(transport.aot_unpaired),
-    "discopop": PairLoss(preference.discopop),
+    "discopop": PairLoss(preference.discopop, of_margin=True),
     "simpo": PairLoss(reference_free.simpo, reference=False, averaged=True),
     "cpo": PairLoss(reference_free.cpo, reference=False, nll_weight=1.0),
     "orpo": PairLoss(reference_free.orpo, reference=False, averaged=True, nll_weight=1.0),
 }
 # Losses over single completions, `f(logprobs, ref_logprobs, labels, baseline, *, beta=..., ...) -> (B,)`.
-UNPAIRED: dict[str, Callable[..., Tensor]] = {"kto": unpaired.kto, "bco": unpaired.bco}
+UNPAIRED: dict[str, Callable[..., Tensor]] = {
+    "kto": unpaired.kto,
+    "apo_zero_unpaired": unpaired.apo_zero_unpaired,
+    "bco": unpaired.bco,
+}
 
 
 # Three views of the table, for callers. The package itself reads the rows, so that a row that is added later counts.

@@ -43,7 +43,7 @@ def kto(
         L = w_d (1 - s(beta (u - kl))) where desirable,
             w_u (1 - s(beta (kl - u))) where not
 
-    With kl = 0 this is TRL's `apo_zero_unpaired`.
+    With kl = 0 this is `apo_zero_unpaired`.
 
     Args:
         logprobs: (B,) log-probability sums of the completions under the policy.
@@ -69,6 +69,42 @@ def kto(
         raise InputError(f"weights is {weights!r}; expected (desirable, undesirable), both finite and at least 0.")
     x = beta * (logprobs - ref_logprobs - kl)
     return torch.where(labels, desirable * sigmoid(-x), undesirable * sigmoid(x))
+
+
+def apo_zero_unpaired(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    labels: Tensor,
+    kl: float | Tensor = 0.0,
+    *,
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Anchored preference optimisation (APO-zero) on single completions: KTO with its reference point at 0.
+
+        L = w_d (1 - s(beta u)) where desirable,
+            w_u s(beta u) where not
+
+    It needs no mismatched completions. On a pair, the sum of both is `apo_zero`.
+
+    Args:
+        logprobs: (B,) log-probability sums of the completions under the policy.
+        ref_logprobs: (B,) those under the reference.
+        labels: (B,) bool, True where the completion is desirable.
+        kl: 0, at which the loss is anchored. With any other value it is `kto`.
+        beta: Scale of the rewards, above 0.
+        weights: (w_d, w_u), the weights of desirable and undesirable completions, at least 0.
+
+    Returns:
+        (B,) the loss of each completion.
+
+    Raises:
+        InputError: The tensors differ in shape, dtype or device, `labels` is not bool, or an option is out of range.
+
+    References:
+        D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7; TRL's `apo_zero_unpaired`.
+    """
+    return kto(logprobs, ref_logprobs, labels, kl, beta=beta, weights=weights)
 
 
 def kto_baseline(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ queries and of keys, V the vocabulary, r the rank of an adapter, L layers, a byt
 - attention keeps queries, keys, values and its output, which is also the output projection's input: 2 Q + 2 K,
 - SwiGLU keeps gate and up, and the down projection its input: 3 I (4 I where gate and up are one layer),
 - each adapter keeps x A': r, seven times, or four times where layers are fused,
+- the input of frozen layers without an adapter is not kept: H where neither queries, keys nor values have one, H where
+  neither gate nor up has one, I where down has none,
 - in float32: one number per norm, and one per head.
 
 With checkpointing a layer keeps its input, H, and one layer at a time is computed again and has the rest.
@@ -30,6 +32,7 @@ LIBRARIES = {"cpu": 520_000_000, "cuda": 600_000_000}
 # Bytes that an optimiser keeps per trained parameter. Those in 8 bits keep a float32 scale per 256 numbers.
 _8_BIT = 1 + 4 / 256
 STATES = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adamw_8bit": 2 * _8_BIT, "lion_8bit": _8_BIT}
+_WEIGHT_TILE = {"cpu": 5 << 20, "cuda": 64 << 20}  # see `fastalign.ops.head.weights`
 CACHE_BYTES = 1 << 30  # the default budget of cached probability tiles, see `fastalign.ops.linear_logprobs`
 
 
@@ -39,7 +42,10 @@ class Setting(NamedTuple):
     Attributes:
         tokens: Tokens of one micro-batch.
         scored: Those of them that are scored. None: all.
-        rank: Rank of the adapter on every linear layer; 0 trains all weights.
+        rank: Rank of the adapter; 0 trains all weights.
+        targets: Names of the layers with an adapter, "lm_head" may be among them. None: every linear layer of the
+            decoder layers.
+        quantize_head: Whether the output layer is quantised too.
         size: Bytes of an unquantised weight, and of an activation.
         checkpointing: Whether activations are recomputed in the backward pass.
         quantization: "none", "nf4", "fp4" or "int8".
@@ -65,15 +71,19 @@ class Setting(NamedTuple):
     accumulates: bool = False
     memory_budget: int = CACHE_BYTES
     bounded: bool = False
+    targets: tuple[str, ...] | None = None
+    quantize_head: bool = False
 
 
 def weight_bytes(shapes: Shapes, setting: Setting) -> int:
-    """Bytes of the model's weights: embedding, head, norms and biases stay unquantised."""
-    packed, other = shapes.linear_parameters, shapes.other_parameters * setting.size
+    """Bytes of the model's weights: embedding, norms and biases stay unquantised, and the head by default."""
+    head = shapes.vocab * shapes.hidden if setting.quantize_head else 0
+    packed, other = shapes.linear_parameters + head, (shapes.other_parameters - head) * setting.size
     if setting.quantization == "none":
         return packed * setting.size + other
     if setting.quantization == "int8":  # a byte per weight, and a float32 scale per row
-        return packed + 4 * shapes.layers * sum(o for _, o in shapes.linear) + other
+        rows = shapes.layers * sum(o for _, o in shapes.linear) + (shapes.vocab if head else 0)
+        return packed + 4 * rows + other
     # A scale per 64 weights: float32, or a byte and a float32 per 256 of them.
     scales = packed / 64 * (1 + 4 / 256 if setting.double else 4)
     return int(packed / 2 + scales) + other
@@ -83,7 +93,24 @@ def trained_parameters(shapes: Shapes, setting: Setting) -> int:
     """Parameters that have a gradient."""
     if not setting.rank:
         return shapes.parameters
-    return setting.rank * shapes.layers * sum(i + o for i, o in shapes.linear)
+    head = shapes.hidden + shapes.vocab if "lm_head" in (setting.targets or ()) else 0
+    return setting.rank * (shapes.layers * sum(i + o for i, o in adapted(shapes, setting).values()) + head)
+
+
+def adapted(shapes: Shapes, setting: Setting) -> dict[str, tuple[int, int]]:
+    """Name -> (inputs, outputs) of the linear layers of a decoder layer that have an adapter."""
+    layers = dict(zip(shapes.names, shapes.linear, strict=True))
+    return {name: sizes for name, sizes in layers.items() if setting.targets is None or name in setting.targets}
+
+
+def _unkept_inputs(shapes: Shapes, setting: Setting) -> int:
+    """How many numbers per token and layer need not be kept, because the layers that read them have no adapter."""
+    if not setting.rank or setting.targets is None:
+        return 0
+    readers = {"qkv": shapes.hidden, "gate up": shapes.hidden, "down": shapes.inner}
+    names = {"qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "gate up": ("gate_proj", "up_proj", "gate_up_proj"),
+             "down": ("down_proj",)}  # fmt: skip
+    return sum(size for part, size in readers.items() if not set(names[part]) & set(setting.targets))
 
 
 def layer_bytes(shapes: Shapes, setting: Setting) -> int:
@@ -92,7 +119,7 @@ def layer_bytes(shapes: Shapes, setting: Setting) -> int:
     inner = (4 if shapes.fused else 3) * shapes.inner
     heads = q + k if shapes.head_norms else 0  # their norms keep their inputs
     per_token = inner + 4 * h + 2 * q + 2 * k + heads
-    per_token += setting.rank * len(shapes.linear)
+    per_token += setting.rank * len(adapted(shapes, setting)) - _unkept_inputs(shapes, setting)
     return setting.tokens * (per_token * setting.size + 4 * (shapes.heads + 2))
 
 
@@ -114,7 +141,9 @@ def head_bytes(shapes: Shapes, setting: Setting) -> int:
     scored = setting.tokens if setting.scored is None else setting.scored
     tile = 8 << 20 if setting.device == "cpu" else 16 << 20
     rows = scored * shapes.hidden * (4 + setting.size)
-    return 2 * tile + rows + (0 if setting.rank else min(scored * shapes.vocab * 4, setting.memory_budget))
+    in_parts = setting.quantize_head or "lm_head" in (setting.targets or ())  # then it is read in tiles of its weight
+    tiles = 2 * tile + (_WEIGHT_TILE[setting.device] if in_parts else 0)
+    return tiles + rows + (0 if setting.rank else min(scored * shapes.vocab * 4, setting.memory_budget))
 
 
 def parts(

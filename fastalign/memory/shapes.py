@@ -25,6 +25,7 @@ class Shapes(NamedTuple):
         fused: Whether query, key and value are one layer, and gate and up another one (phi3).
         head_norms: Whether queries and keys are normalised (qwen3).
         bias: Whether the layers of query, key and value have biases (qwen2).
+        lora_default: Whether peft has a default for the layers with an adapter: those of query and value.
     """
 
     hidden: int
@@ -38,6 +39,7 @@ class Shapes(NamedTuple):
     fused: bool = False
     head_norms: bool = False
     bias: bool = False
+    lora_default: bool = True
 
     @property
     def linear(self) -> list[tuple[int, int]]:
@@ -46,6 +48,13 @@ class Shapes(NamedTuple):
         first = [(h, q + 2 * k)] if self.fused else [(h, q), (h, k), (h, k)]
         mlp = [(h, 2 * i)] if self.fused else [(h, i), (h, i)]
         return [*first, (q, h), *mlp, (i, h)]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the layers of `linear`, in its order."""
+        if self.fused:
+            return ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+        return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     @property
     def linear_parameters(self) -> int:
@@ -72,8 +81,8 @@ _FAMILY: dict[str, dict[str, bool]] = {
     "mistral": {},
     "qwen2": {"bias": True},
     "qwen3": {"head_norms": True},
-    "phi3": {"fused": True},
-    "smollm3": {"tied": True},
+    "phi3": {"fused": True, "lora_default": False},
+    "smollm3": {"tied": True, "lora_default": False},
 }
 
 

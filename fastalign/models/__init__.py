@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastalign.models.ready import disable_dropout as disable_dropout
     from fastalign.models.scoring import Scores as Scores
     from fastalign.models.scoring import prepare as prepare
+    from fastalign.models.scoring import restore as restore
     from fastalign.models.snapshot import ReferenceWeights as ReferenceWeights
     from fastalign.models.snapshot import fingerprint as fingerprint
     from fastalign.models.teacher import Teacher as Teacher
@@ -48,6 +49,7 @@ lazy_exports(
         "load_with_adapter": "fastalign.models.loading",
         "output_head": "fastalign.models.head",
         "prepare": "fastalign.models.scoring",
+        "restore": "fastalign.models.scoring",
         "store_topk": "fastalign.models.teacher",
         "token_divergence": "fastalign.models.head",
         "tokenizer_beside": "fastalign.models.loading",

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # Kinds of adapters -> why they are refused.
 _UNSUPPORTED = {
     "ADALORA": "moves ranks between layers after every step, by a call that the Trainer does not make",
-    "TRAINABLE_TOKENS": "changes single rows of the output layer, which fastalign cannot fold into its weight",
 }
 
 
@@ -268,6 +267,11 @@ def is_adapter_name(name: str) -> bool:
     return "lora_" in name
 
 
+def is_trained_rows_name(name: str) -> bool:
+    """Whether a parameter of this name holds trained rows of an embedding, see `trained_rows`."""
+    return "trainable_tokens_delta" in name
+
+
 def changes_nothing(state: Mapping[str, Tensor]) -> bool:
     """Whether the LoRA adapters in a state dict leave the model as it is: every B is 0, as in a new adapter.
 
@@ -312,6 +316,8 @@ def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
     Raises:
         ModelError: the layer has an adapter of another kind than LoRA, whose effect on the weight is not known here.
     """
+    if (rows := _row_adapter(layer)) is not None:  # see `trained_rows`
+        return unwrap_layer(rows.base_layer)
     if hasattr(layer, "modules_to_save"):  # peft trains a copy of the whole layer
         copies = layer.modules_to_save
         return unwrap_layer(layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]])
@@ -328,6 +334,28 @@ def unwrap_layer(layer: Any) -> tuple[Any, list[Lora]]:
     return inner, adapters
 
 
+def trained_rows(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """The rows of an output layer that peft trains in place of the layer's own (`trainable_token_indices`).
+
+    Returns:
+        Token ids (k,) and rows (k, H); None where there are none, or they are switched off or merged.
+    """
+    while layer is not None:
+        rows = _row_adapter(layer)
+        if rows is not None and not (rows.disable_adapters or rows.merged) and rows.active_adapters:
+            parts = [rows.trainable_tokens_delta[name] for name in rows.active_adapters]
+            ids = [i for name in rows.active_adapters for i in rows.token_indices[name]]
+            return torch.tensor(ids, device=parts[0].device), parts[0] if len(parts) == 1 else torch.cat(parts)
+        layer = rows.base_layer if rows is not None else getattr(layer, "base_layer", None)
+    return None
+
+
+def _row_adapter(layer: Any) -> Any:
+    """The layer of peft that replaces rows, which may stand inside another wrapper; None for layers without one."""
+    inner = getattr(layer, "token_adapter", layer)
+    return inner if hasattr(inner, "trainable_tokens_delta") else None
+
+
 def fusible_lora(layer: Any) -> Lora | None:
     """The active adapter of a LoRA layer if it can be added inside the layer's product, else None.
 
@@ -342,7 +370,7 @@ def fusible_lora(layer: Any) -> Lora | None:
     if not lora.is_plain or (layer.training and lora.dropout > 0):
         return None
     parts = (layer.base_layer, layer.lora_A[lora.name], layer.lora_B[lora.name])
-    return None if any(map(_is_hooked, parts)) else lora
+    return None if any(map(is_hooked, parts)) else lora
 
 
 def is_disabled(layer: Any) -> bool:
@@ -360,7 +388,7 @@ def _lora(layer: Any, name: str) -> Lora:
     )  # fmt: skip
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether a hook waits for the module's calls or gradients."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     return bool(before or after or module._backward_pre_hooks or module._backward_hooks)

@@ -26,6 +26,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property, wraps
+from inspect import signature
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,14 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as dropout_
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign.data.packing import Group
+from fastalign.data.segments import Group, Segment, Varlen, gathered_keys, segments_of
 from fastalign.errors import ModelError
 from fastalign.models import attention_gpu
-from fastalign.models.attention_gpu import Segment
 from fastalign.models.linear import has_native_matmul
 from fastalign.ops.segment_attention import beats_sdpa, segment_attention
 
@@ -55,22 +56,22 @@ class PackedMask:
     Args:
         layout: the groups of the row, see `fastalign.data.packing.PackedBatch`.
         window: how many keys a query sees at most, itself included; None for all.
+        keys: the layout's index tensors on the device of the row, if they are made already.
     """
 
-    def __init__(self, layout: tuple[Group, ...], window: int | None):
+    def __init__(self, layout: tuple[Group, ...], window: int | None, keys: Varlen | None = None):
         self.window = window
-        self.segments: list[Segment] = []
-        for prompt, completions in layout:
-            first = len(self.segments)
-            self.segments.append(Segment(completions[0][1] - prompt[0], prefix=0, source=first))
-            for start, stop in completions[1:]:
-                self.segments.append(Segment(stop - start, prefix=prompt[1] - prompt[0], source=first))
+        self.segments = segments_of(layout)
         self.length = sum(segment.length for segment in self.segments)
-        starts = [0, *accumulate(segment.length for segment in self.segments)]
-        table = [(starts[i], s.length, starts[s.source], s.prefix) for i, s in enumerate(self.segments)]
-        self.table = torch.tensor(table, device="cpu")  # (segments, 4), as `segment_attention` takes it
         self._masks: dict[torch.device, list[Tensor | None]] = {}
-        self._varlen: dict[torch.device, attention_gpu.Varlen] = {}
+        self._keys = keys
+
+    @cached_property
+    def table(self) -> Tensor:
+        """(segments, 4) int64 on the CPU, as `segment_attention` takes it."""
+        starts = [0, *accumulate(segment.length for segment in self.segments)]
+        rows = [(starts[i], s.length, starts[s.source], s.prefix) for i, s in enumerate(self.segments)]
+        return torch.tensor(rows, device="cpu")
 
     def masks(self, device: torch.device) -> list[Tensor | None]:
         """Per segment a boolean mask (queries, keys), True = visible; None where plain causal attention is enough."""
@@ -78,11 +79,11 @@ class PackedMask:
             self._masks[device] = [_segment_mask(segment, self.window, device) for segment in self.segments]
         return self._masks[device]
 
-    def varlen(self, device: torch.device) -> attention_gpu.Varlen:
+    def varlen(self, device: torch.device) -> Varlen:
         """The segments as the GPU kernels take them, which compute all of them in one call."""
-        if device not in self._varlen:
-            self._varlen[device] = attention_gpu.lay_out(self.segments, device)
-        return self._varlen[device]
+        if self._keys is None or self._keys.indices.device != device:
+            self._keys = gathered_keys(self.segments).to(device)
+        return self._keys
 
 
 def _segment_mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
@@ -94,17 +95,20 @@ def _segment_mask(segment: Segment, window: int | None, device: torch.device) ->
     return mask if window is None else mask.triu(segment.prefix - window + 1)
 
 
-_layout: ContextVar[tuple[Group, ...] | None] = ContextVar("layout", default=None)
+# The layout of the row that the model is called with, and its `PackedBatch.keys`.
+_layout: ContextVar[tuple[tuple[Group, ...], Varlen | None] | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
-def packed_attention(layout: tuple[Group, ...] | None) -> Iterator[None]:
+def packed_attention(layout: tuple[Group, ...] | None, keys: Varlen | None = None) -> Iterator[None]:
     """A context in which the forward of a prepared model attends by `layout`; None leaves attention as it is.
+
+    `keys` are the layout's index tensors, `PackedBatch.keys`. Without them a GPU's attention makes them.
 
     Only the forward needs the context, not the backward pass: gradient checkpointing recomputes a layer from its
     arguments, and the layout is one of them. Call the model with `use_cache=False`.
     """
-    token = _layout.set(layout)
+    token = _layout.set(None if layout is None else (layout, keys))
     try:
         yield
     finally:
@@ -116,8 +120,8 @@ def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool
 
     transformers calls it once per kind of attention (full, sliding window), with `local_size` the window.
     """
-    layout = _layout.get()
-    if layout is None:
+    active = _layout.get()
+    if active is None:
         return sdpa_mask(local_size=local_size, config=config, use_vmap=use_vmap, **kwargs)
     if "allow_is_bidirectional_skip" in kwargs:
         raise ModelError("A layer needs non-causal attention, which cannot be packed: use padded batches.")
@@ -125,7 +129,8 @@ def _mask_function(*, local_size: int | None = None, config=None, use_vmap: bool
         raise ModelError("The model adds a rule to the attention mask, which cannot be packed: use padded batches.")
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise ModelError("The model attends in chunks, which cannot be packed: use padded batches.")
-    mask = PackedMask(layout, local_size)
+    layout, varlen = active
+    mask = PackedMask(layout, local_size, varlen)
     batch, queries, keys = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
     if (batch, queries, keys) != (1, mask.length, mask.length):
         raise ModelError(
@@ -262,6 +267,28 @@ def explicit_attention(
     probs = dropout_(probs[..., : key.shape[2]], options.dropout)
     return (probs @ value.unsqueeze(2)).flatten(1, 2)
 
+
+def _without_search(prepare: Callable) -> Callable:
+    """Transformers' preparation of a mask, which does not search the position ids while this attention has a layout.
+
+    The search is for packed sequences, and its answer is read on the host: on a GPU every forward would wait for
+    everything before it. The layout knows the sequences, and `_mask_function` never uses the answer. Models that cannot
+    have this attention need the answer, and get it.
+    """
+    parameters = signature(prepare)
+
+    @wraps(prepare)
+    def prepare_mask(*args, **kwargs):
+        given = parameters.bind(*args, **kwargs).arguments
+        if _layout.get() is not None and given["config"]._attn_implementation == NAME:
+            given["position_ids"] = None
+        return prepare(**given)
+
+    return prepare_mask
+
+
+# transformers has no public way to leave the search out. Every mask of a model is prepared by this function.
+masking_utils._preprocess_mask_arguments = _without_search(masking_utils._preprocess_mask_arguments)
 
 AttentionInterface.register(NAME, _attention_function)
 

@@ -1,76 +1,22 @@
 """Attention over segments of different lengths in one GPU kernel: flash-attn's where it is installed, else torch's.
 
 Both kernels take `cu_seqlens`, so a segment's keys must lie next to each other. Keys and values are therefore gathered
-into a longer layout, in which each segment's prefix lies right before it. A prompt that several completions see is
-there once for each of them. Both kernels align their causal mask to the last key, so every query sees the whole prefix.
+into a longer row (`fastalign.data.segments`). A prompt that several completions see is there once for each of them.
+Both kernels align their causal mask to the last key, so every query sees the whole prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class Segment(NamedTuple):
-    """`length` queries that see the first `prefix` tokens of segment number `source`, and themselves causally."""
-
-    length: int
-    prefix: int
-    source: int
-
-
-class Varlen(NamedTuple):
-    """Which tokens the K gathered keys of a row of T tokens are, and the kernels' description of the segments."""
-
-    key_index: Tensor  # (K,) int64, the token that each gathered key belongs to
-    own: Tensor  # (T,) int64, the place among the K of each token's key in the segment that the token is in
-    # The other places, those of prefixes, as pairs (places, tokens). No token is twice in one pair.
-    repeats: tuple[tuple[Tensor, Tensor], ...]
-    cu_seqlens_q: Tensor  # (segments + 1,) int32
-    cu_seqlens_k: Tensor  # (segments + 1,) int32
-    longest_q: int
-    longest_k: int
-
-
-def lay_out(segments: Sequence[Segment], device: torch.device) -> Varlen:
-    """Gathers the keys of packed segments: each segment's prefix, then the segment.
-
-    Args:
-        segments: those of one row, in order.
-        device: where the index tensors are made.
-    """
-    starts = [0]
-    for segment in segments:
-        starts.append(starts[-1] + segment.length)
-    keys, own, bounds, seen, repeats = [], [], [0], {}, []
-    for segment, start in zip(segments, starts, strict=False):
-        source = starts[segment.source]
-        if segment.prefix:
-            # The n-th segment with the same prefix goes into the n-th pair, so that no pair holds a token twice.
-            level = seen[segment.source] = seen.get(segment.source, -1) + 1
-            if level == len(repeats):
-                repeats.append(([], []))
-            repeats[level][0].extend(range(len(keys), len(keys) + segment.prefix))
-            repeats[level][1].extend(range(source, source + segment.prefix))
-        keys += range(source, source + segment.prefix)
-        own += range(len(keys), len(keys) + segment.length)
-        keys += range(start, start + segment.length)
-        bounds.append(len(keys))
-
-    def index(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return Varlen(
-        index(keys), index(own), tuple((index(at), index(tokens)) for at, tokens in repeats),
-        index(starts, torch.int32), index(bounds, torch.int32),
-        max(s.length for s in segments), max(s.length + s.prefix for s in segments),
-    )  # fmt: skip
+from fastalign.data.segments import Varlen
 
 
 class _Keys(torch.autograd.Function):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
+from fastalign.data.token_table import TokenLengths, largest_token, lengths
 from fastalign.errors import DataError, ModelError
 from fastalign.models.quantization import has_quantized_embeddings
 from fastalign.models.vocabulary import embedding_rows
 
 
-def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+def check_fit(dataset: Dataset | Sequence[dict], model: PreTrainedModel) -> None:
     """Checks that the model knows every token of a data set and has a position for the longest row.
 
     Args:
@@ -26,23 +28,23 @@ def check_fit(dataset: Iterable[dict], model: PreTrainedModel) -> None:
     """
     vocab = embedding_rows(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    largest = max((max([*row["prompt_ids"], *map(max, row["completion_ids"])]) for row in dataset), default=0)
+    largest, found = largest_token(dataset), lengths(dataset)
     if largest >= vocab:
         when = " before the model is quantised" if has_quantized_embeddings(model) else ""
         raise ModelError(
             f"The tokenizer gives token {largest}, but the model knows {vocab}: use the model's own tokenizer, or "
             f"call model.resize_token_embeddings(len(tokenizer)){when}."
         )
-    longest = max((len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in dataset), default=0)
+    longest = int(found.longest().max(initial=0))
     if longest > positions:
         raise DataError(
             f"The longest row has {longest:,} tokens, but the model has {positions:,} positions: set "
             f"max_length={positions} with on_truncate='drop' or 'keep_end'."
         )
-    _check_rope(dataset, model)
+    _check_rope(found, model)
 
 
-def _check_rope(dataset: Iterable[dict], model: PreTrainedModel) -> None:
+def _check_rope(found: TokenLengths, model: PreTrainedModel) -> None:
     """DataError where the rotary frequencies of a row would depend on the other rows of its batch.
 
     "longrope" has one set of frequencies for rows up to the length that the model was first trained for, and another
@@ -51,8 +53,8 @@ def _check_rope(dataset: Iterable[dict], model: PreTrainedModel) -> None:
     """
     config: Any = model.config.get_text_config()
     for kind, limit in _changing_ropes(config):
-        sizes = [len(row["prompt_ids"]) + len(ids) for row in dataset for ids in row["completion_ids"]]
-        longer = sum(size > limit for size in sizes)
+        sizes = found.with_prompt()
+        longer = int((sizes > limit).sum())
         if not longer or (kind == "longrope" and longer == len(sizes)):
             continue
         raise DataError(

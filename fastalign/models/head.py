@@ -4,54 +4,92 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastalign.errors import ModelError
-from fastalign.models.adapters import Lora, unwrap_layer
-from fastalign.models.quantization import float_weight
+from fastalign.models.adapters import Lora, trained_rows, unwrap_layer
+from fastalign.models.quantization import QuantizedWeight, float_weight, is_quantized_layer, quantized_weight
+from fastalign.ops.head.weights import ComposedWeight
 from fastalign.ops.linear_divergence import linear_divergence
+from fastalign.ops.linear_logprobs import linear_logprobs
 
 
 class Head(NamedTuple):
     """The output layer of a model: logits are `softcap * tanh(logit_scale * (h W' + bias) / softcap)`.
 
     Attributes:
-        weight: (V, H) floating point, with the adapters on the layer added to it.
+        weight: (V, H) in floating point, or quantised.
         bias: (V,), or None.
         logit_scale: factor of the logits, applied before the soft cap.
         softcap: bound of the logits' absolute value; None for no bound.
+        lora: the adapters on the layer, as `linear_logprobs` takes them; None for no adapter.
+        new_rows: token ids (k,) and rows (k, H) that take the place of those of the weight; None for no such rows.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    lora: tuple[Tensor, Tensor, float] | None = None
+    new_rows: tuple[Tensor, Tensor] | None = None
 
     def detach(self) -> Head:
         """The same numbers without a gradient."""
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+        return self._replace(
+            weight=self.weight.detach() if isinstance(self.weight, Tensor) else self.weight,
+            bias=None if self.bias is None else self.bias.detach(),
+            lora=None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2]),
+            new_rows=None if self.new_rows is None else (self.new_rows[0], self.new_rows[1].detach()),
+        )
+
+    def dense(self) -> Head:
+        """The same layer with one weight in floating point, (V, H), for what cannot read it in parts."""
+        if self.lora is None and self.new_rows is None and isinstance(self.weight, Tensor):
+            return self
+        dtype = self.weight.dtype or torch.float32
+        a, b, scale = self.lora or (None, None, 1.0)
+        weight = ComposedWeight(self.weight, b, scale, self.new_rows).dense(a, dtype)
+        return self._replace(weight=weight, lora=None, new_rows=None)
 
     def first(self, count: int) -> Head:
         """The layer of the first `count` entries of the vocabulary, or of all where there are fewer."""
         if count >= self.weight.shape[0]:
             return self  # slicing all rows would cost a copy of the gradient
-        return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+        return self._replace(
+            weight=self.weight[:count] if isinstance(self.weight, Tensor) else self.weight.first(count),
+            bias=None if self.bias is None else self.bias[:count],
+            lora=None if self.lora is None else (self.lora[0], self.lora[1][:count], self.lora[2]),
+            new_rows=_first_rows(self.new_rows, count),
+        )
 
     def options(self) -> dict[str, Any]:
-        """Everything but the weight, as keyword arguments of `linear_logprobs` and its relatives."""
+        """Bias, scale and soft cap, as keyword arguments of `linear_logprobs` and its relatives."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, **options: Any) -> Any:
+        """`fastalign.linear_logprobs` of this layer.
+
+        Args:
+            hidden: (S, H).
+            targets: (S,) token ids.
+            options: those of `linear_logprobs` that do not describe the output layer.
+        """
+        return linear_logprobs(
+            hidden, self.weight, targets, lora=self.lora, new_rows=self.new_rows, **self.options(), **options
+        )
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """Weight, bias, scale and soft cap of the model's output layer, with the adapters on it added to the weight.
+    """Weight, bias, scale, soft cap and adapters of the model's output layer.
 
     Args:
         model: the transformers model itself; `causal_lm(model)` takes it out of its wrappers.
 
     Raises:
-        ModelError: the model has no output layer, or the layer has an adapter or a quantisation that cannot be
-            expressed as one weight.
+        ModelError: the model has no output layer, or the layer has an adapter that is no addition to its weight, or a
+            quantisation that is not known.
     """
     layer = model.get_output_embeddings()
     if layer is None:
@@ -62,12 +100,12 @@ def output_head(model: PreTrainedModel) -> Head:
     if divisor := getattr(config, "logits_scaling", None):
         scale /= float(divisor)
     plain, adapters = unwrap_layer(layer)
-    weight, bias = float_weight(plain.weight), getattr(plain, "bias", None)
-    for lora in adapters:
-        weight = _with_adapter(weight, lora)
-    return Head(
-        weight, bias if isinstance(bias, Tensor) else None, scale, getattr(config, "final_logit_softcapping", None)
-    )
+    packed = quantized_weight(plain) if is_quantized_layer(plain) else None
+    weight, bias = packed or float_weight(plain.weight), getattr(plain, "bias", None)
+    bias, softcap = bias if isinstance(bias, Tensor) else None, getattr(config, "final_logit_softcapping", None)
+    head = Head(weight, bias, scale, softcap, _joined(adapters), trained_rows(layer))
+    # Where the weight is trained beside its adapter, only their sum passes the gradient on to both.
+    return head.dense() if isinstance(weight, Tensor) and weight.requires_grad else head
 
 
 def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head, **options: Any) -> Tensor:
@@ -85,18 +123,27 @@ def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher
         (S,) float32, in nats.
     """
     of_teacher = {f"teacher_{name}": value for name, value in teacher.options().items()}
-    return linear_divergence(
-        hidden, head.weight, teacher_hidden, teacher.weight, **head.options(), **of_teacher, **options
-    )
+    weights: Any = head.dense().weight, teacher.dense().weight
+    return linear_divergence(hidden, weights[0], teacher_hidden, weights[1], **head.options(), **of_teacher, **options)
 
 
-def _with_adapter(weight: Tensor, lora: Lora) -> Tensor:
-    """`weight + scaling * b a`, (V, H), in the weight's dtype."""
-    if lora.dropout > 0 or not lora.is_plain:
-        raise ModelError(
-            f"The adapter {lora.name!r} on the output layer uses dropout, a bias or a LoRA variant, which fastalign "
-            "cannot fold into its weight: set lora_dropout=0 and plain LoRA, or leave the output layer out of "
-            "target_modules."
-        )
-    # peft's own `get_delta_weight` would round to the weight's dtype. Here the product stays in the adapter's float32.
-    return weight + (lora.b @ lora.a * lora.scaling).to(weight.dtype)
+def _first_rows(rows: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """Those of the rows (ids, values) whose token is among the first `count`."""
+    if rows is None:
+        return None
+    kept = rows[0] < count
+    return (rows[0][kept], rows[1][kept]) if kept.any() else None
+
+
+def _joined(adapters: list[Lora]) -> tuple[Tensor, Tensor, float] | None:
+    """The adapters on a layer as one: its a (r, H), b (V, r) and scale."""
+    for lora in adapters:
+        if lora.dropout > 0 or not lora.is_plain:
+            raise ModelError(
+                f"The adapter {lora.name!r} on the output layer uses dropout, a bias or a LoRA variant, which "
+                "fastalign cannot fold into its weight: set lora_dropout=0 and plain LoRA, or leave the output layer "
+                "out of target_modules."
+            )
+    if len(adapters) < 2:
+        return (adapters[0].a, adapters[0].b, adapters[0].scaling) if adapters else None
+    return torch.cat([lora.a for lora in adapters]), torch.cat([lora.b * lora.scaling for lora in adapters], 1), 1.0

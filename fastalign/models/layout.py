@@ -111,7 +111,7 @@ def _hidden(body: PreTrainedModel, batch: PackedBatch, *, positions: bool = True
     """Hidden states (S, H) that predict the batch's scored tokens; without `positions` the model counts them itself."""
     batch = batch.to(next(body.get_input_embeddings().parameters()).device)
     inputs = batch.model_inputs() if positions else {"input_ids": batch.input_ids}
-    with packed_attention(batch.layout):
+    with packed_attention(batch.layout, batch.keys):
         hidden = body(**inputs, use_cache=False)[0]
     return hidden.flatten(0, 1)[batch.score_index]  # (S, H)
 

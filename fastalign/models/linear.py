@@ -124,7 +124,7 @@ def _linear(self: nn.Linear, x: Tensor) -> Tensor:
     dtype = _product_dtype(x, self.weight)
     if dtype is None or not _has_faster_product(dtype, x.dtype, self.weight.dtype):
         return type(self).forward(self, x)
-    return LoraLinearCpu.apply(x, self.weight, self.bias, None, None, 0.0, dtype)
+    return _cpu_product(x, self.weight, self.bias, None, None, 0.0, dtype)
 
 
 def _quantized_linear(self: Any, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _quantized_linear(self: Any, x: Tensor) -> Tensor:
     dtype = None if weight is None or x.is_cuda or not _is_plain(x, weight) else _product_dtype(x, weight)
     if dtype is None:
         return training_product(self, x)
-    return LoraLinearCpu.apply(x, weight, self.bias, None, None, 0.0, dtype).to(x.dtype)
+    return _cpu_product(x, weight, self.bias, None, None, 0.0, dtype).to(x.dtype)
 
 
 def _has_faster_product(result: torch.dtype, *inputs: torch.dtype) -> bool:
@@ -169,7 +169,7 @@ def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
         b = torch.zeros_like(b)
     if x.is_cuda:
         return LoraLinearGpu.apply(x, weight, bias, lora.a, b, lora.scaling)
-    out = LoraLinearCpu.apply(x, weight, bias, lora.a, b, lora.scaling, dtype)
+    out = _cpu_product(x, weight, bias, lora.a, b, lora.scaling, dtype)
     return out.to(x.dtype) if isinstance(weight, QuantizedWeight) else out
 
 
@@ -278,6 +278,16 @@ class LoraLinearCpu(torch.autograd.Function):
                 xa = product(rows, _operand(a, ctx.dtype)) if twice else xa
                 d_b = product(xa.t(), g.t()).t().to(b.dtype).mul_(ctx.scaling)  # (r, out)' is twice as fast as (out, r)
         return d_x, d_weight, d_bias, d_a, d_b, None, None
+
+
+def _cpu_product(*arguments: Any) -> Tensor:
+    """`LoraLinearCpu`, which a compiler calls as it is: what it would make of the branches inside gets no faster."""
+    return _uncompiled(*arguments) if torch.compiler.is_compiling() else LoraLinearCpu.apply(*arguments)
+
+
+@torch.compiler.disable
+def _uncompiled(*arguments: Any) -> Tensor:
+    return LoraLinearCpu.apply(*arguments)
 
 
 class LoraLinearGpu(torch.autograd.Function):

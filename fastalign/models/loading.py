@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastalign.config.quantization import Quantization, check_quantization
 from fastalign.errors import ConfigError, ModelError
@@ -44,6 +51,7 @@ def load_model(
     for_adapter: bool = True,
     quantization: Quantization = "none",
     double_quantization: bool = False,
+    quantize_head: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model.
 
@@ -58,6 +66,7 @@ def load_model(
             64 weights (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or by row (int8). The embedding and the output
             layer stay in `dtype`, which is also what 4-bit layers compute in. "none" leaves the weights as they are.
         double_quantization: whether the scales of 4-bit weights are quantised too.
+        quantize_head: whether the output layer is quantised too. A tied one cannot be.
 
     Raises:
         ModelError: the source does not exist, holds no safetensors and no GGUF file, or cannot be loaded. Or its
@@ -65,7 +74,7 @@ def load_model(
         ConfigError: the source is quantised by bitsandbytes, and `dtype` or `quantization` is given too. Or
             `quantization` is unknown, or does not go with the source or with `double_quantization`.
     """
-    check_quantization(quantization, double_quantization)
+    check_quantization(quantization, double_quantization, quantize_head)
     if adapter_base(source) is not None:
         if quantization != "none":
             raise ConfigError(
@@ -90,13 +99,16 @@ def load_model(
                 "save the loaded model as safetensors first, or leave quantization out"
             )
         _check_frozen(source, for_adapter)
-        options["quantization_config"] = quantization_config(quantization, double_quantization, dtype)
+        _check_head(source, folder, quantize_head)
+        options["quantization_config"] = quantization_config(
+            quantization, double_quantization, dtype, quantize_head=quantize_head
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except Exception as error:  # the libraries raise many kinds for damaged or missing files
         raise ModelError(f"The model {str(source)!r} cannot be loaded: {_reason(error, folder)}") from error
     if gguf is not None:
-        _forget_quantization(model)
+        forget_quantization(model)
     use_training_product(model)
     if quantized_layers(model):
         release_freed_memory()
@@ -110,6 +122,7 @@ def load_with_adapter(
     for_adapter: bool = True,
     quantization: Quantization = "none",
     double_quantization: bool = False,
+    quantize_head: bool = False,
 ) -> PeftModel:
     """Loads the base model of an adapter folder, with the adapter on it, frozen.
 
@@ -119,6 +132,7 @@ def load_with_adapter(
         for_adapter: see `load_model`.
         quantization: of the base model, see `load_model`.
         double_quantization: see `load_model`.
+        quantize_head: see `load_model`.
 
     Raises:
         ModelError: the folder is not that of an adapter, or it or its base model cannot be loaded.
@@ -132,7 +146,7 @@ def load_with_adapter(
     try:
         model = load_model(
             base, dtype=dtype, for_adapter=for_adapter, quantization=quantization,
-            double_quantization=double_quantization,
+            double_quantization=double_quantization, quantize_head=quantize_head,
         )  # fmt: skip
     except ModelError as error:
         raise ModelError(f"The base model of the adapter {source} cannot be loaded: {error}") from error
@@ -274,13 +288,33 @@ def _check_frozen(source: str | Path, for_adapter: bool) -> None:
         )
 
 
-def _forget_quantization(model: Any) -> None:
+def _check_head(source: str | Path, folder: Path | str, quantize_head: bool) -> None:
+    """ConfigError if an output layer is to be quantised that shares its weight with the embedding, which is not."""
+    if not quantize_head:
+        return
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=isinstance(folder, Path))
+    if config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            f"quantize_head is True, but the output layer of {source} is tied to the embedding, which stays "
+            "unquantised: leave quantize_head out, or untie the two first (tie_word_embeddings=False)"
+        )
+
+
+def forget_quantization(model: Any) -> None:
     """Removes the marks of a quantised model, which forbid saving and training: its weights are plain floats by now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
+    # What reads packed weights from a file has no reverse, and saving would look for it.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [c for c in conversions if not _unpacks(c)]
+
+
+def _unpacks(conversion: Any) -> bool:
+    """Whether a conversion of transformers, from tensors of a file to a weight, is bitsandbytes' own."""
+    return any("bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", ()))
 
 
 def _reason(error: Exception, folder: Path | str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import reference
-from fastalign.models.adapters import lora_base
+from fastalign.models.adapters import is_hooked, lora_base
 from fastalign.models.linear import PLAIN_TENSORS
 from fastalign.models.quantization import is_quantized_layer, quantized_weight
 from fastalign.ops import rms_norm, swiglu
@@ -100,7 +100,7 @@ def _rms_norm(self: Any, x: Tensor) -> Tensor:
 
 def _swiglu_block(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if not _applies(_SWIGLU, gate, up):
+    if not _applies(_SWIGLU, gate, up) or is_hooked(self.act_fn):  # the op would not call what the hook waits for
         return self.down_proj(self.act_fn(gate) * up)
     return self.down_proj(swiglu(gate, up))
 

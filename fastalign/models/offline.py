@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -25,8 +24,11 @@ def guard_imports() -> None:
         sys.meta_path.insert(0, _Guard())
 
 
-class _Guard(MetaPathFinder):
-    """Finds bitsandbytes as Python does, and lets its loader run without `kernels`."""
+class _Guard:
+    """Finds bitsandbytes as Python does, and lets its loader run without `kernels`.
+
+    `importlib.abc.MetaPathFinder` would be its base class, but importing that imports nine modules at every start.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

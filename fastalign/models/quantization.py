@@ -18,9 +18,10 @@ inference:
 from __future__ import annotations
 
 import copy
+import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -56,23 +57,28 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def quantization_config(quantization: str, double_quantization: bool, dtype: torch.dtype) -> Any:
+def quantization_config(
+    quantization: str, double_quantization: bool, dtype: torch.dtype, *, quantize_head: bool = False
+) -> Any:
     """The `BitsAndBytesConfig` of transformers for the options of `load_model`.
 
     Args:
         quantization: "nf4", "fp4" or "int8".
         double_quantization: whether the scales of 4-bit weights are quantised too.
         dtype: what products of 4-bit weights are computed in. Products of 8-bit weights are in the input's dtype.
+        quantize_head: whether the output layer is quantised too, which transformers leaves out by default.
     """
     from transformers import BitsAndBytesConfig
 
+    skipped = [] if quantize_head else None
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -93,9 +99,21 @@ def use_training_product(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if _is_four_bit(module):
+            vars(module).setdefault("_fastalign_avx512bf16", module.support_avx512bf16_for_cpu)
             module.support_avx512bf16_for_cpu = False
         elif _is_eight_bit(module) and "forward" not in vars(module):
             module.forward = types.MethodType(training_product, module)
+
+
+def restore_product(model: nn.Module) -> None:
+    """Takes back what `use_training_product` changed. The forwards themselves are `restore`'s in scoring.py."""
+    base: Any = causal_lm(model)
+    if vars(base).get("resize_token_embeddings") is _refuse_to_resize:
+        del base.resize_token_embeddings
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if "_fastalign_avx512bf16" in vars(module):
+            module.support_avx512bf16_for_cpu = vars(module).pop("_fastalign_avx512bf16")
 
 
 def training_product(self: nn.Module, x: Tensor) -> Tensor:
@@ -103,6 +121,12 @@ def training_product(self: nn.Module, x: Tensor) -> Tensor:
 
     A `Linear8bitLt` on a CPU has to believe for the call that it is in training mode.
     """
+    if _is_four_bit(self) and x.device.type == "cpu" and self.in_features % _state(self).blocksize:
+        raise ModelError(
+            f"A quantised layer has {self.in_features} inputs, no multiple of its blocks of {_state(self).blocksize}: "
+            f"bitsandbytes dequantises it wrongly on a CPU, and fastalign's own product of it takes no {x.dtype} here; "
+            f"call it with {self.compute_dtype}."
+        )
     if _is_four_bit(self) or x.device.type != "cpu" or self.training:
         return type(self).forward(self, x)
     self.training = True
@@ -132,6 +156,8 @@ class QuantizedWeight:
         shape: (out, in).
         device: where the packed weight lies.
         dtype: what the layer multiplies in; None for an 8-bit layer, which multiplies in its input's dtype.
+        row_multiple: rows can be dequantised from every multiple of this number on. Blocks of 4-bit weights, which
+            share a scale, may begin inside a row.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -139,16 +165,54 @@ class QuantizedWeight:
         self.shape = (layer.out_features, layer.in_features)
         self.device = layer.weight.device
         self.dtype: torch.dtype | None = getattr(layer, "compute_dtype", None)
+        block = _state(layer).blocksize if _is_four_bit(layer) else 1
+        self.row_multiple = block // math.gcd(block, layer.in_features)
+
+    def first(self, count: int) -> QuantizedWeight:
+        """The first `count` rows."""
+        part = copy.copy(self)
+        part.shape = (min(count, self.shape[0]), self.shape[1])
+        return part
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in floating point, (out, in). Each number is rounded once, to `dtype`."""
-        weight: Any = self._layer.weight
         if _is_four_bit(self._layer):
-            state = copy.copy(_state(self._layer))
-            state.dtype = dtype
-            return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
+            return self._four_bit_rows(0, self.shape[0], dtype)
         packed, scales = _eight_bit_parts(self._layer)
-        return packed.to(dtype).mul_(scales.unsqueeze(1) / 127)  # the scales are those of -127 to 127
+        # The scales are those of -127 to 127.
+        return packed[: self.shape[0]].to(dtype).mul_(scales[: self.shape[0]].unsqueeze(1) / 127)
+
+    def dequantize_rows(self, start: int, stop: int, out: Tensor) -> None:
+        """Some rows of `dequantize`, with its bits, into memory that exists.
+
+        Args:
+            start: the first row, a multiple of `row_multiple`.
+            stop: the row after the last one.
+            out: (stop - start, in), of the dtype that is wanted. There may be gaps between its rows.
+        """
+        if not _is_four_bit(self._layer):
+            packed, scales = _eight_bit_parts(self._layer)
+            torch.mul(
+                packed[start:stop], scales[start:stop].unsqueeze(1) / 127, out=out
+            )  # rounded once, to out's dtype
+            return
+        dtype = torch.float32 if out.dtype == torch.float64 else out.dtype  # bitsandbytes has no kernel for float64
+        out.copy_(self._four_bit_rows(start, stop, dtype))  # its CPU kernel cannot write into memory that exists
+
+    def _four_bit_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        functional, state = import_bitsandbytes().functional, _state(self._layer)
+        width, block = self.shape[1], state.blocksize
+        first, last = start * width, stop * width  # numbers, two to a byte
+        stored = self._layer.weight.data.view(torch.uint8).view(-1)[first // 2 : -(-last // 2)]
+        scales = _scales(state, first // block, -(-last // block), functional)
+        # Rows that are no whole blocks are dequantised wrongly by the CPU's kernel (40 % off), so blocks are its rows.
+        shape = (stop - start, width)
+        if width % block:
+            shape = (1, last - first) if (last - first) % block else ((last - first) // block, block)
+        part = functional.QuantState(
+            scales, shape=shape, dtype=dtype, blocksize=block, quant_type=state.quant_type, code=state.code
+        )
+        return functional.dequantize_4bit(stored.view(-1, 1), part).view(stop - start, width)
 
 
 def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
@@ -158,6 +222,20 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     else:
         known = all(part is not None for part in _eight_bit_parts(layer))
     return QuantizedWeight(layer) if known else None
+
+
+def _scales(state: Any, first: int, last: int, functional: Any) -> Tensor:
+    """The scales (last - first,) of some blocks, in float32. They may be quantised themselves, in larger blocks."""
+    if not state.nested:
+        return state.absmax[first:last]
+    size = state.state2.blocksize
+    start = first - first % size
+    nested = functional.QuantState(
+        state.state2.absmax[start // size : -(-last // size)], code=state.state2.code, blocksize=size,
+        dtype=state.state2.dtype,
+    )  # fmt: skip
+    scales = functional.dequantize_blockwise(state.absmax[start:last], nested)
+    return (scales + state.offset)[first - start :].float()
 
 
 def _state(layer: Any) -> Any:
@@ -170,6 +248,42 @@ def _eight_bit_parts(layer: Any) -> tuple[Any, Any]:
     """An 8-bit layer's packed weight (out, in) and scales (out,). Its first call moves both to the layer's `state`."""
     holder = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
     return holder.CB, holder.SCB
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Lets a model with quantised layers compute in float32: what is unquantised, and the products of the layers."""
+    model.float()
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if _is_four_bit(module):
+            module.compute_dtype = torch.float32
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Puts a linear layer in float32 in the place of every quantised one; the model is changed in place.
+
+    Raises:
+        ModelError: bitsandbytes has rearranged the weights of a layer.
+    """
+    check_order(model)
+    for name, layer in [(name, module) for name, module in model.named_modules() if is_quantized_layer(module)]:
+        weight = quantized_weight(layer)
+        assert weight is not None  # `check_order` refuses what has none
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+        plain.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue] - a layer of bitsandbytes is an nn.Linear
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def stored_quantization(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load_model` with which a model was quantised, from `quantization_config` of its config.json."""
+    if stored.get("load_in_8bit"):
+        return {"quantization": "int8", "double_quantization": False}
+    return {
+        "quantization": stored.get("bnb_4bit_quant_type", "fp4"),
+        "double_quantization": bool(stored.get("bnb_4bit_use_double_quant")),
+    }
 
 
 def check_order(model: nn.Module) -> None:

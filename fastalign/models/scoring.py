@@ -6,6 +6,8 @@ call does what it did before.
 
 This happens inside the model's own forward because wrappers (DDP, FSDP, peft, accelerate) hook into that call. Had the
 trainer called the body and the output layer itself, their gradients would stay unsynchronised without any error.
+
+`restore(model)` takes back everything that `prepare(model)` changed.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from fastalign.models.linear import speed_up_linear
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
-from fastalign.models.quantization import use_training_product
+from fastalign.models.quantization import restore_product, use_training_product
 from fastalign.models.reward import is_reward_model, score_layer
 from fastalign.models.vocabulary import embedding_rows
-from fastalign.ops import linear_logprobs
+from fastalign.ops import linear_token_statistics
 from fastalign.reference import linear_logits
 
 
@@ -42,6 +44,8 @@ class Scores(NamedTuple):
         logprobs: (S,) float32, in nats, of `batch.targets`; None if the batch has no targets.
         entropy: (S,) float32, in nats, of the distributions that predict them; None unless called with `entropy=True`.
         hidden: (S, H), the input of the output layer; None unless called with `keep_hidden=True` or without targets.
+        log_sum_sq_probs: (S,) float32, log sum_v p(v)^2 of those distributions, without gradient; None unless called
+            with `statistics=True`.
         rewards: (C,) float32, of the batch's completions, from a reward model; None from a language model. A reward
             model gives nothing else.
     """
@@ -49,6 +53,7 @@ class Scores(NamedTuple):
     logprobs: Tensor | None
     entropy: Tensor | None
     hidden: Tensor | None
+    log_sum_sq_probs: Tensor | None = None
     rewards: Tensor | None = None
 
     @property
@@ -65,7 +70,7 @@ def prepare(model: nn.Module) -> Layout:
     Args:
         model: a transformers causal language model with its weights loaded, a reward model (see
             `fastalign.models.reward`), or a PeftModel around one. It is changed in place; preparing it again changes
-            nothing.
+            nothing, and `restore` takes everything back.
 
     Returns:
         "shared", "packed" or "padded", for `fastalign.data.packing.lay_out`. `fastalign.models.layout.prepare_model`
@@ -84,9 +89,11 @@ def prepare(model: nn.Module) -> Layout:
     use_training_product(model)
     speed_up_linear(model)
     speed_up_body(model)
-    layout = prepare_model(model)
     base: Any = causal_lm(model)
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    layout = prepare_model(model)
     if not hasattr(base, "_fastalign_forward"):
+        base._fastalign_attention = attention
         base._fastalign_forward = base.forward
         # Not a bound method: that is pickled as the name of an attribute, which the class does not have.
         base.forward = functools.partial(_reward_forward if is_reward_model(base) else _forward, base)
@@ -97,24 +104,61 @@ def prepare(model: nn.Module) -> Layout:
     return layout
 
 
+def restore(model: nn.Module) -> None:
+    """Takes back what `prepare` changed: forwards, attention and the products of quantised layers, in place.
+
+    Hooks on every module fire again. The weights stay as training left them. Other things that a trainer changes stay
+    too: dropout that is turned off, the special tokens of the configuration, and the adapter.
+
+    Args:
+        model: A model that `prepare` or a trainer has prepared, or a PeftModel around one. On any other model this
+            does nothing.
+    """
+    base: Any = causal_lm(model)
+    forward = vars(base).pop("_fastalign_forward", None)
+    if forward is not None:
+        # A wrapper that accelerate put around ours for mixed precision goes too: it calls ours.
+        vars(base).pop("_original_forward", None)
+        del base.forward
+        if getattr(forward, "__func__", None) is not type(base).forward:  # someone had exchanged it before
+            base.forward = forward
+        attention = base._fastalign_attention
+        del base._fastalign_attention
+        if base.config._attn_implementation != attention:
+            base.set_attn_implementation(attention)
+    for module in model.modules():
+        patched = vars(module).get("forward")
+        function = getattr(patched, "func", None) or getattr(patched, "__func__", None)
+        if getattr(function, "__module__", "").startswith("fastalign.models."):
+            del module.forward
+    restore_product(model)
+
+
 def _forward(
-    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, memory_budget=None,
-    noise: float | None = None, temperature: float = 1.0, **kw,
+    self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, statistics=False,
+    memory_budget=None, noise: float | None = None, temperature: float = 1.0, **kw,
 ):  # fmt: skip
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
         return self._fastalign_forward(*args, **kw)
-    with packed_attention(packed.layout), noisy_embeddings(self, packed, noise):
+    with packed_attention(packed.layout, packed.keys), noisy_embeddings(self, packed, noise):
         hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
     hidden = hidden.flatten(0, 1)[packed.score_index]  # (S, H)
     if packed.targets is None:
         return Scores(None, None, hidden)
     head = output_head(self)
+    kept = hidden if keep_hidden else None
+    if statistics:
+        weight: Any = head.dense().weight
+        options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
+        values = linear_token_statistics(hidden, weight, packed.targets, **options)
+        return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
     # `score_index` left out every hidden state without a target, so no target needs to be compared with ignore_index.
-    options = {"ignore_index": None, "memory_budget": memory_budget, "temperature": temperature} | head.options()
-    out: Any = linear_logprobs(hidden, head.weight, packed.targets, entropy=entropy, **options)
+    out = head.logprobs(
+        hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget, temperature=temperature
+    )
     logprobs, entropies = out if entropy else (out, None)
-    return Scores(logprobs, entropies, hidden if keep_hidden else None)
+    return Scores(logprobs, entropies, kept)
 
 
 def _reward_forward(self, *args, packed: PackedBatch | None = None, noise: float | None = None, **kw):
@@ -127,7 +171,7 @@ def _reward_forward(self, *args, packed: PackedBatch | None = None, noise: float
     # In float32, whatever the dtype of the body: differences of rewards are small beside the rewards.
     with torch.autocast(last.device.type, enabled=False):
         rewards = linear(last.float(), score_layer(self).weight.float())[:, 0]
-    return Scores(None, None, None, rewards)
+    return Scores(None, None, None, rewards=rewards)
 
 
 @torch.no_grad()
@@ -173,7 +217,7 @@ def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     batch = lay_out([example], layout, pad_token_id=0).to(model.device)
     with evaluation_mode(model):
         hidden = model(packed=batch, keep_hidden=True).hidden
-        head = output_head(model)
+        head = output_head(model).dense()
         ours = linear_logits(hidden, head.weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)

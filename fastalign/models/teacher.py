@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.batching import batch_rows
+from fastalign.data.keyed_parts import own_part, write_parts
 from fastalign.data.keys import cache_folder, row_keys
 from fastalign.data.packing import Layout, lay_out
+from fastalign.data.processes import gather_objects
 from fastalign.errors import ConfigError, DataError, ModelError
-from fastalign.files import KeyedTensors, check_writable, write_keyed
+from fastalign.files import KeyedTensors, check_writable
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
@@ -99,6 +101,7 @@ def store_topk(
     """Computes the teacher's k largest log-probs at every scored token of a data set, and stores them in a file.
 
     Its name is made of the teacher's weights, k, the temperature and the rows. If it exists, nothing is computed.
+    Several processes compute a part of the rows each.
 
     Args:
         teacher: the model to ask.
@@ -125,11 +128,11 @@ def store_topk(
     rows_digest = hashlib.blake2b(b"".join(key for row in keys for key in row), digest_size=8).hexdigest()
     name = f"{fingerprint(teacher.model)}-{rows_digest}-top{k}-t{temperature:g}.safetensors"
     path = cache_folder(cache_dir) / "teachers" / name
-    if path.exists():
+    if all(gather_objects(path.exists())):
         return path
     check_writable("cache_dir", path.parent)
     found: dict[bytes, tuple[Tensor, Tensor]] = {}
-    batches = list(batch_rows(dataset, range(len(keys))))
+    batches = own_part(list(batch_rows(dataset, range(len(keys)))))
     for batch in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=not show):
         rows = [dataset[i] for i in batch]
         hidden, head = teacher(rows)
@@ -144,13 +147,14 @@ def store_topk(
         "logprobs": [logprobs.numpy() for _, logprobs in found.values()],
     }
     metadata = {"temperature": repr(float(temperature)), "vocabulary": vocabulary_digest(teacher.tokenizer)}
-    write_keyed(path, list(found), values, metadata)
+    write_parts(path, list(found), values, metadata)
     return path
 
 
 @torch.no_grad()
 def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The k largest log-probs (S, k) float32 of each row, and their entries (S, k) int32, on the CPU."""
+    head = head.dense()
     parts = [
         linear_logits(part, head.weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
         for part in hidden.split(_ROWS)

@@ -14,6 +14,11 @@ from fastalign.data.batch import Batch
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
+# The column of a batch with log p(y) - log sum_v p(v)^2 of each target. The trainer adds it where the model was called
+# with `statistics=True`.
+ALIGNED = "aligned_logprobs"
+
+
 class Totals(NamedTuple):
     """What a loss is divided by: counts over all micro-batches of one optimiser step.
 
@@ -33,15 +38,17 @@ class Totals(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a trainer minimises. A new method implements these three methods and the flag.
+    """What a trainer minimises. A new method implements these three methods and the flags.
 
     An objective that changes while it is trained also has `state`, a dictionary of the tensors to save in checkpoints.
 
     Attributes:
         needs_reference: Whether the loss compares with log-probs under the reference.
+        needs_statistics: Whether the loss reads the column `ALIGNED`.
     """
 
     needs_reference: bool
+    needs_statistics: bool
 
     def totals(self, batch: Batch) -> Totals:
         """The counts of one micro-batch, which the trainer adds up over the accumulated batch."""

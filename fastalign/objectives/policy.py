@@ -27,7 +27,7 @@ class PolicyObjective:
         config: Names the method and its options.
     """
 
-    needs_reference = False
+    needs_reference = needs_statistics = False
 
     def __init__(self, config: OnlineConfig):
         self.config, self.policy = config, config.policy

@@ -7,9 +7,24 @@ from torch import Tensor
 
 from fastalign.config.preference import PreferenceConfig
 from fastalign.data.batch import Batch
-from fastalign.losses import implicit_rewards, pairwise_loss
-from fastalign.objectives.base import Metrics, Totals, mean_of, share_above
+from fastalign.losses import divergence_scores, implicit_rewards, pairwise_loss
+from fastalign.objectives.base import ALIGNED, Metrics, Totals, mean_of, share_above
 from fastalign.ops import segment_sum
+
+
+def tail_weights(logprobs: Tensor, bounds: Tensor, ld_alpha: float) -> Tensor:
+    """LD-DPO's weight of each token (S,): 1, but `ld_alpha` where a completion is longer than the other of its pair.
+
+    Args:
+        logprobs: (S,) of the completions' tokens; only their number, dtype and device count.
+        bounds: (2 * pairs + 1,) where each completion begins; chosen and rejected alternate.
+        ld_alpha: The weight of the longer one's last tokens.
+    """
+    count, lengths = len(logprobs), bounds.diff()
+    shared = torch.minimum(lengths[0::2], lengths[1::2]).repeat_interleave(2)  # (2 * pairs,)
+    end_of_shared = (bounds[:-1] + shared).repeat_interleave(lengths, output_size=count)  # (S,)
+    tail = torch.arange(count, device=bounds.device) >= end_of_shared
+    return 1 - (1 - ld_alpha) * tail.to(logprobs.dtype)
 
 
 class PreferenceObjective:
@@ -25,6 +40,7 @@ class PreferenceObjective:
     def __init__(self, config: PreferenceConfig):
         self.config = config
         self.needs_reference = config.needs_reference
+        self.needs_statistics = config.use_weighting
         self.compares_rows = any(name in ("aot", "aot_unpaired") for name in config.pairwise)  # these sort the pairs
 
     def totals(self, batch: Batch) -> Totals:
@@ -32,7 +48,7 @@ class PreferenceObjective:
         bounds = batch.packed.cu_seqlens  # (2 * pairs + 1,)
         lengths = bounds.diff()
         tokens = lengths[0::2].sum() + batch.prompt_tokens
-        return Totals(lengths.new_tensor(lengths.numel() // 2), tokens, bounds[-1])
+        return Totals(lengths.new_full((), lengths.numel() // 2), tokens, bounds[-1])
 
     def weight(self, totals: Totals) -> Tensor:
         """The weight of this batch's loss when batch losses are averaged: its pairs."""
@@ -44,25 +60,51 @@ class PreferenceObjective:
         """The loss over pairs plus the weighted NLL, and metrics of rewards and log-probs; see `Objective`."""
         config, bounds = self.config, batch.packed.cu_seqlens
         scored = logprobs.shape[0] - batch.prompt_tokens
-        sums, lengths = segment_sum(logprobs[:scored], bounds), bounds.diff()  # (2 * pairs,) both
+        weights = 1.0 if config.ld_alpha is None else tail_weights(logprobs[:scored], bounds, config.ld_alpha)
+        sums = segment_sum(logprobs[:scored] * weights, bounds)  # (2 * pairs,)
         chosen, rejected = sums[0::2], sums[1::2]  # (pairs,)
         references = (None, None)
         if ref_logprobs is not None:
-            ref_sums = segment_sum(ref_logprobs, bounds)
+            ref_sums = segment_sum(ref_logprobs * weights, bounds)
             references = ref_sums[0::2], ref_sums[1::2]
-        losses = pairwise_loss(
+        losses = self._losses(chosen, rejected, references, bounds.diff())
+        pair_weights = self._pair_weights(batch, scored)
+        # Divided by the pairs of the whole step, so that the losses of its micro-batches add up to the mean.
+        loss = (losses * pair_weights).sum() / totals.items
+        metrics = self._metrics(chosen, rejected, references, batch)
+        # Tokens of prompts, where they are scored, lie behind the completions: nll_over="prompt_and_completion".
+        all_sums = sums if config.ld_alpha is None else segment_sum(logprobs[:scored], bounds)
+        nll = -(all_sums[0::2].sum() + logprobs[scored:].sum())
+        if config.nll_coefficient:
+            loss = loss + config.nll_coefficient * nll * pair_weights.mean() / totals.tokens
+        metrics["nll_loss"] = (nll.detach(), self.totals(batch).tokens)
+        return loss, metrics
+
+    def _losses(
+        self, chosen: Tensor, rejected: Tensor, references: tuple[Tensor | None, Tensor | None], lengths: Tensor
+    ) -> Tensor:
+        """The (pairs,) weighted losses; zeros where there is an NLL term alone."""
+        config = self.config
+        if not config.pairwise:
+            return torch.zeros_like(chosen)
+        if config.f_divergence_type != "reverse_kl":
+            # Scores take the place of log-ratios: the losses get them as if the reference were 0.
+            how, zero = (config.f_divergence_type, config.f_alpha_divergence_coef), torch.zeros_like(chosen)
+            ratios = [policy - reference for policy, reference in zip((chosen, rejected), references, strict=True)]
+            chosen, rejected = (divergence_scores(ratio, *how) for ratio in ratios)
+            references = zero, zero
+        return pairwise_loss(
             list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,
             lengths_chosen=lengths[0::2], lengths_rejected=lengths[1::2], options=config.loss_options,
         )  # fmt: skip
-        # Divided by the pairs of the whole step, so that the losses of its micro-batches add up to the mean.
-        loss = losses.sum() / totals.items
-        metrics = self._metrics(chosen, rejected, references, batch)
-        # Tokens of prompts, where they are scored, lie behind the completions: nll_over="prompt_and_completion".
-        nll = -(chosen.sum() + logprobs[scored:].sum())
-        if config.nll_coefficient:
-            loss = loss + config.nll_coefficient * nll / totals.tokens
-        metrics["nll_loss"] = (nll.detach(), self.totals(batch).tokens)
-        return loss, metrics
+
+    def _pair_weights(self, batch: Batch, scored: int) -> Tensor:
+        """WPO's weight of each pair (pairs,), without gradient; a single 1 without it."""
+        bounds = batch.packed.cu_seqlens
+        if not self.config.use_weighting:
+            return torch.ones((), device=bounds.device)
+        means = segment_sum(batch.columns[ALIGNED][:scored], bounds) / bounds.diff().clamp(min=1)
+        return (means[0::2] + means[1::2]).exp()
 
     def _metrics(
         self, chosen: Tensor, rejected: Tensor, references: tuple[Tensor | None, Tensor | None], batch: Batch

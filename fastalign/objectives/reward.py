@@ -21,7 +21,7 @@ class RewardObjective:
         config: Gives the coefficient of centring.
     """
 
-    needs_reference = False
+    needs_reference = needs_statistics = False
 
     def __init__(self, config: RewardConfig):
         self.center = config.center_rewards_coefficient

@@ -4,6 +4,7 @@ from fastalign.ops.accumulate_fisher import accumulate_fisher_
 from fastalign.ops.ewc import ewc_penalty, ewc_penalty_, lora_ewc_penalty
 from fastalign.ops.linear_divergence import linear_divergence
 from fastalign.ops.linear_logprobs import linear_logprobs
+from fastalign.ops.linear_token_statistics import linear_token_statistics
 from fastalign.ops.logits_divergence import logits_divergence
 from fastalign.ops.preference_loss import preference_loss
 from fastalign.ops.rms_norm import rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "ewc_penalty_",
     "linear_divergence",
     "linear_logprobs",
+    "linear_token_statistics",
     "logits_divergence",
     "lora_ewc_penalty",
     "preference_loss",

@@ -29,10 +29,12 @@ from fastalign.ops.head.checks import (
     check_targets,
     check_temperature,
 )
+from fastalign.ops.head.chunked_logprobs import chunked_logprobs
 from fastalign.ops.head.epilogue import TORCH, Epilogue, Stats
 from fastalign.ops.head.rows import find_rows_with_target, gather_rows, scatter_rows
 from fastalign.ops.head.tiling import pad_rows
 from fastalign.ops.head.transform import LogitTransform
+from fastalign.ops.head.weights import ComposedWeight, Lora, NewRows, PackedWeight, check_composed
 
 # Bytes of probability tiles that are cached for a trainable output layer when the caller names no budget.
 DEFAULT_MEMORY_BUDGET = 1 << 30
@@ -239,10 +241,12 @@ class _LinearLogprobs(torch.autograd.Function):
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -256,10 +260,12 @@ def linear_logprobs(
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -273,10 +279,12 @@ def linear_logprobs(
 @overload
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora: Lora | None = ...,
+    new_rows: NewRows | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
     temperature: float = ...,
@@ -289,10 +297,12 @@ def linear_logprobs(
 
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: Lora | None = None,
+    new_rows: NewRows | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -320,14 +330,25 @@ def linear_logprobs(
     d logprob / d hidden = W[y] - sum_j p_j W[j] does not depend on the loss. With a frozen output layer, loss and
     gradient therefore need one pass over the vocabulary instead of two.
 
+    **Heads that are no single matrix.** A packed weight is dequantised one tile of the vocabulary at a time, into one
+    buffer. A LoRA adapter on the output layer widens hidden states and tiles, `[h, h a'] [W, scale * b]'`, so that its
+    sum with W is neither formed nor rounded: see `head/weights.py` and `head/chunked_logprobs.py`. One pass gives the
+    gradients in hidden and in a, and that of b forms the probabilities again. Such calls are not traced by
+    torch.compile.
+
     While a CUDA graph is captured, ignored rows cannot be dropped. They are computed on zero inputs and cost time.
 
     Args:
         hidden: (..., H) floating.
         weight: (V, H) floating, the output layer's. Where its dtype differs from hidden's, both are
-            converted to torch's common dtype (`torch.promote_types`): float32 for bfloat16 and float16.
+            converted to torch's common dtype (`torch.promote_types`): float32 for bfloat16 and float16. Or a frozen
+            weight in 4 or 8 bits (`PackedWeight`), such as `fastalign.models.quantized_weight(layer)`.
         targets: (...) int64 in [0, V) or `ignore_index`.
         bias: (V,) floating. An entry of -inf rules its token out.
+        lora: (a (r, H), b (V, r), scale) of an adapter that adds `scale * b a` to a frozen weight. Both factors may be
+            trained. In 16-bit products they are rounded to 16 bits, as autocast does.
+        new_rows: (ids (k,) int64, rows (k, H)): rows that take the place of those of a frozen weight, and may be
+            trained.
         logit_scale: Multiplies `h W' + b`.
         softcap: Bounds the logits before the temperature, as Gemma does; above 0, or None.
         temperature: Divides the logits; above 0.
@@ -364,12 +385,27 @@ def linear_logprobs(
     check_temperature(temperature)
     check_memory_budget(memory_budget)
     check_ignore_index(ignore_index)
-    backend = pick.resolve("linear_logprobs", backend, hidden, weight, bias, cpu_kernel="forward", prefer="triton")
+    is_composed = lora is not None or new_rows is not None or not isinstance(weight, Tensor)
+    if is_composed:
+        check_composed(weight, lora, new_rows)
+        check_devices(hidden, *(lora or ())[:2], *(new_rows or ()))
+    dense = weight if isinstance(weight, Tensor) else None
+    backend = pick.resolve("linear_logprobs", backend, hidden, dense, bias, cpu_kernel="forward", prefer="triton")
+    if is_composed and backend == "reference":
+        weight = ComposedWeight(weight, *(lora or (None, None, 1.0))[1:], new_rows).dense(
+            None if lora is None else lora[0], reference.compute_dtype(hidden)
+        )
     if backend == "reference":
         check_target_ids(targets, weight.shape[0], ignore_index, op="linear_logprobs")
         return reference.linear_logprobs(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,
+        )  # fmt: skip
+    if is_composed:
+        transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+        return chunked_logprobs(
+            hidden, weight, targets, bias, lora, new_rows, transform, ignore_index=ignore_index, entropy=entropy,
+            backend=backend,
         )  # fmt: skip
     if hidden.dtype != weight.dtype:
         common = torch.promote_types(hidden.dtype, weight.dtype)

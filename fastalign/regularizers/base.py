@@ -57,8 +57,8 @@ class Step:
         first: whether this is the first micro-batch of the step.
         rows: rows of all micro-batches of the step, on this process.
         epoch: the current epoch, as a fraction.
-        at_start: computes the batch's scores and the output layer under the weights that training started from. Terms
-            share one computation.
+        score_start: computes the batch's scores and the output layer under the weights that training started from.
+            Terms share one computation.
     """
 
     model: nn.Module
@@ -69,7 +69,7 @@ class Step:
     first: bool
     rows: int
     epoch: float
-    at_start: Callable[[], tuple[Scores, Head]]
+    score_start: Callable[[], tuple[Scores, Head]]
 
     def completion_hidden(self, scores: Scores) -> Tensor:
         """The hidden states (S, H) of `scores` that predict tokens of completions. Those of prompts come after them."""
@@ -125,7 +125,12 @@ def check_share(name: str, **values: Any) -> None:
 
 def count_of(values: Tensor) -> Tensor:
     """The length of `values` as a tensor on its device, for the count of a metric."""
-    return torch.tensor(values.shape[0], device=values.device)
+    return number_on(values.device, values.shape[0])
+
+
+def number_on(device: torch.device, value: int) -> Tensor:
+    """A whole number as a tensor () on a device, filled in there: a copy from the host would make a GPU's host wait."""
+    return torch.full((), value, device=device)
 
 
 def once_a_step(name: str, penalty: Callable[[], Tensor]) -> Term:

@@ -122,7 +122,7 @@ class Distillation:
 
 
 def _from_start(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
-    scores, start_head = step.at_start()
+    scores, start_head = step.score_start()
     return mean_divergence(hidden, head, step.completion_hidden(scores), start_head, step, 1.0, **options)
 
 
@@ -140,6 +140,7 @@ def _from_store(path: str | Path, temperature: float, trainer: Any) -> Divergenc
     def divergence(step: Step, hidden: Tensor, head: Head, options: dict[str, Any]) -> Tensor:
         indices, logprobs = stored(step.batch.rows or [])  # (S, k)
         weights = (1 / step.totals.scored).expand(hidden.shape[0])
+        head = head.dense()
         return sparse_divergence(
             hidden, head.weight, indices.to(hidden.device), logprobs.to(hidden.device), token_weights=weights,
             **head.options(), **options,

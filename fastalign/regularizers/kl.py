@@ -51,7 +51,7 @@ class KLToStart:
         trainer.keep_start()
 
         def term(step: Step) -> tuple[Tensor, Metrics]:
-            start_scores, start_head = step.at_start()
+            start_scores, start_head = step.score_start()
             hidden = step.completion_hidden(step.scores)  # (S, H)
             loss = mean_divergence(
                 hidden, output_head(causal_lm(step.model)), step.completion_hidden(start_scores), start_head, step,

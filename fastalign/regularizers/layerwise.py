@@ -15,7 +15,7 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import causal_lm
 from fastalign.objectives.base import Metrics
 from fastalign.options import help_field
-from fastalign.regularizers.base import Step, Term, check_positive
+from fastalign.regularizers.base import Step, Term, check_positive, number_on
 
 
 @dataclass
@@ -53,11 +53,10 @@ class LayerWise:
         """Freezes the model for the first stage, sets the learning rates, and returns a term that shows the stage.
 
         Raises:
-            ConfigError: an option has a wrong value, or training runs in several processes.
+            ConfigError: an option has a wrong value, or `ddp_find_unused_parameters` is off with several processes.
             ModelError: the model has no list of layers, or a stage unfreezes nothing.
         """
-        if trainer.args.world_size > 1:
-            raise ConfigError("LayerWise freezes weights while training, which DDP does not allow: use one process")
+        _let_ddp_skip_frozen(trainer.args)
         base = causal_lm(trainer.model)
         layers = _layers(base)
         stages, begins = self._stages(len(layers)), self._begins()
@@ -97,6 +96,18 @@ class LayerWise:
                 f"begins of LayerWise is {begins} for {count} stages; give one number each, from 0 up and below 1"
             )
         return begins
+
+
+def _let_ddp_skip_frozen(args: Any) -> None:
+    """With several processes, lets DDP go without the gradients of frozen layers, which it would wait for."""
+    if args.world_size <= 1:
+        return
+    if args.ddp_find_unused_parameters is False:
+        raise ConfigError(
+            "ddp_find_unused_parameters is False, and LayerWise freezes layers whose gradients DDP would wait for: "
+            "leave it out"
+        )
+    args.ddp_find_unused_parameters = True
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -172,7 +183,7 @@ class _Freezer(TrainerCallback):
 
     def term(self, step: Step) -> tuple[Tensor, Metrics]:
         """Adds nothing to the loss; the metric is the number of layers that are trained."""
-        trained = torch.tensor(self.trained, device=step.loss.device)
+        trained = number_on(step.loss.device, self.trained)
         return step.loss.new_zeros(()), {"layers_trained": (trained, torch.ones_like(trained))}
 
 

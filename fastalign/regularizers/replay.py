@@ -18,7 +18,7 @@ from fastalign.models.fit import check_fit
 from fastalign.objectives.base import Metrics
 from fastalign.ops import segment_sum
 from fastalign.options import help_field
-from fastalign.regularizers.base import Step, Term, check_positive
+from fastalign.regularizers.base import Step, Term, check_positive, number_on
 
 # Shares are integers, in millionths: sums of them stay exact, however long training is.
 _ONE = 1_000_000
@@ -131,24 +131,32 @@ class _Replayed:
     def __init__(self, rows: list[dict], schedule: Callable[[float], int], weight: float, trainer):
         self.rows, self.schedule, self.weight, self.trainer = rows, schedule, weight, trainer
         # Saved in checkpoints: the number of rows drawn so far, and the remainder of the proportion in millionths.
+        # All processes have the same: they count the rows of all, and each computes those beside its own rows.
         self.state = {"replay": torch.zeros(2, dtype=torch.int64)}
         # For each alignment row of this step that is still to come, the number of replayed rows that go with it.
         self.waiting: list[int] = []
 
     def __call__(self, step: Step) -> tuple[Tensor, Metrics]:
-        if step.first:
-            self.waiting = self.spread(step.rows, self.schedule(step.epoch))
+        world, rank = self.trainer.args.world_size, self.trainer.args.process_index
+        if step.first:  # every process has as many rows
+            self.waiting = self.spread(step.rows * world, self.schedule(step.epoch))
         alignment_rows = len(step.batch.rows or [])
-        count = sum(self.waiting[:alignment_rows])
-        del self.waiting[:alignment_rows]
+        # Micro-batches are dealt to the processes in turn, so these are the rows of one micro-batch in each process.
+        counts = [sum(self.waiting[i * alignment_rows : (i + 1) * alignment_rows]) for i in range(world)]
+        count, before = counts[rank], sum(counts[:rank])
+        del self.waiting[: world * alignment_rows]
+        rows = self.draw(sum(counts))[before : before + count]
         device = step.loss.device
-        all_rows = torch.tensor(alignment_rows + count, device=device)
-        share = {"replay/share": (torch.tensor(count, device=device), all_rows)}
+        all_rows = number_on(device, alignment_rows + count)
+        share = {"replay/share": (number_on(device, count), all_rows)}
         if count == 0:
             return step.loss.new_zeros(()), share
         trainer = self.trainer
-        packed = lay_out(self.draw(count), trainer.layout, trainer.data_collator.pad_token_id).to(device)
-        logprobs = step.model(packed=packed, memory_budget=trainer.args.memory_budget).logprobs
+        packed = lay_out(rows, trainer.layout, trainer.data_collator.pad_token_id).to(device)
+        # Without DDP's wrapper, whose forward waits for the other processes: they may have no row to replay now. The
+        # gradients are averaged all the same, because DDP's hooks are on the parameters.
+        model: Any = trainer.accelerator.unwrap_model(step.model)
+        logprobs = model(packed=packed, memory_budget=trainer.args.memory_budget).logprobs
         lengths = packed.cu_seqlens.diff().clamp(min=1)  # (count,), scored tokens
         # Like a row of the objective: a mean over the row's tokens, divided by the rows of the complete step.
         loss = -self.weight * (segment_sum(logprobs, packed.cu_seqlens) / lengths).sum() / step.totals.items
@@ -176,11 +184,10 @@ class _Replayed:
         return counts
 
     def draw(self, count: int) -> list[dict]:
-        """The next rows of the text. With several processes, each takes every n-th row."""
-        world, rank = self.trainer.args.world_size, self.trainer.args.process_index
+        """The next rows of the text."""
         first = int(self.state["replay"][0])
         self.state["replay"][0] += count  # in the checkpoint, so a resumed run continues with the next row
-        return [self.row(n * world + rank) for n in range(first, first + count)]
+        return [self.row(number) for number in range(first, first + count)]
 
     def row(self, number: int) -> dict:
         """Row `number` of an endless stream: one shuffled pass over the text after another."""

@@ -14,10 +14,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
-from typing import Any, NamedTuple, TypeGuard
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 from fastalign.files import read_json, read_jsonl, read_metrics
+from fastalign.report.numbers import change_of, first_quarter, is_finite, last_quarter, noise_of
 
 __all__ = ["DIAGNOSTICS", "Diagnostic", "Finding", "Logged", "diagnose", "find"]
 
@@ -45,7 +46,7 @@ class Logged:
     @property
     def steps(self) -> int:
         """Optimiser steps that were logged."""
-        return max((int(r["step"]) for r in self.records if _is_finite(r.get("step"))), default=0)
+        return max((int(r["step"]) for r in self.records if is_finite(r.get("step"))), default=0)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a metric, finite values only: of training lines, or of evaluations if it starts with eval_.
@@ -56,7 +57,7 @@ class Logged:
         found = {
             int(r["step"]): float(r[key])
             for r in self.records
-            if line in r and _is_finite(r.get(key)) and _is_finite(r.get("step"))
+            if line in r and is_finite(r.get(key)) and is_finite(r.get("step"))
         }
         return sorted(found.items())
 
@@ -107,32 +108,6 @@ def find(logged: Logged) -> list[Finding]:
     return [Finding(row.name, row.title, evidence, row.remedy) for row, evidence in found if evidence]
 
 
-# Numbers
-
-
-def _is_finite(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _first(values: Sequence[float]) -> Sequence[float]:
-    return values[: max(3, len(values) // 4)]
-
-
-def _last(values: Sequence[float]) -> Sequence[float]:
-    return values[-max(3, len(values) // 4) :]
-
-
-def _noise(*groups: Sequence[float]) -> float:
-    """Two standard errors of a difference of means."""
-    return 2 * math.sqrt(sum(stdev(group) ** 2 / len(group) for group in groups if len(group) > 1))
-
-
-def _change(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of the last quarter minus that of the first, and its noise."""
-    first, last = _first(values), _last(values)
-    return fmean(last) - fmean(first), _noise(first, last)
-
-
 # The diagnostics. Each says what it sees, with numbers.
 
 
@@ -159,8 +134,27 @@ def loss_spike(logged: Logged) -> str | None:
 
 
 def exploding_gradient(logged: Logged) -> str | None:
-    """A gradient norm of twice the largest and 20 times the median of the lines before it, and 10 times the start."""
-    return _jump(logged, "grad_norm", "the gradient norm", over_largest=2, over_start=10, over_middle=20)
+    """A gradient norm of twice the largest and 20 times the median of the lines before it, and 10 times the start.
+
+    Or one that grows over a few lines, and stays at 5 times the largest value from before and 10 times the start.
+    """
+    jumped = _jump(logged, "grad_norm", "the gradient norm", over_largest=2, over_start=10, over_middle=20)
+    return jumped or _climb(logged, "grad_norm", "the gradient norm")
+
+
+def _climb(logged: Logged, key: str, name: str) -> str | None:
+    """Three lines in a row that are far above all lines before, with a line between them on which the value grew."""
+    series = logged.series(key)
+    values = [abs(value) for _, value in series]
+    for i in range(8, len(series)):
+        before, after = values[max(0, i - 3 - WINDOW) : i - 3], values[i - 2 : i + 1]
+        start = fmean(values[:3])
+        if min(after) > max(5 * max(before), 10 * median(before), 10 * start, 1e-6):
+            return (
+                f"{name} is {min(after):.3g} to {max(after):.3g} from step {series[i - 2][0]} to {series[i][0]}; it "
+                f"was {max(before):.3g} at most before, and {start:.3g} at the start"
+            )
+    return None
 
 
 def _jump(
@@ -190,23 +184,25 @@ def vanishing_gradient(logged: Logged) -> str | None:
     norms, losses = logged.values("grad_norm"), logged.values("loss")
     if len(norms) < FEW or len(losses) < FEW:
         return None
-    start, now = median(_first(norms)), median(_last(norms))
-    loss, loss_now = fmean(_first(losses)), fmean(_last(losses))
+    start, now = median(first_quarter(norms)), median(last_quarter(norms))
+    loss, loss_now = fmean(first_quarter(losses)), fmean(last_quarter(losses))
     if now < max(1e-3 * start, 1e-9) and abs(loss_now) > 0.5 * abs(loss):
         return f"the gradient norm fell from {start:.3g} to {now:.3g}; the loss is {loss_now:.3g}, {loss:.3g} before"
     return None
 
 
 def plateau(logged: Logged) -> str | None:
-    """After an improvement the last quarter of the run brought less than 0.5 %, though the learning rate is high."""
+    """After an improvement the last quarter brought less than 0.5 %, or than its noise, at a high learning rate."""
     series, rates = logged.series("loss"), logged.values("learning_rate")
     n, values = len(series), [value for _, value in series]
     if n < 5 * FEW or not rates or rates[-1] < 0.5 * max(rates):
         return None  # where the learning rate falls to 0, the loss flattens as it should
     first, third, last = values[: n // 8], values[n // 2 : 3 * n // 4], values[3 * n // 4 :]
-    improved = fmean(first) - fmean(third) > _noise(first, third)
+    improved = fmean(first) - fmean(third) > noise_of(first, third)
     level = abs(fmean(third))
-    if improved and level > 0.05 * abs(fmean(first)) and fmean(third) - fmean(last) < 0.005 * level:
+    # A loss that does not fall any more moves by the noise of its batches. Noise of more than 3 % hides too much.
+    little = min(max(0.005 * level, noise_of(third, last)), 0.03 * level)
+    if improved and level > 0.05 * abs(fmean(first)) and fmean(third) - fmean(last) < little:
         middle = series[3 * n // 4][0]
         return (
             f"the mean loss of steps {series[n // 2][0]} to {middle} is {fmean(third):.4g}, and from there to step "
@@ -220,17 +216,17 @@ def learning_rate_idle(logged: Logged) -> str | None:
     losses, margins = logged.values("loss"), logged.values("rewards/margins")
     if len(losses) < FEW or logged.steps < SHORT or not any(logged.values("grad_norm")):
         return None
-    change, noise = _change(losses)
-    start = abs(fmean(_first(losses)))
+    change, noise = change_of(losses)
+    start = abs(fmean(first_quarter(losses)))
     # With a reference all margins begin at 0, and any that is not small shows that the weights have moved.
     from_zero = bool(margins) and abs(margins[0]) < 0.02
     if (from_zero and max(map(abs, margins)) > 0.02) or abs(change) > max(noise, 0.01 * start):
         return None
     rate = max(logged.values("learning_rate"), default=math.nan)
-    of_margins = f", and the reward margin is {fmean(_last(margins)):.2g}" if margins else ""
+    of_margins = f", and the reward margin is {fmean(last_quarter(margins)):.2g}" if margins else ""
     return (
         f"after {logged.steps} steps at a learning rate of up to {rate:.2g} the mean loss is "
-        f"{fmean(_last(losses)):.4g}, and it began at {fmean(_first(losses)):.4g}{of_margins}"
+        f"{fmean(last_quarter(losses)):.4g}, and it began at {fmean(first_quarter(losses)):.4g}{of_margins}"
     )
 
 
@@ -248,8 +244,8 @@ def chosen_falls(logged: Logged) -> str | None:
     chosen, margins = logged.values("rewards/chosen"), logged.values("rewards/margins")
     if len(chosen) < FEW or len(margins) < FEW:
         return None
-    margin, _ = _change(margins)
-    fall, noise = _change(chosen)
+    margin, _ = change_of(margins)
+    fall, noise = change_of(chosen)
     if margin > 0.1 and fall < -max(0.5 * margin, noise):
         return (
             f"the margin rose by {margin:.3g}, but the reward of the chosen answers fell by {-fall:.3g}: both answers "
@@ -290,7 +286,7 @@ def accuracy_at_chance(logged: Logged) -> str | None:
     if len(late) < FEW or logged.steps < SHORT:
         return None
     mean = fmean(late)
-    if 0.4 < mean < 0.58 and mean + _noise(late) < 0.65:
+    if 0.4 < mean < 0.58 and mean + noise_of(late) < 0.65:
         return f"from step {series[len(series) // 2][0]} on, {mean:.0%} of the pairs have a positive margin"
     return None
 
@@ -333,7 +329,7 @@ def answers_do_not_end(logged: Logged) -> str | None:
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, Mapping) and row.get("metric") == "Answers that end by themselves":
             before, after = row.get("before"), row.get("after")
-            if _is_finite(before) and _is_finite(after) and before >= 50 and after < 0.5 * before:
+            if is_finite(before) and is_finite(after) and before >= 50 and after < 0.5 * before:
                 return f"{after:.0f} % of the answers end by themselves, {before:.0f} % before training"
     return None
 

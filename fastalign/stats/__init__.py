@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastalign.stats.paired import mcnemar_power as mcnemar_power
     from fastalign.stats.paired import newcombe as newcombe
     from fastalign.stats.paired import paired_bootstrap as paired_bootstrap
+    from fastalign.stats.paired import wilson as wilson
     from fastalign.stats.sequential import confidence_sequence as confidence_sequence
     from fastalign.stats.sequential import e_benjamini_hochberg as e_benjamini_hochberg
     from fastalign.stats.sequential import e_process as e_process
@@ -63,5 +64,6 @@ lazy_exports(
         "template_share": "fastalign.stats.diversity",
         "two_sample_test": "fastalign.stats.two_sample",
         "vendi_score": "fastalign.stats.diversity",
+        "wilson": "fastalign.stats.paired",
     },
 )

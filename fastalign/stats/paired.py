@@ -58,6 +58,28 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
     return float(min(1.0, 2 * binom.cdf(min(lost, won), lost + won, 0.5)))
 
 
+def wilson(correct: ArrayLike, confidence: float = 0.95) -> Interval:
+    """The share of correct items with Wilson's score interval, which holds near 0 and 1 too.
+
+    Args:
+        correct: (n,) true where the model is right.
+        confidence: The probability that the interval covers the true share.
+
+    Raises:
+        InputError: A value is neither 0 nor 1, there is none, or the confidence is no share.
+
+    Examples:
+        >>> [round(end, 3) for end in wilson([1, 1, 1, 1, 1, 1, 1, 1, 1, 1])]
+        [1.0, 0.722, 1.0]
+
+    References:
+        Wilson 1927, JASA 22:209.
+    """
+    x = outcomes("correct", correct)
+    z = NormalDist().inv_cdf(0.5 + share("confidence", confidence) / 2)
+    return Interval(*_wilson(float(x.mean()), len(x), z))
+
+
 def newcombe(before: ArrayLike, after: ArrayLike, confidence: float = 0.95) -> Interval:
     """The change of the share of correct items, `mean(after) - mean(before)`, with Newcombe's score interval.
 
@@ -77,7 +99,7 @@ def newcombe(before: ArrayLike, after: ArrayLike, confidence: float = 0.95) -> I
     """
     first, second = _pair(before, after)
     z = NormalDist().inv_cdf(0.5 + share("confidence", confidence) / 2)
-    (p1, low1, high1), (p2, low2, high2) = (_wilson(x.mean(), len(x), z) for x in (second, first))
+    (p1, low1, high1), (p2, low2, high2) = (_wilson(float(x.mean()), len(x), z) for x in (second, first))
     phi = _correlation(first, second)
     below, above, below2, above2 = p1 - low1, high1 - p1, p2 - low2, high2 - p2
     down = below**2 - 2 * phi * below * above2 + above2**2
@@ -189,7 +211,7 @@ def _aligned(before: ArrayLike, after: ArrayLike) -> np.ndarray:
 
 
 def _wilson(p: float, n: int, z: float) -> tuple[float, float, float]:
-    """A share with Wilson's score interval (1927, JASA 22:209)."""
+    """A share with the ends of its interval, see `wilson`."""
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return p, center - half, center + half

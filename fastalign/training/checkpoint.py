@@ -11,12 +11,13 @@ reference that moves, the position in a replayed text, and the sums of the metri
         optimizer.{json,safetensors}, scheduler.json, scaler.json (fp16 only)
         process-<i>.{json,safetensors}   random states and sums of metrics of each process
         fastalign.safetensors        tensors of the objective, the reference and the regularisers
+    rows.json                    a digest of the training rows, which must be the same when training goes on
         manifest.json                every file with its size and checksum
 """
 
 from __future__ import annotations
 
-import errno
+import json
 import random
 import shutil
 from collections.abc import Mapping
@@ -33,8 +34,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
-from fastalign.errors import ConfigError, TrainingError
-from fastalign.files import check_writable
+from fastalign.data.keys import rows_fingerprint
+from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
+from fastalign.files import check_writable, read_json, write_json
 from fastalign.training.run_folder import (
     aside_of,
     check_space,
@@ -54,8 +56,7 @@ from fastalign.training.run_folder import (
 from fastalign.training.state_files import load_state, save_state
 
 FILE_NAME = "fastalign.safetensors"
-# Errors of a disk that is full, read-only or broken.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+ROWS = "rows.json"
 
 
 def extra_state(trainer: Any) -> dict[str, Tensor]:
@@ -106,12 +107,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def check_process_count(checkpoint: Path, count: int) -> None:
+    """ConfigError if a checkpoint was saved by another number of processes: each has a random state of its own."""
+    saved = len(list(checkpoint.glob("process-*.json")))
+    if saved and saved != count:
+        raise ConfigError(
+            f"{checkpoint} was saved by {saved} {'process' if saved == 1 else 'processes'}, and now there "
+            f"{'is 1' if count == 1 else f'are {count}'}, which would train on other rows at each step: go on with as "
+            f"many as before (torchrun --nproc_per_node={saved}), or start a new run with model={checkpoint}"
+        )
+
+
 class AtomicCheckpoints(Trainer):
     """The part of `AlignmentTrainer` that saves and loads checkpoints."""
 
     stopping: Any  # the callback `StopOnSignal`
     sums: Any
     throughput: Any
+    begin_record: Any
+    given: Any
+    _rows: dict[str, Any] | None = None
     _random: Mapping[str, Any] | None = None  # the random state of a checkpoint, until it is set
     _logging: Mapping[str, Any] | None = None  # sums of a checkpoint, likewise
 
@@ -132,6 +147,8 @@ class AtomicCheckpoints(Trainer):
         again = getattr(self, "_trained", False)  # a second call goes on with the weights in hand
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None and not again else None
         checkpoint = find_checkpoint(run, given if resume_from_checkpoint is None else resume_from_checkpoint)
+        if checkpoint is not None:
+            check_process_count(checkpoint, self.args.world_size)
         resumes = given is not None or resume_from_checkpoint not in (None, False)
         if not (resumes or again):
             check_unused(run, self.args.overwrite_output_dir)
@@ -144,9 +161,10 @@ class AtomicCheckpoints(Trainer):
             check_writable("output_dir", run)
             check_space(run, self.model, OptimizerNames(self.args.optim).value)
         try:
+            self.begin_record()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except OSError as error:  # of the log or of a library; checkpoints have their own, in `_save_checkpoint`
-            if error.errno not in _DISK:
+            if disk_error(error) is None:
                 raise
             raise _unsaved("The run", run, error) from error
 
@@ -210,7 +228,7 @@ class AtomicCheckpoints(Trainer):
             if best == self.state.global_step or folder.exists():
                 self.state.best_model_checkpoint = str(folder)
         # Whoever stops a run wants to go on with it, so that checkpoint holds everything.
-        if not self.args.save_only_model or self.stopping.received is not None:
+        if not self.args.save_only_model or self.stopping.agreed is not None:
             save_state(aside, f"process-{self.args.process_index}", self._process_state())
             if self.args.should_save:
                 save_state(aside, "optimizer", self.optimizer.state_dict())
@@ -219,6 +237,7 @@ class AtomicCheckpoints(Trainer):
                     save_state(aside, "scaler", self.accelerator.scaler.state_dict())
         if self.args.should_save:
             save_extra_state(aside, extra_state(self))
+            write_json(aside / ROWS, self._rows_facts())
             self._export_callbacks()
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
 
@@ -253,8 +272,34 @@ class AtomicCheckpoints(Trainer):
     # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._check_rows(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_state(resume_from_checkpoint, extra_state(self))
+
+    def _rows_facts(self) -> dict[str, Any]:
+        """How many training rows there are, and a digest of them. They do not change while training, so it is kept."""
+        if self._rows is None:
+            # The stored log-probs of the reference are not part of the rows: another machine rounds them otherwise.
+            digest = rows_fingerprint(self.train_dataset, leave_out=("ref_logprobs",))
+            self._rows = {"rows": len(self.train_dataset), "sha256": digest}
+        return self._rows
+
+    def _check_rows(self, checkpoint: Path) -> None:
+        """DataError if the training rows are not those of the run that saved the checkpoint.
+
+        The position in the data is a number of rows, so with other rows training would go on at the wrong place.
+        """
+        saved, rows = read_json(checkpoint / ROWS), self._rows_facts()
+        if not saved or saved == rows:  # checkpoints of older versions hold no digest
+            return
+        source = json.dumps(name) if (name := self.given.options.get("train")) else "train_dataset"
+        what = f"{saved.get('rows')} rows then, {rows['rows']} now" if saved.get("rows") != rows["rows"] else (
+            f"{rows['rows']} rows, of which some have other tokens"
+        )  # fmt: skip
+        raise DataError(
+            f"{source} has changed since {checkpoint} was saved ({what}), so training cannot go on where it stopped: "
+            "put the old rows and tokenisation options back, or start a new run with the checkpoint as its model."
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -274,10 +319,6 @@ class AtomicCheckpoints(Trainer):
             ) from error
         self.lr_scheduler.load_state_dict(scheduler)
         state = load_state(folder, f"process-{self.args.process_index}")
-        if state is None:
-            raise ConfigError(
-                f"{folder} has no state of process {self.args.process_index}: go on with as many processes as before"
-            )
         self._random, self._logging = state["random"], state["logging"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -305,5 +346,5 @@ def _unsaved(what: str, run: Path, error: Exception) -> TrainingError:
     remains = f"{older[-1]} is as it was" if older else "there is no checkpoint yet"
     return TrainingError(
         f"{what} cannot be written into {run} ({reason}), and {remains}: make room or mend the folder, then "
-        " go on with resume_from_checkpoint=last."
+        "go on with resume_from_checkpoint=last."
     )

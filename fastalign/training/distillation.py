@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fastalign.config.distillation import DistillationConfig
+from fastalign.config.record import absolute
 from fastalign.data.batch import Batch
 from fastalign.data.loading import Rows
+from fastalign.data.token_table import lengths
 from fastalign.errors import ConfigError, DataError
 from fastalign.regularizers.base import Regularizer
 from fastalign.regularizers.distillation import Distillation
@@ -82,10 +84,16 @@ class DistillationTrainer(SFTTrainer):
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             regularizers=[distillation, *regularizers], **trainer_options,
         )  # fmt: skip
+        if isinstance(teacher, str):
+            self.given.options["teacher"] = absolute(teacher)
+            if not regularizers:
+                self.given.objects.remove("regularizers")
+        else:
+            self.given.objects.append("teacher")
 
     def _tokenize(self, rows, tokenizer, args: DistillationConfig, name: str = "train"):
         dataset, report = super()._tokenize(rows, tokenizer, args, name)
-        if args.on_policy > 0 and not all(dataset["prompt_ids"]):
+        if args.on_policy > 0 and not lengths(dataset).prompts.all():
             raise DataError(
                 f"{name}: The data set is '{report.format}'; on_policy samples from prompts: give prompt and "
                 "completion."

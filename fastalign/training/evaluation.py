@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from fastalign.data.batch import Batch
+from fastalign.data.collate import Collator
 from fastalign.data.loading import Rows, of_each
+from fastalign.data.processes import process_count, process_index
 from fastalign.models.adapters import causal_lm
 from fastalign.models.fit import check_fit
-from fastalign.objectives.base import Objective
+from fastalign.objectives.base import Metrics, Objective
+from fastalign.training.checkpoint import random_state, set_random_state
 from fastalign.training.metrics import MetricSums, held_out
+from fastalign.training.out_of_memory import check_splittable, halves, in_parts, size_of, why_unsplittable
 from fastalign.training.reference import Reference
+
+logger = logging.getLogger("fastalign")
 
 
 class HeldOutEvaluation(Trainer):
@@ -25,6 +34,7 @@ class HeldOutEvaluation(Trainer):
     objective: Objective
     reference: Reference | None
     sums: MetricSums
+    data_collator: Collator
     _tokenize: Callable[..., Any]
     _with_reference: Callable[[Dataset], Dataset]
 
@@ -39,12 +49,52 @@ class HeldOutEvaluation(Trainer):
 
         Returns:
             (loss, None, None): a scalar, and neither predictions nor labels.
+
+        Raises:
+            TrainingError: Memory ran out on one row, or on a batch whose rows the loss compares.
         """
         weights = self.reference.weights if self.reference else None
-        with self.compute_loss_context_manager():
-            loss, metrics = held_out(model, inputs["batch"], self.objective, weights)
-        self.sums.add("eval", metrics)
-        return loss.detach(), None, None
+        batch: Batch = inputs["batch"]
+        rows = self._rows_of_data_set(len(batch.rows))
+        if 0 < rows < len(batch.rows):
+            batch = self.data_collator(batch.rows[:rows])["batch"].to(self.args.device)
+
+        def score(batch: Batch) -> tuple[Tensor, Metrics]:
+            with self.compute_loss_context_manager():
+                return held_out(model, batch, self.objective, weights)
+
+        losses, pairs = [], []
+        # A batch of repeated rows alone is computed too: under FSDP the other processes wait for this one's part.
+        for _, (loss, metrics) in in_parts(batch, score, self._halves_of_held_out):
+            if rows:
+                self.sums.add("eval", metrics)
+            losses.append(loss.detach())
+            pairs.append(torch.stack([part.detach().double() for part in metrics["loss"]]))  # (2,) sum and count
+        if len(losses) == 1:
+            return losses[0], None, None
+        total, count = torch.stack(pairs).sum(0)
+        return (total / count).to(losses[0].dtype), None, None
+
+    def _halves_of_held_out(self, batch: Batch) -> list[Batch]:
+        rows, tokens = batch.rows, size_of(batch)
+        why_not = why_unsplittable(self.objective, self.args.world_size)
+        check_splittable("Evaluation", rows, tokens, self.processing_class, why_not)
+        logger.warning(
+            "Evaluation: memory ran out on a batch of %d rows and %d tokens. It is computed in parts.",
+            len(rows),
+            tokens,
+        )
+        return halves(batch, self.data_collator)
+
+    def _rows_of_data_set(self, rows: int) -> int:
+        """How many rows of a batch count. In the last one accelerate repeats rows, so that all processes have as many.
+
+        The processes' batches follow one another in the data set, so the rows that are left over come first.
+        """
+        state = self.accelerator.gradient_state
+        if process_count() == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - process_index() * rows, 0), rows)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         """`transformers.Trainer.evaluate`.
@@ -78,9 +128,15 @@ class HeldOutEvaluation(Trainer):
         return super().predict(self._held_out_rows(test_dataset), *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix."""
+        """`transformers.Trainer.evaluation_loop`, with the metrics of these rows alone, under their prefix.
+
+        Random states are afterwards as they were: a run that was stopped before an evaluation, and that goes on without
+        it, draws the same dropout as one that never stopped.
+        """
         self.sums.clear("eval")
+        random = random_state()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        set_random_state(random)
         means = self.sums.take_means("eval", prefix=f"{metric_key_prefix}_")
         return output._replace(metrics={**(output.metrics or {}), **means})
 

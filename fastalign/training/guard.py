@@ -7,23 +7,47 @@ checked before the optimiser step.
 - Later, on a GPU: to read a number off a GPU waits for everything before it. The result of each check therefore stays
   on the device. It makes the optimiser skip this step and all later ones, exactly as a gradient scaler would
   (`found_inf` of fused optimisers). It is read when a line is logged or something is saved, at most 10 steps later.
+- With several processes, before each optimiser step: they tell each other what failed, so that all of them stop. The
+  others would wait forever for one that stops alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from fastalign.data.processes import gather_objects, largest_of_processes
 from fastalign.errors import TrainingError
 from fastalign.files import write_jsonl
 
 FILE_NAME = "nonfinite_rows.jsonl"
 _READ_EVERY = 10  # optimiser steps between two reads of a GPU's checks
 _MOST_SKIPPED = 10  # steps that the gradient scaler of fp16 may skip in a row
+
+
+@dataclass
+class _Check:
+    """One check that was not read yet.
+
+    Attributes:
+        step: The optimiser step that it is of.
+        what: What was checked, "loss" or "gradient".
+        rows: The rows that this process computed it from.
+        failed: () bool, of this process.
+        anywhere: () bool, whether it failed in any process; None until they have told each other.
+    """
+
+    step: int
+    what: str
+    rows: list[dict]
+    failed: Tensor
+    anywhere: Tensor | None = None
 
 
 class FiniteGuard(TrainerCallback):
@@ -37,7 +61,8 @@ class FiniteGuard(TrainerCallback):
     def __init__(self, trainer: Any, at_once: bool | None = None):
         self.trainer = trainer
         self.at_once = trainer.args.device.type == "cpu" if at_once is None else at_once
-        self.checks: list[tuple[int, str, list[dict], Tensor]] = []  # step, what was checked, its rows, () bool
+        self.alone = trainer.args.world_size <= 1
+        self.checks: list[_Check] = []
         self.rows: list[dict] = []  # of all micro-batches of the coming optimiser step
         self.stopped: Tensor | None = None  # () float32, 1 once a check has failed
         self.skipped = 0
@@ -54,15 +79,17 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Checks the gradients, and lets the optimiser skip the step if a check failed that was not read yet."""
         rows, self.rows = self.rows, []
-        if args.fp16:  # the scaler looks for inf in the gradients and skips the step, see `on_optimizer_step`
+        gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
+        # With fp16 the scaler looks for inf in the gradients and skips the step, see `on_optimizer_step`.
+        if gradients and not args.fp16:
+            # The largest magnitude of each gradient is NaN or inf exactly if one of its elements is.
+            parts = [part for part in gradients if part.numel()] or [torch.zeros(1)]  # a shard may be empty
+            norms = torch._foreach_norm(parts, float("inf"))  # pyright: ignore[reportPrivateImportUsage] - no public name
+            largest = torch.stack([norm.to(args.device) for norm in norms])
+            self._add("gradient", rows, ~torch.isfinite(largest).all())
+        self._agree()
+        if args.fp16 or not gradients:
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]  # pyright: ignore[reportOptionalMemberAccess]
-        if not gradients:
-            return
-        # The largest magnitude of each gradient is NaN or inf exactly if one of its elements is.
-        norms = torch._foreach_norm(gradients, float("inf"))  # pyright: ignore[reportPrivateImportUsage] - no public name
-        largest = torch.stack([norm.to(args.device) for norm in norms])
-        self._add("gradient", rows, ~torch.isfinite(largest).all())
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         if getattr(inner, "_step_supports_amp_scaling", False):
             inner.found_inf = self.stopped
@@ -103,13 +130,18 @@ class FiniteGuard(TrainerCallback):
             TrainingError: A check failed. The error is about the first one.
         """
         checks, self.checks = self.checks, []
-        if not checks or not torch.stack([failed for *_, failed in checks]).any():
+        if not checks or not torch.stack([_anywhere(check) for check in checks]).any():
             return
-        step, what, rows, _ = next(check for check in checks if check[-1].item())
+        check = next(check for check in checks if _anywhere(check).item())
+        step, what = check.step, check.what
+        # The gradients of all processes are averaged, so any row may have spoilt one. A loss is of its process.
+        suspects = check.rows if what == "gradient" or check.failed.item() else []
+        rows = [row for of_process in gather_objects(suspects) for row in of_process]
         path = Path(str(self.trainer.args.output_dir)) / FILE_NAME
         records = [self._record(step, what, row) for row in rows]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(path, records)
+        if self.trainer.args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, records)
         first = repr(records[0]["prompt"][:60]) if records else "?"
         raise TrainingError(
             f"Step {step}: the {what} is not finite (NaN or inf) on {len(records)} rows, the first of which has the "
@@ -118,7 +150,22 @@ class FiniteGuard(TrainerCallback):
         )
 
     def _add(self, what: str, rows: list[dict], failed: Tensor) -> None:
-        self.checks.append((self.trainer.state.global_step + 1, what, rows, failed))
+        check = _Check(self.trainer.state.global_step + 1, what, rows, failed)
+        self.checks.append(check)
+        if self.alone:
+            self._count(failed)
+
+    def _agree(self) -> None:
+        """Lets every process know which of the new checks have failed in any of them."""
+        fresh = [check for check in self.checks if check.anywhere is None]
+        if self.alone or not fresh:
+            return
+        failed = largest_of_processes(torch.stack([check.failed for check in fresh]).float())
+        for check, anywhere in zip(fresh, failed.bool(), strict=True):
+            check.anywhere = anywhere
+        self._count(failed.max())
+
+    def _count(self, failed: Tensor) -> None:
         if self.at_once:
             self.read()
         elif self.stopped is None:
@@ -136,3 +183,13 @@ class FiniteGuard(TrainerCallback):
             "prompt_ids": list(row["prompt_ids"]),
             "completion_ids": [list(ids) for ids in row["completion_ids"]],
         }
+
+
+def _anywhere(check: _Check) -> Tensor:
+    """() bool: whether a check has failed in any process."""
+    return check.failed if check.anywhere is None else check.anywhere
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The part of a gradient that lies on this process, where FSDP shards it."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

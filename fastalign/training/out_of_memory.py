@@ -4,35 +4,31 @@ Losses are divided by the totals of the whole optimiser step, so the gradients o
 micro-batch. When memory runs out, some gradients of the micro-batch may have been added already. Therefore the step is
 computed again from its first micro-batch, with the random state and the sums that it began with. From then on every
 micro-batch of as many tokens is split before it is tried.
+
+Passes without gradients (an evaluation, the log-probs of the reference) have no such state. There the batch that did
+not fit is computed in halves, see `in_parts`.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from fastalign.data.batch import Batch
-from fastalign.errors import TrainingError
+from fastalign.errors import TrainingError, is_out_of_memory
 from fastalign.training.checkpoint import random_state, set_random_state
 
 logger = logging.getLogger("fastalign")
 
-# How the allocators of torch, of its libraries and of C++ say it, where they raise a plain RuntimeError.
-_SAID = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def halves(batch: Batch, collate: Callable[[list[dict]], dict[str, Batch]]) -> list[Batch]:
@@ -40,6 +36,80 @@ def halves(batch: Batch, collate: Callable[[list[dict]], dict[str, Batch]]) -> l
     middle, device = len(batch.rows) // 2, batch.packed.input_ids.device
     parts = (batch.rows[:middle], batch.rows[middle:])
     return [replace(collate(rows)["batch"].to(device), sampled=batch.sampled) for rows in parts]
+
+
+def in_parts(
+    whole: Item, compute: Callable[[Item], Result], halve: Callable[[Item], list[Item]]
+) -> Iterator[tuple[Item, Result]]:
+    """What `compute` returns for an item, or for parts of it where memory runs out.
+
+    Args:
+        whole: The item.
+        compute: The pass. It must leave nothing behind when it fails.
+        halve: Two parts of an item that did not fit; raises a `TrainingError` where that is not possible.
+
+    Yields:
+        Each part with its result, in the order of the item.
+    """
+    waiting = deque([whole])
+    while waiting:
+        item = waiting.popleft()
+        result = _unless_out_of_memory(compute, item)
+        if result is not None:
+            yield item, result
+            continue
+        _free_memory()
+        waiting.extendleft(reversed(halve(item)))
+
+
+def _unless_out_of_memory(compute: Callable[[Item], Result], item: Item) -> Result | None:
+    """The result; None if memory ran out. The error must not stay: it holds what was computed so far."""
+    try:
+        return compute(item)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_splittable(where: str, rows: list[dict], tokens: int, tokenizer: Any, why_not: str | None) -> None:
+    """Checks that a batch which did not fit can be computed in parts.
+
+    Args:
+        where: What was computed, such as "Step 3".
+        rows: The tokenised rows of the batch.
+        tokens: The tokens that it computes.
+        tokenizer: Shows the prompt of a row.
+        why_not: Why a batch of several rows cannot be split; None: it can.
+
+    Raises:
+        TrainingError: There is one row, or the batch cannot be split.
+    """
+    trains = where.startswith("Step")
+    if len(rows) < 2:
+        prompt = tokenizer.decode(rows[0]["prompt_ids"])[:60]
+        raise TrainingError(
+            f"{where}: memory ran out on one row of {tokens} tokens, the one with the prompt {prompt!r}: lower "
+            f"max_length{', drop the row, or set gradient_checkpointing=True' if trains else ' or drop the row'}."
+        )
+    if why_not is not None:
+        raise TrainingError(
+            f"{where}: memory ran out on a micro-batch of {len(rows)} rows and {tokens} tokens, which cannot be "
+            f"split because {why_not}: lower per_device_{'train' if trains else 'eval'}_batch_size."
+        )
+
+
+def why_unsplittable(objective: Any, world_size: int) -> str | None:
+    """Why a batch must be computed as one; None if it may be split."""
+    if world_size > 1:
+        return "several processes wait for each other"
+    return "the loss compares its rows" if getattr(objective, "compares_rows", False) else None
 
 
 class SplitsMicroBatches(Trainer):
@@ -88,16 +158,12 @@ class SplitsMicroBatches(Trainer):
         return loss
 
     def _loss_of_part(self, model: nn.Module, part: Batch, totals: Any) -> Tensor | None:
-        """The loss after its backward pass; None if memory ran out. The error must not stay: it holds the graph."""
-        try:
-            return super().training_step(model, {"batch": part}, totals)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        """The loss after its backward pass; None if memory ran out."""
+        step = super().training_step
+        return _unless_out_of_memory(lambda inputs: step(model, inputs, totals), {"batch": part})
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        if self.most_tokens is None or len(batch.rows) < 2 or _size(batch) < self.most_tokens:
+        if self.most_tokens is None or len(batch.rows) < 2 or size_of(batch) < self.most_tokens:
             return [batch]
         return [part for half in halves(batch, self.data_collator) for part in self._parts(half)]
 
@@ -107,23 +173,10 @@ class SplitsMicroBatches(Trainer):
         Raises:
             TrainingError: There is nothing left to split.
         """
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        step, rows, tokens = self.state.global_step + 1, len(failed.rows), _size(failed)
-        if rows < 2:
-            tokenizer: Any = self.processing_class
-            prompt = tokenizer.decode(failed.rows[0]["prompt_ids"])[:60]
-            raise TrainingError(
-                f"Step {step}: memory ran out on one row of {tokens} tokens, the one with the prompt {prompt!r}: lower "
-                "max_length, drop the row, or set gradient_checkpointing=True."
-            )
-        if getattr(self.objective, "compares_rows", False) or self.args.world_size > 1:
-            why = "the loss compares its rows" if self.args.world_size <= 1 else "several processes wait for each other"
-            raise TrainingError(
-                f"Step {step}: memory ran out on a micro-batch of {rows} rows and {tokens} tokens, which cannot be "
-                f"split because {why}: lower per_device_train_batch_size."
-            )
+        _free_memory()
+        step, rows, tokens = self.state.global_step + 1, len(failed.rows), size_of(failed)
+        why_not = why_unsplittable(self.objective, self.args.world_size)
+        check_splittable(f"Step {step}", failed.rows, tokens, self.processing_class, why_not)
         self.most_tokens = tokens
         logger.warning(
             "Step %d: memory ran out on a micro-batch of %d rows and %d tokens. Such large ones are computed in "
@@ -154,6 +207,6 @@ class SplitsMicroBatches(Trainer):
         return undo
 
 
-def _size(batch: Batch) -> int:
+def size_of(batch: Batch) -> int:
     """The tokens that a batch computes, padding included."""
     return batch.packed.input_ids.numel()

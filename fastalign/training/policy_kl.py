@@ -58,7 +58,7 @@ class _Term:
         """The divergence of one micro-batch, weighted."""
         if step.first:
             self._adapt()
-        start_scores, start_head = step.at_start()
+        start_scores, start_head = step.score_start()
         hidden, beta = step.completion_hidden(step.scores), self.beta.item()
         # Of the factor 1, so that the metric exists where beta has become very small.
         mean = mean_divergence(

@@ -117,7 +117,9 @@ class PreferenceTrainer(AlignmentTrainer):
         """The rows with their log-probs under the reference, which `score` computes where they are not stored."""
         args = self.args
         show = args.should_log and not args.disable_tqdm
-        return precompute(dataset, score, self._reference_key, args.ref_cache_dir, show=show)
+        return precompute(
+            dataset, score, self._reference_key, args.ref_cache_dir, tokenizer=self.processing_class, show=show
+        )
 
     @torch.no_grad()
     def _score_rows(self, rows: list[dict]) -> tuple[PackedBatch, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from datasets import Dataset
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.data.packing import Layout
+from fastalign.data.token_table import lengths
 from fastalign.errors import ConfigError
 from fastalign.memory import measure
 from fastalign.models.adapters import causal_lm
@@ -47,6 +49,7 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
             or does not know the user, an evaluation is set without rows for it, or the optimiser cannot run here.
     """
     check_config(args, AlignmentConfig)
+    _check_processes(args)
     _check_trackers(args)
     _check_hub(args)
     if not has_eval_rows and args.eval_strategy != "no":
@@ -60,6 +63,19 @@ def check_options(args: AlignmentConfig, *, has_eval_rows: bool) -> None:
         raise ConfigError(f"optim is {name!r}, and cannot run here: {' '.join(str(error).split())}") from error
     except ValueError:  # some optimisers want the model here, which is not loaded yet
         return
+
+
+def _check_processes(args: AlignmentConfig) -> None:
+    """ConfigError for options that would give the processes other rows, or other numbers of them, than we count on."""
+    if args.world_size <= 1:
+        return
+    for name, needed in (("even_batches", True), ("split_batches", False), ("dispatch_batches", None)):
+        value = getattr(args.accelerator_config, name)
+        if value != needed and not (name == "dispatch_batches" and value is False):
+            raise ConfigError(
+                f"{name} of accelerator_config is {value}; with {args.world_size} processes each must get as many "
+                "micro-batches of its own as the others, or they would wait for one another: leave it out"
+            )
 
 
 def _check_trackers(args: AlignmentConfig) -> None:
@@ -91,10 +107,10 @@ def _check_hub(args: AlignmentConfig) -> None:
         ) from error
 
 
-def row_tokens(row: dict, layout: Layout) -> int:
-    """Tokens of one tokenised row in a layout. Only the shared layout has the prompt once for all completions."""
-    prompts = 1 if layout == "shared" else len(row["completion_ids"])
-    return prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
+def largest_batch(dataset: Dataset, layout: Layout, rows: int) -> int:
+    """Tokens of the longest rows in a layout. Only the shared layout has a prompt once for all completions."""
+    sizes = lengths(dataset).per_row(share_prompts=layout == "shared")
+    return int(np.sort(sizes)[-rows:].sum())
 
 
 def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layout: Layout) -> list[tuple[str, str]]:
@@ -109,16 +125,20 @@ def report_lines(model: nn.Module, dataset: Dataset, args: AlignmentConfig, layo
         layout: "shared", "packed" or "padded".
     """
     size = args.per_device_train_batch_size
-    tokens = sum(sorted(row_tokens(dataset[i], layout) for i in range(len(dataset)))[-size:])
+    tokens = largest_batch(dataset, layout, size)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     predicted = measure.predict(model, tokens=tokens, checkpointing=bool(args.gradient_checkpointing))
+    processes = f" x {args.world_size} processes" if args.world_size > 1 else ""
     lines = [
-        ("batches", f"{size} x {args.gradient_accumulation_steps} rows per step, {_LAYOUTS[layout]}"),
+        ("batches", f"{size} x {args.gradient_accumulation_steps}{processes} rows per step, {_LAYOUTS[layout]}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("learning rate", f"{args.learning_rate:g}"),
         ("predicted memory", f"{predicted / 1e9:.2f} GB at the longest batch ({tokens:,} tokens)"),
     ]
+    repeated = -len(dataset) % (size * args.world_size)
+    if processes and repeated and not args.dataloader_drop_last:
+        lines.append(("repeated rows", f"{repeated} at the end of each epoch, so that all processes have as many"))
     if check_router(causal_lm(model)):
         lines.append(("router loss", "not added: the load of the experts is not balanced while training"))
     return lines

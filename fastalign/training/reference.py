@@ -27,16 +27,21 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from fastalign.data.batch import Batch
-from fastalign.data.batching import batch_rows
-from fastalign.data.keys import cache_folder, row_keys
+from fastalign.data.batching import batch_rows, token_count
+from fastalign.data.keyed_log import KeyedLog
+from fastalign.data.keyed_parts import own_part, write_parts
+from fastalign.data.keys import cache_folder, dataset_keys
 from fastalign.data.packing import PackedBatch
+from fastalign.data.processes import gather_objects, process_count, process_index
+from fastalign.data.token_table import with_values
 from fastalign.errors import DataError, ModelError
-from fastalign.files import KeyedTensors, check_writable, write_keyed
+from fastalign.files import check_writable
 from fastalign.models.adapters import causal_lm
 from fastalign.models.head import Head, output_head
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.scoring import Scores
 from fastalign.models.snapshot import ReferenceWeights
+from fastalign.training.out_of_memory import check_splittable, in_parts
 
 logger = logging.getLogger("fastalign")
 
@@ -191,50 +196,81 @@ def precompute(
     fingerprint: str,
     cache_dir: str | Path | None = None,
     *,
+    tokenizer: Any = None,
     show: bool = True,
 ) -> Dataset:
     """Adds the log-probs under the reference to a data set. Rows whose completions are all stored are not computed.
+
+    Several processes compute a part of the rows each, and all of them read the file.
 
     Args:
         dataset: Tokenised rows.
         score: Takes rows, returns their batch and its (S,) log-probs.
         fingerprint: Hash of the model's weights, see `fastalign.models.snapshot`. It names the file.
         cache_dir: The folder of stored log-probs; None: ~/.cache/fastalign.
+        tokenizer: Shows the prompt of a row that does not fit into memory.
         show: Whether a bar shows the progress.
+
+    Raises:
+        TrainingError: Memory ran out on one row. Batches of several rows are computed in parts.
 
     Returns:
         The data set with the column `ref_logprobs`: per row, a list of float32 token log-probs for each completion.
     """
     # Other weights get another file. A completion that several data sets contain is stored once.
     path = cache_folder(cache_dir) / "ref_logprobs" / f"{fingerprint}.safetensors"
-    known = _read(path)
-    keys = [row_keys(row) for row in dataset]  # pyright: ignore[reportArgumentType]  # a row is always a dictionary
-    missing = [i for i, keys_of_row in enumerate(keys) if any(key not in known for key in keys_of_row)]
+    log = KeyedLog(path, "logprobs")
+    known, keys = log.read(), dataset_keys(dataset)
+    # The batches do not depend on what is stored: a pass that goes on rounds as one that was never stopped.
+    batches = list(batch_rows(dataset, range(len(keys))))
+    wanted = _first_keys(batches, keys)
+    missing = [n for n, of_batch in enumerate(wanted) if not of_batch <= known.keys()]
+    if process_count() > 1:  # the same batches for all, also where the machines have cache folders of their own
+        missing = sorted(set().union(*gather_objects(missing)))
     if missing:
         check_writable("ref_cache_dir", path.parent)
-        batches = list(batch_rows(dataset, missing))
-        for rows in tqdm(batches, desc="reference log-probs", unit="batch", leave=False, disable=not show):
-            batch, logprobs = score([dataset[i] for i in rows])
-            values = logprobs.float().cpu().numpy()
-            bounds = batch.cu_seqlens.tolist()
-            # A key per completion, from its token ids and its prompt's. The batch has the completions in this order.
-            flat = [key for i in rows for key in keys[i]]
-            for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
-                known[key] = values[start:end]
-        try:
-            write_keyed(path, list(known), {"logprobs": list(known.values())})
-        except (OSError, SafetensorError) as error:  # this run has them in memory
-            logger.warning("The reference log-probs cannot be stored, so the next run computes them anew: %s.", error)
-    column = [[known[key].tolist() for key in keys_of_row] for keys_of_row in keys]
-    return dataset.add_column("ref_logprobs", column)
+
+        def halve(part: list[int]) -> list[list[int]]:
+            shown = [dataset[i] for i in part]
+            check_splittable("Reference log-probs", shown, sum(map(token_count, shown)), tokenizer, None)
+            return [part[: len(part) // 2], part[len(part) // 2 :]]
+
+        new: dict[bytes, np.ndarray] = {}
+        for (n,) in tqdm(
+            own_part([[n] for n in missing]), desc="reference log-probs", unit="batch", leave=False, disable=not show
+        ):
+            found: dict[bytes, np.ndarray] = {}
+            for part, (batch, logprobs) in in_parts(batches[n], lambda part: score([dataset[i] for i in part]), halve):
+                values = logprobs.float().cpu().numpy()
+                bounds = batch.cu_seqlens.tolist()
+                # A key per completion, from its tokens and its prompt's. The batch has the completions in this order.
+                flat = [key for i in part for key in keys[i]]
+                for key, start, end in zip(flat, bounds[:-1], bounds[1:], strict=True):
+                    if key in wanted[n] and key not in known:
+                        found.setdefault(key, values[start:end])
+            new |= found
+            log.add(found)
+        known = _store(log, known, new)
+    return with_values(dataset, "ref_logprobs", [[known[key] for key in keys_of_row] for keys_of_row in keys])
 
 
-def _read(path: Path) -> dict[bytes, np.ndarray]:
-    """The stored log-probs of every completion, by key; none where there is no file that can be read."""
-    if not path.exists():
-        return {}
+def _first_keys(batches: list[list[int]], keys: list[list[bytes]]) -> list[set[bytes]]:
+    """The keys that each batch computes: those of its rows which are in no batch before it."""
+    seen: set[bytes] = set()
+    first = []
+    for batch in batches:
+        first.append({key for i in batch for key in keys[i]} - seen)
+        seen |= first[-1]
+    return first
+
+
+def _store(log: KeyedLog, known: dict[bytes, np.ndarray], new: dict[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
+    """Writes the log-probs that were stored before and those that every process has computed; returns all of them."""
+    if process_index() == 0:
+        new = {**known, **new}
     try:
-        return KeyedTensors(path, ["logprobs"]).read_all("logprobs")
-    except DataError as error:  # a damaged cache is no reason to stop: recompute it
-        logger.warning("The reference cache is computed again: %s.", error)
-        return {}
+        write_parts(log.path, list(new), {"logprobs": list(new.values())})
+        log.clear()
+    except (OSError, SafetensorError) as error:  # this run has them in memory
+        logger.warning("The reference log-probs cannot be stored, so the next run computes them anew: %s.", error)
+    return new if process_count() == 1 else log.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastalign.config.quantization import Quantization
 from fastalign.config.reward import RewardConfig
-from fastalign.data import tokenization
-from fastalign.data.loading import Rows
+from fastalign.data.loading import Rows, load_rows
+from fastalign.data.numbers import with_numbers
 from fastalign.errors import ConfigError, DataError
 from fastalign.models.adapters import adapter_base, has_adapter, merge_adapter
 from fastalign.models.loading import load_model, load_tokenizer
@@ -31,7 +32,7 @@ from fastalign.options import GivenAdapter
 from fastalign.regularizers.ewc import L2SP
 from fastalign.training.preflight import check_config
 from fastalign.training.run_folder import move_into, save_aside
-from fastalign.training.trainer import AlignmentTrainer
+from fastalign.training.trainer import AlignmentTrainer, tokenized
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
@@ -97,19 +98,18 @@ class RewardTrainer(AlignmentTrainer):
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: RewardConfig, name: str = "train"):
         """The rows as token ids. The tokenizer's padding token becomes one that ends no answer of these rows."""
-        names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
-        options = {option: getattr(args, option) for option in names}
+        work = partial(tokenized, tokenizer=tokenizer, args=args, wanted="pairs", name=name)
         try:
-            dataset, report = tokenization.tokenize(rows, tokenizer, wanted="pairs", numbers=("margin",), **options)
+            dataset, report = with_numbers(load_rows(rows).with_format(None), work, ["margin"])
         except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+            raise error if str(error).startswith(name) else DataError(f"{name}: {error}") from error
         self._ends |= {ids[-1] for pair in dataset["completion_ids"] for ids in pair}
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(choose_padding(tokenizer, self._ends))
         return dataset, report
 
     def _load(
         self, model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter,
-        peft_config: PeftConfig | None, quantization: Quantization, double_quantization: bool,
+        peft_config: PeftConfig | None, quantization: Quantization, double_quantization: bool, quantize_head: bool,
     ) -> nn.Module:  # fmt: skip
         """The reward model that training starts from: as it is given, or a language model with a new score layer."""
         loaded: Any = model

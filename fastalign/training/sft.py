@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastalign.config.base import AlignmentConfig
 from fastalign.config.sft import SFTConfig
-from fastalign.data.loading import Rows
+from fastalign.data.loading import Rows, load_rows
+from fastalign.errors import DataError
 from fastalign.objectives.sft import SFTObjective
-from fastalign.training.trainer import AlignmentTrainer
+from fastalign.training.preflight import check_config
+from fastalign.training.trainer import AlignmentTrainer, tokenized
 
 if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
@@ -30,6 +32,7 @@ class SFTTrainer(AlignmentTrainer):
         processing_class: The tokenizer; None: the one beside the model.
         peft_config: Trains an adapter.
         callbacks: Further callbacks.
+        formatting_func: From a row to the text to train on; None: rows are read by their columns.
         **trainer_options: Further arguments of `AlignmentTrainer`, `regularizers` for example.
 
     Raises:
@@ -47,13 +50,37 @@ class SFTTrainer(AlignmentTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
         **trainer_options: Any,
     ):
         args = SFTConfig() if args is None else args
+        check_config(args, SFTConfig)
+        self._formatting_func = formatting_func
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
-            objective=lambda _: SFTObjective(), **trainer_options,
+            objective=lambda args: SFTObjective(args.loss_type == "dft"), **trainer_options,
         )  # fmt: skip
 
     def _wanted(self, args: AlignmentConfig) -> str:
         return "completions"
+
+    def _tokenize(self, rows, tokenizer, args: SFTConfig, name: str = "train"):
+        answers_only = {"messages": args.assistant_only_loss, "prompt-completion": args.completion_only_loss}
+        return tokenized(
+            _as_texts(rows, self._formatting_func), tokenizer, args, self._wanted(args), name,
+            score_all_of=[layout for layout, only in answers_only.items() if not only],
+        )  # fmt: skip
+
+
+def _as_texts(rows: Rows, formatting_func: Callable[[dict[str, Any]], str] | None) -> Rows:
+    """The rows as texts that the function makes of them; the rows themselves without a function."""
+    if formatting_func is None:
+        return rows
+    texts = [formatting_func(row) for row in load_rows(rows)]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(
+                f"formatting_func made {text!r:.60} of row {number}; it must return one string, the text to train on"
+            )
+    return [{"text": text} for text in texts]

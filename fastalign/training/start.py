@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from torch import nn
 
 from fastalign.config.quantization import Quantization
+from fastalign.data.processes import wait_for_all
 from fastalign.errors import ConfigError, ModelError
 from fastalign.models.adapters import adapter_base, add_adapter, causal_lm, has_adapter, merge_adapter, train_adapter
 from fastalign.models.loading import load_model, load_with_adapter
@@ -68,6 +69,7 @@ def load_start(
     peft_config: PeftConfig | None,
     quantization: Quantization = "none",
     double_quantization: bool = False,
+    quantize_head: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Loads a model, or the model and the adapter of an adapter folder.
 
@@ -78,12 +80,16 @@ def load_start(
         peft_config: The new adapter; None: there is none.
         quantization: As for `load_model`.
         double_quantization: As for `load_model`.
+        quantize_head: As for `load_model`.
 
     Raises:
         ConfigError: The weights would be quantised and the folder's adapter merged into them.
         ModelError: The model cannot be loaded.
     """
-    options = {"dtype": dtype, "quantization": quantization, "double_quantization": double_quantization}
+    options = {
+        "dtype": dtype, "quantization": quantization, "double_quantization": double_quantization,
+        "quantize_head": quantize_head,
+    }  # fmt: skip
     if adapter_base(source) is None:
         return load_model(source, for_adapter=peft_config is not None, **options)
     if way == "merge" and quantization != "none":
@@ -125,6 +131,8 @@ def start_model(
     else:
         model = merge_adapter(model)
         base, as_given = f"{base} with the adapter it came with, merged into its weights", "the base"
+        if peft_config is not None:
+            wait_for_all()  # another process may still read the folder that is replaced
         if peft_config is not None and args.should_save:
             causal_lm(model).name_or_path = str(_save_merged(model, tokenizer, Path(str(args.output_dir))))
     if peft_config is None:

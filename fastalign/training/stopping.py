@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from fastalign.data.processes import is_lost_process, largest_of_processes
+from fastalign.errors import TrainingError
 from fastalign.models.adapters import has_adapter
 from fastalign.models.reward import is_reward_model
 from fastalign.report.page import write_report
@@ -34,13 +36,15 @@ class StopOnSignal(TrainerCallback):
         trainer: The trainer, whose processes must all stop after the same step.
 
     Attributes:
-        received: The signal that arrived while training ran; None if there was none.
+        received: The signal that arrived in this process while training ran; None if there was none. With several
+            processes only `agreed` may decide what is done next, because all of them have to do the same.
         saved: Whether training has ended because of that signal, with everything saved.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.received: signal.Signals | None = None
+        self._agreed: signal.Signals | None = None
         self.saved = False
         self.saved_step = -1  # the step of the last checkpoint
         self._before: dict[signal.Signals, Any] = {}
@@ -51,7 +55,7 @@ class StopOnSignal(TrainerCallback):
 
         A signal that the process ignores (as under nohup) stays ignored.
         """
-        self.received, self.saved, self.saved_step = None, False, -1
+        self.received, self._agreed, self.saved, self.saved_step = None, None, False, -1
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -92,12 +96,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and for the end of training, if a signal has arrived."""
-        if self._any_received():
+        if self.agree() is not None:
             self._stop(control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         """The same after an evaluation, so that a signal in one does not wait for another step."""
-        if self._any_received():
+        if self.agree() is not None:
             self._stop(control)
 
     def on_save(self, args, state, control, **kwargs):
@@ -106,21 +110,25 @@ class StopOnSignal(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """An epoch that is left early is no whole one: what is due at its end, such as an evaluation, is not."""
-        if self.received is not None and self.saved_step == state.global_step:
+        if self.agreed is not None and self.saved_step == state.global_step:
             control.should_save = control.should_evaluate = False
 
     def _stop(self, control: Any) -> None:
         control.should_save = control.should_training_stop = True
 
-    def _any_received(self) -> bool:
-        """Whether a signal has arrived in any process. They must agree, because they wait for each other."""
-        if self.trainer.args.world_size <= 1:
-            return self.received is not None
-        flag = torch.tensor(self.received or 0, device=self.trainer.args.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        if self.received is None and flag.item():
-            self.received = signal.Signals(int(flag))
-        return self.received is not None
+    @property
+    def agreed(self) -> signal.Signals | None:
+        """The signal that all processes know of; None if there is none."""
+        return self.received if self.trainer.args.world_size <= 1 else self._agreed
+
+    def agree(self) -> signal.Signals | None:
+        """Lets every process know of a signal that arrived in any of them; returns it. All processes must call it."""
+        if self.trainer.args.world_size > 1:
+            number = torch.tensor(self.received or 0, device=self.trainer.args.device)
+            number = int(largest_of_processes(number))
+            self._agreed = signal.Signals(number) if number else None
+            self.received = self.received or self._agreed
+        return self.agreed
 
 
 class StoppableRuns(Trainer):
@@ -140,10 +148,20 @@ class StoppableRuns(Trainer):
         Raises:
             KeyboardInterrupt: Ctrl-C, after a checkpoint, the model and the report were saved.
             SystemExit: SIGTERM, likewise; its status is 143.
+            TrainingError: Another process that trains with this one is gone.
         """
         with self.stopping.handling():
-            output = super().train(*args, **kwargs)
-            if self.stopping.received is not None:
+            try:
+                output = super().train(*args, **kwargs)
+            except RuntimeError as error:
+                if not is_lost_process(error):
+                    raise
+                raise TrainingError(
+                    f"Another process stopped or did not answer at step {self.state.global_step + 1}, so process "
+                    f"{self.args.process_index} stops too: mend what that one says, then go on with "
+                    "resume_from_checkpoint=last."
+                ) from error
+            if self.stopping.agree() is not None:
                 self._save_stopped()
         if self.stopping.received is not None:
             self.stopping.pass_on()
@@ -151,7 +169,7 @@ class StoppableRuns(Trainer):
 
     def _save_stopped(self) -> None:
         """Saves what a run leaves: a checkpoint unless this step has one, the model, and the report."""
-        received, state, folder = self.stopping.received, self.state, Path(str(self.args.output_dir))
+        received, state, folder = self.stopping.agreed, self.state, Path(str(self.args.output_dir))
         if self.stopping.saved_step != state.global_step:
             self._save_checkpoint(self.model, None)
         self.save_model(str(model_folder(folder, self.model)))

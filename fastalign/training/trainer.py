@@ -29,6 +29,7 @@ from fastalign.config.supported import check_arguments
 from fastalign.data import tokenization
 from fastalign.data.batch import Batch
 from fastalign.data.collate import Collator
+from fastalign.data.keys import cache_folder
 from fastalign.data.loading import Rows, of_each
 from fastalign.data.packing import Layout
 from fastalign.errors import ConfigError, DataError, printable
@@ -40,17 +41,17 @@ from fastalign.models.ready import make_ready
 from fastalign.models.scoring import prepare
 from fastalign.models.snapshot import ReferenceWeights
 from fastalign.models.vocabulary import fill_token
-from fastalign.objectives.base import Objective, Totals
+from fastalign.objectives.base import ALIGNED, Objective, Totals
 from fastalign.options import GivenAdapter
 from fastalign.regularizers.base import Regularizer, Step, Term
 from fastalign.regularizers.layerwise import split_groups
 from fastalign.training.callbacks import install_callbacks
-from fastalign.training.checkpoint import AtomicCheckpoints
 from fastalign.training.evaluation import HeldOutEvaluation
 from fastalign.training.guard import FiniteGuard
 from fastalign.training.metrics import LoggedMetrics, MetricSums, Throughput
 from fastalign.training.out_of_memory import SplitsMicroBatches
 from fastalign.training.preflight import check_options, report_lines
+from fastalign.training.record import RecordedRuns, given_options
 from fastalign.training.reference import Reference, product_dtype, score_with_weights
 from fastalign.training.start import load_start, start_model, way_of
 from fastalign.training.stopping import StopOnSignal, StoppableRuns
@@ -61,17 +62,17 @@ if TYPE_CHECKING:
 
 def _loaded(
     model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool,
+    quantization: Quantization, double_quantization: bool, quantize_head: bool,
 ) -> nn.Module:  # fmt: skip
     """The model that training starts from, loaded if it is given by its name."""
     if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization)
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
     if quantization != "none":
         raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
     return model
 
 
-class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
+class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics):
     """What the trainers share; use `PreferenceTrainer`, `SFTTrainer`, `DistillationTrainer` or `RewardTrainer`.
 
     Args:
@@ -89,6 +90,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         regularizers: What holds the model near what it knew; see `fastalign.regularizers`.
         quantization: Of weights that are loaded here, as for `load_model`; it needs a `peft_config`.
         double_quantization: Likewise.
+        quantize_head: Likewise.
         **trainer_options: Further arguments of `transformers.Trainer`.
 
     Attributes:
@@ -105,8 +107,8 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         ModelError: The model cannot be loaded or trained.
     """
 
-    # Trainer.training_step would divide the loss by the number of micro-batches. The objective has divided it by the
-    # totals of the accumulated batch already, see `Totals`.
+    # transformers reads this: without it Trainer.training_step divides the loss by the number of micro-batches. The
+    # objective has divided it by the totals of the accumulated batch already, see `Totals`.
     loss_is_scaled_for_ga = True
     _load = staticmethod(_loaded)
     args: AlignmentConfig  # this type and those below are wider in transformers.Trainer
@@ -132,6 +134,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         regularizers: Sequence[Regularizer] = (),
         quantization: Quantization = "none",
         double_quantization: bool = False,
+        quantize_head: bool = False,
         **trainer_options: Any,
     ):
         limit_onednn_cache()
@@ -139,13 +142,14 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         if train_dataset is None:
             raise ConfigError("train_dataset is None; pass the rows, or the path of a file of them")
         check_options(args, has_eval_rows=eval_dataset is not None)
+        way = way_of(adapter, peft_config)
+        self.given = given_options(locals(), trainer_options)  # what the caller gave, before it is loaded or changed
         tokenizer = _tokenizer(model, processing_class)
         # The data comes before the model: a mistake in it should show before a large model is loaded.
         # Held-out rows come first, because they are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        way = way_of(adapter, peft_config)
-        model = self._load(model, dtype, way, peft_config, quantization, double_quantization)
+        model = self._load(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -161,14 +165,13 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.layout: Layout = _layout_of(model, args)
         self.data_collator = self._collator()
         self.writer = install_callbacks(self)
-        self.guard = FiniteGuard(self)
+        self.guard, self.stopping = FiniteGuard(self), StopOnSignal(self)
         self.add_callback(self.guard)
-        self.stopping = StopOnSignal(self)
         self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
-        self._micro_batches, self._step_rows = 0, 0
-        self._trained = False  # by a call of `train` that is over
+        # `_trained`: by a call of `train` that is over.
+        self._micro_batches, self._step_rows, self._trained = 0, 0, False
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
 
@@ -180,13 +183,13 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
 
     def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
-        return _tokenized(rows, tokenizer, args, self._wanted(args), name)
+        return tokenized(rows, tokenizer, args, self._wanted(args), name)
 
     def _collator(self) -> Collator:
-        return Collator(self.layout, fill_token(self.processing_class), multiple=row_multiple(self.args.device))
+        return _collator(self.layout, fill_token(self.processing_class), self.args.device)
 
     def _prepare_reference(self) -> Reference:
-        """The reference of an objective that needs one: a copy of the weights, scored at every step."""
+        """The reference: a copy of the weights, scored at every step. `PreferenceTrainer` stores log-probs instead."""
         return Reference(ReferenceWeights(self.model), product_dtype(self.args, self.model))
 
     def _with_reference(self, dataset: Dataset) -> Dataset:
@@ -224,6 +227,18 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         finally:
             self._trained |= self.state.global_step > 0
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
+
+        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
+        process would train by itself, without a word.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
+            wrapped._is_accelerate_prepared = False
+            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
+        return wrapped
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
         optimizer = super().create_optimizer(model)
@@ -252,10 +267,10 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         batch: Batch = inputs["batch"]
         # The reference and regularisers may need scores under the same weights: each copy is run once per micro-batch.
         score_with = functools.cache(partial(score_with_weights, model, batch.packed, **self.args.scoring_options))
-        scores = model(packed=batch.packed, keep_hidden=bool(self.terms), **_of_forward(self.args))
+        scores = _scores(model, batch, self.args, self.objective, keep_hidden=bool(self.terms))
         reference = None
         if self.reference is not None:
-            # The check of the first step compares without what training draws at random.
+            # The first step checks that the reference gives what the model gives without noise and dropout.
             drawn = self.at_start and _draws(model, self.args)
             policy = score_with(None)[0].logprobs if drawn else scores.logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
@@ -264,7 +279,7 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         self.sums.add("train", metrics)
         step = Step(
             model, batch, scores, loss, totals, first=self._micro_batches == 0, rows=self._step_rows or len(batch.rows),
-            epoch=self.state.epoch or 0.0, at_start=lambda: score_with(self._start),
+            epoch=self.state.epoch or 0.0, score_start=lambda: score_with(self._start),
         )  # fmt: skip
         self._micro_batches += 1
         loss = _with_terms(step, self.terms, self.sums)
@@ -273,23 +288,32 @@ class AlignmentTrainer(StoppableRuns, AtomicCheckpoints, SplitsMicroBatches, Hel
         return (loss, {}) if return_outputs else loss
 
 
+def _collator(layout: Layout, fill: int, device: torch.device) -> Collator:
+    return Collator(layout, fill, multiple=row_multiple(device), device=device)
+
+
 def _step_totals(objective: Objective, batches: list[Batch], device: torch.device, accelerator: Any) -> Totals:
     """The totals of the micro-batches of one optimiser step, over all processes."""
     columns = zip(*(objective.totals(batch) for batch in batches), strict=True)
-    totals = torch.stack([torch.stack(column).sum() for column in columns]).to(device)  # (3,)
+    totals = torch.stack([torch.stack(column).sum() for column in columns])
+    totals = totals.to(device, non_blocking=True)  # one number per field of Totals
     if accelerator.num_processes > 1:
         # DDP averages gradients over the processes, so each divides by the mean of their totals.
         totals = torch.as_tensor(accelerator.reduce(totals, "sum")) / accelerator.num_processes
     return Totals(*totals.unbind())
 
 
-def _tokenized(rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str):
+def tokenized(
+    rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, wanted: str | None, name: str, **further: Any
+):
     """Rows as `fastalign.data.tokenize` makes them with the options of a run. Its errors begin with the rows' name."""
     names = ("max_length", "on_truncate", "on_invalid", "allow_empty_prompt", "apply_chat_template")
+    folder = cache_folder(args.token_cache_dir) / "tokens"
     try:
-        return tokenization.tokenize(
-            rows, tokenizer, wanted=wanted, **{option: getattr(args, option) for option in names}
-        )
+        # Of several processes the first one makes the tokens, and the others find them in the cache.
+        with args.main_process_first(desc="tokens"):
+            options = {option: getattr(args, option) for option in names}
+            return tokenization.tokenize(rows, tokenizer, wanted=wanted, cache_dir=folder, **options, **further)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
@@ -313,9 +337,15 @@ def _draws(model: nn.Module, args: AlignmentConfig) -> bool:
     return bool(args.neftune_noise_alpha) or any(lora.dropout > 0 for _, lora in lora_layers(model))
 
 
-def _of_forward(args: AlignmentConfig) -> dict[str, Any]:
-    """The options that every forward of training takes."""
-    return {"memory_budget": args.memory_budget, "noise": args.neftune_noise_alpha, **args.forward_options}
+def _scores(model: Any, batch: Batch, args: AlignmentConfig, objective: Objective, *, keep_hidden: bool) -> Any:
+    """The `Scores` of a micro-batch; an objective that reads the column `ALIGNED` gets it."""
+    scores = model(
+        packed=batch.packed, keep_hidden=keep_hidden, statistics=objective.needs_statistics,
+        memory_budget=args.memory_budget, noise=args.neftune_noise_alpha, **args.forward_options,
+    )  # fmt: skip
+    if objective.needs_statistics:
+        batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs
+    return scores
 
 
 def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
@@ -329,7 +359,7 @@ def _with_terms(step: Step, terms: Sequence[Term], sums: MetricSums) -> Tensor:
 
 
 def row_multiple(device: torch.device) -> int:
-    """What the length of a packed row is a multiple of. On a GPU a new length costs a search for its kernels."""
+    """What the length of a packed row is a multiple of. On a GPU, cuBLAS picks its kernels anew for each new length."""
     return 64 if device.type == "cuda" else 1
 
 

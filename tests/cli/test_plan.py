@@ -40,7 +40,7 @@ def test_what_does_not_fit_exits_with_1_and_a_remedy(large_run, capsys):
         (["--tokens", "0"], "--tokens is 0"),
         (["max_length="], "give --tokens"),
         (["optim=adafactor"], "optim is 'adafactor'"),
-        (["lora_targets=q_proj"], "plan knows all-linear only"),
+        (["lora_targets=q_proj,foo"], "'foo' is no layer that plan knows; it knows all-linear, default and q_proj"),
         (["torch_compile=true"], "torch_compile is True"),
         (["dtype=float8"], "dtype is 'float8'"),
         (["model=organisation/name"], "nothing is downloaded"),

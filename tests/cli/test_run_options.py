@@ -19,6 +19,7 @@ from fastalign.errors import ConfigError
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"quantization": "nf5"}, "quantization is 'nf5'"),
         ({"double_quantization": True}, "double_quantization .* not 'none'"),
+        ({"quantize_head": True}, "quantize_head is True and quantization 'none'"),
         ({"quantization": "nf4", "lora_rank": 0}, "quantization is 'nf4' and lora_rank 0"),
         ({"regularizers": [{"name": "ewcc"}]}, "did you mean 'ewc'"),
     ],

@@ -66,7 +66,7 @@ def test_a_configuration_of_trl_runs_unchanged(config, method, tmp_path, capsys)
 
 def test_trls_defaults():
     options = read().options
-    assert options["lora_rank"] == 0 and options["dtype"] == "float32" and options["on_truncate"] == "error"
+    assert options["lora_rank"] == 0 and options["dtype"] == "float32" and options["on_truncate"] == "keep_start"
     assert options["train"] == "hub:owner/rows:train" and "eval" not in options and "bf16" not in options
     assert read(cuda=True).options["bf16"] is True
     assert "bf16" not in read(cuda=True, use_cpu=True).options and "bf16" not in read(cuda=True, fp16=True).options
@@ -83,13 +83,24 @@ def test_trls_defaults():
         ("dpo", {"use_peft": True, "load_in_4bit": True}, {"quantization": "nf4"}),
         ("dpo", {"use_peft": True, "load_in_8bit": True}, {"quantization": "int8"}),
         ("dpo", {"truncation_mode": "keep_end"}, {"on_truncate": "keep_end"}),
-        ("dpo", {"f_divergence_type": "js_divergence"}, {"loss_type": ["js_divergence"]}),
-        ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25}, {"alpha": 0.75}),
+        ("dpo", {"f_divergence_type": "js_divergence", "loss_type": "ipo"}, {"f_divergence_type": "js_divergence"}),
+        ("dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25},
+         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25}),
+        ("dpo", {"ld_alpha": 0.5, "use_weighting": True}, {"ld_alpha": 0.5, "use_weighting": True}),
+        ("dpo", {"loss_type": "sft"}, {"loss_type": "sft"}),
+        ("kto", {"loss_type": "apo_zero_unpaired"}, {"loss_type": "apo_zero_unpaired"}),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {"loss_weights": [1.0, 0.5]}),
         ("dpo", {"eval_strategy": "steps", "dataset_test_split": "dev"}, {"eval": "hub:owner/rows:dev"}),
         ("dpo", {"dataset_config": "en"}, {"train": "hub:owner/rows:en:train"}),
         ("dpo", {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
-        ("sft", {"loss_type": "chunked_nll", "dataset_text_field": "body"}, {"columns": {"text": "body"}}),
+        ("sft", {"loss_type": "chunked_nll", "dataset_text_field": "body"},
+         {"columns": {"text": "body"}, "loss_type": "nll"}),
+        ("sft", {"loss_type": "dft"}, {"loss_type": "dft", "assistant_only_loss": False}),
+        ("sft", {"assistant_only_loss": True}, {"assistant_only_loss": True}),
+        ("sft", {"completion_only_loss": False}, {"completion_only_loss": False}),
+        ("dpo", {"model_init_kwargs": {"torch_dtype": "bfloat16", "attn_implementation": "sdpa"}},
+         {"dtype": "bfloat16"}),
+        ("dpo", {"train_sampling_strategy": "group_by_length"}, {"train_sampling_strategy": "random"}),
     ],
 )  # fmt: skip
 def test_keys_are_honoured(method, given, expected):
@@ -99,11 +110,10 @@ def test_keys_are_honoured(method, given, expected):
 
 def test_all_keys_that_cannot_be_honoured_are_named_at_once():
     with pytest.raises(ConfigError) as error:
-        read(ld_alpha=0.5, use_weighting=True, rpo_alpha=1.0, use_dora=True, f_divergence_type="forward_kl",
-             loss_type="ipo", load_in_4bit=True)  # fmt: skip
+        read(rpo_alpha=1.0, use_dora=True, load_in_4bit=True, model_init_kwargs={"trust_remote_code": True})
     message = str(error.value)
     for said in (
-        "ld_alpha is 0.5", "use_weighting is True", "use_dora is True", "set use_peft", "only sigmoid has other",
+        "use_dora is True", "set use_peft", "model_init_kwargs has trust_remote_code: True",
         "rpo_alpha is 1.0: TRL 1.16 has no such option: set loss_type: [sigmoid, sft], loss_weights: [1.0, rpo_alpha]",
     ):  # fmt: skip
         assert said in message
@@ -112,7 +122,7 @@ def test_all_keys_that_cannot_be_honoured_are_named_at_once():
 
 @pytest.mark.parametrize("key", trl.REFUSED)
 def test_a_value_that_asks_for_nothing_is_accepted(key):
-    method = "sft" if key in ("packing", "eval_packing", "completion_only_loss") else "dpo"
+    method = "sft" if key in ("packing", "eval_packing") else "dpo"
     for value in trl.REFUSED[key][0]:
         options = read(method, **{key: value}).options
         assert key not in options
@@ -125,7 +135,7 @@ def test_the_page_has_a_row_for_every_key_that_is_honoured():
     table = page.partition("| TRL's key | becomes |")[2].partition("\n\n")[0]
     first = " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|"))
     named = set(re.findall(r"`(\w+)", first))
-    honoured = trl.ONLY_TRL - trl.REFUSED.keys() - {*trl.NO_EFFECT, "trust_remote_code", "assistant_only_loss"}
+    honoured = trl.ONLY_TRL - trl.REFUSED.keys() - {*trl.NO_EFFECT, "trust_remote_code"}
     assert honoured <= named <= honoured | {"lora_alpha", "lora_dropout", "dtype", "bf16", "fp16"}
 
 
@@ -159,12 +169,15 @@ def test_other_methods_and_missing_names_are_refused(config, refused):
     assert "no split 'test': add eval: FILE" in refused("dpo", "--config", config("dpo", eval_strategy="steps"))
 
 
-def test_messages_of_which_trl_scores_every_token_are_refused():
-    with pytest.raises(ConfigError, match="set assistant_only_loss: true"):
-        read("sft").check_columns(["messages"])
-    read("sft", assistant_only_loss=True).check_columns(["messages"])
-    read("sft").check_columns(["prompt", "completion"])
-    read("dpo").check_columns(["messages"])
+def test_sft_scores_what_trl_scores_where_nothing_is_set():
+    options = read("sft", completion_only_loss=None).options
+    assert options["assistant_only_loss"] is False and "completion_only_loss" not in options
+    assert "assistant_only_loss" not in read("dpo").options
+
+
+def test_what_only_makes_trl_faster_is_named():
+    note = read(use_liger_kernel=True, train_sampling_strategy="group_by_length", group_by_length=False).note
+    assert note.endswith("without effect here: train_sampling_strategy: group_by_length, use_liger_kernel")
 
 
 def test_without_a_key_of_trl_nothing_changes():

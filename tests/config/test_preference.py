@@ -78,7 +78,17 @@ def test_logged_rewards_have_the_beta_of_the_loss():
         ({"loss_type": ["dpo", "sigmoid"]}, "twice"),
         ({"loss_type": ["dpo", "kto"]}, "stands alone"),
         ({"loss_type": ["sft", "bco"]}, "stands alone"),
-        ({"loss_type": "sft"}, "use SFTTrainer"),
+        ({"loss_type": "sft", "beta": 0.2}, "sft has no such option"),
+        ({"loss_type": "sft", "f_divergence_type": "forward_kl"}, "go with dpo, dpo_norm"),
+        ({"f_divergence_type": "kl"}, "choose from reverse_kl"),
+        ({"loss_type": ["dpo", "nca"], "f_divergence_type": "js_divergence"}, "with loss_type ['nca']"),
+        ({"f_alpha_divergence_coef": 0.3}, "only f_divergence_type=alpha_divergence"),
+        ({"loss_type": "kto", "f_divergence_type": "forward_kl"}, "only a loss over pairs"),
+        ({"loss_type": "kto", "ld_alpha": 0.5}, "only a loss over pairs"),
+        ({"loss_type": "bco", "use_weighting": True}, "only a loss over pairs"),
+        ({"loss_type": "bco", "desirable_weight": 2.0}, "only kto or apo_zero_unpaired"),
+        ({"loss_type": "aot", "use_weighting": True}, "sorts the batch"),
+        ({"ld_alpha": 1.5}, "ld_alpha is 1.5"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"beta": math.nan}, "beta is nan"),
@@ -103,6 +113,6 @@ def test_bad_values_are_refused_with_a_remedy(options, said):
     assert "\n" not in str(error.value)
 
 
-def test_trls_loss_over_labelled_rows_without_a_kl_is_not_confused_with_one_over_pairs():
-    with pytest.raises(ConfigError, match="'apo_zero_unpaired', which is kto with a KL of 0 and not offered"):
-        PreferenceConfig(loss_type="apo_zero_unpaired")
+def test_sft_alone_needs_no_reference():
+    config = PreferenceConfig(loss_type="sft")
+    assert not config.needs_reference and config.nll_coefficient == 1.0 and config.reward_beta == 0.1

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fastalign.data import files
 from fastalign.data.files import from_dicts, read_file
 from fastalign.data.loading import load_rows
 from fastalign.errors import DataError
@@ -17,6 +18,11 @@ def write(tmp_path, name, content: bytes | str):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def gzipped(data: bytes) -> bytes:
+    """Without the time, which would be a part of the tests' names and differ between pytest's processes."""
+    return gzip.compress(data, mtime=0)
 
 
 ROWS = [{"prompt": "a, b", "completion": 'say "hi"\n'}, {"prompt": "ü\u2028", "completion": "2"}]
@@ -85,9 +91,9 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.tsv", b"text\tlabel\na\t1\nb\n", "put quotes around cells that hold tabs"),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz cannot be read"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz cannot be read"),
+        ("a.jsonl.gz", gzipped(GOOD * 99)[:-9], "a.jsonl.gz cannot be read"),
         ("a.csv.zst", b"text\na\n", "a.csv.zst cannot be read"),
-        ("a.jsonl.gz", gzip.compress(GOOD + b"{"), "a.jsonl.gz, line 2: not valid JSON"),
+        ("a.jsonl.gz", gzipped(GOOD + b"{"), "a.jsonl.gz, line 2: not valid JSON"),
         ("a.gz", b"x", "unknown extension '.gz'"),
         ("a.txt", b"x", "unknown extension '.txt', expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
@@ -104,12 +110,12 @@ def test_compressed_files_are_read(tmp_path):
     table = b'prompt\tcompletion\n"a, b"\t"say ""hi""\n"\n' + "\u00fc\u2028\t2\n".encode()
     zstd = pa.Codec("zstd")
     for name, content in (
-        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.jsonl.gz", gzipped(lines)),
         ("a.ndjson.zst", zstd.compress(lines).to_pybytes()),
         ("b.jsonl.zst", b"".join(zstd.compress(line + b"\n").to_pybytes() for line in lines.splitlines())),
-        ("a.json.GZ", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.GZ", gzipped(json.dumps(ROWS).encode())),
         ("a.tsv", b"\xef\xbb\xbf" + table),
-        ("a.tsv.gz", gzip.compress(table)),
+        ("a.tsv.gz", gzipped(table)),
         ("of.a.project.jsonl", lines),
     ):
         assert read_file(write(tmp_path, name, content)).to_list() == ROWS, name
@@ -144,3 +150,39 @@ def test_a_name_that_arrow_would_cut_is_refused(row, tmp_path):
     for source in ([row], tmp_path / "rows.jsonl"):
         with pytest.raises(DataError, match=r"the name '.*\\x00.*' holds a zero character.*: rename it"):
             load_rows(source)
+
+
+# Rows of several tables: a column that is null at first, keys that come later, numbers of two kinds, mixed types.
+LATER = {
+    "the same": [{"a": "x", "n": 1}] * 7,
+    "null": [{"a": None, "b": "x"}] * 3 + [{"a": "y", "b": None}] * 3,
+    "missing": [{"a": "x"}] * 3 + [{"b": "y"}] * 3,
+    "keys": [{"m": [{"role": "user"}]}] * 3 + [{"m": [{"content": "x", "role": "user", "extra": {"k": 1}}]}] * 3,
+    "numbers": [{"a": 1}] * 3 + [{"a": 2.5}] * 3,
+    "mixed": [{"a": 1}] * 3 + [{"a": "x"}] * 3,
+    "mixed within": [{"a": 1}, {"a": "x"}, {"a": 2}] + [{"a": "y"}] * 3,
+    "nested": [{"a": [[1], []]}] * 3 + [{"a": [["x"]]}] * 3,
+    "empty": [{"a": []}] * 3 + [{"a": [{"k": None}]}] * 3 + [{"a": [{"k": True}]}],
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_rows_in_several_tables_are_those_of_one(case, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in LATER[case]))
+    whole = read_file(path)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 3)
+    parts = read_file(path)
+    assert parts.to_list() == whole.to_list()
+    assert parts.features == whole.features
+
+
+def test_an_error_in_a_later_table_names_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_ROWS", 3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x"}\n' * 5 + '{"a\\u0000": "x"}\n')
+    with pytest.raises(DataError, match="zero character"):
+        read_file(path)
+    path.write_text('{"a": "x"}\n' * 5 + "{\n")
+    with pytest.raises(DataError, match="line 6"):
+        read_file(path)

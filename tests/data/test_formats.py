@@ -242,6 +242,11 @@ def test_conversations_win_over_a_prompt_string_that_they_repeat_behind_a_system
     assert texts(tokenizer, tokens[0])[0] == "<|im_start|>system\nbe kind<|im_end|>\n" + CHAT_PROMPT
 
 
+def test_a_prompt_string_that_the_conversations_do_not_hold_is_refused(tokenizer):
+    with pytest.raises(DataError, match="the prompt is not in the conversations"):
+        tokenize([{"prompt": "Answer in one word.", **PAIR}], tokenizer)
+
+
 def test_a_tool_call_alone_is_an_answer(byte_level, chatml):
     tokenizer = byte_level(chatml.replace("m['content'] +", "m['content'] + (m.tool_calls | tojson) +"))
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "dog"}]}

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from fastalign.data.packing import Group, lay_out, pack, pad, pad_to_multiple
+from fastalign.data.packing import lay_out, pack, pad, pad_to_multiple
+from fastalign.data.segments import Group
 from fastalign.errors import InputError
 
 PAIR = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]]}

@@ -22,6 +22,7 @@ FAMILIES = json.loads((FOLDER / "families.json").read_text())
 COUNTS = {
     "answers_cut": "words or thoughts of earlier answers left out",
     "thoughts_kept": "thoughts put in",
+    "foreign_thoughts": "thoughts as words",
     "unstopped_answers": "earlier answers without an end",
     "template_mismatch": "starts otherwise than in generation",
 }

@@ -58,6 +58,7 @@ def test_rows_too_long_are_refused_with_the_remedy(tokenizer):
         "raise max_length",
         'on_truncate="drop"',
         '"keep_end"',
+        '"keep_start"',
     ):
         assert words in str(error.value)
 
@@ -91,6 +92,45 @@ def test_keep_end_drops_a_row_whose_completion_leaves_the_prompt_no_room(name, r
     assert (len(kept), report.prompts_cut) == (2, 1)
     kept, report = tokenize([SHORT, LONG], tokenizer, max_length=least - 1, on_truncate="keep_end")
     assert (len(kept), report.prompts_cut, report.dropped) == (1, 0, {"too long": 1})
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+def test_keep_start_cuts_the_end_of_the_completions(name, request):
+    """As TRL 1.16: the first max_length tokens of prompt and completion."""
+    tokenizer = request.getfixturevalue(name)
+    whole = tokenize([LONG], tokenizer)[0][0]
+    prompt, completions = whole["prompt_ids"], whole["completion_ids"]
+    limit = len(prompt) + min(map(len, completions)) - 1  # both completions lose something
+    tokens, report = tokenize([SHORT, LONG], tokenizer, max_length=limit, on_truncate="keep_start")
+    row = tokens[1]
+    assert row["prompt_ids"] == prompt
+    assert row["completion_ids"] == [ids[: limit - len(prompt)] for ids in completions]
+    assert (report.completions_cut, report.prompts_cut, report.rows_kept) == (2, 0, 2)
+    assert report.eos_present + report.eos_added == 2 and "ends each of 2 completions" in str(report)
+    assert "2 of 4 completions lost their end to max_length" in str(report)
+
+
+def test_keep_start_leaves_out_rows_of_which_nothing_to_learn_is_left(tokenizer):
+    prompt = len(tokenize([LONG], tokenizer)[0][0]["prompt_ids"])
+    for limit in (prompt, prompt - 1):
+        kept, report = tokenize([SHORT, LONG], tokenizer, max_length=limit, on_truncate="keep_start")
+        assert (len(kept), report.completions_cut, report.dropped) == (1, 0, {"too long": 1})
+    alike = {"prompt": "a b", "chosen": " one two three four five", "rejected": " one two three four six"}
+    kept, report = tokenize([SHORT, alike], tokenizer, max_length=8, on_truncate="keep_start")
+    assert report.dropped == {"too long": 1}, "what is left of both is the same"
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+def test_every_token_counts_where_it_should(name, request):
+    tokenizer = request.getfixturevalue(name)
+    row = {"prompt": SHORT["prompt"], "completion": SHORT["chosen"]}
+    plain = tokenize([row], tokenizer)[0][0]
+    tokens, report = tokenize([row], tokenizer, score_all_of=["prompt-completion"])
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    every = plain["prompt_ids"] + plain["completion_ids"][0]
+    assert tokens[0] == {"prompt_ids": bos, "completion_ids": [every[len(bos) :]]}
+    assert report.scored_tokens == len(every) - 1, "all but the first, which nothing predicts"
+    assert tokenize([row], tokenizer, score_all_of=["messages"])[0][0] == plain
 
 
 def test_no_row_left_is_an_error(tokenizer):

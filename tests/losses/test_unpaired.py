@@ -54,6 +54,7 @@ RATIOS = (0.0, 1e-3, -3.0, 25.0, -25.0, 180.0, -180.0, 700.0, -700.0, 1e4, -1e4)
 EXACT = {
     ("kto", True): lambda u: sigma(mpmath.mpf(0.1) * (BASELINE - u)),
     ("kto", False): lambda u: sigma(mpmath.mpf(0.1) * (u - BASELINE)),
+    ("apo_zero_unpaired", True): lambda u: sigma(mpmath.mpf(0.1) * (BASELINE - u)),
     ("bco", True): lambda u: mpmath.log1p(mpmath.exp(BASELINE - mpmath.mpf(0.1) * u)),
     ("bco", False): lambda u: mpmath.log1p(mpmath.exp(mpmath.mpf(0.1) * u - BASELINE)),
 }

@@ -1,6 +1,6 @@
 import pytest
 
-from fastalign.memory.parts import Setting, parts, weight_bytes
+from fastalign.memory.parts import Setting, head_bytes, layer_bytes, parts, trained_parameters, weight_bytes
 from fastalign.memory.shapes import read_shapes
 
 SHAPES = read_shapes("smollm2-135m-instruct")[0]
@@ -50,3 +50,20 @@ def test_accumulation_and_a_reference_cost_the_trained_weights():
     one = sum(parts(SHAPES, Setting(2048, **FULL)).values())
     assert sum(parts(SHAPES, Setting(2048, reference=True, **FULL)).values()) == one + 4 * SHAPES.parameters
     assert sum(parts(SHAPES, Setting(2048, accumulates=True, **FULL)).values()) > one
+
+
+def test_adapters_on_some_layers_need_less():
+    every, two = Setting(512, **LORA), Setting(512, targets=("q_proj", "v_proj"), **LORA)
+    assert trained_parameters(SHAPES, two) == 30 * 16 * ((576 + 576) + (576 + 192))
+    # The inputs of gate and up, and of down, are not kept, nor are five products with the adapters' first factor.
+    assert layer_bytes(SHAPES, every) - layer_bytes(SHAPES, two) == 512 * 2 * (576 + 1536 + 5 * 16)
+    head = Setting(512, targets=("q_proj", "lm_head"), **LORA)
+    assert trained_parameters(SHAPES, head) == 16 * (30 * (576 + 576) + 576 + 49152)
+    assert head_bytes(SHAPES, head) - head_bytes(SHAPES, every) == 5 << 20
+
+
+def test_a_quantised_output_layer_is_no_longer_in_the_other_weights():
+    untied = SHAPES._replace(tied=False)
+    for kind, size in (("nf4", 1 / 2 + 4 / 64), ("int8", 1 + 4 / 576)):
+        plain, packed = (weight_bytes(untied, Setting(1, quantization=kind, quantize_head=q)) for q in (False, True))
+        assert plain - packed == 49152 * 576 * (2 - size)

@@ -123,7 +123,6 @@ def test_without_an_adapter_peft_is_not_imported():
     [
         (lambda peft: {"r": 3}, "peft_config is a dict; pass a peft.LoraConfig"),
         (lambda peft: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ADALORA moves ranks"),
-        (lambda peft: peft.TrainableTokensConfig(token_indices=[3]), "TRAINABLE_TOKENS changes single rows"),
         (
             lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
             "PROMPT_TUNING adds virtual",

@@ -259,7 +259,10 @@ def test_layers_share_one_mask_per_window():
 def test_varlen_arguments_describe_the_same_attention(window):
     """What flash-attn is told, carried out segment by segment with its bottom-right aligned causal mask."""
     packed = PackedMask(pack(make_examples()).layout, window)
-    key_index, _, _, cu_q, cu_k, max_q, max_k = packed.varlen(torch.device("cpu"))
+    keys = packed.varlen(torch.device("cpu"))
+    key_index, cu_q, cu_k, max_q, max_k = (
+        keys.key_index, keys.cu_seqlens_q, keys.cu_seqlens_k, keys.longest_q, keys.longest_k
+    )  # fmt: skip
     masks = packed.masks(torch.device("cpu"))
     starts = [0]
     for segment in packed.segments:

@@ -5,29 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastalign.data.segments import Segment, gathered_keys
 from fastalign.models import attention_gpu
-from fastalign.models.attention_gpu import Segment
 
 # Two groups, of three completions and of one, then a completion without a prompt.
 SEGMENTS = [Segment(5, 0, 0), Segment(3, 2, 0), Segment(1, 2, 0), Segment(4, 0, 3), Segment(2, 3, 3), Segment(1, 0, 5)]
 
 
-def test_every_token_has_a_key_of_its_own_and_repeats_are_prefixes():
-    layout = attention_gpu.lay_out(SEGMENTS, torch.device("cpu"))
-    tokens = sum(s.length for s in SEGMENTS)
-    assert torch.equal(layout.key_index[layout.own], torch.arange(tokens))
-    taken = torch.cat([layout.own, *(at for at, _ in layout.repeats)])
-    assert torch.equal(taken.sort().values, torch.arange(len(layout.key_index)))
-    for at, repeated in layout.repeats:
-        assert torch.equal(layout.key_index[at], repeated) and len(repeated.unique()) == len(repeated)
-    assert [repeated.tolist() for _, repeated in layout.repeats] == [[0, 1, 9, 10, 11], [0, 1]]
-    assert layout.cu_seqlens_q.tolist() == [0, 5, 8, 9, 13, 15, 16]
-    assert layout.cu_seqlens_k.tolist() == [0, 5, 10, 13, 17, 22, 23]
-    assert (layout.longest_q, layout.longest_k) == (5, 5)
-
-
 def test_the_gradient_of_keys_is_that_of_indexing():
-    layout = attention_gpu.lay_out(SEGMENTS, torch.device("cpu"))
+    layout = gathered_keys(SEGMENTS)
     inputs = [torch.randn(16, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     upstream = [torch.randn(len(layout.key_index), 2, 3, dtype=torch.float64) for _ in range(2)]
     ours, plain = attention_gpu._Keys.apply(*inputs, layout), [x[layout.key_index] for x in inputs]
@@ -65,8 +51,8 @@ def test_without_a_prefix_nothing_is_gathered(name, monkeypatch):
     told = []
     monkeypatch.setattr(attention_gpu, "_torch_varlen", lambda: kernel)
     monkeypatch.setattr(attention_gpu, "_flash_attn", lambda: kernel)
-    layout = attention_gpu.lay_out([Segment(5, 0, 0), Segment(3, 0, 1)], torch.device("cpu"))
-    assert torch.equal(layout.key_index, torch.arange(8)) and not layout.repeats
+    layout = gathered_keys([Segment(5, 0, 0), Segment(3, 0, 1)])
+    assert layout.key_index.tolist() == list(range(8)) and not layout.repeats
     query, key, value = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8)
     attention_gpu.attend(name, query, key, value, layout, window=None, dropout=0.0, scaling=0.5, softcap=None)
     assert told == [(key.data_ptr(), value.data_ptr())]
@@ -107,7 +93,7 @@ def test_what_the_kernels_are_told(name, window, monkeypatch):
 
     monkeypatch.setattr(attention_gpu, "_torch_varlen", lambda: kernel)
     monkeypatch.setattr(attention_gpu, "_flash_attn", lambda: kernel)
-    layout = attention_gpu.lay_out(SEGMENTS, torch.device("cpu"))
+    layout = gathered_keys(SEGMENTS)
     query, key = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8)
     out = attention_gpu.attend(name, query, key, key, layout, window=window, dropout=0.0, scaling=0.5, softcap=None)
     assert torch.equal(out, query.transpose(1, 2))

@@ -444,3 +444,20 @@ def test_what_enters_a_product(native, enters, monkeypatch):
     for given in (torch.float32, torch.bfloat16):
         assert _operand(torch.ones(1, dtype=given), torch.bfloat16).dtype == enters
     assert _operand(torch.ones(1, dtype=torch.float64), torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("onednn", [True], indirect=True)
+@pytest.mark.parametrize(("adapter", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_compiled_layers_compute_what_they_did(dtype, adapter, onednn):
+    """A compiler does not look inside the product, which it cannot take where oneDNN computes it."""
+    layer = lora(dtype=dtype).base_model.model.first if adapter else Body(True).to(dtype).first
+    speed_up_linear(layer)
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(T, IN, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    torch._dynamo.reset()
+    found = []
+    for run in (layer, torch.compile(layer)):
+        out = run(x)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *weights])])
+    for ours, exact in zip(*found, strict=True):
+        assert torch.equal(ours, exact)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -20,8 +21,10 @@ from fastalign.errors import ConfigError, ModelError
 from fastalign.fisher.diagonal import fisher_diagonal
 from fastalign.models import linear
 from fastalign.models.fit import check_fit
+from fastalign.models.head import output_head
 from fastalign.models.loading import load_model
 from fastalign.models.quantization import (
+    QuantizedWeight,
     check_order,
     float_weight,
     import_bitsandbytes,
@@ -452,3 +455,57 @@ def test_what_is_quantised_already_is_not_quantised_again(plain_dir, tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"quantization is 'nf4', but .* is a GGUF file"):
         load_model(tmp_path / "weights.gguf", quantization="nf4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [64, 48])
+def test_rows_are_dequantised_with_the_bits_of_the_whole(kind, width):
+    """Blocks begin inside rows where the width is no multiple of them; twice quantised scales have blocks of blocks."""
+    torch.manual_seed(0)
+    weight = torch.randn(600, width)
+    if kind == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(width, 600, bias=False, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(weight, has_fp16_weights=False, requires_grad=False)
+    else:
+        options = {"quant_type": kind[:3], "compress_statistics": "twice" in kind}
+        layer = bitsandbytes.nn.Linear4bit(width, 600, bias=False, compute_dtype=torch.float32, **options)
+        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
+    packed = quantized_weight(layer.to("cpu"))
+    assert packed.row_multiple == (4 if width == 48 and kind != "int8" else 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = packed.dequantize(dtype)
+        assert (whole - weight).norm() / weight.norm() < 0.15
+        for start, stop in ((0, 600), (400, 600), (96, 357)):
+            out = torch.empty(stop - start, width + 3, dtype=dtype)[:, :width]
+            packed.dequantize_rows(start, stop, out)
+            assert torch.equal(out, whole[start:stop])
+    assert packed.first(7).shape == (7, width)
+    assert torch.equal(packed.first(7).dequantize(torch.float32), packed.dequantize(torch.float32)[:7])
+
+
+def test_a_product_that_bitsandbytes_gets_wrong_is_refused():
+    """Its CPU kernel reads the scales of another block where rows are no whole blocks: 40 % off."""
+    layer = bitsandbytes.nn.Linear4bit(48, 8, bias=False, compute_dtype=torch.bfloat16)
+    layer.to("cpu")(torch.zeros(1, 48))  # quantises
+    with pytest.raises(ModelError, match="has 48 inputs, no multiple of its blocks of 64"):
+        linear._quantized_linear(layer, torch.zeros(1, 48, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_output_layer_trains_as_its_dequantised_copy(plain_dir, kind):
+    base = load_model(plain_dir, dtype="float32", quantization=kind, quantize_head=True)
+    assert "lm_head" in quantized_layers(base)
+    assert "lm_head" not in quantized_layers(load_model(plain_dir, dtype="float32", quantization=kind))
+    copied = adapted(dequantized(plain_dir, base))
+    model = adapted(base)
+    layouts = [prepare(m) for m in (model, copied)]
+    assert output_head(model.get_base_model()).lora is None  # peft leaves the output layer out of all-linear
+    assert isinstance(output_head(model.get_base_model()).weight, QuantizedWeight)
+    assert_same_step(step(model, layouts[0]), step(copied, layouts[1]))
+
+
+def test_a_tied_output_layer_cannot_be_quantised(model_dir, plain_dir):
+    with pytest.raises(ConfigError, match=r"quantize_head is True, but the output layer of .* is tied"):
+        load_model(model_dir, quantization="nf4", quantize_head=True)
+    with pytest.raises(ConfigError, match="quantize_head is True and quantization 'none'"):
+        load_model(plain_dir, quantize_head=True)

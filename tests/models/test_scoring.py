@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from fastalign.data.packing import lay_out, pack, pad_to_multiple
 from fastalign.errors import ModelError
 from fastalign.models.norms import speed_up_body
-from fastalign.models.scoring import prepare
+from fastalign.models.scoring import prepare, restore
 
 EXAMPLES = [
     {"prompt_ids": [11, 12, 13], "completion_ids": [[14, 15, 2], [16, 2]]},
@@ -223,13 +227,106 @@ def test_what_fills_a_row_up_changes_no_log_prob():
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prepared_model_survives_pickling(tiny_llama):
-    """As `torch.save` of a model does it, and a spawned process."""
-    model = tiny_llama().eval()
+def state_of(model):
+    """Everything that the modules of a model and its configuration hold, and how the modules are called."""
+    return {
+        name: {key: id(value) for key, value in vars(module).items()} | {"is": id(module)}
+        for name, module in model.named_modules()
+    }, {key: str(value) for key, value in vars(model.config).items()}
+
+
+def own_names(model):
+    return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter", "forward of somebody else"])
+def test_restore_leaves_no_trace(kind):
+    model = llama().eval()
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    if kind == "forward of somebody else":
+        model.forward = functools.partial(type(model).forward, model)
+    names, state, parameters = own_names(model), state_of(model), dict(model.named_parameters())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        restore(model)  # of a model that nobody has prepared: nothing happens
+        for _ in range(2):
+            layout = prepare(model)
+            prepare(model)
+            assert own_names(model) != names
+            restore(model)
+            assert own_names(model) == names
+            assert state_of(model) == state
+        after = model(input_ids=ids).logits
+    assert torch.equal(before, after)
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    with pytest.raises(ValueError, match="input_ids"):
+        model(packed=lay_out(EXAMPLES, layout, pad_token_id=0))
+
+
+def test_hooks_inside_a_block_fire_before_and_after_restore():
+    """The fused block does not call `act_fn`, so a block with a hook there runs its own code."""
+    model, fired = llama().eval(), []
     layout = prepare(model)
-    copied = pickle.loads(pickle.dumps(model))
-    packed = lay_out([{"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]]}], layout, pad_token_id=0)
+    batch = lay_out(EXAMPLES, layout, pad_token_id=0)
+    expected = model(packed=batch).logprobs
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda module, inputs, output: fired.append(module))
+    found = model(packed=batch).logprobs
+    assert len(fired) == 2
+    torch.testing.assert_close(found, expected)
+    restore(model)
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert len(fired) == 4
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": _saved,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
+def test_a_prepared_model_survives_copying(way, adapter):
+    model = llama().eval()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    layout = prepare(model)
+    copied = COPIES[way](model)
+    packed = lay_out(EXAMPLES, layout, pad_token_id=0)
     with torch.no_grad():
         assert torch.equal(copied(packed=packed).logprobs, model(packed=packed).logprobs)
-        copied.lm_head.weight.mul_(2)  # the copy computes with its own weights
+        for parameter in copied.parameters():
+            parameter.mul_(2)  # the copy computes with its own weights
         assert not torch.equal(copied(packed=packed).logprobs, model(packed=packed).logprobs)
+        restore(copied)
+        assert "forward" not in vars(copied)
+        assert model(packed=packed).logprobs is not None, "the original stays prepared"
+
+
+@pytest.mark.slow
+def test_a_prepared_model_reaches_a_spawned_process(tmp_path):
+    """A process that has imported nothing of fastalign reads the file, and computes the same bits."""
+    model = llama().eval()
+    layout = prepare(model)
+    batch = lay_out(EXAMPLES, layout, pad_token_id=0)
+    torch.save((model, batch), tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "model, batch = torch.load(sys.argv[1] + '/model.pt', weights_only=False)\n"
+        "torch.save(model(packed=batch).logprobs.detach(), sys.argv[1] + '/logprobs.pt')\n"
+    )
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), threads], check=True, timeout=300)
+    assert torch.equal(torch.load(tmp_path / "logprobs.pt"), model(packed=batch).logprobs)

@@ -1,6 +1,7 @@
 """The objective of supervised fine-tuning."""
 
 import pytest
+import torch
 
 from fastalign.objectives.sft import SFTObjective
 
@@ -21,3 +22,16 @@ def test_micro_batches_add_up_to_the_whole_batch(make_batch, make_logprobs, in_p
     for cut in (1, 2):
         assert in_parts(objective, lengths, logprobs, None, cut).item() == pytest.approx(whole.item(), rel=1e-12)
     assert objective.weight(objective.totals(batch)) == 8
+
+
+def test_dft_weighs_each_token_by_its_probability_without_gradient(make_batch, make_logprobs):
+    """TRL 1.16's `dft_loss` is the same formula."""
+    lengths = [(2,), (4,)]
+    objective, batch = SFTObjective(dft=True), make_batch(lengths)
+    logprobs = make_logprobs(lengths).requires_grad_()
+    loss, metrics = objective(logprobs, None, batch, objective.totals(batch))
+    p = logprobs.detach().exp()
+    assert loss.item() == pytest.approx(-(p * logprobs).sum().item() / 6)
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], -p / 6)
+    total, count = metrics["nll_loss"]
+    assert (total / count).item() == pytest.approx(-logprobs.mean().item())

@@ -49,6 +49,21 @@ def test_bco_shifts_by_the_running_mean_of_either_label(make_batch, make_logprob
     assert torch.equal(objective.running, before)
 
 
+def test_apo_zero_is_anchored_at_zero_and_needs_no_second_completions(make_batch, make_logprobs):
+    """TRL 1.16's KTOTrainer on two tiny models gives the same float32 number."""
+    objective = UnpairedObjective(PreferenceConfig(loss_type="apo_zero_unpaired", beta=0.2, undesirable_weight=0.5))
+    lengths, labels = [(2,), (3,), (1,)], torch.tensor([True, False, True])
+    logprobs, reference = make_logprobs(lengths), make_logprobs(lengths, seed=1)
+    batch = make_batch(lengths, labels.tolist())
+    loss, metrics = objective(logprobs, reference, batch, objective.totals(batch))
+    ratios = torch.stack([part.sum() for part in (logprobs - reference).split([2, 3, 1])])
+    s = torch.sigmoid(0.2 * ratios)
+    assert loss.item() == pytest.approx(torch.where(labels, 1 - s, 0.5 * s).mean().item(), rel=1e-12)
+    assert metrics["baseline"][0].item() == 0 and not objective.state and not objective.compares_rows
+
+
 def test_a_loss_over_pairs_is_refused():
-    with pytest.raises(ConfigError, match="loss_type is \\['dpo'\\]; UnpairedObjective takes one of kto, bco"):
+    with pytest.raises(
+        ConfigError, match="loss_type is \\['dpo'\\]; UnpairedObjective takes one of kto, apo_zero_unpaired, bco"
+    ):
         UnpairedObjective(PreferenceConfig(loss_type="dpo"))

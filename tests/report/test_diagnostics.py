@@ -41,6 +41,26 @@ def test_a_jump_needs_more_than_the_noise_of_small_batches():
     assert "exploding_gradient" in names(lines(loss=falling(7), grad_norm=[*norms, 30.0]))
 
 
+def test_a_gradient_that_grows_over_a_few_lines_explodes_too():
+    """Each line is less than twice the one before; what a run with a rate that rises shows."""
+    norms = [0.56, 0.53, 0.49, 0.59, 0.85, 0.91, 1.44, 1.41, 4.84, 9.18, 12.81, 11.56, 9.64]
+    assert "exploding_gradient" in names(lines(loss=falling(13), grad_norm=norms))
+    for noisy in ([*norms[:9], 4.0, 3.0, 2.0, 1.0], [*norms[:8], 9.0, 1.0, 9.0, 1.0, 9.0], [1.5**i for i in range(13)]):
+        assert "exploding_gradient" not in names(lines(loss=falling(13), grad_norm=noisy))
+
+
+def test_a_plateau_moves_by_the_noise_of_its_batches():
+    """The last quarter is 1 % lower by chance, as of 60 lines with a deviation of 8 %."""
+    noise = [0.08 * (-1) ** i for i in range(80)]
+    losses = [3.0 - 0.1 * i for i in range(20)] + [1.0 + x for x in noise[:40]] + [0.99 + x for x in noise[60:]]
+    flat = {"grad_norm": 1.0, "learning_rate": 1e-3}
+    assert names(lines(loss=losses, **flat)) == ["plateau"]
+    slowly = [value - 0.002 * max(0, i - 40) for i, value in enumerate(losses)]
+    assert names(lines(loss=slowly, **flat)) == []
+    hidden = [value + 0.4 * (-1) ** i * (i >= 20) for i, value in enumerate(losses)]
+    assert "plateau" not in names(lines(loss=[v - 0.05 * (i >= 60) for i, v in enumerate(hidden)], **flat))
+
+
 def test_a_gradient_vanishes_only_where_the_loss_is_high():
     norms = [1.0] * 6 + [1e-5] * 10
     assert names(lines(loss=falling(16, 2, 1.5), grad_norm=norms)) == ["vanishing_gradient"]

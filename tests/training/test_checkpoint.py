@@ -249,7 +249,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_and_nothing_else(sft, tm
     monkeypatch.setattr(fails, full)
     with pytest.raises(TrainingError, match=r"step 2 cannot be written .*No space left on device.*checkpoint-1 is as"):
         trainer.train()
-    assert names(tmp_path / "run") == ["checkpoint-1", "metrics.jsonl"]
+    assert names(tmp_path / "run") == ["checkpoint-1", "metrics.jsonl", "preflight.txt", "run.json"]
     assert find_damage(tmp_path / "run" / "checkpoint-1") is None
 
 
@@ -346,6 +346,31 @@ def test_a_cache_that_cannot_be_written_is_said_before_the_reference_pass(
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastalign.training.reference.write_keyed", full)
+    monkeypatch.setattr("fastalign.data.keyed_parts.write_keyed", full)
     make_trainer(tiny_llama(), pairs).train()
     assert "cannot be stored, so the next run computes them anew" in caplog.text
+
+
+def test_rows_that_changed_since_a_checkpoint_are_refused(make_trainer, tiny_llama, tmp_path):
+    """The position in the data is a number of rows: with other rows training would go on at the wrong place."""
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"row {i}", "completion": "abc"}) + "\n" for i in range(8)]
+    file.write_text("".join(lines))
+    options = {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
+    whole = make_trainer(tiny_llama(), str(file), SFTTrainer, max_steps=2, **options)
+    whole.train()
+    again = {**options, "max_steps": 3, "resume_from_checkpoint": "last"}
+    for changed, words in (
+        (lines[:7], "8 rows then, 7 now"),
+        ([lines[0].replace("abc", "abd"), *lines[1:]], "8 rows, of which some have other tokens"),
+        (lines[::-1], "8 rows, of which some have other tokens"),
+    ):
+        file.write_text("".join(changed))
+        with pytest.raises(DataError, match=words) as refused:
+            make_trainer(tiny_llama(), str(file), SFTTrainer, **again).train()
+        assert "rows.jsonl" in str(refused.value) and "checkpoint-2" in str(refused.value)
+        assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    file.write_text("".join(lines))
+    trainer = make_trainer(tiny_llama(), str(file), SFTTrainer, **again)
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from fastalign.errors import TrainingError
+from fastalign.errors import TrainingError, is_out_of_memory
 from fastalign.regularizers import KLToStart, Replay
-from fastalign.training.out_of_memory import is_out_of_memory
 from fastalign.training.sft import SFTTrainer
 
 ROWS = [{"prompt": f"row {i}", "completion": "abc" * (1 + i % 3)} for i in range(12)]
@@ -111,3 +110,38 @@ def test_only_what_says_that_memory_ran_out_is_caught():
     cpu = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
     assert all(map(is_out_of_memory, [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError(cpu)]))
     assert not any(map(is_out_of_memory, [RuntimeError("shapes differ"), ValueError("out of memory")]))
+
+
+def limit_every_forward(model, tokens):
+    """Lets every forward pass of more tokens fail, without and with gradients."""
+    limit_memory(model, tokens, "forward")
+    return model
+
+
+def test_an_evaluation_is_computed_in_parts(make_trainer, tiny_llama, caplog):
+    options = {"per_device_eval_batch_size": 6}
+    plain = make_trainer(tiny_llama(), ROWS, SFTTrainer, eval_rows=ROWS, **options).evaluate()
+    trainer = make_trainer(limit_every_forward(tiny_llama(), 40), ROWS, SFTTrainer, eval_rows=ROWS, **options)
+    split = trainer.evaluate()
+    assert "Evaluation: memory ran out" in caplog.text
+    assert split["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert split["eval_lengths/chosen"] == plain["eval_lengths/chosen"]
+    limit_every_forward(trainer.model, 4)
+    with pytest.raises(TrainingError, match=r"Evaluation: memory ran out on one row of .* tokens, .* prompt 'row"):
+        trainer.evaluate()
+
+
+def test_the_reference_pass_is_computed_in_parts(make_trainer, tiny_llama, pairs, tmp_path):
+    options = {"max_steps": 1, "per_device_train_batch_size": 1}
+    found = []
+    for name, limit in (("whole", 10_000), ("split", 100)):
+        cache = {"ref_cache_dir": str(tmp_path / name)}
+        model = tiny_llama()
+        limit_every_forward(model, limit)
+        trainer = make_trainer(model, pairs, **options, **cache)
+        found.append(trainer.train_dataset["ref_logprobs"][:])
+    for whole, split in zip(*found, strict=True):
+        for a, b in zip(whole, split, strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+    with pytest.raises(TrainingError, match=r"Reference log-probs: memory ran out on one row of .* tokens"):
+        make_trainer(limit_every_forward(tiny_llama(), 40), pairs, ref_cache_dir=str(tmp_path / "none"), **options)

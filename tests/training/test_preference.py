@@ -191,3 +191,25 @@ def test_prompt_nll_needs_a_model_that_packs(make_trainer, pairs):
     config = tf.BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4)
     with pytest.raises(ConfigError, match="use 'completion'"):
         make_trainer(tf.BloomForCausalLM(config), pairs, loss_type="orpo", nll_over="prompt_and_completion")
+
+
+def test_wpo_step_is_the_step_of_plain_torch(make_trainer, gpt2, rows_of_many_lengths, tokenizer, largest_difference):
+    rows, model = rows_of_many_lengths(4), gpt2()
+    plain, start = copy.deepcopy(model), copy.deepcopy(model)
+
+    def scores(of, prompt, completion):
+        z = of(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logp = z.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
+        return logp, (logp - z.exp().square().sum(-1).log()).detach().mean().exp()
+
+    losses = []
+    for row in tokenize(rows, tokenizer)[0]:
+        (chosen, w_c), (rejected, w_r) = (scores(plain, row["prompt_ids"], ids) for ids in row["completion_ids"])
+        with torch.no_grad():
+            reference = [scores(start, row["prompt_ids"], ids)[0].sum() for ids in row["completion_ids"]]
+        margin = (chosen.sum() - reference[0]) - (rejected.sum() - reference[1])
+        losses.append(-logsigmoid(0.1 * margin) * w_c * w_r)
+    torch.stack(losses).mean().backward()
+    expected = {name: p.detach() - 0.01 * p.grad for name, p in plain.named_parameters()}
+    make_trainer(model, rows, use_weighting=True, **LIVE).train()
+    assert largest_difference(model, expected) < EXACT

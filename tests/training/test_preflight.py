@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
@@ -15,7 +16,7 @@ from fastalign.config.preference import PreferenceConfig
 from fastalign.config.sft import SFTConfig
 from fastalign.errors import ConfigError
 from fastalign.training import PreferenceTrainer, SFTTrainer
-from fastalign.training.preflight import check_options, row_tokens
+from fastalign.training.preflight import check_options, largest_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
@@ -41,8 +42,13 @@ def test_preflight_report_says_what_training_starts_from(make_trainer, tiny_llam
 
 
 def test_a_row_counts_its_prompt_as_it_is_laid_out():
-    row = {"prompt_ids": [1, 2, 3], "completion_ids": [[4], [5, 6]]}
-    assert [row_tokens(row, layout) for layout in ("shared", "packed", "padded")] == [6, 9, 9]
+    rows = [
+        {"prompt_ids": [1, 2, 3], "completion_ids": [[4], [5, 6]]},
+        {"prompt_ids": [], "completion_ids": [[1], [2]]},
+    ]
+    dataset = Dataset.from_list(rows)
+    assert [largest_batch(dataset, layout, 1) for layout in ("shared", "packed", "padded")] == [6, 9, 9]
+    assert largest_batch(dataset, "shared", 2) == largest_batch(dataset, "shared", 9) == 8
 
 
 def test_options_that_would_fail_late_are_refused(tmp_path, monkeypatch):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,6 +311,54 @@ def test_precompute_cuts_long_data_into_batches(tmp_path):
     values = precompute(dataset, score, "weights", tmp_path)["ref_logprobs"][:]
     assert values == [[[-i - 0.5, -i - 0.5]] for i in range(7)]  # in the order of the rows
     assert len(seen) == 4 and max(seen) <= 2048
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from fastalign.data import keyed_log
+from test_reference import by_batch, many_rows, precompute
+keyed_log.WRITE_SECONDS = 0
+passes = []
+
+def score(rows):
+    if len(passes) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    passes.append(len(rows))
+    return by_batch(rows)
+
+precompute(many_rows(), score, "weights", Path({cache!r}), show=False)
+"""
+
+
+def many_rows() -> Dataset:
+    """Rows of several lengths, and completions that several rows have."""
+    prompts = [[i % 5] * (150 + 37 * (i % 11)) for i in range(24)]
+    return Dataset.from_dict({"prompt_ids": prompts, "completion_ids": [[[i % 5, 1], [i, 2]] for i in range(24)]})
+
+
+def by_batch(rows):
+    """A score that also depends on the other rows of the batch, as the rounding of a model does."""
+    batch = pack(rows)
+    return batch, -batch.targets.float() - 1e-3 * len(batch.input_ids[0])
+
+
+def test_a_pass_that_was_killed_goes_on_bit_for_bit(tmp_path):
+    def run(folder) -> tuple[list, int]:
+        passes = []
+        dataset = precompute(many_rows(), lambda rows: passes.append(1) or by_batch(rows), "weights", tmp_path / folder)
+        return dataset["ref_logprobs"][:], len(passes)
+
+    whole, passes = run("whole")
+    script = STOPPED.format(folder=str(Path(__file__).parent), cache=str(tmp_path / "stopped"))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "stopped" / "ref_logprobs" / "weights.parts").iterdir())) == 3
+    again, rest = run("stopped")
+    assert again == whole and rest == passes - 3 > 0
+    files = [tmp_path / name / "ref_logprobs" for name in ("whole", "stopped")]
+    assert [entry.name for entry in files[1].iterdir()] == ["weights.safetensors"]
+    assert run("stopped") == (whole, 0)
 
 
 def test_the_bar_of_the_reference_pass_obeys_disable_tqdm(make, tiny_llama, pairs, capsys):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from fastalign.config.sft import SFTConfig
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import ConfigError, DataError
 from fastalign.training.preference import PreferenceTrainer
@@ -47,3 +48,27 @@ def test_options_may_be_left_out_and_rows_may_not(trainer, tiny_llama, tokenizer
     assert made.args.output_dir == "runs/latest" and len(made.train_dataset) == len(pairs)
     with pytest.raises(ConfigError, match="train_dataset is None; pass the rows"):
         trainer(tiny_llama(), processing_class=tokenizer)
+
+
+def test_formatting_func_makes_the_texts(tiny_llama, pairs, tokenizer, tmp_path):
+    def join(row):
+        return f"Q: {row['prompt']} A: {row['chosen']}"
+
+    def make(function):
+        args = SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+        return SFTTrainer(tiny_llama(), args, pairs, processing_class=tokenizer, formatting_func=function)
+
+    trainer = make(join)
+    expected = tokenize([{"text": join(row)} for row in pairs], tokenizer)[0]
+    assert [dict(row) for row in trainer.train_dataset] == [dict(row) for row in expected]
+    with pytest.raises(DataError, match=r"formatting_func made .* of row 1; it must return one string"):
+        make(lambda row: [row["prompt"]])
+
+
+def test_every_token_is_scored_where_the_options_say_so(make_trainer, tiny_llama, pairs):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    parts = [
+        make_trainer(tiny_llama(), rows, SFTTrainer, completion_only_loss=alone).preflight for alone in (True, False)
+    ]
+    assert parts[1].scored_tokens > parts[0].scored_tokens
+    assert parts[1].scored_fraction == pytest.approx(1, abs=0.2), "all but the first token of each row"

@@ -35,6 +35,9 @@ struct ForwardProblem : HeadProblem {
     void* grad_logprobs;  // Acc (tokens, width), or null: d logprob / d hidden
     void* grad_entropy;   // Acc (tokens, width), or null: d entropy / d hidden
     void* stats;          // Acc (tokens, 5): shift, others, target, slope, mean (fastalign/ops/head/epilogue.py)
+    // Acc (tokens, 3), or null: the mean of the logits, log sum_j p_j^2, and 1 where the target is the first of the
+    // largest logits, else 0.
+    void* details;
     // Null for linear_logprobs. For sparse_divergence it receives the targets' logits, Acc (tokens, targets_per_token).
     // Then stats is Acc (tokens, 2) with shift and others, grad_logprobs receives the mean of dz/du W over all entries
     // except the targets, and there is no other result and no cache.

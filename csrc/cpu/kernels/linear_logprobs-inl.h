@@ -42,7 +42,7 @@ class ForwardPass {
     using S = Shape<T>;
     const ForwardProblem& p_;
     const Head<T> head_;
-    const bool gradients_, entropy_;
+    const bool gradients_, entropy_, entropy_gradient_, details_;
     const std::int64_t padded_width_, chunk_, chunks_, tiles_;
     std::int64_t block_rows_, blocks_;
     Sums<T> totals_{};
@@ -61,32 +61,34 @@ class ForwardPass {
     };
 
     Scratch carve(Carver& c, std::int64_t rows) const {
-        const std::int64_t sheet = gradients_ ? rows * padded_width_ : 0, grad_entropy = gradients_ && entropy_;
+        const std::int64_t sheet = gradients_ ? rows * padded_width_ : 0;
         Scratch s{Tiles<T, In>(c, rows, p_.width, {true, gradients_, false}), {}, {}, {}, {}, {}, {}, {}};
         s.z = c.take<T>(rows * S::tile);
-        s.zweighted = c.take<T>(grad_entropy ? rows * S::tile : 0);
+        s.zweighted = c.take<T>(entropy_gradient_ ? rows * S::tile : 0);
         s.a = c.take<T>(sheet);
-        s.b = c.take<T>(grad_entropy ? sheet : 0);
+        s.b = c.take<T>(entropy_gradient_ ? sheet : 0);
         s.shrink = c.take<T>(rows), s.moved = c.take<T>(rows);
         s.sums = take_sums(c, rows);
         return s;
     }
-    static Sums<T> take_sums(Carver& c, std::int64_t rows) {
-        T* shift = c.take<T>(rows);
-        T* others = c.take<T>(rows);
-        return {shift, others, c.take<T>(rows)};
+    Sums<T> take_sums(Carver& c, std::int64_t rows) const {
+        Sums<T> sums{};
+        sums.shift = c.take<T>(rows), sums.others = c.take<T>(rows), sums.zothers = c.take<T>(rows);
+        if (details_) sums.squares = c.take<T>(rows), sums.logits = c.take<T>(rows), sums.rival = c.take<T>(rows);
+        return sums;
     }
     void take_totals(Carver& c, std::int64_t rows) { totals_ = take_sums(c, rows), target_logits_ = c.take<T>(rows); }
 
 public:
     explicit ForwardPass(const ForwardProblem& p)
         : p_(p), head_(p.logit_scale, p.softcap, p.temperature), gradients_(p.grad_logprobs), entropy_(p.entropy),
+          entropy_gradient_(p.grad_entropy), details_(p.details),
           padded_width_(ceil_div(p.width, S::panel) * S::panel), chunk_(kChunkTiles * S::tile),
           chunks_(ceil_div(p.vocab, chunk_)), tiles_(ceil_div(p.vocab, S::tile)) {}
 
     void run(Pool pool) {
-        const std::int64_t sheets = gradients_ ? 1 + entropy_ : 0;
-        const std::int64_t row_bytes = sizeof(T) * (p_.width + sheets * padded_width_ + (1 + entropy_) * S::tile + 8);
+        const std::int64_t sheets = gradients_ ? 1 + entropy_gradient_ : 0;
+        const std::int64_t row_bytes = sizeof(T) * (p_.width + sheets * padded_width_ + (1 + entropy_gradient_) * S::tile + 11);
         block_rows_ = rows_per_block<T>(p_.scored, row_bytes, kMostRows, kScratchBudget / pool.workers);
         blocks_ = ceil_div(p_.scored, block_rows_);
         const std::int64_t rows = blocks_ * block_rows_;
@@ -124,13 +126,14 @@ private:
         for (std::int64_t i = 0; i < panels * S::panel; ++i) {
             s.sums.shift[i] = static_cast<T>(kStart);
             s.sums.others[i] = s.sums.zothers[i] = 0;
+            if (details_) s.sums.squares[i] = s.sums.logits[i] = 0, s.sums.rival[i] = static_cast<T>(kStart);
         }
         for (std::int64_t v = begin; v < end; v += S::tile) {
             const WeightTile<In> weight(p_, v, smaller(S::tile, end - v));
             s.tiles.logits(weight, 0, panels, s.z);
             for (std::int64_t p = 0; p < panels; ++p) absorb_panel(block, p, weight, v == begin, s);
             if (gradients_) s.tiles.fold(s.z, panels, weight, s.a, v == begin);
-            if (gradients_ && entropy_) s.tiles.fold(s.zweighted, panels, weight, s.b, v == begin);
+            if (entropy_gradient_) s.tiles.fold(s.zweighted, panels, weight, s.b, v == begin);
         }
     }
 
@@ -138,15 +141,36 @@ private:
                       Scratch& s) const {
         const std::int64_t row = p * S::panel, tile = weight.size;
         T *z = s.z + row * S::tile, largest[S::panel];
-        const Sums<T> sums{s.sums.shift + row, s.sums.others + row, s.sums.zothers + row};
+        Sums<T> sums{s.sums.shift + row, s.sums.others + row, s.sums.zothers + row};
+        if (details_)
+            sums.squares = s.sums.squares + row, sums.logits = s.sums.logits + row, sums.rival = s.sums.rival + row;
         const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + weight.begin : nullptr;
-        to_logits(z, tile, bias, head_, largest);
+        to_logits(z, tile, bias, head_, largest, sums.logits);
+        if (details_) take_rivals(block, row, weight, z, largest, sums.rival);
         take_targets(block, row, weight, z, largest);
-        T* zweighted = gradients_ && entropy_ ? s.zweighted + row * S::tile : nullptr;
+        T* zweighted = entropy_gradient_ ? s.zweighted + row * S::tile : nullptr;
         const bool moved = absorb(z, tile, largest, head_, sums, entropy_, gradients_ || p_.cache, zweighted,
                                   s.shrink + row, s.moved + row);
         if (moved && !first && gradients_) rescale(row, s);
         if (block.first + row < p_.cache_rows) keep(block.first / S::panel + p, weight.begin, tile, z, sums.shift);
+    }
+
+    // Raises each token's `rival` to the largest logit of the tile. Of equal logits the first one is on top, so a logit
+    // behind the target has to be above the target's: it counts as the next smaller number, and `target > rival` decides.
+    void take_rivals(const RowBlock<In>& block, std::int64_t row, const WeightTile<In>& weight, const T* z,
+                     const T* largest, T* rival) const {
+        const T low = -std::numeric_limits<T>::infinity();
+        for (std::int64_t i = 0; i < smaller(S::panel, block.count - row); ++i) {
+            const std::int64_t target = p_.targets[block.token(row + i)] - weight.begin;
+            T before = target >= weight.size ? largest[i] : low, behind = target < 0 ? largest[i] : low;
+            for (std::int64_t t = 0; target >= 0 && target < weight.size && t < weight.size; ++t) {
+                T& top = t < target ? before : behind;
+                if (t != target && z[t * S::panel + i] > top) top = z[t * S::panel + i];
+            }
+            if (behind > low) behind = std::nextafter(behind, low);
+            if (before > rival[i]) rival[i] = before;
+            if (behind > rival[i]) rival[i] = behind;
+        }
     }
 
     // Stores the targets' logits of a panel, and removes them from the tile, so that the sums leave them out.
@@ -171,7 +195,7 @@ private:
         for (std::int64_t i = row; i < row + S::panel; ++i) {
             if (s.moved[i] == 0) continue;
             T *a = s.a + i * padded_width_, *b = s.b + i * padded_width_;
-            if (entropy_)
+            if (entropy_gradient_)
                 for (std::int64_t k = 0; k < padded_width_; ++k) b[k] = s.shrink[i] * (b[k] + s.moved[i] * a[k]);
             for (std::int64_t k = 0; k < padded_width_; ++k) a[k] *= s.shrink[i];
         }
@@ -193,6 +217,10 @@ private:
             if (chunk == 0) {
                 totals_.shift[row] = s.sums.shift[i], totals_.others[row] = s.sums.others[i];
                 totals_.zothers[row] = s.sums.zothers[i];
+                if (details_) {
+                    totals_.squares[row] = s.sums.squares[i], totals_.logits[row] = s.sums.logits[i];
+                    totals_.rival[row] = s.sums.rival[i];
+                }
                 for (std::int64_t k = 0; gradients_ && k < p_.width; ++k) a[k] = chunk_a[k];
                 for (std::int64_t k = 0; b && k < p_.width; ++k) b[k] = chunk_b[k];
             } else {
@@ -210,6 +238,11 @@ private:
                                f_part * (part.zothers[i] + d_part * part.others[i]);
         totals_.others[row] = f * totals_.others[row] + f_part * part.others[i];
         totals_.shift[row] = shift;
+        if (details_) {
+            totals_.squares[row] = f * f * totals_.squares[row] + f_part * f_part * part.squares[i];
+            totals_.logits[row] += part.logits[i];
+            if (part.rival[i] > totals_.rival[row]) totals_.rival[row] = part.rival[i];
+        }
         for (std::int64_t k = 0; b && k < p_.width; ++k)
             b[k] = f * (b[k] + d * a[k]) + f_part * (chunk_b[k] + d_part * chunk_a[k]);
         for (std::int64_t k = 0; a && k < p_.width; ++k) a[k] = f * a[k] + f_part * chunk_a[k];
@@ -239,6 +272,12 @@ private:
         T* stats = static_cast<T*>(p_.stats) + token * kStats;
         stats[kShift] = totals_.shift[row], stats[kOthers] = others, stats[kTarget] = target, stats[kSlope] = slope;
         stats[kMean] = mean;
+        if (details_) {
+            T* details = static_cast<T*>(p_.details) + token * 3;
+            details[0] = totals_.logits[row] / static_cast<T>(p_.vocab);
+            details[1] = std::log(totals_.squares[row] + target * target) - 2 * std::log(total);
+            details[2] = z_y > totals_.rival[row];
+        }
         if (!a) return;
         const In* w = static_cast<const In*>(p_.weight) + p_.targets[token] * p_.weight_stride;
         const T constant = head_.capped ? T(1) : head_.factor;  // the constant slope, which the tiles leave out

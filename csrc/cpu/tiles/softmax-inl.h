@@ -28,10 +28,14 @@ struct Head {
     T slope_at(T z) const { return capped ? factor * (1 - (z / outer) * (z / outer)) : factor; }
 };
 
-// Running sums of the tokens of a block, relative to `shift`. Each is an array over the padded rows of the block.
+// Running sums of the tokens of a block, relative to `shift`. Each is an array over the padded rows of the block. The
+// last three are for `ForwardProblem::details` only, and null otherwise.
 template <typename T>
 struct Sums {
     T *shift, *others, *zothers;
+    T* squares = nullptr;  // sum of exp(z - shift)^2
+    T* logits = nullptr;   // sum of z, of the target too
+    T* rival = nullptr;    // the largest logit that is not the target's; behind the target a hair less than it
 };
 
 // The first shift. It is far below any logit but finite, so that (start - m) * 0 on the first tile is 0 and not NaN.
@@ -40,12 +44,14 @@ constexpr float kStart = -1e30f;
 // the accumulated gradient is hardly ever rescaled.
 constexpr float kLag = 8.0f;
 
-// Turns u (tile, panel) into logits in place, and writes the largest logit of each column.
+// Turns u (tile, panel) into logits in place, and writes the largest logit of each column. It adds each column's logits
+// to `sums`, if that is not null.
 template <typename T>
-FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const Head<T>& head, T* largest) {
+FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const Head<T>& head, T* largest,
+                                T* sums = nullptr) {
     constexpr int L = lanes<T>;
     for (int j = 0; j < Shape<T>::vectors; ++j) {
-        Vec<T> top = fill(static_cast<T>(kStart));
+        Vec<T> top = fill(static_cast<T>(kStart)), sum{};
         T* at = z + j * L;
         for (std::int64_t t = 0; t < tile; ++t, at += Shape<T>::panel) {
             Vec<T> u = load(at);
@@ -53,8 +59,10 @@ FASTALIGN_INLINE void to_logits(T* z, std::int64_t tile, const T* bias, const He
             u = head.capped ? vtanh(u * head.inner) * head.outer : u * head.factor;
             store(at, u);
             top = vmax(u, top);
+            if (sums) sum += u;
         }
         store(largest + j * L, top);
+        if (sums) store(sums + j * L, load(sums + j * L) + sum);
     }
 }
 
@@ -75,12 +83,13 @@ bool absorb(T* z, std::int64_t tile, const T* largest, const Head<T>& head, cons
         const Vec<T> old = load(sums.shift + j * L), top = load(largest + j * L);
         const Vec<T> shift = top > old + static_cast<T>(kLag) ? top : old;
         const Vec<T> move = old - shift, down = vexp(move);
-        Vec<T> sum{}, zsum{};
+        Vec<T> sum{}, zsum{}, squares{};
         T* at = z + j * L;
         for (std::int64_t t = 0; t < tile; ++t, at += S::panel) {
             const Vec<T> d = load(at) - shift;
             Vec<T> e = vexp(d);
             sum += e;
+            if (sums.squares) squares += e * e;
             if (!entropy && !gradients) continue;
             const Vec<T> slope = gradients && head.capped ? head.slope(load(at)) : fill(T(1));
             if (entropy) {
@@ -93,6 +102,7 @@ bool absorb(T* z, std::int64_t tile, const T* largest, const Head<T>& head, cons
         const Vec<T> others = load(sums.others + j * L), zothers = load(sums.zothers + j * L);
         store(sums.zothers + j * L, down * (zothers + move * others) + zsum);
         store(sums.others + j * L, down * others + sum);
+        if (sums.squares) store(sums.squares + j * L, down * down * load(sums.squares + j * L) + squares);
         store(sums.shift + j * L, shift);
         store(shrink + j * L, down);
         store(moved + j * L, move);

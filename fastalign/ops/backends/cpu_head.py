@@ -78,15 +78,23 @@ def linear_logprobs(
     grads: bool,
     entropy: bool,
     cache_rows: int,
+    entropy_grads: bool | None = None,
+    details: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward op of `linear_logprobs.py`."""
+    """The forward op of `linear_logprobs.py`.
+
+    entropy_grads: Whether the entropy's gradient in hidden is computed too; None: where `grads` and `entropy` are set.
+    details: (N, 3) or None. It receives the mean logit, log sum_j p_j^2, and 1 where the target is the first of the
+    largest logits.
+    """
     (n, width), vocab = hidden.shape, weight.shape[0]
     new = hidden.new_zeros if rows is not None else hidden.new_empty
     acc = reference.compute_dtype(hidden)
     logprobs, stats = new(n, dtype=acc), new(n, 5, dtype=acc)
     entropies = new(n if entropy else 0, dtype=acc)
     grad_logprobs = new((n, width) if grads else 0, dtype=acc)
-    grad_entropy = new((n, width) if grads and entropy else 0, dtype=acc)
+    entropy_grads = grads and entropy if entropy_grads is None else entropy_grads
+    grad_entropy = new((n, width) if entropy_grads else 0, dtype=acc)
     cache = cpu.on_huge_pages(hidden.new_empty((cache_rows, vocab) if cache_rows else 0))
     shifts = hidden.new_empty((cache_rows, cache_shifts(vocab)) if cache_rows else 0, dtype=acc)
     # A compiled graph sized the cache for all rows, but fewer turned out to be scored.
@@ -97,7 +105,9 @@ def linear_logprobs(
     problem.logprobs, problem.stats = logprobs.data_ptr(), stats.data_ptr()
     problem.entropy = entropies.data_ptr() if entropy else 0
     problem.grad_logprobs = grad_logprobs.data_ptr() if grads else 0
-    problem.grad_entropy = grad_entropy.data_ptr() if grads and entropy else 0
+    problem.grad_entropy = grad_entropy.data_ptr() if entropy_grads else 0
+    if details is not None:
+        problem.details = details.data_ptr()
     if problem.scored:
         cpu.run("forward", problem)
     del alive

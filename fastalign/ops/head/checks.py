@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float = 1.0, *,
+    hidden: Tensor, weight: Any, bias: Tensor | None, softcap: float | None, logit_scale: float = 1.0, *,
     of: str = "",
 ) -> None:  # fmt: skip
     """Checks the shapes and dtypes of hidden states and their output layer, its soft cap and its scale.
 
     Args:
         hidden: Must be (..., H) floating.
-        weight: Must be (V, H) floating.
+        weight: Must be (V, H) floating, or a packed weight of this shape.
         bias: Must be (V,) floating, or None.
         softcap: Must be above 0 and finite, or None.
         logit_scale: Must be finite, and not 0.
@@ -33,9 +34,10 @@ def check_linear(
     Raises:
         InputError: One of them is not so.
     """
-    for name, t in (("hidden", hidden), ("weight", weight)):
-        check_floating(f"{of}{name}", t, "dequantise it first")
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+    check_floating(f"{of}hidden", hidden, "dequantise it first")
+    if not hasattr(weight, "dequantize_rows"):  # a packed weight is of no floating dtype
+        check_floating(f"{of}weight", weight, "dequantise it first")
+    if len(weight.shape) != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise InputError(
             f"{of}hidden is {tuple(hidden.shape)} and {of}weight {tuple(weight.shape)}; "
             "they must be (..., H) and (V, H)"

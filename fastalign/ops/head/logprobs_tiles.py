@@ -1,12 +1,15 @@
 """The tiled driver of `linear_logprobs`: products by torch, and between them an epilogue in torch, Triton or CUDA.
 
-Logits exist one (rows, vocabulary) tile at a time. A tile is written by one product, read and overwritten in place by
-the epilogue, and read by the next product. The epilogue folds it into running statistics per row. For one row:
+The C++ kernel for CPUs does the same by itself (csrc/cpu/kernels/linear_logprobs-inl.h) and does not use this file.
 
-    u       = h W^T + bias                the products, (V,)
+Logits exist one (rows, vocabulary) tile at a time. The first product, hidden states times a tile of the weight,
+writes the tile. The epilogue reads it, folds it into running statistics per row, and overwrites it in place with
+exponentials. The second product, exponentials times the same tile of the weight, adds to the gradient. For one row:
+
+    u       = h W^T + bias                the first product; the epilogue adds the bias, (V,)
     z       = the logits, made from u by scale, soft cap and temperature
     slope_j = dz_j / du_j                 slope_y is that of the target y
-    m       = the running maximum of z
+    m       = a shift near the maximum of the z seen so far
 
     others  = sum_{j != y} exp(z_j - m)
     zothers = sum_{j != y} exp(z_j - m) (z_j - m)                  for the entropy only
@@ -15,7 +18,7 @@ the epilogue, and read by the next product. The epilogue folds it into running s
 
 Every sum leaves out the target, so that `1 - p_y` never comes from a subtraction, which would lose its digits where p_y
 is near 1. Without a soft cap all slopes are the same constant. The code then leaves the slope out of A, B and the
-cached tiles, and multiplies by it once at the end (`epilogue.finish`, `_cached_scales`).
+cached tiles, and multiplies by it at the end: A and B in `epilogue.finish`, cached tiles in `_cached_scales`.
 
 The results follow. With S = others + exp(z_y - m), p_y = exp(z_y - m) / S and the mean over the whole vocabulary
 E[z - m] = (zothers + exp(z_y - m) (z_y - m)) / S:
@@ -25,7 +28,7 @@ E[z - m] = (zothers + exp(z_y - m) (z_y - m)) / S:
     d logprob / d hidden = (others / S) slope_y W[y] - A / S
     d entropy / d hidden = (E[z - m] A - B) / S - p_y (z_y - m - E[z - m]) slope_y W[y]
 
-None of them depends on m, which may therefore lag behind the maximum (lazy rescaling, see `epilogue.Sums`).
+None of them depends on m, so m may lag behind the maximum (lazy rescaling, see `epilogue.Sums`).
 
 **One pass.** d logprob / d hidden does not depend on the loss. With a frozen output layer the forward pass therefore
 computes loss and gradient together: two products per tile, and no second look at the logits. A trainable output layer
@@ -93,9 +96,9 @@ def forward(
     cache_rows: int = 0,
     epilogue: Epilogue = TORCH,
 ) -> LogprobsForward:
-    """Log-probabilities, entropies and, with `grads`, their gradients in hidden.
+    """Log-probabilities, entropies and, with `grads`, their gradients with respect to hidden.
 
-    1U = 2 N V H FLOP without `grads`, 2U with them, 3U with those of the entropy too.
+    One product takes 2 N V H FLOP. There is one without `grads`, two with them, three with those of the entropy too.
 
     Args:
         hidden: (N, H) with N a multiple of 16 (`pad_rows`).
@@ -103,7 +106,7 @@ def forward(
         targets: (N,) int64; every target is a token id.
         bias: (V,) or None.
         transform: From products to logits.
-        grads: Whether the gradients in hidden are wanted.
+        grads: Whether the gradients with respect to hidden are wanted.
         entropy: Whether the entropies are wanted.
         cache_rows: How many rows, the first ones, have their probability tiles cached.
         epilogue: What runs between the products.
@@ -165,7 +168,7 @@ def _fold_vocabulary(
     cache: Cache | None,  # of these rows: (R, V) and (R, tiles)
     epilogue: Epilogue,
 ) -> LogprobsForward:
-    """Fold the whole vocabulary into the statistics of one block of rows; see the head of this file."""
+    """Fold the whole vocabulary into the statistics of one block of rows, as this file's docstring defines them."""
     dtype, h = h.dtype, operand(h)
     acc_dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     sums = h.new_zeros(4, h.shape[0], dtype=acc_dtype)
@@ -186,8 +189,9 @@ def _fold_vocabulary(
             u, low = buffer[:, : v1 - v0], low[:, : v1 - v0]
         w = operand(tile)  # (T, H)
         product_into(h, w.t(), u)  # (R, T)
-        # Kernels always store e, even if nothing reads it. So the same compiled kernel runs with and without gradients,
-        # and the log-probabilities have the same bits.
+        # `e` receives exp(z - shift), `ze` that times (z - shift): the operands of the second products. GPU kernels
+        # always store e, even if nothing reads it. So the same compiled kernel runs with and without gradients, and the
+        # log-probabilities have the same bits. The epilogue in torch stores it only where it is read.
         e, ze = low if grads or epilogue.low_precision else None, None
         if cache is not None:
             e = cache.tiles[:, v0:v1]
@@ -220,10 +224,10 @@ def backward(
     needs: Sequence[bool],
     epilogue: Epilogue = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden (N, H), weight (V, H) and bias (V,), where `needs` says so for each.
+    """Gradients with respect to hidden (N, H), weight (V, H) and bias (V,), where `needs` says so for each.
 
-    2U FLOP where tiles were cached, 3U where the logits are recomputed. The weight's gradient is accumulated in float32
-    and converted to the weight's dtype, one vocabulary tile after the other.
+    Two products where tiles were cached, three where the logits are recomputed. The weight's gradient is accumulated in
+    float32 and converted to the weight's dtype, one vocabulary tile after the other.
 
     Args:
         grad_logprobs: (N,).
@@ -242,7 +246,7 @@ def backward(
     d_hidden = torch.zeros_like(hidden, dtype=acc_dtype) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if bias is not None and needs[2] else None
-    coefficients = _coefficients(stats, grad_logprobs, grad_entropy)
+    coefficients = gradient_coefficients(stats, grad_logprobs, grad_entropy)
     kept, scales = 0, None
     if cache is not None and grad_entropy is None:
         kept = min(cache.tiles.shape[0], hidden.shape[0])
@@ -279,7 +283,7 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def _coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
+def gradient_coefficients(stats: Stats, g_logprobs: Tensor, g_entropy: Tensor | None) -> Coefficients:
     """What `softmax_gradient` needs per row.
 
     The gradient in u is `-p (g_logprobs + g_entropy (z - E[z])) slope`, but at the target it is

@@ -186,7 +186,7 @@ def remember_start(model: nn.Module, rows: list[dict]) -> Scorer:
     def remember(packed: PackedBatch) -> TokenScores:
         now = score(packed)
         # Training changes the weight in place.
-        scores[key(packed)] = now._replace(head=now.head._replace(weight=now.head.weight.clone()))
+        scores[key(packed)] = now._replace(head=now.head._replace(weight=now.head.dense().weight.clone()))
         return now
 
     compare_tokens(remember, remember, rows, prepare(model))
