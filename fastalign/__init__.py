@@ -7,7 +7,9 @@ from fastalign.models.offline import guard_imports
 
 if TYPE_CHECKING:
     from fastalign.config import DistillationConfig as DistillationConfig
+    from fastalign.config import OnlineConfig as OnlineConfig
     from fastalign.config import PreferenceConfig as PreferenceConfig
+    from fastalign.config import RewardConfig as RewardConfig
     from fastalign.config import SFTConfig as SFTConfig
     from fastalign.evaluation import Suite as Suite
     from fastalign.evaluation import check_contamination as check_contamination
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from fastalign.regularizers import LayerWise as LayerWise
     from fastalign.regularizers import Replay as Replay
     from fastalign.training import DistillationTrainer as DistillationTrainer
+    from fastalign.training import OnlineTrainer as OnlineTrainer
     from fastalign.training import PreferenceTrainer as PreferenceTrainer
+    from fastalign.training import RewardTrainer as RewardTrainer
     from fastalign.training import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
@@ -55,10 +59,14 @@ lazy_exports(
         "KLToStart": "fastalign.regularizers",
         "L2SP": "fastalign.regularizers",
         "LayerWise": "fastalign.regularizers",
+        "OnlineConfig": "fastalign.config",
+        "OnlineTrainer": "fastalign.training",
         "PreferenceConfig": "fastalign.config",
         "PreferenceOutput": "fastalign.fused",
         "PreferenceTrainer": "fastalign.training",
         "Replay": "fastalign.regularizers",
+        "RewardConfig": "fastalign.config",
+        "RewardTrainer": "fastalign.training",
         "SFTConfig": "fastalign.config",
         "SFTTrainer": "fastalign.training",
         "Suite": "fastalign.evaluation",

@@ -26,6 +26,7 @@ LEVELS = [
     {"fused", "data", "config", "report"},
     {"compat", "models", "objectives"},
     {"rollout", "fisher", "memory"},
+    {"rewards"},
     {"evaluation"},
     {"regularizers"},
     {"training"},

@@ -29,6 +29,7 @@ from fastalign.cli import (
     merge,
     plan,
     report,
+    score,
     table,
     tax,
     train,
@@ -37,7 +38,7 @@ from fastalign.cli.methods import commands as training_commands
 from fastalign.errors import ConfigError, FastAlignError, printable, resource_sentence
 from fastalign.options import closest
 
-COMMANDS = (train, plan, report, diagnose, generate, chat, compare, evaluate, merge, data, tax, fisher, info)
+COMMANDS = (train, plan, report, diagnose, generate, chat, compare, evaluate, score, merge, data, tax, fisher, info)
 _EPILOG = """\
 Every preference loss is a command, by its name here or in TRL:
 {losses}

@@ -24,6 +24,8 @@ class Method(NamedTuple):
         config: `module:class` of its options.
         trainer: `module:class` of its trainer.
         losses: Whether each preference loss is a command, which sets loss_type.
+        names: Commands that set loss_type, where they are not the row's own name.
+        answers: Whether the trained model writes answers, which are compared before and after training.
     """
 
     title: str
@@ -31,6 +33,8 @@ class Method(NamedTuple):
     config: str
     trainer: str
     losses: bool = False
+    answers: bool = True
+    names: tuple[str, ...] = ()
 
 
 METHODS = {
@@ -53,6 +57,20 @@ METHODS = {
         trainer="fastalign.training.preference:PreferenceTrainer",
         losses=True,
     ),
+    "reward": Method(
+        title="reward model",
+        help="train a reward model on pairs",
+        config="fastalign.config.reward:RewardConfig",
+        trainer="fastalign.training.reward:RewardTrainer",
+        answers=False,
+    ),
+    "online": Method(
+        title="online",
+        help="train on rewards of the model's own answers",
+        config="fastalign.config.online:OnlineConfig",
+        trainer="fastalign.training.online:OnlineTrainer",
+        names=("grpo", "dapo", "bnpo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "rloo"),
+    ),
 }
 
 # Names in a configuration file: `regularizers: [{name: ewc, strength: 100, fisher: ./fisher.safetensors}]`.
@@ -73,10 +91,14 @@ def load_class(name: str) -> Any:
 
 
 def commands() -> dict[str, str]:
-    """Command -> its row in METHODS: sft, distill, and every preference loss by its name and by TRL's."""
+    """Command -> its row in METHODS.
+
+    Commands are sft, distill, reward, every preference loss by its name and by TRL's, and every online method.
+    """
     found = {}
     for name, method in METHODS.items():
-        found.update(dict.fromkeys([*table.losses(), *table.aliases()] if method.losses else [name], name))
+        names = [*table.losses(), *table.aliases()] if method.losses else method.names or [name]
+        found.update(dict.fromkeys(names, name))
     return found
 
 

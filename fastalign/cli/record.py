@@ -35,6 +35,8 @@ def run_record(options: RunOptions, config: AlignmentConfig) -> dict[str, Any]:
     name = next(key for key, row in METHODS.items() if row is method)
     if method.losses:
         name = method_of_losses(getattr(config, "loss_type"))  # noqa: B009 -- not in the base class
+    if method.names:
+        name = getattr(config, "loss_type")  # noqa: B009 -- likewise
     return {"method": name, **of_run, **config.to_dict()}
 
 

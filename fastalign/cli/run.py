@@ -83,7 +83,8 @@ def run_training(
     trainer.recorded = True
     trainer.given.options["train"] = options.train  # the trainer was given the rows of these files
 
-    prompts, questions = _prompts(trainer, tokenizer, eval_rows, options.samples) if first else ([], [])
+    shown = options.samples if first and method_of(config).answers else 0
+    prompts, questions = _prompts(trainer, tokenizer, eval_rows, shown) if shown else ([], [])
     before, old = _evaluate_and_answer(trainer, tokenizer, prompts, options, "before")
     trainer.how_to_go_on = command or trainer.how_to_go_on
     try:
@@ -173,7 +174,7 @@ def _evaluate_and_answer(
 def _summary(trainer: Any, options: RunOptions, rows: list[dict]) -> dict:
     config = trainer.args
     method = method_of(config)
-    losses = " + ".join(config.loss_type) if method.losses else method.title
+    losses = " + ".join(config.loss_type) if method.losses else config.loss_type if method.names else method.title
     losses = " + ".join([losses, *(str(r["name"]) for r in options.regularizers or [])])
     how = "all weights"
     if has_adapter(trainer.model):

@@ -17,7 +17,7 @@ from fastalign.errors import ConfigError
 from fastalign.options import from_mapping, nearest
 
 # The commands that `fastalign --help` lists. It names the other losses below that list.
-LISTED = ("sft", "distill", "dpo", "orpo", "kto")
+LISTED = ("sft", "distill", "dpo", "orpo", "kto", "reward", "grpo", "rloo")
 # What names a file by its ending, and must therefore be there.
 _FILES = {".jsonl", ".json", ".parquet", ".csv", ".txt", ".safetensors", ".gguf"}
 
@@ -103,7 +103,7 @@ def check(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], str]:
     if method not in commands:
         raise ConfigError(f"method is {method!r}; {nearest(str(method), commands)}")
     row = commands[method]
-    if methods.METHODS[row].losses:
+    if methods.METHODS[row].losses or methods.METHODS[row].names:
         options.setdefault("loss_type", method)
     names_of_run = [f.name for f in fields(RunOptions)]
     known = table.of_method(row)
@@ -176,6 +176,8 @@ def _check_file(name: str, path: str) -> None:
 
 def _help(name: str, row: str) -> str:
     method = methods.METHODS[row]
+    if method.names:
+        return f"{method.help}: {name}"
     return f"{method.help}: the loss {name}" if method.losses else method.help
 
 

@@ -1,4 +1,4 @@
-"""Configurations of TRL 1.16 for dpo, sft and kto, read with TRL's names, meanings and defaults.
+"""Configurations of TRL 1.16 for dpo, sft, kto and reward, read with TRL's names, meanings and defaults.
 
 A configuration is TRL's if it has a key that only TRL has, such as `model_name_or_path`. Every key of TRL does one of
 three things here:
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fastalign.errors import ConfigError
 
-METHODS = ("dpo", "sft", "kto")
+METHODS = ("dpo", "sft", "kto", "reward")
 
 RENAMED = {
     "model_name_or_path": "model",
@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {**_DEFAULTS, **_PREFERENCE, "loss_type": ["sigmoid"]},
     "kto": {**_DEFAULTS, **_PREFERENCE, "loss_type": "kto", "train_sampling_strategy": "sequential"},
     "sft": {**_DEFAULTS, "learning_rate": 2e-5},
+    "reward": {**_DEFAULTS, "learning_rate": 1e-4},
 }
 _LORA = {
     "lora_r": ("lora_rank", 16),
@@ -54,7 +55,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_packing": ((None, False), "evaluation counts rows: leave it out"),
     "lora_modules_to_save": ((None, []), "only adapters or all weights are trained: leave it out"),
     "lora_target_parameters": ((None, []), "adapters go on linear layers: leave it out"),
-    "lora_task_type": (("CAUSAL_LM",), "models are causal language models: leave it out"),
+    "lora_task_type": (("CAUSAL_LM", "SEQ_CLS"), "the method decides what the model is: leave it out"),
     "max_completion_length": ((None,), "TRL 1.16 has no such option: set max_length"),
     "max_prompt_length": ((None,), "TRL 1.16 has no such option: set max_length"),
     "max_seq_length": ((None,), "TRL 1.16 has no such option: set max_length"),
@@ -155,7 +156,7 @@ def _method(options: dict) -> str:
     if method not in METHODS:
         raise ConfigError(
             f"this is a configuration of TRL ({next(k for k in options if k in ONLY_TRL)}), which is run as "
-            "`fastalign dpo --config FILE`, or sft or kto"
+            "`fastalign dpo --config FILE`, or sft, kto or reward"
             + ("" if method is None else f", not {method}: for that write a fastalign configuration")
         )
     return method
@@ -245,7 +246,7 @@ def _truncation(options: dict, result: dict, problems: list[str], idle: list[str
     mode = options.pop("truncation_mode", "keep_start")
     if mode not in ("keep_start", "keep_end"):
         problems.append(f"truncation_mode is {mode!r}: TRL has keep_start and keep_end")
-    result["on_truncate"] = mode
+    result["on_truncate"] = "drop" if result["method"] == "reward" else mode  # TRL's RewardTrainer leaves long rows out
 
 
 def _model(options: dict, result: dict, problems: list[str], idle: list[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -126,6 +126,16 @@ class AlignmentConfig(TrainingArguments):
             raise ConfigError(
                 "fp16 is True, but training runs on a CPU, where it does nothing: set bf16, or leave it out"
             )
+
+    @property
+    def forward_options(self) -> dict[str, Any]:
+        """What the forward pass of training takes further, `temperature` for example."""
+        return {}
+
+    @property
+    def scoring_options(self) -> dict[str, Any]:
+        """The part of `forward_options` that decides log-probs: what the start is scored with, too."""
+        return {name: value for name, value in self.forward_options.items() if name == "temperature"}
 
     def _check_lengths(self) -> None:
         """ConfigError for lengths of training that train nothing."""

@@ -201,6 +201,28 @@ def pad(examples: Sequence[Mapping], pad_token_id: int) -> PackedBatch:
     )
 
 
+def last_tokens(batch: PackedBatch) -> Tensor:
+    """Where the last token of each completion lies: what a reward model reads its score from.
+
+    Positions follow from how the batch was laid out. Tokens are not looked at, so a padding token that also ends
+    completions cannot be mistaken for padding.
+
+    Args:
+        batch: A batch of C completions.
+
+    Returns:
+        (C,) int64 positions in the flattened hidden states, on the device of the batch.
+    """
+    if batch.layout is None:
+        assert batch.attention_mask is not None, "rows that are not packed are padded"
+        length = batch.input_ids.shape[1]
+        starts = torch.arange(len(batch.input_ids), device=batch.input_ids.device) * length
+        return starts + batch.attention_mask.sum(1) - 1
+    ends = [stop - 1 for group in batch.layout for _, stop in group.completions]
+    completions = batch.cu_seqlens.numel() - 1  # a filling group behind them is none
+    return torch.tensor(ends[:completions], device=batch.input_ids.device)
+
+
 class _ScoredTokens:
     """Collects the scored tokens of one completion after another."""
 

@@ -17,6 +17,7 @@ METRICS = (
     ("Prefers chosen, by reward", "eval_rewards/accuracies", "%", "up"),
     ("Prefers chosen, by log-prob per token", "eval_logps/accuracies", "%", "up"),
     ("Reward margin", "eval_rewards/margins", "", "up"),
+    ("Mean reward of sampled answers", "eval_reward", "", "up"),
     ("KL to the start, per token", "eval_kl", "nats", None),
 )
 

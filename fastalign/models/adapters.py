@@ -114,6 +114,8 @@ def check_adapter_kind(config: Any) -> None:
 def _check_saved_modules(model: Any, config: Any) -> None:
     """ModelError for a whole layer that is trained beside the adapter in float32, under a model of 16 bits."""
     names, low = getattr(config, "modules_to_save", None), (torch.bfloat16, torch.float16)
+    if hasattr(model, "score"):  # a reward model multiplies its score layer in float32 in any case
+        names = [name for name in names or () if name != "score"]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if names and dtype in low:
         raise ModelError(
@@ -223,6 +225,27 @@ def merge_adapter(model: Any) -> Any:
     except ValueError as error:
         raise ModelError(f"The adapter cannot be merged: {' '.join(str(error).split())}") from error
     return merged.requires_grad_(True)
+
+
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The state dict of the model inside a PeftModel, with its adapter merged. The model itself is not changed.
+
+    Raises:
+        ModelError: the adapter does more than add `s B A` to weights.
+    """
+    base, state = model.get_base_model(), {}
+    for name, value in base.state_dict().items():
+        if is_adapter_name(name) or ".original_module." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{model.active_adapter}.", ".")
+        state[plain] = value
+    for name, lora in lora_layers(base):
+        if not lora.is_plain or name not in state:
+            raise ModelError(f"The adapter on {name} has a bias or is a LoRA variant, which cannot be merged.")
+        delta = lora.scaling * (lora.b @ lora.a)
+        state[name] = (state[name].float() + (delta.t() if lora.is_transposed else delta)).to(state[name].dtype)
+    dtype = next(iter(state.values())).dtype  # a layer that was trained as a whole is float32 beside 16-bit weights
+    return {name: value.detach().to(dtype) if value.is_floating_point() else value for name, value in state.items()}
 
 
 def train_adapter(model: Any) -> None:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from fastalign.data.packing import Layout, PackedBatch, lay_out
+from fastalign.data.packing import Layout, PackedBatch, last_tokens, lay_out
 from fastalign.errors import ModelError
 from fastalign.models.adapters import causal_lm, plain_name
 from fastalign.models.attention import packed_attention
@@ -30,6 +31,7 @@ from fastalign.models.modes import evaluation_mode
 from fastalign.models.noise import noisy_embeddings
 from fastalign.models.norms import speed_up_body
 from fastalign.models.quantization import restore_product, use_training_product
+from fastalign.models.reward import is_reward_model, score_layer
 from fastalign.models.sharding import gather_layer
 from fastalign.models.vocabulary import embedding_rows
 from fastalign.ops import linear_token_statistics
@@ -45,12 +47,20 @@ class Scores(NamedTuple):
         hidden: (S, H), the input of the output layer; None unless called with `keep_hidden=True` or without targets.
         log_sum_sq_probs: (S,) float32, log sum_v p(v)^2 of those distributions, without gradient; None unless called
             with `statistics=True`.
+        rewards: (C,) float32, of the batch's completions, from a reward model; None from a language model. A reward
+            model gives nothing else.
     """
 
     logprobs: Tensor | None
     entropy: Tensor | None
     hidden: Tensor | None
     log_sum_sq_probs: Tensor | None = None
+    rewards: Tensor | None = None
+
+    @property
+    def of_objective(self) -> Tensor | None:
+        """What an objective takes: rewards of completions from a reward model, else log-probs of tokens."""
+        return self.logprobs if self.rewards is None else self.rewards
 
 
 def prepare(model: nn.Module) -> Layout:
@@ -59,8 +69,9 @@ def prepare(model: nn.Module) -> Layout:
     Linear layers, norms and attention of the model are replaced by faster ones where those compute the same.
 
     Args:
-        model: a transformers causal language model with its weights loaded, or a PeftModel around one. It is changed
-            in place; preparing it again changes nothing, and `restore` takes everything back.
+        model: a transformers causal language model with its weights loaded, a reward model (see
+            `fastalign.models.reward`), or a PeftModel around one. It is changed in place; preparing it again changes
+            nothing, and `restore` takes everything back.
 
     Returns:
         "shared", "packed" or "padded", for `fastalign.data.packing.lay_out`. `fastalign.models.layout.prepare_model`
@@ -86,8 +97,11 @@ def prepare(model: nn.Module) -> Layout:
         base._fastalign_attention = attention
         base._fastalign_forward = base.forward
         # Not a bound method: that is pickled as the name of an attribute, which the class does not have.
-        base.forward = functools.partial(_forward, base)
-    _check_head(base, layout)
+        base.forward = functools.partial(_reward_forward if is_reward_model(base) else _forward, base)
+    if is_reward_model(base):
+        _check_rewards(base, layout)
+    else:
+        _check_head(base, layout)
     return layout
 
 
@@ -123,7 +137,7 @@ def restore(model: nn.Module) -> None:
 
 def _forward(
     self, *args, packed: PackedBatch | None = None, entropy=False, keep_hidden=False, statistics=False,
-    memory_budget=None, noise: float | None = None, **kw,
+    memory_budget=None, noise: float | None = None, temperature: float = 1.0, **kw,
 ):  # fmt: skip
     """The forward of a prepared model; `self` is the transformers model."""
     if packed is None:
@@ -142,9 +156,44 @@ def _forward(
         values = linear_token_statistics(hidden, weight, packed.targets, **options)
         return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
     # `score_index` left out every hidden state without a target, so none needs to be compared with ignore_index.
-    out = head.logprobs(hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget)
+    out = head.logprobs(
+        hidden, packed.targets, entropy=entropy, ignore_index=None, memory_budget=memory_budget, temperature=temperature
+    )
     logprobs, entropies = out if entropy else (out, None)
     return Scores(logprobs, entropies, kept)
+
+
+def _reward_forward(self, *args, packed: PackedBatch | None = None, noise: float | None = None, **kw):
+    """The forward of a prepared reward model: the reward of a completion is read at its last token."""
+    if packed is None:
+        return self._fastalign_forward(*args, **kw)
+    with packed_attention(packed.layout), noisy_embeddings(self, packed, noise):
+        hidden = self.base_model(**packed.model_inputs(), use_cache=False)[0]
+    last = hidden.flatten(0, 1)[last_tokens(packed)]  # (C, H)
+    # In float32, whatever the dtype of the body: differences of rewards are small beside the rewards.
+    with torch.autocast(last.device.type, enabled=False):
+        rewards = linear(last.float(), score_layer(self).weight.float())[:, 0]
+    return Scores(None, None, None, rewards=rewards)
+
+
+@torch.no_grad()
+def _check_rewards(model: Any, layout: Layout) -> None:
+    """ModelError unless packed rewards are those of the model's stock forward, within rounding."""
+    vocab = embedding_rows(model)
+    example = {"prompt_ids": [vocab // 3], "completion_ids": [[vocab // 3 + 1, vocab // 2], [vocab // 5]]}
+    batch = lay_out([example], layout, pad_token_id=0).to(model.device)
+    with evaluation_mode(model):
+        ours = model(packed=batch).rewards
+        rows = [torch.tensor([example["prompt_ids"] + ids], device=model.device) for ids in example["completion_ids"]]
+        theirs = torch.cat([model(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
+    error, limit = (ours - theirs).abs().max().item(), torch.finfo(model.dtype).eps ** 0.5
+    limit *= max(1.0, theirs.abs().max().item())
+    if not error <= limit:
+        _check_finite(model)
+        raise ModelError(
+            f"{type(model).__name__} gives other rewards than its score layer at the last token (they differ by "
+            f"{error:.3g}, at most {limit:.3g} would be rounding): this architecture is not supported."
+        )
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Decoder:
             for matrix in layer.matrices:
                 matrix.refresh()
         try:
-            self.head: Head = output_head(self.base).detach()
+            self.head: Head = output_head(self.base).dense().detach()
         except ModelError as error:
             raise NotDecodable(str(error)) from error
 

@@ -130,7 +130,7 @@ def held_out(
         kl = token_divergence(scores.hidden, head, ref_scores.hidden, ref_head, divergence="reverse_kl")
         metrics["kl"] = (kl.sum(dtype=torch.float64), count_of(kl))
     totals = objective.totals(batch)
-    loss, of_objective = objective(scores.logprobs, ref_logprobs, batch, totals)
+    loss, of_objective = objective(scores.of_objective, ref_logprobs, batch, totals)
     weight = objective.weight(totals)
     return loss, {**metrics, **of_objective, "loss": (loss * weight, weight)}
 

@@ -29,7 +29,11 @@ _LAYOUTS = {"shared": "packed, each prompt once", "packed": "packed, a prompt pe
 def check_config(args: object, expected: type[AlignmentConfig]) -> None:
     """ConfigError for options of another class, such as None or transformers.TrainingArguments."""
     if not isinstance(args, expected):
-        name = "PreferenceConfig, SFTConfig or DistillationConfig" if expected is AlignmentConfig else expected.__name__
+        name = (
+            "PreferenceConfig, SFTConfig, DistillationConfig, RewardConfig or OnlineConfig"
+            if expected is AlignmentConfig
+            else expected.__name__
+        )
         raise ConfigError(f"args is of type {type(args).__name__}; pass a {name}")
 
 

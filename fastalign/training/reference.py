@@ -103,19 +103,22 @@ class Reference:
 
 
 @torch.no_grad()
-def score_with_weights(model: nn.Module, packed: PackedBatch, weights: ReferenceWeights | None) -> tuple[Scores, Head]:
+def score_with_weights(
+    model: nn.Module, packed: PackedBatch, weights: ReferenceWeights | None, **options: Any
+) -> tuple[Scores, Head]:
     """Scores and output layer of a batch under other weights: one forward pass without dropout.
 
     Args:
         model: The model as training calls it, with its wrappers.
         packed: The batch.
         weights: The weights to compute with; None: the model's weights as they are.
+        **options: Further options of the forward pass, such as `temperature`.
 
     Returns:
         The scores with their hidden states, and the output layer without a graph.
     """
     with evaluation_mode(model), weights.in_place() if weights else nullcontext():
-        scores = model(packed=packed, keep_hidden=True)
+        scores = model(packed=packed, keep_hidden=True, **options)
         return scores, detached_head(model)
 
 

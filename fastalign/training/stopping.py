@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from fastalign.data.processes import is_lost_process, largest_of_processes
 from fastalign.errors import TrainingError
 from fastalign.models.adapters import has_adapter
+from fastalign.models.reward import is_reward_model
 from fastalign.report.page import write_report
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -187,4 +188,5 @@ def model_folder(run_folder: Path, model: torch.nn.Module) -> Path:
 
     The many files of a whole model would hide the report among them.
     """
-    return run_folder if has_adapter(model) else run_folder / "model"
+    adapter_alone = has_adapter(model) and not is_reward_model(model)  # a reward model is saved with it merged
+    return run_folder if adapter_alone else run_folder / "model"

@@ -61,10 +61,22 @@ if TYPE_CHECKING:
     from fastalign.models.adapters import PeftConfig
 
 
+def _loaded(
+    model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
+    quantization: Quantization, double_quantization: bool, quantize_head: bool,
+) -> nn.Module:  # fmt: skip
+    """The model that training starts from, loaded if it is given by its name."""
+    if isinstance(model, (str, Path)):
+        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
+    if quantization != "none":
+        raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
+    return model
+
+
 class AlignmentTrainer(
     StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutEvaluation, LoggedMetrics, ShardedTraining
 ):  # fmt: skip
-    """What the trainers share; use `PreferenceTrainer`, `SFTTrainer` or `DistillationTrainer`.
+    """What the trainers share; use `PreferenceTrainer`, `SFTTrainer`, `DistillationTrainer` or `RewardTrainer`.
 
     Args:
         model: A causal language model or PeftModel with its weights, or what `load_model` takes: a folder or a name.
@@ -101,7 +113,7 @@ class AlignmentTrainer(
     # transformers reads this: without it Trainer.training_step divides the loss by the number of micro-batches. The
     # objective has divided it by the totals of the accumulated batch already, see `Totals`.
     loss_is_scaled_for_ga = True
-
+    _load = staticmethod(_loaded)
     args: AlignmentConfig  # this type and those below are wider in transformers.Trainer
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
@@ -139,7 +151,7 @@ class AlignmentTrainer(
         # Rows before the model, so that a mistake shows before it is loaded; held-out rows first, which are fewer.
         eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
-        model = _loaded(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
+        model = self._load(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
         check_fit(train_dataset, causal_lm(model))
         of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
@@ -247,7 +259,7 @@ class AlignmentTrainer(
         """
         batch: Batch = inputs["batch"]
         # Reference and regularisers may need scores under the same weights: each copy runs once per micro-batch.
-        score_with = functools.cache(partial(score_with_weights, model, batch.packed))
+        score_with = functools.cache(partial(score_with_weights, model, batch.packed, **self.args.scoring_options))
         scores = _scores(model, batch, self.args, self.objective, keep_hidden=bool(self.terms))
         reference = None
         if self.reference is not None:
@@ -255,7 +267,7 @@ class AlignmentTrainer(
             policy = score_with(None)[0].logprobs if self.at_start and _draws(model, self.args) else scores.logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
-        loss, metrics = self.objective(scores.logprobs, reference, batch, totals)
+        loss, metrics = self.objective(scores.of_objective, reference, batch, totals)
         self.sums.add("train", metrics)
         step = Step(
             model, batch, scores, loss, totals, first=self._micro_batches == 0, rows=self._step_rows or len(batch.rows),
@@ -298,18 +310,6 @@ def tokenized(
         raise DataError(f"{name}: {error}") from error
 
 
-def _loaded(
-    model: nn.Module | str | Path, dtype: str | torch.dtype, way: GivenAdapter, peft_config: PeftConfig | None,
-    quantization: Quantization, double_quantization: bool, quantize_head: bool,
-) -> nn.Module:  # fmt: skip
-    """The model that training starts from, loaded if it is given by its name."""
-    if isinstance(model, (str, Path)):
-        return load_start(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
-    if quantization != "none":
-        raise ConfigError(f"quantization is {quantization!r}, but the model is loaded already; pass its folder")
-    return model
-
-
 def _layout_of(model: nn.Module, args: AlignmentConfig) -> Layout:
     """Lets the model be called with packed batches; returns how they must be laid out."""
     layout = prepare(model)
@@ -333,7 +333,7 @@ def _scores(model: Any, batch: Batch, args: AlignmentConfig, objective: Objectiv
     """The `Scores` of a micro-batch; an objective that reads the column `ALIGNED` gets it."""
     scores = model(
         packed=batch.packed, keep_hidden=keep_hidden, statistics=objective.needs_statistics,
-        memory_budget=args.memory_budget, noise=args.neftune_noise_alpha,
+        memory_budget=args.memory_budget, noise=args.neftune_noise_alpha, **args.forward_options,
     )  # fmt: skip
     if objective.needs_statistics:
         batch.columns[ALIGNED] = scores.logprobs.detach() - scores.log_sum_sq_probs

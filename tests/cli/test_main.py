@@ -19,7 +19,7 @@ from fastalign.cli import info, main
 HERE = Path(__file__).parent
 HEAVY = ("torch", "transformers", "peft", "numpy", "datasets", "accelerate", "matplotlib", "rich")
 # Modules that `fastalign --help` imports, the standard library's included: about 150, one for each command among them.
-MOST_MODULES = 160
+MOST_MODULES = 165
 
 
 def run(folder: Path, code: str, *argv: str, python: str = sys.executable) -> str:
@@ -44,7 +44,7 @@ def test_help_is_as_it_was_read_last(monkeypatch, shown, generated):
     text = shown("--help")
     assert "==SUPPRESS==" not in text
     lines = text.splitlines()
-    assert len(lines) <= 44 and max(map(len, lines)) <= 120  # a screen
+    assert len(lines) <= 46 and max(map(len, lines)) <= 120  # a screen
     generated(HERE / "help.txt", text)
 
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from fastalign.cli import methods
+from fastalign.config.online import POLICY
 from fastalign.config.preference import PreferenceConfig
 from fastalign.errors import ConfigError
 from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
@@ -23,7 +24,7 @@ def test_every_row_names_a_config_and_a_trainer(name):
 
 def test_each_method_and_each_loss_is_a_command():
     commands = methods.commands()
-    assert set(commands) == {"sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES}
+    assert set(commands) == {"sft", "distill", "reward", *POLICY, *PAIRWISE, *UNPAIRED, *ALIASES}
     assert (commands["sft"], commands["sigmoid"], commands["kto"]) == ("sft", "preference", "preference")
 
 

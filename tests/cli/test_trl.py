@@ -28,6 +28,7 @@ def config(tmp_path, model_dir, write_rows, pairs):
     rows = {
         "dpo": pairs,
         "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+        "reward": pairs,
         "kto": [{"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(pairs)],
     }
 
@@ -55,9 +56,8 @@ def test_a_configuration_of_trl_runs_unchanged(config, method, tmp_path, capsys)
     assert (tmp_path / method / "preflight.txt").read_text().splitlines()[0] == first
     record = json.loads((tmp_path / method / "run.json").read_text())
     text = json.dumps(record)
-    assert (
-        f'"learning_rate": {2e-05 if method == "sft" else 1e-06}' in text and '"gradient_checkpointing": true' in text
-    )
+    rate = {"sft": 2e-05, "reward": 0.0001}.get(method, 1e-06)
+    assert f'"learning_rate": {rate}' in text and '"gradient_checkpointing": true' in text
     assert f'"lora_rank": {4 if keys else 0}' in text
     if keys:
         adapter = json.loads(next((tmp_path / method).rglob("adapter_config.json")).read_text())
@@ -142,7 +142,7 @@ def test_the_page_has_a_row_for_every_key_that_is_honoured():
 def test_what_is_translated_to_is_an_option():
     """No default and no renamed key leads to an option that fastalign does not have."""
     of_run = {f.name for f in fields(RunOptions)}
-    for method, row in (("dpo", "preference"), ("kto", "preference"), ("sft", "sft")):
+    for method, row in (("dpo", "preference"), ("kto", "preference"), ("sft", "sft"), ("reward", "reward")):
         known = of_run | set(table.of_method(row)) | {"method"}
         assert read(method, use_peft=True).options.keys() <= known
         assert not known & trl.ONLY_TRL, "a key of fastalign would make any configuration TRL's"

@@ -76,9 +76,10 @@ def sources():
 def known_options():
     from dataclasses import fields
 
-    from fastalign import DistillationConfig, PreferenceConfig, SFTConfig
+    from fastalign import DistillationConfig, OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 
-    return {f.name for config in (PreferenceConfig, SFTConfig, DistillationConfig) for f in fields(config)}
+    configs = (PreferenceConfig, SFTConfig, DistillationConfig, RewardConfig, OnlineConfig)
+    return {f.name for config in configs for f in fields(config)}
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,10 @@ def commands(page: Path) -> list[tuple[int, list[str]]]:
 @pytest.mark.parametrize("page", of_language("sh"))
 def test_commands_and_their_options_exist(page, sources, known_options, options_of_runs):
     from fastalign.cli import trl
+    from fastalign.config.online import POLICY
     from fastalign.losses import ALIASES, PAIRWISE, UNPAIRED
 
-    methods = {"sft", "distill", *PAIRWISE, *UNPAIRED, *ALIASES}
+    methods = {"sft", "distill", "reward", *POLICY, *PAIRWISE, *UNPAIRED, *ALIASES}
     for line, words in commands(page):
         name = next((n for n in sources.commands() if words[: len(n.split())] == n.split()), words[0])
         assert name in methods | {*sources.commands(), "info", "--version", "--help"}, f"{page}:{line}: {name}"

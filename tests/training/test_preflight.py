@@ -128,7 +128,9 @@ def test_what_needs_something_that_is_not_there_is_refused(tmp_path, monkeypatch
 
 def test_options_of_another_library_are_refused(tmp_path):
     for args in (None, TrainingArguments(str(tmp_path), use_cpu=True)):
-        with pytest.raises(ConfigError, match=r"pass a PreferenceConfig, SFTConfig or DistillationConfig"):
+        with pytest.raises(
+            ConfigError, match=r"pass a PreferenceConfig, SFTConfig, DistillationConfig, RewardConfig or OnlineConfig"
+        ):
             check_options(args, has_eval_rows=False)
 
 
