@@ -144,8 +144,7 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
-        self.objective = objective(args)
-        self.sums, self.throughput = MetricSums(), Throughput()
+        self.objective, self.sums, self.throughput = objective(args), MetricSums(), Throughput()
         of_transformers = {"callbacks": callbacks, **trainer_options}
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
         self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
@@ -158,7 +157,6 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
         self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
-        # `_trained`: by a call of `train` that is over.
         self._micro_batches, self._step_rows, self._trained = 0, 0, False
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
@@ -214,18 +212,6 @@ class AlignmentTrainer(StoppableRuns, RecordedRuns, SplitsMicroBatches, HeldOutE
             return super().train(*args, **kwargs)
         finally:
             self._trained |= self.state.global_step > 0
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
-
-        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
-        process would train by itself, without a word.
-        """
-        wrapped = super()._wrap_model(model, training, dataloader)
-        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
-            wrapped._is_accelerate_prepared = False
-            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
-        return wrapped
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """`transformers.Trainer.create_optimizer`, with a learning rate per layer where a regulariser sets one."""
