@@ -88,6 +88,18 @@ class HeldOutEvaluation(Trainer):
         total, count = torch.stack(pairs).sum(0)
         return (total / count).to(losses[0].dtype), None, None
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
+
+        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
+        process would train by itself, without a word.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
+            wrapped._is_accelerate_prepared = False
+            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
+        return wrapped
+
     def _halves_of_held_out(self, batch: Batch) -> list[Batch]:
         rows, tokens = batch.rows, size_of(batch)
         why_not = why_unsplittable(self.objective, self.args.world_size)

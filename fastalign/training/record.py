@@ -97,7 +97,7 @@ def _lora_options(peft_config: Any) -> dict[str, Any] | None:
 
 def run_record(given: Given, args: Any) -> dict[str, Any]:
     """What run.json holds. In the place of a token for the hub `to_dict` puts a word."""
-    losses = getattr(args, "loss_type", None)
+    losses = _losses(args)
     options = {
         key: absolute(value) if key in ("model", "train", "eval") else value for key, value in given.options.items()
     }
@@ -108,6 +108,12 @@ def run_record(given: Given, args: Any) -> dict[str, Any]:
             "have no name that a command could read"
         )
     return record
+
+
+def _losses(args: Any) -> list[str]:
+    """The losses of a preference method, which is called by them; none of a method that has a name."""
+    losses = getattr(args, "loss_type", None)
+    return losses if isinstance(losses, list) else []
 
 
 def facts(trainer: Any) -> dict[str, str]:
@@ -163,7 +169,7 @@ class RecordedRuns(AtomicCheckpoints):
 
     def _summary(self) -> dict[str, Any]:
         args, options = self.args, self.given.options
-        losses = " + ".join(getattr(args, "loss_type", None) or [args.method])
+        losses = " + ".join(_losses(args) or [args.method])
         how = f"{losses}, {self.origin.trained}, learning rate {args.learning_rate:g}"
         return {
             "title": f"{losses} of {options['model']}",

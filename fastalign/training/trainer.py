@@ -158,8 +158,7 @@ class AlignmentTrainer(
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
-        self.objective = objective(args)
-        self.sums, self.throughput = MetricSums(), Throughput()
+        self.objective, self.sums, self.throughput = objective(args), MetricSums(), Throughput()
         of_transformers = {"callbacks": callbacks, **trainer_options}
         super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
         self.check_sharded(regularizers)
@@ -175,7 +174,6 @@ class AlignmentTrainer(
         self.add_callback(self.stopping)
         self.reference = self._prepare_reference() if self.objective.needs_reference else None
         self._start: ReferenceWeights | None = None
-        # `_trained`: by a call of `train` that is over.
         self._micro_batches, self._step_rows, self._trained = 0, 0, False
         self.rates: dict[int, float] = {}
         self.terms = [term for term in (regularizer.start(self) for regularizer in regularizers) if term is not None]
