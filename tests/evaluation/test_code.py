@@ -50,6 +50,8 @@ open("/dev/null", "w").write("x")
         ("import socket; socket.socket()", "PermissionError"),
         ("import urllib.request as u; u.urlopen('http://127.0.0.1:9')", "URLError"),
         ("x = bytearray(3 * 10**9)", "MemoryError"),
+        ("import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2**40, 2**40))", "ValueError"),
+        ("import socket; socket.sethostname(socket.gethostname())", "PermissionError"),
         ("open('big', 'wb').write(b'0' * 2**25)", ""),
     ],
 )
