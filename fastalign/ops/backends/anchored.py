@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -20,6 +21,10 @@ CAPABILITY = (9, 0)
 # `triton.tools.tensor_descriptor` with strided descriptors on the host.
 TRITON = (3, 4)
 _BYTES = 16  # what rows must begin at a multiple of
+# GPU -> why these kernels are not used there, or None, from the first use on.
+_tried: dict[torch.device, str | None] = {}
+
+logger = logging.getLogger("fastalign")
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
@@ -44,7 +49,46 @@ def why_not(*tensors: Tensor | None) -> str | None:
             f"weight has the strides {weight.stride()}; its rows must be dense and begin at multiples of {_BYTES} "
             f"bytes: the width of the hidden states must be a multiple of {per_row}"
         )
-    return None
+    # Shapes without memory (FakeTensor) cannot be tried.
+    return _why_distrusted(hidden.device) if hidden.is_cuda and type(hidden) in (Tensor, torch.nn.Parameter) else None
+
+
+def _why_distrusted(device: torch.device) -> str | None:
+    """Why the kernels are not used on this GPU, or None. The first call tries them, the others remember."""
+    if device not in _tried:
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured, and the kernels have not been tried on this GPU yet"
+        if why := try_out(device):
+            logger.warning("The anchored kernels are not used on %s: %s. The tiled kernels run instead.", device, why)
+        _tried[device] = why
+    return _tried[device]
+
+
+@torch.no_grad()
+def try_out(device: torch.device) -> str | None:
+    """Runs the forward kernels on a small problem; returns what is wrong with their results, or None.
+
+    The kernels are proved without a GPU. A GPU or a compiler that computes something else must not go unnoticed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(device, torch.bfloat16) for n in (48, 700))
+    targets = torch.arange(48, device=device) * 13
+    layer = Layer(hidden, weight, targets, None, LogitTransform())
+    e = hidden.new_empty(48, 704)[:, :700]
+    try:
+        sums = scan(layer, e, entropy=False)
+        gradient = e.float() @ weight.float()
+        logprobs = finish(layer, sums, a=gradient)[0]
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"they fail ({type(error).__name__}: {error})"
+    rows, table = hidden.double(), weight.double()
+    exact = (rows @ table.T).log_softmax(-1)  # (48, 700)
+    off = (logprobs - exact.gather(1, targets[:, None])[:, 0]).abs().max().item()
+    off_gradient = (gradient - (table[targets] - exact.exp() @ table)).abs().max().item()
+    # Log-probs are float32 sums; the gradient is made of exponentials that are rounded to bfloat16.
+    if off <= 1e-3 and off_gradient <= 0.05:
+        return None
+    return f"their log-probs are off by {off:.3g} and their gradients by {off_gradient:.3g} on a small problem"
 
 
 class Layer(NamedTuple):

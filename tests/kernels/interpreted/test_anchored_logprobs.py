@@ -230,3 +230,19 @@ def test_what_it_cannot_take_is_said():
         assert launches.why_not(*tensors) is not None
         with pytest.raises(BackendError, match=why):
             linear_logprobs(*tensors, targets, backend="anchored")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (None, None),
+        (lambda result: (result[0] + 0.01, *result[1:]), "log-probs are off by 0.01"),
+        (lambda result: (_ for _ in ()).throw(RuntimeError("no")), "they fail (RuntimeError: no)"),
+    ],
+)
+def test_the_kernels_are_tried_before_a_gpu_uses_them(monkeypatch, broken, said):
+    finish = launches.finish
+    if broken:
+        monkeypatch.setattr(launches, "finish", lambda *args, **options: broken(finish(*args, **options)))
+    found = launches.try_out(torch.device("cpu"))
+    assert found == said if said is None else said in found
