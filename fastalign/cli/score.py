@@ -31,13 +31,14 @@ def main(args: argparse.Namespace) -> int:
 
     given = load_rows(args.data)
     model = RewardModel.load(args.model, dtype=args.dtype)
-    rows, report = tokenize(given, model.tokenizer, max_length=args.max_length, on_truncate="drop")
-    scores = model.score(rows)
+    tokens, report = tokenize(given, model.tokenizer, max_length=args.max_length, on_truncate="drop")
+    scores = model.score(tokens)
+    rows: Any = tokens  # datasets annotates a row as a dict or a list
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in rows]
     print(f"{len(rows):,} of {report.rows_in:,} rows scored")
     if all(len(row) == 2 for row in scores):
-        sides = [[row[i] for row in scores] for i in (0, 1)]
-        _show(pair_report(*sides, ([row[0] for row in lengths], [row[1] for row in lengths])))
+        chosen, rejected = ([row[i] for row in scores] for i in (0, 1))
+        _show(pair_report(chosen, rejected, ([row[0] for row in lengths], [row[1] for row in lengths])))
     else:
         flat = sorted(score for row in scores for score in row)
         print(f"score: mean {sum(flat) / len(flat):.4g}, from {flat[0]:.4g} to {flat[-1]:.4g}")

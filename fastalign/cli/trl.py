@@ -222,7 +222,8 @@ def _loss(options: dict, result: dict, problems: list[str], idle: list[str]) -> 
     if options.get("f_divergence_type", "reverse_kl") != "alpha_divergence":
         options.pop("f_alpha_divergence_coef", None)  # TRL reads it with that divergence only
     if result["method"] == "sft":
-        result["loss_type"] = {"chunked_nll": "nll"}.get(options.get("loss_type"), options.pop("loss_type", "nll"))
+        given = options.pop("loss_type", "nll")
+        result["loss_type"] = "nll" if given == "chunked_nll" else given
     elif result["method"] == "kto":
         if names not in (["kto"], ["apo_zero_unpaired"]):
             problems.append(f"loss_type is {loss!r}: TRL's KTO has kto and apo_zero_unpaired")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 RECORD = "run.json"
 NOT_REPEATABLE = "not_repeatable"  # key of a sentence in run.json: why `fastalign train RUN/run.json` cannot repeat it
@@ -38,7 +38,7 @@ def as_names(source: Any) -> Any:
     return None
 
 
-def _has_path(item: Any) -> bool:
+def _has_path(item: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(item, dict) and "path" in item and set(item) <= {"path", "weight"}
 
 

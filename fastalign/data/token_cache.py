@@ -178,8 +178,9 @@ def _digest(path: Path) -> str:
 
 
 def _report_from(values: Mapping[str, Any]) -> DataReport:
-    lengths = {name: Lengths(**values[name]) for name in ("prompt_length", "completion_length")}
-    return DataReport(**{f.name: values[f.name] for f in fields(DataReport)} | lengths)
+    of_report: dict[str, Any] = {f.name: values[f.name] for f in fields(DataReport)}
+    of_report |= {name: Lengths(**values[name]) for name in ("prompt_length", "completion_length")}
+    return DataReport(**of_report)
 
 
 def _remove_unused(folder: Path) -> None:

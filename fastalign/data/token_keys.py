@@ -47,7 +47,7 @@ def token_key(rows: Any, tokenizer: Any, options: Mapping[str, Any]) -> str | No
     return digest.hexdigest()
 
 
-def _add(digest: Any, part: bytes) -> None:
+def _add(digest: Any, part: bytes | memoryview) -> None:
     digest.update(len(part).to_bytes(8, "little") + part)  # with its length: no byte can move to the next part
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def _nested(lists: list[list[list[int]]], dtype: type) -> pa.Array:
     return pa.ListArray.from_arrays(_offsets(lists), _flat(list(chain.from_iterable(lists)), dtype))
 
 
-def _offsets(lists: Sequence[Sequence]) -> pa.Array:
+def _offsets(lists: Sequence[Sized]) -> pa.Array:
     return pa.array(np.cumsum([0, *map(len, lists)]).astype(np.int32))
 
 

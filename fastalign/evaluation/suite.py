@@ -146,7 +146,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _item(row: Mapping[str, Any], number: str, suite: str) -> Item:
     if isinstance(row.get("test"), str) and isinstance(row.get("entry_point"), str):  # HumanEval's columns
         row = {"id": row.get("task_id", number), "tests": f"{row['test']}\ncheck({row['entry_point']})", **row}
-    kinds = [kind for kind in KINDS if row.get(kind) not in (None, "", [], {})]
+    kinds: list[Kind] = [kind for kind in KINDS if row.get(kind) not in (None, "", [], {})]
     if not kinds:
         raise InputError(f"nothing says what is right; give one of {', '.join(sorted(KINDS))}")
     kind = kinds[0]

@@ -168,14 +168,14 @@ def logits_tile(hidden: Tensor, head: Head, rows: slice | Tensor) -> tuple[Tenso
         rows: a slice of the vocabulary, or a tensor of token ids.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    u = hidden.to(wide) @ head.weight[rows].to(wide).T
+    u = hidden.to(wide) @ head.dense_weight[rows].to(wide).T
     return _cap(u if head.bias is None else u.add_(head.bias[rows].to(wide)), head)
 
 
 def _logits_of_targets(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor | float]:
     """The logit (N,) of each row's target, and dz/du, see `_cap`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    u = (hidden.to(wide) * head.weight[targets].to(wide)).sum(1)
+    u = (hidden.to(wide) * head.dense_weight[targets].to(wide)).sum(1)
     return _cap(u if head.bias is None else u.add_(head.bias[targets].to(wide)), head)
 
 

@@ -53,6 +53,12 @@ class Head(NamedTuple):
         weight = ComposedWeight(self.weight, b, scale, self.new_rows).dense(a, dtype)
         return self._replace(weight=weight, lora=None, new_rows=None)
 
+    @property
+    def dense_weight(self) -> Tensor:
+        """The weight (V, H) of a layer that `dense` returned, or of one whose weight is in floating point."""
+        assert isinstance(self.weight, Tensor), "dense() comes first"
+        return self.weight
+
     def first(self, count: int) -> Head:
         """The layer of the first `count` entries of the vocabulary, or of all where there are fewer."""
         if count >= self.weight.shape[0]:
@@ -123,8 +129,10 @@ def token_divergence(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher
         (S,) float32, in nats.
     """
     of_teacher = {f"teacher_{name}": value for name, value in teacher.options().items()}
-    weights: Any = head.dense().weight, teacher.dense().weight
-    return linear_divergence(hidden, weights[0], teacher_hidden, weights[1], **head.options(), **of_teacher, **options)
+    weight, weight_of_teacher = head.dense().dense_weight, teacher.dense().dense_weight
+    return linear_divergence(
+        hidden, weight, teacher_hidden, weight_of_teacher, **head.options(), **of_teacher, **options
+    )
 
 
 def _first_rows(rows: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:

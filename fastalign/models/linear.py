@@ -152,7 +152,7 @@ def _lora_linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
         return type(self).forward(self, x, *args, **kwargs)
     weight = quantized_weight(lora.base) if is_quantized_layer(lora.base) else lora.base.weight
     dtype = None if weight is None or not _is_plain(x, weight) else _product_dtype(x, weight)
-    if dtype is None:
+    if weight is None or dtype is None:
         return type(self).forward(self, x)
     bias, b = lora.base.bias, lora.b
     if x.is_cuda and not _is_fast_on_gpu(weight, dtype, rank=lora.a.shape[0]):

@@ -116,7 +116,8 @@ def choose_padding(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) ->
     Raises:
         ModelError: Every special token ends answers.
     """
-    taken = {*ends, tokenizer.eos_token_id}
+    end: Any = tokenizer.eos_token_id  # a number, or None: transformers annotates lists too
+    taken = {*ends, end}
     special: list[Any] = [tokenizer.pad_token_id, getattr(tokenizer, "unk_token_id", None), tokenizer.bos_token_id]
     special += sorted(tokenizer.all_special_ids)
     special += sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)

@@ -151,9 +151,8 @@ def _forward(
     head = output_head(self)
     kept = hidden if keep_hidden else None
     if statistics:
-        weight: Any = head.dense().weight
         options = {"memory_budget": memory_budget, "entropy": entropy} | head.options()
-        values = linear_token_statistics(hidden, weight, packed.targets, **options)
+        values = linear_token_statistics(hidden, head.dense().dense_weight, packed.targets, **options)
         return Scores(values.logprobs, values.entropy, kept, values.log_sum_sq_probs)
     # `score_index` left out every hidden state without a target, so none needs to be compared with ignore_index.
     out = head.logprobs(
@@ -220,7 +219,7 @@ def _check_head(model: PreTrainedModel, layout: Layout) -> None:
     with evaluation_mode(model):
         hidden = model(packed=batch, keep_hidden=True).hidden
         head = output_head(model).dense()
-        ours = linear_logits(hidden, head.weight, **head.options())
+        ours = linear_logits(hidden, head.dense_weight, **head.options())
         inputs = torch.tensor([example["prompt_ids"] + example["completion_ids"][0]], device=model.device)
         theirs = model(input_ids=inputs, use_cache=False).logits[0, :-1].to(ours.dtype)
     error = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()

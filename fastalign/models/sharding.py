@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 def gathered(value: Tensor) -> Tensor:
     """The complete tensor, without a gradient where it is sharded. All processes must call it."""
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    part: Any = value.detach()  # a DTensor too, though torch annotates a Tensor
+    return part.full_tensor()
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def _topk(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tenso
     """The k largest log-probs (S, k) float32 of each row, and their entries (S, k) int32, on the CPU."""
     head = head.dense()
     parts = [
-        linear_logits(part, head.weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
+        linear_logits(part, head.dense_weight, temperature=temperature, **head.options()).log_softmax(-1).topk(k)
         for part in hidden.split(_ROWS)
     ]
     return torch.cat([p.values.float().cpu() for p in parts]), torch.cat([p.indices.int().cpu() for p in parts])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.config.online import OnlineConfig
+from fastalign.config.online import OnlineConfig, Weight
 from fastalign.data.batch import Batch
-from fastalign.losses.policy import cispo, is_clipped, log_importance_weights, ppo_clip, reduce_tokens, sapo
+from fastalign.losses.policy import Level, cispo, is_clipped, log_importance_weights, ppo_clip, reduce_tokens, sapo
 from fastalign.objectives.base import Metrics, Totals, mean_of
 
 
@@ -106,7 +106,7 @@ class PolicyObjective:
         return metrics
 
 
-def _level(weight: str) -> str:
+def _level(weight: Weight) -> Level:
     return "sequence" if weight == "sequence" else "token"
 
 

@@ -89,9 +89,11 @@ class PreferenceObjective:
             return torch.zeros_like(chosen)
         if config.f_divergence_type != "reverse_kl":
             # Scores take the place of log-ratios: the losses get them as if the reference were 0.
-            how, zero = (config.f_divergence_type, config.f_alpha_divergence_coef), torch.zeros_like(chosen)
-            ratios = [policy - reference for policy, reference in zip((chosen, rejected), references, strict=True)]
-            chosen, rejected = (divergence_scores(ratio, *how) for ratio in ratios)
+            how, alpha, zero = config.f_divergence_type, config.f_alpha_divergence_coef, torch.zeros_like(chosen)
+            of_chosen, of_rejected = references
+            assert of_chosen is not None and of_rejected is not None  # the losses that have divergences need them
+            chosen = divergence_scores(chosen - of_chosen, how, alpha)
+            rejected = divergence_scores(rejected - of_rejected, how, alpha)
             references = zero, zero
         return pairwise_loss(
             list(config.pairwise), list(config.pairwise.values()), chosen, rejected, *references,

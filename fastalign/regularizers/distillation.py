@@ -142,7 +142,7 @@ def _from_store(path: str | Path, temperature: float, trainer: Any) -> Divergenc
         weights = (1 / step.totals.scored).expand(hidden.shape[0])
         head = head.dense()
         return sparse_divergence(
-            hidden, head.weight, indices.to(hidden.device), logprobs.to(hidden.device), token_weights=weights,
+            hidden, head.dense_weight, indices.to(hidden.device), logprobs.to(hidden.device), token_weights=weights,
             **head.options(), **options,
         ).sum()  # fmt: skip
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.data.batching import batch_rows
-from fastalign.data.packing import lay_out
+from fastalign.data.packing import Layout, lay_out
 from fastalign.data.tokenization import tokenize
 from fastalign.errors import InputError
 from fastalign.models.fit import check_fit
@@ -35,7 +35,7 @@ class RewardModel:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.layout = prepare(model)
+        self.layout: Layout = prepare(model)
         self.__name__ = "reward_model"  # what the metric of this reward is called
 
     @classmethod

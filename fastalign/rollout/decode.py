@@ -96,7 +96,7 @@ class Decoder:
         Returns:
             For each prompt its k answers. Log-probs are at the temperature; of greedy answers at 1.
         """
-        device = self.head.weight.device
+        device = self.head.dense_weight.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (G,)
         width, groups = max(map(len, prompts)), len(prompts)
         ids = torch.tensor([[*p, *([0] * (width - len(p)))] for p in prompts], device=device)  # (G, L)
@@ -135,8 +135,8 @@ class Decoder:
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine (P, D) of the rotary embedding at every position."""
-        positions = torch.arange(length, device=self.head.weight.device)[None]
-        cos, sin = self.body.rotary_emb(self.head.weight.new_zeros(1, 1, 1), positions)
+        positions = torch.arange(length, device=self.head.dense_weight.device)[None]
+        cos, sin = self.body.rotary_emb(self.head.dense_weight.new_zeros(1, 1, 1), positions)
         return cos[0], sin[0]
 
     def _read_prompts(
@@ -192,12 +192,12 @@ class Decoder:
         forward = getattr(self.base, "_original_forward", self.base.forward)
         worst, largest = 0.0, 1.0
         for prompt, (answer, _) in zip(prompts, answers, strict=True):
-            ids = torch.tensor([[*prompt, *answer.tokens]], device=self.head.weight.device)
+            ids = torch.tensor([[*prompt, *answer.tokens]], device=self.head.dense_weight.device)
             logits = forward(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
             theirs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
             worst = max(worst, *(abs(a - b) for a, b in zip(theirs, answer.logprobs, strict=True)))
             largest = max(largest, logits.abs().max().item())
-        limit = torch.finfo(self.head.weight.dtype).eps ** 0.5 * largest
+        limit = torch.finfo(self.head.dense_weight.dtype).eps ** 0.5 * largest
         if not worst <= limit:
             raise NotDecodable(f"its log-probs differ from the loop's by {worst:.2g}, more than {limit:.2g}")
 
@@ -235,8 +235,8 @@ class _Layer:
         """(R, H) -> queries (R, heads, D), and keys and values (R, key_heads, D); the first two are rotated."""
         h = self.before_attention(x)
         q, k, v = (product(h, m).view(len(h), -1, self.width) for m in (self.q, self.k, self.v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
     def rest(self, x: Tensor, seen: Tensor) -> Tensor:

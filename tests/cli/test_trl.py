@@ -120,6 +120,10 @@ def test_all_keys_that_cannot_be_honoured_are_named_at_once():
     assert "lora_alpha" not in message
 
 
+def test_a_list_as_the_loss_of_sft_is_left_to_the_option_s_check():
+    assert read("sft", loss_type=["nll"]).options["loss_type"] == ["nll"]
+
+
 @pytest.mark.parametrize("key", trl.REFUSED)
 def test_a_value_that_asks_for_nothing_is_accepted(key):
     method = "sft" if key in ("packing", "eval_packing") else "dpo"

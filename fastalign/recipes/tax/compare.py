@@ -185,8 +185,9 @@ def remember_start(model: nn.Module, rows: list[dict]) -> Scorer:
 
     def remember(packed: PackedBatch) -> TokenScores:
         now = score(packed)
-        # Training changes the weight in place.
-        scores[key(packed)] = now._replace(head=now.head._replace(weight=now.head.dense().weight.clone()))
+        # Training changes the weight in place. A dense head has its adapters in the weight, and none beside it.
+        head = now.head.dense()
+        scores[key(packed)] = now._replace(head=head._replace(weight=head.dense_weight.clone()))
         return now
 
     compare_tokens(remember, remember, rows, prepare(model))
