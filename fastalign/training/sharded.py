@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,6 +30,8 @@ _COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class ShardedTraining(Trainer):
     """The part of `AlignmentTrainer` that trains a model whose weights FSDP2 shards."""
 
+    model: nn.Module  # this type and the next are wider in transformers.Trainer
+    optimizer: AcceleratedOptimizer  # once training has begun
     reference: Any
     objective: Any
 
@@ -43,7 +47,8 @@ class ShardedTraining(Trainer):
         state: Any = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            options: dict[str, Any] = self.args.fsdp_plugin_args or {}
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ConfigError("FSDP of version 1 is not supported: set version=2 in fsdp_config, or fsdp_version: 2")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import InputError
+
+if TYPE_CHECKING:
+    from fastalign.ops.head.weights import PackedWeight
 
 # Options outside of these bounds overflow or underflow float32, which holds 1e-38 to 3e38. Two of them are multiplied.
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -267,7 +270,7 @@ def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, log
         )
 
 
-def check_devices(*tensors: Tensor | None) -> None:
+def check_devices(*tensors: Tensor | PackedWeight | None) -> None:
     """Checks that all tensors are on one device.
 
     Raises:
