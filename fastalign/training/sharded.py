@@ -104,8 +104,12 @@ class ShardedTraining(Trainer):
         finally:
             self.is_fsdp_enabled = True
 
-    def check_sharded(self, regularizers: Sequence[Any]) -> None:
-        """ConfigError for what cannot be combined with FSDP: an adapter, a regulariser, a loss that compares rows."""
+    def begin_sharded(self, regularizers: Sequence[Any]) -> None:
+        """Moves a model that FSDP will shard to its device: the Trainer leaves that to FSDP, which is after scoring.
+
+        Raises:
+            ConfigError: An adapter, a regulariser or a loss that compares rows, which cannot be combined with FSDP.
+        """
         if not self.is_fsdp_enabled:
             return
         if getattr(self.objective, "compares_rows", False):
@@ -123,3 +127,4 @@ class ShardedTraining(Trainer):
                 f"{type(regularizer).__name__} cannot be combined with FSDP, because it reads weights that lie in "
                 "parts on the processes, or runs the model on some of them alone: use DDP, or leave it out"
             )
+        self.model.to(self.args.device)

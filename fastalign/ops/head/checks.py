@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastalign import reference
 from fastalign.errors import InputError
-
-if TYPE_CHECKING:
-    from fastalign.ops.head.weights import PackedWeight
 
 # Options outside of these bounds overflow or underflow float32, which holds 1e-38 to 3e38. Two of them are multiplied.
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -270,7 +267,16 @@ def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, log
         )
 
 
-def check_devices(*tensors: Tensor | PackedWeight | None) -> None:
+class Placed(Protocol):
+    """A tensor, or a packed weight."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        ...
+
+
+def check_devices(*tensors: Placed | None) -> None:
     """Checks that all tensors are on one device.
 
     Raises:
