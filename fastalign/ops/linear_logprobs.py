@@ -409,13 +409,14 @@ def linear_logprobs(
         why_not=lambda name: "it takes a dense weight alone" if is_composed and name == "anchored" else None,
     )  # fmt: skip
     if is_composed and backend == "reference":
-        weight = ComposedWeight(weight, *(lora or (None, None, 1.0))[1:], new_rows).dense(
+        dense = ComposedWeight(weight, *(lora or (None, None, 1.0))[1:], new_rows).dense(
             None if lora is None else lora[0], reference.compute_dtype(hidden)
         )
     if backend == "reference":
-        check_target_ids(targets, weight.shape[0], ignore_index, op="linear_logprobs")
+        assert dense is not None, "a weight that is no tensor is composed"
+        check_target_ids(targets, dense.shape[0], ignore_index, op="linear_logprobs")
         return reference.linear_logprobs(
-            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+            hidden, dense, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,
         )  # fmt: skip
     if is_composed:
@@ -424,6 +425,7 @@ def linear_logprobs(
             hidden, weight, targets, bias, lora, new_rows, transform, ignore_index=ignore_index, entropy=entropy,
             backend=backend,
         )  # fmt: skip
+    assert isinstance(weight, Tensor), "a weight that is no tensor is composed"
     if hidden.dtype != weight.dtype:
         common = torch.promote_types(hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(common), weight.to(common)

@@ -111,7 +111,7 @@ def linear_token_statistics(
         values = TokenStatistics(*out)
     else:
         values = _in_two_passes(flat, weight.to(common), flat_targets, bias, transform, entropy, memory_budget, backend)
-    return TokenStatistics(*(None if value is None else value.view(targets.shape) for value in values))
+    return TokenStatistics._make(None if value is None else value.view(targets.shape) for value in values)
 
 
 class _Statistics(torch.autograd.Function):

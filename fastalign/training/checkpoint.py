@@ -26,14 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
+from fastalign.config.base import AlignmentConfig
 from fastalign.data.keys import rows_fingerprint
 from fastalign.errors import ConfigError, DataError, TrainingError, disk_error
 from fastalign.files import check_writable, read_json
@@ -122,6 +125,10 @@ def check_process_count(checkpoint: Path, count: int) -> None:
 class AtomicCheckpoints(Trainer):
     """The part of `AlignmentTrainer` that saves and loads checkpoints."""
 
+    args: AlignmentConfig  # these four are wider in transformers.Trainer
+    model: nn.Module
+    train_dataset: Dataset
+    lr_scheduler: LRScheduler  # once training has begun
     stopping: Any  # the callback `StopOnSignal`
     sums: Any
     optimizer_state: Any  # these three are of `ShardedTraining`
@@ -261,7 +268,7 @@ class AtomicCheckpoints(Trainer):
         """Puts the state of callbacks that have one into the Trainer's, as the Trainer does."""
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                states = self.state.stateful_callbacks
+                states: Any = self.state.stateful_callbacks  # a dict once the Trainer has made its state
                 name = type(callback).__name__
                 if isinstance(states[name], list):
                     states[name].append(callback.state())

@@ -45,7 +45,7 @@ class HeldOutEvaluation(Trainer):
         An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
         process would train by itself, without a word.
         """
-        wrapped = super()._wrap_model(model, training, dataloader)
+        wrapped: Any = super()._wrap_model(model, training, dataloader)
         if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
             wrapped._is_accelerate_prepared = False
             self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
@@ -87,18 +87,6 @@ class HeldOutEvaluation(Trainer):
             return losses[0], None, None
         total, count = torch.stack(pairs).sum(0)
         return (total / count).to(losses[0].dtype), None, None
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        """`transformers.Trainer._wrap_model`; it makes sure that accelerate will put DDP around the model.
-
-        An evaluation before training prepares the model without DDP. Accelerate then takes it for prepared, so each
-        process would train by itself, without a word.
-        """
-        wrapped = super()._wrap_model(model, training, dataloader)
-        if training and self.args.world_size > 1 and wrapped is self.model and not self.is_fsdp_enabled:
-            wrapped._is_accelerate_prepared = False
-            self.accelerator._models = [model for model in self.accelerator._models if model is not wrapped]
-        return wrapped
 
     def _halves_of_held_out(self, batch: Batch) -> list[Batch]:
         rows, tokens = batch.rows, size_of(batch)

@@ -28,7 +28,8 @@ from fastalign.training.checkpoint import random_state, set_random_state
 
 logger = logging.getLogger("fastalign")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def halves(batch: Batch, collate: Callable[[list[dict]], dict[str, Batch]]) -> list[Batch]:

@@ -82,7 +82,9 @@ def _lora_options(peft_config: Any) -> dict[str, Any] | None:
     """The options of a new adapter; None where the options of a command cannot describe it."""
     if peft_config is None:
         return {"lora_rank": 0}
-    found = {key: getattr(peft_config, key, None) for key in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    found: dict[str, Any] = {
+        key: getattr(peft_config, key, None) for key in ("r", "lora_alpha", "lora_dropout", "target_modules")
+    }
     modules = found["target_modules"]
     targets = modules if isinstance(modules, str) else "default" if modules is None else ",".join(sorted(modules))
     rank, alpha, dropout = found["r"], found["lora_alpha"], found["lora_dropout"]

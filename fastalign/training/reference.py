@@ -127,9 +127,9 @@ def detached_head(model: nn.Module) -> Head:
     head = output_head(causal_lm(model)).detach()
     if not is_sharded(model):
         return head
-    weight, bias = (None if part is None else gathered(part).clone() for part in (head.weight, head.bias))
-    assert weight is not None, "an output layer has a weight"
-    return head._replace(weight=weight, bias=bias)
+    assert isinstance(head.weight, Tensor), "quantised weights need an adapter, which FSDP refuses"
+    weight = gathered(head.weight).clone()
+    return head._replace(weight=weight, bias=None if head.bias is None else gathered(head.bias).clone())
 
 
 def start_rounding(device: torch.device) -> float:

@@ -65,7 +65,7 @@ class SFTTrainer(AlignmentTrainer):
     def _wanted(self, args: AlignmentConfig) -> str:
         return "completions"
 
-    def _tokenize(self, rows, tokenizer, args: SFTConfig, name: str = "train"):
+    def _tokenize(self, rows, tokenizer, args: Any, name: str = "train"):
         answers_only = {"messages": args.assistant_only_loss, "prompt-completion": args.completion_only_loss}
         return tokenized(
             _as_texts(rows, self._formatting_func), tokenizer, args, self._wanted(args), name,
@@ -77,7 +77,8 @@ def _as_texts(rows: Rows, formatting_func: Callable[[dict[str, Any]], str] | Non
     """The rows as texts that the function makes of them; the rows themselves without a function."""
     if formatting_func is None:
         return rows
-    texts = [formatting_func(row) for row in load_rows(rows)]
+    loaded: Any = load_rows(rows)  # one row of a Dataset is a dict, which its type leaves open
+    texts = [formatting_func(row) for row in loaded]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise DataError(

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -28,6 +30,8 @@ _COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class ShardedTraining(Trainer):
     """The part of `AlignmentTrainer` that trains a model whose weights FSDP2 shards."""
 
+    model: nn.Module  # this type and the next are wider in transformers.Trainer
+    optimizer: AcceleratedOptimizer  # once training has begun
     reference: Any
     objective: Any
 
@@ -43,7 +47,8 @@ class ShardedTraining(Trainer):
         state: Any = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            options: dict[str, Any] = self.args.fsdp_plugin_args or {}
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ConfigError("FSDP of version 1 is not supported: set version=2 in fsdp_config, or fsdp_version: 2")
@@ -99,8 +104,12 @@ class ShardedTraining(Trainer):
         finally:
             self.is_fsdp_enabled = True
 
-    def check_sharded(self, regularizers: Sequence[Any]) -> None:
-        """ConfigError for what cannot be combined with FSDP: an adapter, a regulariser, a loss that compares rows."""
+    def begin_sharded(self, regularizers: Sequence[Any]) -> None:
+        """Moves a model that FSDP will shard to its device: the Trainer leaves that to FSDP, which is after scoring.
+
+        Raises:
+            ConfigError: An adapter, a regulariser or a loss that compares rows, which cannot be combined with FSDP.
+        """
         if not self.is_fsdp_enabled:
             return
         if getattr(self.objective, "compares_rows", False):
@@ -118,3 +127,4 @@ class ShardedTraining(Trainer):
                 f"{type(regularizer).__name__} cannot be combined with FSDP, because it reads weights that lie in "
                 "parts on the processes, or runs the model on some of them alone: use DDP, or leave it out"
             )
+        self.model.to(self.args.device)

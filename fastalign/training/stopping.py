@@ -139,6 +139,7 @@ class StoppableRuns(Trainer):
         how_to_go_on: What is printed as the way to go on after a stop.
     """
 
+    model: torch.nn.Module  # wider in transformers.Trainer
     stopping: StopOnSignal
     how_to_go_on = "trainer.train(resume_from_checkpoint=True)"
 

@@ -149,21 +149,17 @@ class AlignmentTrainer(
         self.given = given_options(locals(), trainer_options)  # what the caller gave, before it is loaded or changed
         tokenizer = _tokenizer(model, processing_class)
         # Rows before the model, so that a mistake shows before it is loaded; held-out rows first, which are fewer.
-        eval_dataset = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
+        held_out = of_each(eval_dataset, lambda rows, name: self._tokenize(rows, tokenizer, args, name)[0])
         train_dataset, self.preflight = self._tokenize(train_dataset, tokenizer, args)
         model = self._load(model, dtype, way, peft_config, quantization, double_quantization, quantize_head)
-        check_fit(train_dataset, causal_lm(model))
-        of_each(eval_dataset, lambda rows, _: check_fit(rows, causal_lm(model)))
+        _check_fit(model, train_dataset, held_out)
         model, self.origin = start_model(model, tokenizer, args, peft_config, adapter)
         make_ready(model, tokenizer, disable=args.disable_dropout)
         args = _with_learning_rate(args, model)
         args._n_gpu = min(args.n_gpu, 1)  # one process drives one device; start more with torchrun
         self.objective, self.sums, self.throughput = objective(args), MetricSums(), Throughput()
-        of_transformers = {"callbacks": callbacks, **trainer_options}
-        super().__init__(model, args, None, train_dataset, eval_dataset, tokenizer, **of_transformers)
-        self.check_sharded(regularizers)
-        if self.is_fsdp_enabled:
-            model.to(self.args.device)  # the Trainer leaves that to FSDP, but the reference is scored before
+        super().__init__(model, args, None, train_dataset, held_out, tokenizer, callbacks=callbacks, **trainer_options)
+        self.begin_sharded(regularizers)
         self.neftune_noise_alpha = None  # the Trainer would scale its noise by the packed row: see models/noise.py
         # Only now does the model lie on the device where it is trained. `prepare` finds its layout by running it there.
         self.layout: Layout = _layout_of(model, args)
@@ -180,11 +176,11 @@ class AlignmentTrainer(
 
     # What a method may change
 
-    def _wanted(self, args: AlignmentConfig) -> str | None:
+    def _wanted(self, args: Any) -> str | None:  # args: the method's options, here and below
         """What rows the method trains on; see `wanted` of `fastalign.data.tokenize`."""
         raise NotImplementedError
 
-    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: AlignmentConfig, name: str = "train"):
+    def _tokenize(self, rows, tokenizer: PreTrainedTokenizerBase, args: Any, name: str = "train"):
         """The rows as token ids, and the report on them. It runs before `self.args` is set."""
         return tokenized(rows, tokenizer, args, self._wanted(args), name)
 
@@ -262,7 +258,7 @@ class AlignmentTrainer(
         reference = None
         if self.reference is not None:
             # The first step checks that the reference gives what the model gives without noise and dropout.
-            policy = score_with(None)[0].logprobs if self.at_start and _draws(model, self.args) else scores.logprobs
+            policy: Any = (score_with(None)[0] if self.at_start and _draws(model, self.args) else scores).logprobs
             reference = self.reference.logprobs(batch, policy, score_with, first=self.at_start)
         totals: Totals = self.objective.totals(batch) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.objective(scores.of_objective, reference, batch, totals)
@@ -276,6 +272,13 @@ class AlignmentTrainer(
         self.guard.check_loss(loss, batch.rows)
         self.throughput.add(batch)
         return (loss, {}) if return_outputs else loss
+
+
+def _check_fit(model: nn.Module, train: Dataset, held_out: Any) -> None:
+    """Checks that the model can read all rows; the held-out ones may be several data sets by name."""
+    inner = causal_lm(model)
+    check_fit(train, inner)
+    of_each(held_out, lambda rows, _: check_fit(rows, inner))
 
 
 def _collator(layout: Layout, fill: int, device: torch.device) -> Collator:

@@ -17,5 +17,5 @@ class OneProcess(ShardedTraining):
 
 def test_regularizers_are_refused_with_fsdp_alone():
     with pytest.raises(ConfigError, match="KLToStart cannot be combined with FSDP"):
-        OneProcess(fsdp=True).check_sharded([KLToStart(0.1)])
-    OneProcess(fsdp=False).check_sharded([KLToStart(0.1)])
+        OneProcess(fsdp=True).begin_sharded([KLToStart(0.1)])
+    OneProcess(fsdp=False).begin_sharded([KLToStart(0.1)])

@@ -173,7 +173,8 @@ def scan(layer: Layer, e: Tensor | None, *, entropy: bool) -> Sums:
     kernels, tiles = _kernels(), _tiles_of(layer)[0]
     count = _cdiv(vocab, tiles.n)
     own, anchor, base = layer.hidden.new_empty(3, rows, dtype=torch.float32).unbind(0)
-    partial, zpartial = (own.new_empty(count, rows) if wanted else None for wanted in (True, entropy))
+    partial = own.new_empty(count, rows)
+    zpartial = own.new_empty(count, rows) if entropy else None
     ends = layer.hidden, layer.hidden.stride(0), layer.weight, layer.weight.stride(0), layer.targets, layer.bias
     block = _power_of_2(width, least=16, most=1024)
     kernels.anchor[(rows,)](*ends, *layer.numbers(), own, anchor, base, width, BLOCK=block, num_warps=4)

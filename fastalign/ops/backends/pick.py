@@ -42,7 +42,7 @@ def resolve(
     backends: Sequence[Backend] = BACKENDS,
     cpu_kernel: str | None = None,
     only_if_fast: bool = True,
-    prefer: tuple[str, ...] = ("cuda",),
+    prefer: tuple[Backend, ...] = ("cuda",),
     why_not: WhyNot | None = None,
 ) -> Backend:
     """The name of the backend that runs the op: one of `backends`, never "auto".
@@ -96,7 +96,7 @@ def _refuse_transforms(op: str) -> None:
 def pick_gpu_kernels(
     *tensors: Tensor | None,
     backends: Sequence[Backend] = BACKENDS,
-    prefer: tuple[str, ...] = ("cuda",),
+    prefer: tuple[Backend, ...] = ("cuda",),
     why_not: WhyNot | None = None,
 ) -> Backend | None:
     """The name of the GPU kernels that take these tensors, `prefer` before others.

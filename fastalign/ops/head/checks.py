@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -267,7 +267,16 @@ def check_teacher_entries(shape: Sequence[int], vocab: int, indices: Tensor, log
         )
 
 
-def check_devices(*tensors: Tensor | None) -> None:
+class Placed(Protocol):
+    """A tensor, or a packed weight."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        ...
+
+
+def check_devices(*tensors: Placed | None) -> None:
     """Checks that all tensors are on one device.
 
     Raises:

@@ -45,7 +45,7 @@ class ChunkedCall(NamedTuple):
     grads: bool  # whether any gradient will be wanted
     backend: str
     scale: float  # of the adapter
-    packed: object | None  # the weight, where it is no tensor
+    packed: PackedWeight | None  # the weight, where it is no tensor
 
 
 class _Part(NamedTuple):
@@ -78,7 +78,7 @@ class ChunkedResult(NamedTuple):
 
     def rows(self, rows: slice) -> ChunkedResult:
         """Those of some rows."""
-        return ChunkedResult(*(None if t is None else t[rows] for t in self))
+        return ChunkedResult._make(None if t is None else t[rows] for t in self)
 
 
 def _block_rows(device: torch.device) -> int:
@@ -151,7 +151,7 @@ class _Own:
         if self.part is None:
             self.part, self.expected = part, expected
             return
-        self.part = _Part(*(_pick(mine, new, old) for new, old in zip(part, self.part, strict=True)))
+        self.part = _Part._make(_pick(mine, new, old) for new, old in zip(part, self.part, strict=True))
         self.expected = _pick(mine, expected, self.expected)
 
 
@@ -209,7 +209,7 @@ def forward(
     ]
     if len(blocks) == 1:
         return blocks[0]
-    return ChunkedResult(*(None if part[0] is None else torch.cat(part) for part in zip(*blocks, strict=True)))
+    return ChunkedResult._make(None if part[0] is None else torch.cat(part) for part in zip(*blocks, strict=True))
 
 
 def _fold(
@@ -373,6 +373,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 def _composed(weight, b, ids, rows, call: ChunkedCall) -> ComposedWeight:
     weight = call.packed if weight is None else weight
+    assert weight is not None, "a weight is a tensor or packed"
     return ComposedWeight(weight, b, call.scale, None if ids is None else (ids, rows))
 
 
