@@ -42,6 +42,7 @@ from bench.suites import losses, ops, selective, train
 from fastalign import reference
 from fastalign.ops.accumulate_fisher import BACKENDS as FISHER
 from fastalign.ops.accumulate_fisher import accumulate_fisher_
+from fastalign.ops.backends import anchored
 from fastalign.ops.backends.pick import BACKENDS as DIVERGENCE
 from fastalign.ops.backends.pick import BACKENDS as LINEAR
 from fastalign.ops.ewc import BACKENDS as EWC
@@ -197,7 +198,7 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
         for kind in ops.FLOOR:
             inputs = ops.make_inputs(ops.Case(kind, dtype, n, 144, v, 50))
             truth = ops.Truth(kind, inputs)
-            for backend in backends:
+            for backend in (*backends, *_also_anchored(dtype)):
                 yield f"linear_logprobs {kind} {dtype} {backend}", partial(_by_truth, backend, truth)
         for backend in backends:
             for variant in _variants(getattr(torch, dtype), n, v, device):
@@ -208,6 +209,12 @@ def checks(backends: tuple[str, ...], n: int, v: int, device: str) -> Iterator[t
         for shape in ((1000, 576, 576), *([(2048, 4096, 14336)] if device == "cuda" else [])):
             check = partial(young_adapter, getattr(torch, dtype), device, *shape)
             yield f"lora of a young adapter {dtype} {'x'.join(map(str, shape))}", check
+
+
+def _also_anchored(dtype: str) -> tuple[str, ...]:
+    """The anchored kernels, where there is a GPU for them: they take 16 bits, from Hopper on."""
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability() >= anchored.CAPABILITY
+    return ("anchored",) if fits and dtype != "float32" else ()
 
 
 def young_adapter(dtype: torch.dtype, device: str, tokens: int, inputs: int, outputs: int) -> float:

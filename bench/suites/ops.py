@@ -168,6 +168,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
     "fastalign cpu": lambda: _fastalign("cpu"),
     "fastalign triton": lambda: _fastalign("triton"),
     "fastalign cuda": lambda: _fastalign("cuda"),
+    "fastalign anchored": lambda: _fastalign("anchored"),
     "eager": lambda: eager,
     "torch.compile": _compiled_eager,
     "torch linear_cross_entropy": _torch_own,

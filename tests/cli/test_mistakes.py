@@ -81,7 +81,7 @@ OPTIONS = {
     "lora_rank=-1": "lora_rank is -1",
     "max_prompt_length=9": "set max_length",
     "group_by_length=true": "leave it out",
-    "desirable_weight=2": "only kto reads it",
+    "desirable_weight=2": "only kto or apo_zero_unpaired reads it",
     "ref_model_sync_steps=3": "only sync_ref_model=True reads it",
     "output_dir=file": "output_dir 'file' cannot be written: File exists",
     "regularizers=[{name:[a]}]": "name of a regularizer is ['a']",

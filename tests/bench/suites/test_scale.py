@@ -44,7 +44,7 @@ def test_rows_are_packed_and_the_same_each_time(axis):
 
 def test_quick_curves_are_the_beginnings_of_full_ones():
     assert chosen(scale, None, True) == ["n-1-thread-quick", "v-1-thread-quick"]
-    assert chosen(scale, None, False) == list(scale.CASES) and len(scale.CASES) == 10
+    assert chosen(scale, None, False) == list(scale.CASES) and len(scale.CASES) == 12
     assert scale.QUICK["n-1-thread-quick"].points == scale.POINTS["n"][:2]
 
 
