@@ -419,13 +419,12 @@ def linear_logprobs(
             hidden, dense, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
             ignore_index=ignore_index, entropy=entropy,
         )  # fmt: skip
-    if is_composed:
+    if is_composed or not isinstance(weight, Tensor):
         transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
         return chunked_logprobs(
             hidden, weight, targets, bias, lora, new_rows, transform, ignore_index=ignore_index, entropy=entropy,
             backend=backend,
         )  # fmt: skip
-    assert isinstance(weight, Tensor), "a weight that is no tensor is composed"
     if hidden.dtype != weight.dtype:
         common = torch.promote_types(hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(common), weight.to(common)

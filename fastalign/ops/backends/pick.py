@@ -106,7 +106,7 @@ def pick_gpu_kernels(
     first = tensors[0]
     if first is None or first.device.type != "cuda":
         return None
-    names: list[Any] = [*prefer, *GPU_KERNELS]  # those in `backends` are backends
+    names: list[Backend] = [*prefer, *GPU_KERNELS]
     for name in dict.fromkeys(names):
         if name in backends and _why_not(name, tensors, None, why_not) is None:
             return name
