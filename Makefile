@@ -7,7 +7,7 @@ BENCH  ?= ops --quick
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Two processes: the suite's tensors are small, so a process keeps one core busy.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 # The CPU build; a torch that is already there (say, one for CUDA) is kept.
 TORCH  ?= torch==2.13.0
 NATIVE := CMakeLists.txt $(shell find csrc -type f)

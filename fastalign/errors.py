@@ -63,6 +63,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     if isinstance(error, MemoryError) or _number(error) == errno.ENOMEM:
         return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 

@@ -19,6 +19,9 @@ import two_processes
 
 from fastalign.errors import ConfigError
 
+# One process of pytest runs all of these, so that the runs are made once.
+pytestmark = pytest.mark.xdist_group("two processes")
+
 CASES = [
     "sft, LoRA", "sft, two micro-batches", "dpo, stored reference", "orpo", "kto", "bco", "distillation, stored",
     "dpo, EWC + KL + replay", "sft, layer-wise", "fsdp, dpo, live reference",
