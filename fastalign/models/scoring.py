@@ -184,7 +184,12 @@ def _check_rewards(model: Any, layout: Layout) -> None:
     with evaluation_mode(model):
         ours = model(packed=batch).rewards
         rows = [torch.tensor([example["prompt_ids"] + ids], device=model.device) for ids in example["completion_ids"]]
-        theirs = torch.cat([model(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
+        # A trained score layer is float32, also on a body in bfloat16: the stock forward does not convert between them.
+        convert = score_layer(model).register_forward_pre_hook(lambda layer, x: (x[0].to(layer.weight.dtype),))
+        try:
+            theirs = torch.cat([model(input_ids=row, use_cache=False).logits[:, 0].float() for row in rows])
+        finally:
+            convert.remove()
     error, limit = (ours - theirs).abs().max().item(), torch.finfo(model.dtype).eps ** 0.5
     limit *= max(1.0, theirs.abs().max().item())
     if not error <= limit:
