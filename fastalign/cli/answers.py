@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fastalign.data.prompts import Prompt, encode_prompt
 from fastalign.errors import DataError
 from fastalign.evaluation.answers import Answers, answer
-from fastalign.models.adapters import causal_lm
+from fastalign.models.fit import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def positions(model: Any) -> float:
-    """How many tokens the model can attend to, prompt and answer together; infinity if it does not say."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def answer_prompts(
@@ -36,13 +31,14 @@ def answer_prompts(
         DataError: a prompt leaves no room for an answer, or cannot be written by the chat template.
     """
     tokens = [encode_prompt(prompt, tokenizer, plain=args.plain) for prompt in prompts]
-    room = positions(model) - args.max_new_tokens
+    positions = positions_of(model)
+    room = positions - args.max_new_tokens
     for number, ids in enumerate(tokens, start=1):
         if not ids:
             raise DataError(f"Prompt {number} has no tokens: give some text.")
         if len(ids) > room:
             raise DataError(
-                f"Prompt {number} has {len(ids):,} tokens, and the model has {positions(model):,.0f} positions for it "
+                f"Prompt {number} has {len(ids):,} tokens, and the model has {positions:,.0f} positions for it "
                 f"and {args.max_new_tokens} tokens of answer: shorten it, or lower --max-new-tokens."
             )
     return answer(

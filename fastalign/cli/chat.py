@@ -103,9 +103,9 @@ class Conversation:
 
     def _fit(self) -> list[int]:
         """The tokens of the conversation. The oldest turns are dropped where the model has no room for all."""
-        from fastalign.cli.answers import positions
+        from fastalign.models.fit import positions_of
 
-        room, dropped = positions(self.model) - self.args.max_new_tokens, 0
+        room, dropped = positions_of(self.model) - self.args.max_new_tokens, 0
         while len(ids := self._encode()) > room and len(self.turns) > 1:
             self.turns = self.turns[2:]
             dropped += 2

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from fastalign.cli.generate import add_sampling, check_out, check_sampling
-from fastalign.errors import ConfigError
 
 SHOWN = 3  # pairs of answers on the terminal
 
@@ -31,8 +30,6 @@ def main(args: argparse.Namespace) -> int:
     """Answers with both models, one after the other, and prints who wins."""
     check_sampling(args)
     check_out(args.out)
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"limit is {args.limit}; it must be 1 or more")
 
     from fastalign.data.prompts import read_prompts
     from fastalign.evaluation.rules import compare_answers, read_rule

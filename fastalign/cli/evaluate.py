@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from fastalign.cli.generate import add_sampling, check_out, check_sampling
-from fastalign.errors import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -34,8 +33,6 @@ def main(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes eval.json if `--out` is given."""
     check_sampling(args)
     check_out(args.out)
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"limit is {args.limit}; it must be 1 or more")
 
     from fastalign.evaluation.run import evaluate
     from fastalign.evaluation.suite import Suite

@@ -37,8 +37,9 @@ def add_sampling(parser: Any) -> None:
 
 def check_sampling(args: argparse.Namespace) -> None:
     """ConfigError for values that cannot work, before anything is loaded."""
-    for name in ("max_new_tokens", "batch_size"):
-        if (value := getattr(args, name, 1)) < 1:
+    for name in ("max_new_tokens", "batch_size", "limit"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be 1 or more")
     if not 0 <= args.temperature < float("inf"):
         raise ConfigError(f"temperature is {args.temperature}; it must be 0 or more")

@@ -24,6 +24,7 @@ from fastalign.data.template import Template
 from fastalign.errors import DataError
 from fastalign.evaluation.suite import Item
 from fastalign.models.adapters import causal_lm
+from fastalign.models.fit import positions_of
 from fastalign.models.modes import evaluation_mode
 from fastalign.models.vocabulary import fill_token
 
@@ -61,7 +62,7 @@ def score_choices(
         DataError: Two options of an item have the same tokens, an option has none, the item is longer than the model
             has positions, or the chat template refuses the turns.
     """
-    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    positions = positions_of(model)
     rows = encode_choices(items, tokenizer)
     for item, row in zip(items, rows, strict=True):
         _check(item, row, positions)

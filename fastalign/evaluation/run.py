@@ -20,6 +20,7 @@ from fastalign.evaluation.instructions import follows
 from fastalign.evaluation.matching import is_right
 from fastalign.evaluation.suite import Item, Suite
 from fastalign.models.adapters import causal_lm
+from fastalign.models.fit import positions_of
 from fastalign.models.scoring import prepare
 from fastalign.stats import wilson
 
@@ -153,7 +154,7 @@ def _written(
     places = [at for at, item in enumerate(items) if item.kind != "choices"]
     if not places:
         return
-    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    positions = positions_of(model)
     plain, most = options["plain"], options["max_new_tokens"]
     prompts = [encode_prompt(Prompt(items[at].prompt), tokenizer, plain=plain) for at in places]
     for at, ids in zip(places, prompts, strict=True):

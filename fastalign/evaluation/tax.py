@@ -27,6 +27,7 @@ from fastalign.data.packing import LAYOUTS, Layout, PackedBatch, lay_out
 from fastalign.data.text import text_windows
 from fastalign.errors import DataError, ModelError
 from fastalign.models.adapters import causal_lm, load_adapter
+from fastalign.models.fit import positions_of
 from fastalign.models.head import Head, output_head, token_divergence
 from fastalign.models.loading import load_model, load_tokenizer, tokenizer_beside
 from fastalign.models.modes import evaluation_mode
@@ -95,7 +96,7 @@ def measure_tax(
     tokenizer = load_tokenizer(base)
     texts = {name: _first_windows(text_windows(name, tokenizer, length=length), max_tokens) for name in files}
     base_scorer, tuned_scorer, layout, model = _load_pair(base, tuned, tokenizer, dtype)
-    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = positions_of(model)
     if length > positions:
         raise DataError(f"length is {length}, but the model has {positions} positions: measure shorter windows.")
     parts = {

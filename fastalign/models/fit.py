@@ -11,8 +11,18 @@ from transformers import PreTrainedModel
 
 from fastalign.data.token_table import TokenLengths, largest_token, lengths
 from fastalign.errors import DataError, ModelError
+from fastalign.models.adapters import causal_lm
 from fastalign.models.quantization import has_quantized_embeddings
 from fastalign.models.vocabulary import embedding_rows
+
+
+def positions_of(model: Any) -> float:
+    """How many tokens the model can attend to, prompt and answer together; infinity if it does not say.
+
+    Args:
+        model: a transformers model, or one inside wrappers.
+    """
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def check_fit(dataset: Dataset | Sequence[dict], model: PreTrainedModel) -> None:
@@ -27,7 +37,7 @@ def check_fit(dataset: Dataset | Sequence[dict], model: PreTrainedModel) -> None
         DataError: a prompt and its longest completion have more tokens than the model has positions.
     """
     vocab = embedding_rows(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = positions_of(model)
     largest, found = largest_token(dataset), lengths(dataset)
     if largest >= vocab:
         when = " before the model is quantised" if has_quantized_embeddings(model) else ""

@@ -18,7 +18,8 @@ from fastalign.data.packing import lay_out
 from fastalign.data.prompt_rows import tokenize_prompts
 from fastalign.errors import ConfigError, DataError
 from fastalign.losses.advantages import group_relative, leave_one_out
-from fastalign.models.adapters import causal_lm, lora_layers
+from fastalign.models.adapters import lora_layers
+from fastalign.models.fit import positions_of
 from fastalign.models.modes import evaluation_mode
 from fastalign.objectives.base import Metrics, mean_of
 from fastalign.objectives.policy import PolicyObjective
@@ -101,8 +102,8 @@ class OnlineTrainer(AlignmentTrainer):
     def _check_start(self) -> None:
         """ConfigError and DataError for what would fail in the first step, or be wrong without a sign."""
         longest, room = max(map(len, self.train_dataset["prompt_ids"])), self.args.max_completion_length
-        positions = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and longest + room > positions:
+        positions = positions_of(self.model)
+        if longest + room > positions:
             raise DataError(
                 f"The longest prompt has {longest:,} tokens, and answers up to {room:,}, but the model has "
                 f"{positions:,} positions: lower max_completion_length or max_length."

@@ -3,7 +3,7 @@
 import pytest
 
 from fastalign.errors import DataError, ModelError
-from fastalign.models.fit import check_fit
+from fastalign.models.fit import check_fit, positions_of
 
 
 def row(prompt, *completions):
@@ -11,7 +11,8 @@ def row(prompt, *completions):
 
 
 def test_the_last_token_and_the_last_position_fit(tiny_llama):
-    model = tiny_llama(vocab_size=100)  # of 256 positions
+    model = tiny_llama(vocab_size=100)
+    assert positions_of(model) == 256
     check_fit([row([1] * 200, [99] * 56, [2])], model)
     check_fit([], model)
     with pytest.raises(ModelError, match=r"gives token 100, but the model knows 100: .*resize_token_embeddings"):
