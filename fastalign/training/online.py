@@ -101,6 +101,11 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _check_start(self) -> None:
         """ConfigError and DataError for what would fail in the first step, or be wrong without a sign."""
+        if self.args.world_size > 1:
+            raise ConfigError(
+                f"Learning from rewards runs in one process, and {self.args.world_size} were started: their answers "
+                "have not been compared with those of one process. Start it without torchrun or accelerate."
+            )
         longest, room = max(map(len, self.train_dataset["prompt_ids"])), self.args.max_completion_length
         positions = positions_of(self.model)
         if longest + room > positions:
@@ -113,8 +118,6 @@ class OnlineTrainer(AlignmentTrainer):
                 "The adapter has dropout, so the log-probs that are trained would differ from those that drew the "
                 "answers: set lora_dropout=0"
             )
-        if self.args.world_size > 1 and self.args.policy.scale == "batch":
-            raise ConfigError("scale_rewards is 'batch', which several processes would compute apart: set group")
 
     # Data
 

@@ -83,6 +83,8 @@ class RewardTrainer(AlignmentTrainer):
     ):
         args = RewardConfig() if args is None else args
         check_config(args, RewardConfig)
+        if args.fsdp:
+            raise ConfigError("fsdp is on, and reward models are saved by one process as a whole: use DDP")
         _check_start(model, peft_config, adapter, trainer_options)
         if processing_class is None and isinstance(model, (str, Path)):
             processing_class = load_tokenizer(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -36,9 +37,10 @@ def compiled(folder: Path, name: str, source: Path, csrc: Path, *flags: str) -> 
         digest.update(path.read_bytes())
     out = folder / f"{name}-{digest.hexdigest()[:16]}.o"
     if not out.exists():
-        built = run(*command, "-c", "-x", "c++", source, "-o", out.with_suffix(".new"))
+        new = out.with_suffix(f".{os.getpid()}")  # pytest's processes may compile the same file at the same time
+        built = run(*command, "-c", "-x", "c++", source, "-o", new)
         assert built.returncode == 0, built.stderr
-        out.with_suffix(".new").replace(out)
+        new.replace(out)
     return out
 
 

@@ -31,6 +31,8 @@ from fastalign import (
     DistillationTrainer,
     PreferenceConfig,
     PreferenceTrainer,
+    RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -54,7 +56,7 @@ class Case:
     """One run.
 
     Attributes:
-        method: "sft", "preference" or "distillation".
+        method: "sft", "preference", "distillation" or "reward".
         rows: Which rows it trains on.
         options: Of its configuration.
         regularizers: Makes its regularisers.
@@ -114,6 +116,8 @@ CASES = {
     "kto": Case(rows="liked", options={"loss_type": "kto", **SGD}, one=WHOLE),
     "kto, LoRA": Case(rows="liked", options={"loss_type": "kto", **SGD}, adapter=True, one=WHOLE),
     "bco": Case(rows="labelled", options={"loss_type": "bco", **SGD}, one=WHOLE),
+    "reward": Case("reward", exact=True),
+    "reward, LoRA": Case("reward", options={"center_rewards_coefficient": 0.1}, adapter=True, exact=True),
     "distillation, live": Case("distillation", "completions", exact=True),
     "distillation, stored": Case("distillation", "completions", {"top_k": 8}, adapter=True, exact=True),
     "distillation from the start": Case(
@@ -148,6 +152,7 @@ TRAINERS = {
     "sft": (SFTTrainer, SFTConfig),
     "preference": (PreferenceTrainer, PreferenceConfig),
     "distillation": (DistillationTrainer, DistillationConfig),
+    "reward": (RewardTrainer, RewardConfig),
 }
 STEPS = 3
 
@@ -158,7 +163,7 @@ def make_trainer(
 ) -> Any:  # fmt: skip
     """The trainer of a case, whose files lie in `folder`; its last `held_out` rows are for evaluation too."""
     kind, config = TRAINERS[case.method]
-    cache = {} if case.method == "sft" else {"ref_cache_dir": str(folder / "cache")}
+    cache = {} if case.method in ("sft", "reward") else {"ref_cache_dir": str(folder / "cache")}
     if case.method == "distillation":
         cache = {"cache_dir": str(folder / "cache")}
     given = {

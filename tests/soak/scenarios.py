@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from ranks import CASES, Case, make_trainer, weights_of
 from safetensors.torch import load_file
-from soak import PAIRS
+from soak import PAIRS, byte_tokenizer, tiny_model
 from transformers import TrainerCallback
 
+from fastalign import OnlineConfig, OnlineTrainer
 from fastalign.data.keyed_parts import write_parts
 from fastalign.data.processes import wait_for_all
 from fastalign.errors import FastAlignError
@@ -184,8 +185,9 @@ def sharded(folder: Path, rank: int) -> Any:
     weights = found.pop("weights")
     saved = load_file(folder / "whole" / "run" / "checkpoint-3" / "model.safetensors") if rank == 0 else {}
     found["saved"] = all(torch.equal(value, weights[name]) for name, value in saved.items()) and len(saved)
-    for name in ("dpo, KL", "distillation, live", "dpo, LoRA", "kto"):
+    for name in ("dpo, KL", "distillation, live", "dpo, LoRA", "kto", "reward"):
         found[name] = refusal(CASES[name], folder / name, fsdp=True)
+    found["online"] = online_refusal(folder / "online")
     return found
 
 
@@ -196,6 +198,20 @@ def refusal(case: Case, folder: Path, **options: Any) -> str:
     except FastAlignError as error:
         return str(error)
     return "nothing"
+
+
+def online_refusal(folder: Path) -> str:
+    """Why learning from rewards is refused in several processes."""
+    args = OnlineConfig(output_dir=str(folder), use_cpu=True, num_generations=2, per_device_train_batch_size=2)
+    try:
+        OnlineTrainer(tiny_model(), args, PAIRS, processing_class=byte_tokenizer(), reward_funcs=_no_reward)
+    except FastAlignError as error:
+        return str(error)
+    return "nothing"
+
+
+def _no_reward(prompts: list, **_: Any) -> list[float]:
+    return [0.0] * len(prompts)
 
 
 def other_count(folder: Path, rank: int) -> Any:

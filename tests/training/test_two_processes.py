@@ -23,8 +23,8 @@ from fastalign.errors import ConfigError
 pytestmark = pytest.mark.xdist_group("two processes")
 
 CASES = [
-    "sft, LoRA", "sft, two micro-batches", "dpo, stored reference", "orpo", "kto", "bco", "distillation, stored",
-    "dpo, EWC + KL + replay", "sft, layer-wise", "fsdp, dpo, live reference",
+    "sft, LoRA", "sft, two micro-batches", "dpo, stored reference", "orpo", "kto", "bco", "reward, LoRA",
+    "distillation, stored", "dpo, EWC + KL + replay", "sft, layer-wise", "fsdp, dpo, live reference",
 ]  # fmt: skip
 
 
@@ -118,6 +118,8 @@ def test_a_sharded_model_is_saved_gathered_and_goes_on(of_processes):
         assert "Distillation cannot be combined with FSDP" in found["distillation, live"]
         assert "an adapter is trained, which is not supported" in found["dpo, LoRA"]
         assert "the loss (aot, kto or bco) compares rows" in found["kto"]
+        assert "reward models are saved by one process as a whole" in found["reward"]
+        assert "runs in one process, and 2 were started" in found["online"]
 
 
 def test_another_number_of_processes_cannot_go_on(trained, of_processes):
